@@ -1,0 +1,1 @@
+"""Directions room: the compass (a pack of adapters) is made, read and checked here."""

@@ -1,0 +1,197 @@
+"""A pack is the compass on disk: `pack.json` beside PEFT adapter folders, and the base model they belong to.
+
+    {"format": 1, "name": "...", "base_model": "<hub id | path | embedded id>", "base_revision": null,
+     "chat_template_kwargs": {}, "max_length": 1024,
+     "probes": [{"name": "danger", "weight": 1.0, "direction": "danger", "state": "initial", "state_scaling": null},
+                {"name": "safety", "weight": -1.0, "direction": "safety", "state": "safety", "state_scaling": 1.0}]}
+
+`direction` and `state` are adapter folders inside the pack. `state_scaling` null keeps the adapter's own α/r.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sqsd_filter.errors import PackError
+
+PACK_FILE = "pack.json"
+FORMAT = 1
+PACKS_DIR = Path(__file__).resolve().parent.parent / "packs"  # the embedded ones
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One projection: the row's update at `state` against `direction`, counted `weight` times in the risk."""
+
+    name: str
+    weight: float
+    direction: str
+    state: str
+    state_scaling: float | None = None
+
+    @property
+    def at(self) -> tuple[str, float | None]:
+        """Where the gradient is taken. Probes that share it share one forward and backward pass."""
+        return self.state, self.state_scaling
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A validated pack. Adapters are read by the scorer; here are only their places."""
+
+    path: Path
+    name: str
+    base_model: str
+    probes: tuple[Probe, ...]
+    base_revision: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    max_length: int = 1024
+    notes: Mapping[str, Any] = field(default_factory=dict)  # provenance, licences, quantiles: kept, not interpreted
+
+    def adapter(self, name: str) -> Path:
+        """The folder of one of the pack's adapters."""
+        return self.path / name
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of all adapters that the probes use, sorted."""
+        return sorted({name for p in self.probes for name in (p.direction, p.state)})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits over everything that can change a score: the settings and the adapters' bytes.
+
+        The pack's name, its place on disk and its notes do not enter.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        settings = {
+            "base_model": self.base_model,
+            "base_revision": self.base_revision,
+            "chat_template_kwargs": dict(self.chat_template_kwargs),
+            "probes": [asdict(p) for p in self.probes],
+        }
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        for name in self.adapters:
+            for file in ADAPTER_FILES:
+                with (self.adapter(name) / file).open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).digest())
+        return digest.hexdigest()
+
+
+def embedded_packs() -> list[str]:
+    """Names of the packs that come with the package."""
+    return sorted(p.parent.name for p in PACKS_DIR.glob(f"*/{PACK_FILE}"))
+
+
+def load_pack(where: str | Path) -> Pack:
+    """Load a pack by the name of an embedded one, from a folder, or from a Hub repository (`org/name[@revision]`).
+
+    Raises `PackError` when there is none, or what is there is not a valid pack.
+    """
+    text = str(where)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return _read(folder)
+    if text in embedded_packs():
+        return _read(PACKS_DIR / text)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text) and not folder.exists():
+        return _read(_download(text))
+    raise PackError(
+        f"There is no pack '{text}': give one of {', '.join(embedded_packs()) or '(none embedded)'}, a folder that "
+        f"holds {PACK_FILE}, or a Hub repository as org/name."
+    )
+
+
+def _download(where: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repo, _, revision = where.partition("@")
+    patterns = [PACK_FILE, *(f"*{name}" for name in ADAPTER_FILES)]
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as problem:
+        first = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+        raise PackError(
+            f"The pack '{where}' is no folder here and can't be had from the Hub ({first}): check the name, the "
+            "network and, for a private repository, the token in HF_TOKEN."
+        ) from problem
+
+
+def _read(folder: Path) -> Pack:
+    path = folder / PACK_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as problem:
+        raise PackError(f"{folder} is not a pack: it has no {PACK_FILE}.") from problem
+    except (OSError, ValueError) as problem:
+        raise PackError(f"{path} can't be read as JSON ({problem}).") from problem
+    if not isinstance(data, dict):
+        raise PackError(f"{path} must hold a JSON object.")
+    if data.get("format") != FORMAT:
+        raise PackError(f"{path} has format {data.get('format')!r}; this version reads format {FORMAT}.")
+    probes = data.get("probes")
+    if not isinstance(probes, list) or not probes:
+        raise PackError(f"{path} needs a list of probes.")
+    pack = Pack(
+        path=folder,
+        name=_field(data, "name", str, path),
+        base_model=_field(data, "base_model", str, path),
+        base_revision=_field(data, "base_revision", str, path, None),
+        chat_template_kwargs=_field(data, "chat_template_kwargs", dict, path, {}),
+        max_length=_field(data, "max_length", int, path, 1024),
+        probes=tuple(_probe(entry, path) for entry in probes),
+        notes={k: v for k, v in data.items() if k not in _CORE},
+    )
+    if pack.max_length < 2:
+        raise PackError(f"{path}: max_length must be at least 2 tokens.")
+    names = [p.name for p in pack.probes]
+    if len(set(names)) < len(names):
+        raise PackError(f"{path} names a probe twice: {', '.join(names)}.")
+    for name in pack.adapters:
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise PackError(f"{path}: the adapter '{name}' must be a folder inside the pack.")
+        for file in ADAPTER_FILES:
+            if not (folder / name / file).is_file():
+                raise PackError(f"{path} names the adapter '{name}', but {folder / name / file} is missing.")
+    return pack
+
+
+_CORE = ("format", "name", "base_model", "base_revision", "chat_template_kwargs", "max_length", "probes")
+_REQUIRED: Any = object()
+
+
+def _field(data: Mapping[str, Any], key: str, kind: type, path: Path, default: Any = _REQUIRED) -> Any:
+    value = data.get(key, default)
+    if value is _REQUIRED:
+        raise PackError(f"{path} lacks '{key}'.")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = number and math.isfinite(value) if kind is float else isinstance(value, kind) and not isinstance(value, bool)
+    if value is not default and not fits:
+        raise PackError(f"{path}: '{key}' must be of type {kind.__name__}, not {value!r}.")
+    return value
+
+
+def _probe(entry: Any, path: Path) -> Probe:
+    if not isinstance(entry, dict):
+        raise PackError(f"{path}: each probe must be an object, not {entry!r}.")
+    probe = Probe(
+        name=_field(entry, "name", str, path),
+        weight=float(_field(entry, "weight", float, path)),
+        direction=_field(entry, "direction", str, path),
+        state=_field(entry, "state", str, path),
+        state_scaling=_field(entry, "state_scaling", float, path, None),
+    )
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", probe.name) or probe.name in ("risk", "status"):
+        raise PackError(f"{path}: '{probe.name}' can't be a probe's name: it becomes the column sqsd_{probe.name}.")
+    return probe

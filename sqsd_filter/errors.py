@@ -1,0 +1,39 @@
+"""What can go wrong for a user: one base error, one line a kind, each with the exit code the command gives."""
+
+
+class SQSDError(Exception):
+    """Any failure whose message is meant for the user: one sentence with the cause and the fix."""
+
+    exit_code = 1
+
+
+class ModelError(SQSDError):
+    """The model or its tokenizer can't be had, or isn't one that can be scored with."""
+
+
+class PackError(SQSDError):
+    """A direction pack or one of its adapters is missing, damaged or of an unsupported kind."""
+
+
+class UsageError(SQSDError):
+    """The request contradicts itself or can't be understood."""
+
+    exit_code = 2
+
+
+class InputError(SQSDError):
+    """An input file can't be read, or its rows can't be understood as conversations."""
+
+    exit_code = 3
+
+
+class RowErrorBudgetExceeded(SQSDError):
+    """More rows could not be scored than the run was allowed to leave unscored."""
+
+    exit_code = 4
+
+
+class DestinationExists(SQSDError):
+    """The destination holds something other than this run."""
+
+    exit_code = 5

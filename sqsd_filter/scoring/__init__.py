@@ -1,0 +1,1 @@
+"""Scoring room: one row in, its danger, safety and risk out."""

@@ -1,0 +1,137 @@
+"""LoRA factors read from PEFT adapter folders: what a state or a direction is made of.
+
+Only plain LoRA on linear layers is a low-rank product on the effective weight; everything else PEFT can save under
+the same name (DoRA, trained biases, embeddings, whole modules) is refused by name instead of being half read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sqsd_filter.errors import PackError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$")
+
+# Settings that change the forward pass beyond y = Wx + s·B(Ax), and what to say of each.
+_REFUSED: dict[str, str] = {
+    "use_dora": "DoRA",
+    "lora_bias": "a LoRA bias",
+    "modules_to_save": "fully trained modules (modules_to_save)",
+    "trainable_token_indices": "trained token embeddings",
+    "target_parameters": "LoRA on raw parameters (target_parameters)",
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow routing",
+    "monteclora_config": "MonteCLoRA",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+}
+_MUTATING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")  # they change the base weights too
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """One module's side path y += scaling · B(A x): `A` (r, d_in), `B` (d_out, r), float32 on CPU."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """All side paths of one adapter, by module name as in the base model."""
+
+    path: Path
+    factors: Mapping[str, LoraFactors]
+
+    def with_scaling(self, scaling: float | None) -> Adapter:
+        """The same adapter with every scaling overridden, or itself for None."""
+        if scaling is None:
+            return self
+        return Adapter(self.path, {m: LoraFactors(f.A, f.B, scaling) for m, f in self.factors.items()})
+
+
+def load_adapter(folder: str | Path) -> Adapter:
+    """Read a PEFT LoRA folder (adapter_config.json beside adapter_model.safetensors).
+
+    Raises `PackError` when files are missing or damaged, or the adapter is not plain LoRA on linear layers.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        if list(folder.glob("*.bin")):
+            raise PackError(
+                f"{folder} holds pickled weights (.bin), which are never loaded: save the adapter again with "
+                "save_pretrained(..., safe_serialization=True)."
+            )
+        raise PackError(f"{folder} has no {WEIGHTS_FILE}: it is not a complete PEFT adapter folder.")
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, OSError) as problem:
+        raise PackError(f"{weights} can't be read ({problem}): copy or build the adapter again.") from problem
+
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.match(key)
+        if match is None or tensor.ndim != 2:
+            kind = "LoRA on embeddings" if "lora_embedding" in key else f"the tensor '{key}'"
+            raise PackError(f"{folder} holds {kind}, which is not LoRA on a linear layer: train without it.")
+        sides.setdefault(match["module"], {})[match["side"]] = tensor.float()
+    if not sides:
+        raise PackError(f"{folder} holds no LoRA weights.")
+    factors = {}
+    for module, pair in sorted(sides.items()):
+        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise PackError(f"{folder} is damaged: lora_A and lora_B of '{module}' don't belong together.")
+        factors[module] = LoraFactors(pair["A"], pair["B"], _scaling(config, module, pair["A"].shape[0]))
+    return Adapter(folder, factors)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise PackError(f"{folder} is not a PEFT adapter folder: it has no {CONFIG_FILE}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise PackError(f"{path} is not valid JSON ({problem}).") from problem
+    if config.get("peft_type") != "LORA":
+        raise PackError(f"{folder} is a {config.get('peft_type')} adapter; only LoRA can be scored with.")
+    for key, name in _REFUSED.items():
+        if config.get(key):
+            raise PackError(f"{folder} uses {name}, which is not plain LoRA on linear layers: train without it.")
+    if config.get("bias", "none") != "none":
+        raise PackError(f"{folder} has trained biases (bias={config['bias']!r}): train with bias='none'.")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(_MUTATING_INITS):
+        raise PackError(
+            f"{folder} was initialised by {init}, which also changes the base weights: convert it to plain LoRA "
+            "(save_pretrained with path_initial_model_for_weight_conversion)."
+        )
+    return config
+
+
+def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

