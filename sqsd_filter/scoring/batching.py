@@ -1,0 +1,61 @@
+"""Rows into bins: sorted by length, as many as a token budget holds, halved when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+# Rough bytes a token's activations take between forward and backward, as multiples of a layer's widths: residuals,
+# norms, attention and its inputs (hidden), the gated product and its factors (intermediate).
+_PER_HIDDEN = 16
+_PER_INTERMEDIATE = 5
+
+
+def bins(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices of rows in bins, longest first: rows times the bin's longest length stays within `budget` tokens.
+
+    A row longer than the budget is a bin of its own. The order within equal lengths is the input's, so that the same
+    rows always give the same bins.
+    """
+    order = sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))
+    at = 0
+    while at < len(order):
+        size = max(1, budget // max(1, lengths[order[at]]))
+        yield order[at : at + size]
+        at += size
+
+
+def default_budget(
+    *, free_bytes: int | None, layers: int, hidden: int, intermediate: int, bytes_per_value: int
+) -> int:
+    """Tokens a bin may hold. On a CPU (`free_bytes` None) larger bins are no faster; on a GPU half the free memory."""
+    if free_bytes is None:
+        return 512
+    per_token = bytes_per_value * layers * (_PER_HIDDEN * hidden + _PER_INTERMEDIATE * intermediate)
+    return max(1024, min(65536, int(free_bytes * 0.5) // per_token))
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Did this exception come from a failed allocation, on a GPU or on the host?"""
+    return isinstance(problem, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(problem, RuntimeError) and "can't allocate memory" in str(problem)
+    )
+
+
+def halving(run: Callable[[list[int]], None], rows: list[int], give_up: Callable[[int], None]) -> None:
+    """`run(rows)`; where memory runs out the halves are run instead; a single row that does not fit is given up."""
+    try:
+        run(rows)
+        return
+    except (RuntimeError, MemoryError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+    if torch.cuda.is_available():  # outside the handler: its traceback would keep the tensors alive
+        torch.cuda.empty_cache()
+    if len(rows) == 1:
+        give_up(rows[0])
+        return
+    middle = len(rows) // 2
+    halving(run, rows[:middle], give_up)
+    halving(run, rows[middle:], give_up)

@@ -1,0 +1,282 @@
+"""What one shared backward pass hands out: each adapted module's x, h, d and e, projected on the spot.
+
+The adapted linears of a model are replaced by `SideLinear`s. Linears that read the same tensor (q, k and v; gate and
+up) form a group that owns their stacked weights and runs them as one autograd Function: one product forward, one
+backward, and the narrow products of the side paths stacked beside them. The base stays frozen, so only input
+gradients are computed; nothing is merged into the weights, which bfloat16 would not survive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sqsd_filter.errors import ModelError, PackError
+from sqsd_filter.scoring.adapters import Adapter
+from sqsd_filter.scoring.projection import GroupProjection, contract, cosines, per_module, prepare
+
+
+@dataclass(frozen=True)
+class GroupState:
+    """One state's side paths of a group: y += (x Aᵀ) (sB)ᵀ, ranks stacked, and the projection taken there, if any."""
+
+    A_ri: torch.Tensor
+    sB_or: torch.Tensor
+    ranks: tuple[int, ...]
+    projection: GroupProjection | None
+
+
+class LinearGroup:
+    """Linears with a common input, run as one: weight (o, i) and bias (o,) stacked over the members."""
+
+    def __init__(self, names: Sequence[str], linears: Sequence[nn.Module]) -> None:
+        self.names = tuple(names)
+        weights = [_weight_oi(m) for m in linears]
+        self.widths = [w.shape[0] for w in weights]
+        self.weight_oi = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
+        biases = [getattr(m, "bias", None) for m in linears]
+        self.bias_o: torch.Tensor | None = None
+        if any(b is not None for b in biases):
+            self.bias_o = torch.cat(
+                [w.new_zeros(w.shape[0]) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
+            )
+        self.state: GroupState | None = None
+        self.found: tuple[torch.Tensor, torch.Tensor] | None = None  # what the last backward pass contracted
+        self._x: torch.Tensor | None = None
+        self._outputs: dict[int, torch.Tensor] = {}
+
+    def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
+        """The member's output for x; the first member asked computes all of them."""
+        if self._x is not x or member not in self._outputs:
+            self._x = x
+            self._outputs = dict(enumerate(_GroupFunction.apply(x, self)))
+        y = self._outputs.pop(member)
+        if not self._outputs:
+            self._x = None
+        return y
+
+    def reset(self) -> None:
+        self._x, self._outputs, self.found = None, {}, None
+
+
+class SideLinear(nn.Module):
+    """Stands where an adapted linear stood, and asks its group."""
+
+    def __init__(self, group: LinearGroup, member: int) -> None:
+        super().__init__()
+        self.group, self.member = group, member
+        # Some models look at a linear's weight (for its dtype or device); this is a view, not a copy.
+        start = sum(group.widths[:member])
+        self.weight = nn.Parameter(group.weight_oi[start : start + group.widths[member]], requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.group.output(self.member, x)
+
+
+class _GroupFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: LinearGroup) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        ctx.group, state = group, group.state
+        y = F.linear(x, group.weight_oi, group.bias_o)
+        if state is not None:
+            h = F.linear(x, state.A_ri)
+            y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), state.sB_or.t())
+            if state.projection is not None:
+                ctx.save_for_backward(x, h)
+        ctx.state = state
+        return y.split(group.widths, dim=-1) if len(group.widths) > 1 else (y,)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        group, state = ctx.group, ctx.state
+        d = torch.cat(grads, dim=-1) if len(grads) > 1 else grads[0].contiguous()
+        dx = d.matmul(group.weight_oi)
+        if state is not None:
+            e = d.matmul(state.sB_or)
+            dx.view(-1, dx.shape[-1]).addmm_(e.view(-1, e.shape[-1]), state.A_ri)
+            if state.projection is not None:
+                x, h = ctx.saved_tensors
+                group.found = contract(state.projection, x, h, d, e)
+        return dx, None
+
+
+class Capture:
+    """A model with its adapted linears replaced, able to sit at any of several states.
+
+    `states` maps a key to (state adapter, the direction adapters to project on there). Raises `PackError` when an
+    adapter does not fit the model, or a direction shares no module with its state.
+    """
+
+    def __init__(
+        self, model: nn.Module, states: Mapping[Any, tuple[Adapter, Sequence[Adapter]]], probe_input: Any
+    ) -> None:
+        self.model = model
+        wanted = sorted({m for state, _ in states.values() for m in state.factors})
+        linears = _find_linears(model, wanted, next(iter(states.values()))[0])
+        self.groups = _group_by_input(model, linears, probe_input)
+        for group in self.groups:
+            for member, name in enumerate(group.names):
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, SideLinear(group, member))
+        self._states = {key: self._place(state, directions) for key, (state, directions) in states.items()}
+        self._key: Any = None
+
+    def coverage(self, key: Any) -> list[int]:
+        """How many modules each direction of a state covers together with it."""
+        norms = [s.projection.norm_pm for s in self._states[key].values() if s.projection is not None]
+        return [int(sum((n[p] > 0).sum() for n in norms)) for p in range(len(norms[0]) if norms else 0)]
+
+    def modules(self, key: Any) -> list[str]:
+        """Names of the modules that `cosines` speaks of, in its order."""
+        return [
+            name
+            for group in self.groups
+            if (s := self._states[key].get(id(group))) is not None and s.projection is not None
+            for name, rank in zip(group.names, s.ranks, strict=True)
+            if rank
+        ]
+
+    def use(self, key: Any) -> None:
+        """Sit at a state: the next forward passes run there."""
+        self._key = key
+        for group in self.groups:
+            group.reset()
+            group.state = self._states[key].get(id(group))
+
+    def cosines(self) -> torch.Tensor:
+        """cos (b, p, m) of the rows of the backward pass that just ran."""
+        parts: list[tuple[torch.Tensor, ...]] = []
+        for group in self.groups:
+            state = group.state
+            if state is None or state.projection is None:
+                continue
+            if group.found is None:
+                raise ModelError(f"The model's loss does not depend on {', '.join(group.names)}: it can't be scored.")
+            dots_bpr, norms_br = group.found
+            ranks = [r for r in state.ranks if r]
+            found = per_module(dots_bpr, ranks), per_module(norms_br, ranks), state.projection.norm_pm
+            home = parts[0][0].device if parts else dots_bpr.device  # a model may be spread over devices
+            parts.append(tuple(t.to(home) for t in found))
+            group.reset()
+        dots, norms2, norms = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))
+        return cosines(dots, norms2, norms)
+
+    def _place(self, state: Adapter, directions: Sequence[Adapter]) -> dict[int, GroupState]:
+        for direction in directions:
+            if not set(direction.factors) & set(state.factors):
+                raise PackError(f"{direction.path} and {state.path} have no module in common: nothing can be scored.")
+        placed = {}
+        for group in self.groups:
+            present = [state.factors.get(name) for name in group.names]
+            factors = [f for f in present if f is not None]
+            if not factors:
+                continue
+            weight = group.weight_oi
+            ranks = tuple(f.A.shape[0] if f is not None else 0 for f in present)
+            A_ri = torch.cat([f.A for f in factors])
+            sB_or = weight.new_zeros(sum(group.widths), sum(ranks), dtype=torch.float32, device="cpu")
+            o0 = r0 = 0
+            widths = []
+            for name, width, factor in zip(group.names, group.widths, present, strict=True):
+                if factor is not None:
+                    rank = factor.A.shape[0]
+                    if factor.A.shape[1] != weight.shape[1] or factor.B.shape[0] != width:
+                        raise PackError(
+                            f"{state.path} does not fit the model: '{name}' is {width} × {weight.shape[1]} there, "
+                            f"{factor.B.shape[0]} × {factor.A.shape[1]} in the adapter."
+                        )
+                    sB_or[o0 : o0 + width, r0 : r0 + rank] = factor.scaling * factor.B
+                    r0 += rank
+                widths.append(width)
+                o0 += width
+            names = group.names
+            found = [[d.factors.get(n) for n in names] for d in directions]
+            for direction, row in zip(directions, found, strict=True):
+                for name, width, factor in zip(names, widths, row, strict=True):
+                    if factor is not None and (factor.A.shape[1], factor.B.shape[0]) != (weight.shape[1], width):
+                        raise PackError(f"{direction.path} does not fit the model: '{name}' has another shape there.")
+            projection = None
+            if any(f is not None and s is not None for row in found for f, s in zip(row, present, strict=True)):
+                projection = _project(present, found, weight.shape[1], widths)
+                exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+                projection = projection.to(weight.device, exact)
+            placed[id(group)] = GroupState(
+                A_ri.to(weight.device, weight.dtype), sB_or.to(weight.device, weight.dtype), ranks, projection
+            )
+        return placed
+
+
+def _project(present: Sequence[Any], found: Sequence[Sequence[Any]], d_in: int, widths: list[int]) -> GroupProjection:
+    """`prepare` over the members that the state adapts, widened to the whole group's outputs."""
+    here = [m for m, f in enumerate(present) if f is not None]
+    narrow = prepare(
+        [present[m] for m in here], [[row[m] for m in here] for row in found], d_in, [widths[m] for m in here]
+    )
+    if len(here) == len(present):
+        return narrow
+    columns = torch.cat([torch.arange(sum(widths[:m]), sum(widths[: m + 1])) for m in here])
+    wide = {
+        name: getattr(narrow, name).new_zeros(*getattr(narrow, name).shape[:-1], sum(widths)).index_copy_(
+            -1, columns, getattr(narrow, name)
+        )
+        for name in ("query_B_pro", "block_ro")
+    }
+    return GroupProjection(**{**vars(narrow), **wide})
+
+
+def _weight_oi(linear: nn.Module) -> torch.Tensor:
+    weight: torch.Tensor = linear.weight.detach()  # type: ignore[assignment, operator]
+    return weight if isinstance(linear, nn.Linear) else weight.t()
+
+
+def _find_linears(model: nn.Module, wanted: Iterable[str], adapter: Adapter) -> dict[str, nn.Module]:
+    from transformers.pytorch_utils import Conv1D
+
+    modules = dict(model.named_modules())
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    found = {}
+    for name in wanted:
+        module = modules.get(name)
+        if module is None:
+            raise PackError(
+                f"{adapter.path} adapts '{name}', which {type(model).__name__} does not have: the pack was made for "
+                "another model."
+            )
+        if module is head:
+            raise PackError(f"{adapter.path} adapts the output head '{name}', which can't be scored: train without it.")
+        if type(module) is not nn.Linear and not isinstance(module, Conv1D):
+            raise PackError(f"'{name}' is a {type(module).__name__}, not a plain linear layer: it can't be scored with.")
+        found[name] = module
+    return found
+
+
+def _group_by_input(model: nn.Module, linears: Mapping[str, nn.Module], probe_input: Any) -> list[LinearGroup]:
+    """Run a few tokens through the model and see which linears are handed the very same tensor."""
+    seen: list[tuple[torch.Tensor, list[str]]] = []
+    calls: dict[str, int] = {}
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            if seen and seen[-1][0] is arguments[0]:
+                seen[-1][1].append(name)
+            else:
+                seen.append((arguments[0], [name]))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in linears.items()]
+    try:
+        with torch.no_grad():
+            model(probe_input, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if repeated := [name for name, count in calls.items() if count > 1]:
+        raise ModelError(f"{repeated[0]} runs more than once in a forward pass: models that share layers are not scored.")
+    return [LinearGroup(names, [linears[n] for n in names]) for _, names in seen]

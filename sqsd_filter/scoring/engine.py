@@ -1,0 +1,151 @@
+"""The model at work: frozen weights, one bin of token rows in, each probe's projection of each row out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sqsd_filter.errors import ModelError
+from sqsd_filter.scoring.adapters import load_adapter
+from sqsd_filter.scoring.batching import default_budget
+from sqsd_filter.scoring.capture import Capture
+from sqsd_filter.scoring.conversation import Encoded
+from sqsd_filter.scoring.weights import load_model
+
+if TYPE_CHECKING:
+    from sqsd_filter.scoring.scorer import SQSDScorer
+
+LOGITS_AT_ONCE = 1 << 25  # values of one chunk of logits: 128 MiB in float32
+
+
+class Engine:
+    """A loaded model and its states. `project` is all a scorer needs."""
+
+    def __init__(self, model: nn.Module, scorer: SQSDScorer) -> None:
+        pack = scorer.pack
+        self.model = model
+        self.probes = pack.probes
+        adapters = {name: load_adapter(pack.adapter(name)) for name in pack.adapters}
+        self.passes = list(dict.fromkeys(p.at for p in pack.probes))
+        self.members = {at: [k for k, p in enumerate(pack.probes) if p.at == at] for at in self.passes}
+        states = {
+            at: (
+                adapters[at[0]].with_scaling(at[1]),
+                [adapters[pack.probes[k].direction] for k in self.members[at]],
+            )
+            for at in self.passes
+        }
+        self.device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+        self.capture = Capture(model, states, torch.zeros((1, 2), dtype=torch.long, device=self.device))
+        self.coverage = {
+            self.probes[k].name: count
+            for at in self.passes
+            for k, count in zip(self.members[at], self.capture.coverage(at), strict=True)
+        }
+        self.modules = {at: self.capture.modules(at) for at in self.passes}
+        # The embedding's output is the only leaf: backward computes input gradients and nothing else.
+        model.get_input_embeddings().register_forward_hook(  # type: ignore[operator, union-attr]
+            lambda _module, _input, output: output.detach().requires_grad_(torch.is_grad_enabled())
+        )
+        config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        self.default_budget = default_budget(
+            free_bytes=free,
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            bytes_per_value=next(model.parameters()).element_size(),
+        )
+
+    @classmethod
+    def load(cls, scorer: SQSDScorer) -> Engine:
+        """Load the scorer's model in its dtype on its device. Raises `ModelError`, `PackError`."""
+        model = load_model(
+            scorer.base_model,
+            scorer.base_revision,
+            dtype=getattr(torch, scorer.dtype),
+            device=scorer.device,
+            attention=scorer.attention,
+            trust_remote_code=scorer.trust_remote_code,
+        )
+        return cls(model, scorer)
+
+    def project(self, rows: Sequence[Encoded]) -> np.ndarray:
+        """Σ_m cos for each row and probe: (b, probes) float64."""
+        out = np.empty((len(rows), len(self.probes)))
+        for at, cosines_bpm in self.cosines(rows).items():
+            out[:, self.members[at]] = cosines_bpm.double().sum(-1).cpu().numpy()
+        return out
+
+    def cosines(self, rows: Sequence[Encoded]) -> dict[tuple[str, float | None], torch.Tensor]:
+        """Each pass's cos (b, p, m): rows, the pass's probes, its modules (`self.modules`)."""
+        ids_bt, targets_bt = self.tensors(rows)
+        found = {}
+        for at in self.passes:
+            self.capture.use(at)
+            self.backward(ids_bt, targets_bt)
+            found[at] = self.capture.cosines()
+        return found
+
+    def tensors(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Right-padded inputs and next-token targets (b, t), the target -1 where nothing is supervised.
+
+        A causal model needs no attention mask for right padding: no real token sees a pad, and pads get no gradient.
+        """
+        lasts = [int(np.flatnonzero(row.answer)[-1]) for row in rows]  # nothing after it has a gradient
+        ids_bt = torch.zeros((len(rows), max(lasts)), dtype=torch.long)
+        targets_bt = torch.full((len(rows), max(lasts)), -1, dtype=torch.long)
+        for k, (row, last) in enumerate(zip(rows, lasts, strict=True)):
+            ids = torch.from_numpy(row.ids)
+            ids_bt[k, :last] = ids[:last]
+            targets_bt[k, :last] = torch.where(torch.from_numpy(row.answer)[1 : last + 1], ids[1 : last + 1], -1)
+        return ids_bt.to(self.device), targets_bt.to(self.device)
+
+    def backward(self, ids_bt: torch.Tensor, targets_bt: torch.Tensor) -> None:
+        """Backward from the sum over all rows of the cross entropy at the supervised positions."""
+        hidden_bth = self.backbone(ids_bt)
+        supervised_bt = (targets_bt >= 0).to(hidden_bth.device)
+        leaf_nh = hidden_bth.detach()[supervised_bt]
+        grad_bth = torch.zeros_like(hidden_bth)
+        grad_bth[supervised_bt] = self.head_gradient(leaf_nh, targets_bt[targets_bt >= 0].to(leaf_nh.device))
+        hidden_bth.backward(grad_bth)
+
+    def backbone(self, ids_bt: torch.Tensor) -> torch.Tensor:
+        """Last hidden states (b, t, h)."""
+        output = self.model.base_model(input_ids=ids_bt, use_cache=False)  # type: ignore[operator]
+        self._backbone_output = type(output)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    def head_gradient(self, hidden_nh: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
+        """∂L/∂hidden (n, h) of the summed cross entropy, the logits made a chunk at a time."""
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+        chunk = max(16, LOGITS_AT_ONCE // vocabulary)
+        grads = []
+        for hidden, targets in zip(hidden_nh.split(chunk), targets_n.split(chunk), strict=True):
+            hidden = hidden.detach().requires_grad_()
+            logits_nv = self.logits(hidden)
+            exact = logits_nv.dtype if logits_nv.dtype == torch.float64 else torch.float32
+            error_nv = torch.softmax(logits_nv.detach(), dim=-1, dtype=exact)
+            error_nv[torch.arange(len(targets), device=targets.device), targets] -= 1
+            grads.append(torch.autograd.grad(logits_nv, hidden, error_nv.to(logits_nv.dtype))[0])
+        return torch.cat(grads)
+
+    def logits(self, hidden_nh: torch.Tensor) -> torch.Tensor:
+        """The model's own logits (n, v) of hidden states: its forward runs on them in place of its backbone's output,
+        so that whatever it does beside the head (scaling, soft caps) is done."""
+        backbone = self.model.base_model
+        given = self._backbone_output(last_hidden_state=hidden_nh.unsqueeze(0))
+        if "forward" in vars(backbone):
+            raise ModelError("The model's backbone is wrapped by another library: pass it unwrapped.")
+        backbone.forward = lambda *_, **__: given  # type: ignore[method-assign, assignment, union-attr]
+        try:
+            ids = torch.zeros((1, len(hidden_nh)), dtype=torch.long, device=hidden_nh.device)
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            del backbone.forward  # type: ignore[union-attr]
+        return logits

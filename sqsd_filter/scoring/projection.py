@@ -1,0 +1,122 @@
+"""The maths of a projection, in r-sized matrices only: no d_out × d_in matrix is ever formed.
+
+For a module y = Wx + s·B(Ax) and one row's loss gradients G_A, G_B, the row's first-order update of the effective
+weight is ΔW = -(G_B A + B G_A). Against a direction V = B_V A_V:
+
+    <ΔW, V> = -( <G_B, B_V (A_V Aᵀ)> + <G_A, (Bᵀ B_V) A_V> )
+    ‖ΔW‖²   = <G_Bᵀ G_B, A Aᵀ> + <G_A G_Aᵀ, Bᵀ B> + 2 ‖hᵀ e‖²
+    ‖V‖²    = <B_Vᵀ B_V, A_V A_Vᵀ>
+
+with x the module's input, h = Ax, d = ∂L/∂y and e = s Bᵀ d, so that G_B = s dᵀ h and G_A = eᵀ x (SQSD,
+arXiv 2605.04572; the cross term holds because G_Bᵀ B = hᵀ e = (G_A Aᵀ)ᵀ).
+
+Modules that share their input are handled together, their ranks stacked: off-diagonal blocks of the stacked products
+belong to no module and are masked.
+
+Shapes, as suffixes: b rows, t tokens, i = d_in, o = d_out (stacked over the group's modules), r = the state's rank
+(stacked likewise), k = a direction's rank, p = directions, m = modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sqsd_filter.scoring.adapters import LoraFactors
+
+
+@dataclass(frozen=True)
+class GroupProjection:
+    """What a group of modules needs to project rows from one state on p directions; made once per state.
+
+    `query_A_pri` and `query_B_pro` are the right-hand factors of <ΔW, V>, `gram_*_rr` those of ‖ΔW‖², `block_ro` and
+    `block_rr` are 1 where row and column belong to the same module. `norm_pm` is ‖V‖, 0 where a direction does not
+    cover a module.
+    """
+
+    query_A_pri: torch.Tensor
+    query_B_pro: torch.Tensor
+    gram_A_rr: torch.Tensor
+    gram_B_rr: torch.Tensor
+    block_ro: torch.Tensor
+    block_rr: torch.Tensor
+    norm_pm: torch.Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> GroupProjection:
+        return GroupProjection(**{name: value.to(device, dtype) for name, value in vars(self).items()})
+
+
+def prepare(
+    states: Sequence[LoraFactors], directions: Sequence[Sequence[LoraFactors | None]], d_in: int, d_out: Sequence[int]
+) -> GroupProjection:
+    """Precompute a group's factors in float64.
+
+    `states` holds the m modules' state factors; `directions` has p entries of m factors each (None: not covered);
+    `d_out` the modules' output widths.
+    """
+    double = torch.float64
+    modules, ranks = len(states), [s.A.shape[0] for s in states]
+    p, r, o = len(directions), sum(ranks), sum(d_out)
+    query_A_pri = torch.zeros(p, r, d_in, dtype=double)
+    query_B_pro = torch.zeros(p, r, o, dtype=double)
+    gram_A_rr, gram_B_rr, block_rr = (torch.zeros(r, r, dtype=double) for _ in range(3))
+    block_ro = torch.zeros(r, o, dtype=double)
+    norm_pm = torch.zeros(p, modules, dtype=double)
+    r0 = o0 = 0
+    for m, state in enumerate(states):
+        rows, columns = slice(r0, r0 + ranks[m]), slice(o0, o0 + d_out[m])
+        r0, o0 = rows.stop, columns.stop
+        A_ri, B_or, s = state.A.to(double), state.B.to(double), state.scaling
+        gram_A_rr[rows, rows] = s * s * (A_ri @ A_ri.T)  # s², because the stacked G_B is taken without its s
+        gram_B_rr[rows, rows] = B_or.T @ B_or
+        block_rr[rows, rows] = 1
+        block_ro[rows, columns] = 1
+        for number, direction in enumerate(directions):
+            factors = direction[m]
+            if factors is None:
+                continue
+            V_A_ki, V_B_ok = factors.A.to(double), factors.B.to(double) * factors.scaling
+            query_A_pri[number, rows] = (B_or.T @ V_B_ok) @ V_A_ki
+            query_B_pro[number, rows, columns] = s * (V_B_ok @ (V_A_ki @ A_ri.T)).T
+            norm_pm[number, m] = ((V_B_ok.T @ V_B_ok) * (V_A_ki @ V_A_ki.T)).sum().clamp_min(0).sqrt()
+    return GroupProjection(query_A_pri, query_B_pro, gram_A_rr, gram_B_rr, block_ro, block_rr, norm_pm)
+
+
+def contract(
+    group: GroupProjection, x_bti: torch.Tensor, h_btr: torch.Tensor, d_bto: torch.Tensor, e_btr: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """<ΔW, V> (b, p, r) and ‖ΔW‖² (b, r) of every row, still spread over the ranks of each module.
+
+    Sum over a module's ranks (`per_module`) for the module's value. The large products run in the inputs' dtype, the
+    small ones in the projection's.
+    """
+    dtype = group.gram_A_rr.dtype
+    e_brt = e_btr.transpose(1, 2)
+    h_brt = h_btr.transpose(1, 2)
+    G_A_bri = torch.bmm(e_brt, x_bti).to(dtype)
+    G_B_bro = torch.bmm(h_brt, d_bto).to(dtype) * group.block_ro  # dᵀh, without its s
+    cross_brr = torch.bmm(h_brt, e_btr).to(dtype) * group.block_rr
+    dots_bpr = -(
+        torch.einsum("bri,pri->bpr", G_A_bri, group.query_A_pri)
+        + torch.einsum("bro,pro->bpr", G_B_bro, group.query_B_pro)
+    )
+    norms_brr = torch.bmm(G_B_bro, G_B_bro.transpose(1, 2)) * group.gram_A_rr
+    norms_brr += torch.bmm(G_A_bri, G_A_bri.transpose(1, 2)) * group.gram_B_rr
+    norms_brr += 2 * cross_brr.square()
+    return dots_bpr, norms_brr.sum(-1)
+
+
+def per_module(values: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+    """(…, r) summed over each module's ranks: (…, m)."""
+    index = torch.repeat_interleave(
+        torch.arange(len(ranks), device=values.device), torch.tensor(ranks, device=values.device)
+    )
+    return values.new_zeros(*values.shape[:-1], len(ranks)).index_add_(-1, index, values)
+
+
+def cosines(dots_bpm: torch.Tensor, norms2_bm: torch.Tensor, norm_pm: torch.Tensor) -> torch.Tensor:
+    """cos of each row's update with each direction, a module: (b, p, m); 0 where either norm is 0."""
+    scale_bpm = norms2_bm.clamp_min(0).sqrt().unsqueeze(1) * norm_pm
+    return torch.where(scale_bpm > 0, dots_bpm / scale_bpm, torch.zeros_like(dots_bpm))

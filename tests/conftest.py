@@ -1,0 +1,28 @@
+"""Shared fixtures: packs on tiny random models, one a session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from tests.tiny import ARCHITECTURES, make_pack
+
+torch.set_num_threads(1)  # the models here are too small to share among threads
+
+
+@pytest.fixture(scope="session")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A pack for each architecture."""
+    root = tmp_path_factory.mktemp("packs")
+    return {name: make_pack(root / name, architecture=name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def tiny_pack(packs: dict[str, Path]) -> Path:
+    return packs["llama"]

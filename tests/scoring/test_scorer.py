@@ -1,0 +1,152 @@
+"""The fast scorer against the dense one, and the properties a user relies on."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sqsd_filter.errors import PackError, UsageError
+from sqsd_filter.scoring.reference import ReferenceScorer
+from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from tests.tiny import ARCHITECTURES, CONVERSATIONS, chat, make_adapter, make_model, make_pack
+
+
+def gap(a: Scores, b: Scores) -> float:
+    assert a.status == b.status
+    pairs = [(a.risk, b.risk), *((a.probes[name], b.probes[name]) for name in a.probes)]
+    return max(float(np.nanmax(np.abs(x - y))) for x, y in pairs)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_float32_batches_agree_with_the_dense_float64_form(packs: dict[str, Path], architecture: str) -> None:
+    fast = SQSDScorer(packs[architecture], dtype="float32", token_budget=400).score(CONVERSATIONS)
+    dense = ReferenceScorer(packs[architecture]).score(CONVERSATIONS)
+    assert set(fast.status) == {"scored"}
+    assert np.ptp(dense.probes["danger"]) > 0.1 and np.ptp(dense.probes["safety"]) > 0.1
+    assert gap(fast, dense) <= 1e-4
+
+
+def test_float64_batches_agree_with_the_dense_form_to_rounding(tiny_pack: Path) -> None:
+    fast = SQSDScorer(tiny_pack, dtype="float64", token_budget=400).score(CONVERSATIONS)
+    assert gap(fast, ReferenceScorer(tiny_pack).score(CONVERSATIONS)) <= 1e-10
+
+
+def test_a_row_scores_the_same_alone_and_among_others(tiny_pack: Path) -> None:
+    together = SQSDScorer(tiny_pack, token_budget=100_000).score(CONVERSATIONS)
+    alone = SQSDScorer(tiny_pack, token_budget=1).score(CONVERSATIONS)
+    assert gap(together, alone) <= 1e-5
+
+
+def test_the_order_of_rows_and_their_duplicates_change_no_score(tiny_pack: Path) -> None:
+    order = [*range(len(CONVERSATIONS)), 2, 0, 0]
+    random.Random(0).shuffle(order)
+    scorer = SQSDScorer(tiny_pack)
+    straight, shuffled = scorer.score(CONVERSATIONS), scorer.score([CONVERSATIONS[k] for k in order])
+    assert np.abs(shuffled.risk - straight.risk[order]).max() <= 1e-5
+
+
+def test_risk_is_danger_minus_safety(tiny_pack: Path) -> None:
+    scores = SQSDScorer(tiny_pack).score(CONVERSATIONS)
+    assert np.array_equal(scores.risk, scores.probes["danger"] - scores.probes["safety"])
+
+
+def test_the_overridden_scaling_of_a_state_counts(tmp_path: Path, tiny_pack: Path) -> None:
+    own = make_pack(tmp_path, tiny_pack / "base", safety_scaling=None)
+    overridden, kept = SQSDScorer(tiny_pack).score(CONVERSATIONS), SQSDScorer(own).score(CONVERSATIONS)
+    assert np.abs(overridden.probes["safety"] - kept.probes["safety"]).max() > 1e-3
+    assert gap(kept, ReferenceScorer(own).score(CONVERSATIONS)) <= 1e-4
+
+
+def test_several_directions_at_one_state_equal_each_alone(tmp_path: Path, tiny_pack: Path) -> None:
+    probes = [
+        {"name": "danger", "weight": 1.0, "direction": "danger", "state": "initial", "state_scaling": None},
+        {"name": "other", "weight": 0.5, "direction": "safety", "state": "initial", "state_scaling": None},
+        {"name": "own", "weight": -1.0, "direction": "safety", "state": "safety", "state_scaling": 1.0},
+    ]
+    pack = make_pack(tmp_path, tiny_pack / "base", probes=probes)
+    scores = SQSDScorer(pack).score(CONVERSATIONS)
+    assert gap(scores, ReferenceScorer(pack).score(CONVERSATIONS)) <= 1e-4
+    two = SQSDScorer(tiny_pack).score(CONVERSATIONS)
+    assert np.abs(scores.probes["danger"] - two.probes["danger"]).max() <= 1e-5
+    assert np.abs(scores.probes["own"] - two.probes["safety"]).max() <= 1e-5
+
+
+def test_modules_that_only_one_adapter_covers_are_left_out(tmp_path: Path, tiny_pack: Path) -> None:
+    pack = make_pack(tmp_path, tiny_pack / "base")
+    make_adapter(tiny_pack / "base", tmp_path / "danger", r=6, target_modules=["k_proj", "up_proj", "down_proj"])
+    make_adapter(tiny_pack / "base", tmp_path / "initial", r=4, target_modules=["q_proj", "v_proj", "k_proj", "up_proj"])
+    scorer = SQSDScorer(pack)
+    assert gap(scorer.score(CONVERSATIONS), ReferenceScorer(pack).score(CONVERSATIONS)) <= 1e-4
+    assert scorer.engine.coverage == {"danger": 4, "safety": 14}  # k_proj and up_proj of two layers; everything
+
+
+@pytest.mark.parametrize("config", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 32}}])
+def test_unusual_scalings_are_read_as_peft_reads_them(tmp_path: Path, tiny_pack: Path, config: dict) -> None:
+    pack = make_pack(tmp_path, tiny_pack / "base", safety_scaling=None)
+    for name, seed in (("initial", 5), ("safety", 6)):
+        make_adapter(tiny_pack / "base", tmp_path / name, seed=seed, **config)
+    assert gap(SQSDScorer(pack).score(CONVERSATIONS), ReferenceScorer(pack).score(CONVERSATIONS)) <= 1e-4
+
+
+def test_a_fresh_state_uses_the_half_of_the_signal_that_is_there(tmp_path: Path, tiny_pack: Path) -> None:
+    pack = make_pack(tmp_path, tiny_pack / "base")
+    make_adapter(tiny_pack / "base", tmp_path / "initial", fresh=True)
+    assert gap(SQSDScorer(pack).score(CONVERSATIONS), ReferenceScorer(pack).score(CONVERSATIONS)) <= 1e-4
+
+
+def test_rows_that_cannot_be_scored_say_why_and_leave_the_others_alone(tiny_pack: Path) -> None:
+    bad = [chat("no answer?", "  "), chat("x " * 400, "too long"), []]
+    mixed = SQSDScorer(tiny_pack).score([bad[0], *CONVERSATIONS[:2], bad[1], CONVERSATIONS[2], bad[2]])
+    good = SQSDScorer(tiny_pack).score(CONVERSATIONS[:3])
+    assert mixed.status == ["no_answer", "scored", "scored", "prompt_too_long", "scored", "no_answer"]
+    assert np.isnan(mixed.risk[[0, 3, 5]]).all()
+    assert np.abs(mixed.risk[[1, 2, 4]] - good.risk).max() <= 1e-5
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_stays_with_its_row(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "base")
+    pack = make_pack(tmp_path / "pack", model)
+    scorer = SQSDScorer(pack, token_budget=10_000)
+    marked = chat("x", "zebra %")
+    token = scorer.encoder.tokenizer("%", add_special_tokens=False)["input_ids"][0]
+    with torch.no_grad():
+        scorer.engine.model.get_input_embeddings().weight[token] = float("nan")
+    scores = scorer.score([*CONVERSATIONS, marked])
+    assert scores.status == ["scored"] * len(CONVERSATIONS) + ["nonfinite"]
+    assert np.abs(scores.risk[:-1] - SQSDScorer(pack).score(CONVERSATIONS).risk).max() <= 1e-5
+
+
+def test_long_rows_keep_the_head_of_their_answer(tiny_pack: Path) -> None:
+    long = chat("Count.", " ".join(str(k) for k in range(200)))
+    short = SQSDScorer(tiny_pack, max_length=64)
+    encoded = short.encoder.encode([long])[0]
+    assert len(encoded) == 64 and encoded.answer[-1]
+    assert gap(short.score([long]), ReferenceScorer(tiny_pack, max_length=64).score([long])) <= 1e-4
+
+
+def test_a_loaded_scorer_pickles_without_its_model(tiny_pack: Path) -> None:
+    scorer = SQSDScorer(tiny_pack)
+    before = pickle.dumps(SQSDScorer(tiny_pack, device=scorer.device, dtype=scorer.dtype))
+    risk = scorer.score(CONVERSATIONS[:1]).risk
+    assert pickle.dumps(scorer) == before
+    assert np.array_equal(pickle.loads(before).score(CONVERSATIONS[:1]).risk, risk)
+
+
+def test_bfloat16_ranks_rows_as_float32_does(tiny_pack: Path) -> None:
+    full, half = (SQSDScorer(tiny_pack, dtype=d).score(CONVERSATIONS).risk for d in ("float32", "bfloat16"))
+    assert np.corrcoef(full, half)[0, 1] > 0.99
+
+
+def test_a_model_that_the_pack_was_not_made_for_is_refused(packs: dict[str, Path]) -> None:
+    with pytest.raises(PackError, match="made for another model"):
+        SQSDScorer(packs["llama"], model=str(packs["gpt2"] / "base")).score(CONVERSATIONS)
+
+
+def test_an_unknown_dtype_is_a_usage_error(tiny_pack: Path) -> None:
+    with pytest.raises(UsageError, match="float16"):
+        SQSDScorer(tiny_pack, dtype="float16")
