@@ -86,7 +86,7 @@ def make_pack(
     folder.mkdir(parents=True, exist_ok=True)
     model = model or make_model(folder / "base", architecture)
     for seed, (name, rank) in enumerate(zip(("danger", "initial", "safety"), ranks, strict=True), 1):
-        make_adapter(model, folder / name, r=rank, seed=seed)
+        make_adapter(model, folder / name, r=rank, alpha=16, seed=seed)
     pack = {
         "format": 1,
         "name": "tiny",

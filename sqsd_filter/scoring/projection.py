@@ -119,4 +119,4 @@ def per_module(values: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
 def cosines(dots_bpm: torch.Tensor, norms2_bm: torch.Tensor, norm_pm: torch.Tensor) -> torch.Tensor:
     """cos of each row's update with each direction, a module: (b, p, m); 0 where either norm is 0."""
     scale_bpm = norms2_bm.clamp_min(0).sqrt().unsqueeze(1) * norm_pm
-    return torch.where(scale_bpm > 0, dots_bpm / scale_bpm, torch.zeros_like(dots_bpm))
+    return torch.where(scale_bpm == 0, 0, dots_bpm / scale_bpm)  # what is not finite stays so, to be seen

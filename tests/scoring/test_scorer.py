@@ -31,9 +31,10 @@ def test_float32_batches_agree_with_the_dense_float64_form(packs: dict[str, Path
     assert gap(fast, dense) <= 1e-4
 
 
-def test_float64_batches_agree_with_the_dense_form_to_rounding(tiny_pack: Path) -> None:
-    fast = SQSDScorer(tiny_pack, dtype="float64", token_budget=400).score(CONVERSATIONS)
-    assert gap(fast, ReferenceScorer(tiny_pack).score(CONVERSATIONS)) <= 1e-10
+def test_float64_batches_agree_with_the_dense_form_to_rounding(packs: dict[str, Path]) -> None:
+    pack = packs["gpt2"]  # the other architectures compute their norms in float32 whatever they are asked
+    fast = SQSDScorer(pack, dtype="float64", token_budget=400).score(CONVERSATIONS)
+    assert gap(fast, ReferenceScorer(pack).score(CONVERSATIONS)) <= 1e-10
 
 
 def test_a_row_scores_the_same_alone_and_among_others(tiny_pack: Path) -> None:
