@@ -27,14 +27,14 @@ def test_float32_batches_agree_with_the_dense_float64_form(packs: dict[str, Path
     fast = SQSDScorer(packs[architecture], dtype="float32", token_budget=400).score(CONVERSATIONS)
     dense = ReferenceScorer(packs[architecture]).score(CONVERSATIONS)
     assert set(fast.status) == {"scored"}
-    assert np.ptp(dense.probes["danger"]) > 0.1 and np.ptp(dense.probes["safety"]) > 0.1
-    assert gap(fast, dense) <= 1e-4
+    assert np.ptp(dense.probes["danger"]) > 0.05 and np.ptp(dense.probes["safety"]) > 0.05
+    assert gap(fast, dense) <= 1e-5  # a tenth of what is promised
 
 
 def test_float64_batches_agree_with_the_dense_form_to_rounding(packs: dict[str, Path]) -> None:
     pack = packs["gpt2"]  # the other architectures compute their norms in float32 whatever they are asked
     fast = SQSDScorer(pack, dtype="float64", token_budget=400).score(CONVERSATIONS)
-    assert gap(fast, ReferenceScorer(pack).score(CONVERSATIONS)) <= 1e-10
+    assert gap(fast, ReferenceScorer(pack).score(CONVERSATIONS)) <= 1e-8
 
 
 def test_a_row_scores_the_same_alone_and_among_others(tiny_pack: Path) -> None:
