@@ -1,1 +1,42 @@
-"""sqsd-filter: a safety-risk column on every row of an instruction corpus."""
+"""sqsd-filter: a safety-risk column on every row of an instruction corpus, and the corpus without its riskiest rows."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sqsd_filter.directions.pack import Pack, load_pack
+    from sqsd_filter.errors import SQSDError
+    from sqsd_filter.pipeline.run import filter_dataset, score_dataset, select_dataset
+    from sqsd_filter.pipeline.selection import select
+    from sqsd_filter.scoring.scorer import SQSDScorer
+
+_HOMES = {
+    "SQSDScorer": "scoring.scorer",
+    "Pack": "directions.pack",
+    "load_pack": "directions.pack",
+    "select": "pipeline.selection",
+    "filter_dataset": "pipeline.run",
+    "score_dataset": "pipeline.run",
+    "select_dataset": "pipeline.run",
+    "SQSDError": "errors",
+}
+
+__all__ = [
+    "Pack",
+    "SQSDError",
+    "SQSDScorer",
+    "filter_dataset",
+    "load_pack",
+    "score_dataset",
+    "select",
+    "select_dataset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `--help` pays for nothing it does not show."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sqsd_filter' has no attribute '{name}'")
+    return getattr(import_module(f"sqsd_filter.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Tiny random models, adapters and packs, made on the fly: the real architectures at a few hundred parameters a layer."""
+"""Tiny random models, adapters and packs, made on the fly: the real architectures, a few thousand parameters each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -22,7 +22,13 @@ _GQA = {**_COMMON, "num_key_value_heads": 2, "max_position_embeddings": 512}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_GQA},
     "qwen3": {"model_type": "qwen3", **_GQA, "head_dim": 8},
-    "gemma3": {"model_type": "gemma3_text", **_GQA, "head_dim": 8, "sliding_window": 16, "final_logit_softcapping": 5.0},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **_GQA,
+        "head_dim": 8,
+        "sliding_window": 16,
+        "final_logit_softcapping": 5.0,
+    },
     "mistral": {"model_type": "mistral", **_GQA, "sliding_window": 24},
     "phi3": {"model_type": "phi3", **_GQA, "pad_token_id": 0},
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
@@ -35,9 +41,14 @@ def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog and user assistant system"] * 4, trainer)
+    tokenizer.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog and user assistant system"] * 4, trainer
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     fast.chat_template = template
@@ -82,7 +93,7 @@ def make_pack(
     safety_scaling: float | None = 1.0,
     **fields: Any,
 ) -> Path:
-    """A pack with the usual two probes on a tiny model: danger (rank 1st) at `initial` (2nd), safety (3rd) at itself."""
+    """A pack with the usual probes on a tiny model: danger (first rank) at `initial` (second), safety (third)."""
     folder.mkdir(parents=True, exist_ok=True)
     model = model or make_model(folder / "base", architecture)
     for seed, (name, rank) in enumerate(zip(("danger", "initial", "safety"), ranks, strict=True), 1):

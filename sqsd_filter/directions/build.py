@@ -359,7 +359,9 @@ def _rows(recipe: PackRecipe, adapter: AdapterRecipe) -> tuple[Any, dict[str, An
         source = {"dataset": adapter.data, "split": adapter.split}
     columns = [adapter.prompt, adapter.context, adapter.answer, adapter.chosen, adapter.rejected, *adapter.where]
     if missing := [c for c in columns if c is not None and c not in data.column_names]:
-        raise InputError(f"{adapter.data} lacks the columns {', '.join(missing)}; it has {', '.join(data.column_names)}.")
+        raise InputError(
+            f"{adapter.data} lacks the columns {', '.join(missing)}; it has {', '.join(data.column_names)}."
+        )
     for column, value in adapter.where.items():
         data = data.filter(lambda row, c=column, v=value: row[c] == v)
     if adapter.rows is not None and len(data) > adapter.rows:

@@ -26,9 +26,7 @@ def bins(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         at += size
 
 
-def default_budget(
-    *, free_bytes: int | None, layers: int, hidden: int, intermediate: int, bytes_per_value: int
-) -> int:
+def default_budget(*, free_bytes: int | None, layers: int, hidden: int, intermediate: int, bytes_per_value: int) -> int:
     """Tokens a bin may hold. On a CPU (`free_bytes` None) larger bins are no faster; on a GPU half the free memory."""
     if free_bytes is None:
         return 512

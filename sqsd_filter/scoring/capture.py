@@ -80,7 +80,7 @@ class SideLinear(nn.Module):
 
 class _GroupFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: LinearGroup) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, group: LinearGroup) -> tuple[torch.Tensor, ...]:
         ctx.group, state = group, group.state
         y = F.linear(x, group.weight_oi, group.bias_o)
         if state is not None:
@@ -92,7 +92,7 @@ class _GroupFunction(torch.autograd.Function):
         return y.split(group.widths, dim=-1) if len(group.widths) > 1 else (y,)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         group, state = ctx.group, ctx.state
         d = torch.cat(grads, dim=-1) if len(grads) > 1 else grads[0].contiguous()
         dx = d.matmul(group.weight_oi)
@@ -221,16 +221,16 @@ def _project(present: Sequence[Any], found: Sequence[Sequence[Any]], d_in: int, 
         return narrow
     columns = torch.cat([torch.arange(sum(widths[:m]), sum(widths[: m + 1])) for m in here])
     wide = {
-        name: getattr(narrow, name).new_zeros(*getattr(narrow, name).shape[:-1], sum(widths)).index_copy_(
-            -1, columns, getattr(narrow, name)
-        )
+        name: getattr(narrow, name)
+        .new_zeros(*getattr(narrow, name).shape[:-1], sum(widths))
+        .index_copy_(-1, columns, getattr(narrow, name))
         for name in ("query_B_pro", "block_ro")
     }
     return GroupProjection(**{**vars(narrow), **wide})
 
 
 def _weight_oi(linear: nn.Module) -> torch.Tensor:
-    weight: torch.Tensor = linear.weight.detach()  # type: ignore[assignment, operator]
+    weight: torch.Tensor = linear.weight.detach()  # type: ignore[operator]
     return weight if isinstance(linear, nn.Linear) else weight.t()
 
 
@@ -239,7 +239,7 @@ def _find_linears(model: nn.Module, wanted: Iterable[str], adapter: Adapter) -> 
 
     modules = dict(model.named_modules())
     head = model.get_output_embeddings()  # type: ignore[operator]
-    found = {}
+    found: dict[str, nn.Module] = {}
     for name in wanted:
         module = modules.get(name)
         if module is None:
@@ -250,7 +250,7 @@ def _find_linears(model: nn.Module, wanted: Iterable[str], adapter: Adapter) -> 
         if module is head:
             raise PackError(f"{adapter.path} adapts the output head '{name}', which can't be scored: train without it.")
         if type(module) is not nn.Linear and not isinstance(module, Conv1D):
-            raise PackError(f"'{name}' is a {type(module).__name__}, not a plain linear layer: it can't be scored with.")
+            raise PackError(f"'{name}' is a {type(module).__name__}, not a plain linear layer: it can't be scored.")
         found[name] = module
     return found
 
@@ -278,5 +278,7 @@ def _group_by_input(model: nn.Module, linears: Mapping[str, nn.Module], probe_in
         for handle in handles:
             handle.remove()
     if repeated := [name for name, count in calls.items() if count > 1]:
-        raise ModelError(f"{repeated[0]} runs more than once in a forward pass: models that share layers are not scored.")
+        raise ModelError(
+            f"{repeated[0]} runs more than once in a forward pass: models that share layers are not scored."
+        )
     return [LinearGroup(names, [linears[n] for n in names]) for _, names in seen]

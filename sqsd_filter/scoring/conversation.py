@@ -172,7 +172,7 @@ def choose_format(
             raise InputError(
                 f"The columns {_names(twice)} could both be the {flag} of a row: say which with --{flag}-column."
             )
-        fits.append(RowFormat(candidate, prompt=ask, context=(found_contexts or [None])[0], answer=found_answers[0]))
+        fits.append(RowFormat(candidate, prompt=ask, context=next(iter(found_contexts), None), answer=found_answers[0]))
     if len(fits) == 1:
         return fits[0]
     if fits:
@@ -210,7 +210,7 @@ def conversation_key(turns: Sequence[Message]) -> bytes:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation as the model sees it: `ids` (t,) int64, `answer` (t,) bool, true where the token is supervised."""
+    """One conversation as the model sees it: `ids` (t,) int64, `answer` (t,) bool, true where a token is supervised."""
 
     ids: np.ndarray
     answer: np.ndarray

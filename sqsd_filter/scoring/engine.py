@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class Engine:
             )
             for at in self.passes
         }
-        self.device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+        self.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         self.capture = Capture(model, states, torch.zeros((1, 2), dtype=torch.long, device=self.device))
         self.coverage = {
             self.probes[k].name: count
@@ -48,7 +48,7 @@ class Engine:
         }
         self.modules = {at: self.capture.modules(at) for at in self.passes}
         # The embedding's output is the only leaf: backward computes input gradients and nothing else.
-        model.get_input_embeddings().register_forward_hook(  # type: ignore[operator, union-attr]
+        model.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
             lambda _module, _input, output: output.detach().requires_grad_(torch.is_grad_enabled())
         )
         config = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -123,7 +123,7 @@ class Engine:
 
     def head_gradient(self, hidden_nh: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
         """∂L/∂hidden (n, h) of the summed cross entropy, the logits made a chunk at a time."""
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
         chunk = max(16, LOGITS_AT_ONCE // vocabulary)
         grads = []
         for hidden, targets in zip(hidden_nh.split(chunk), targets_n.split(chunk), strict=True):
@@ -142,7 +142,7 @@ class Engine:
         given = self._backbone_output(last_hidden_state=hidden_nh.unsqueeze(0))
         if "forward" in vars(backbone):
             raise ModelError("The model's backbone is wrapped by another library: pass it unwrapped.")
-        backbone.forward = lambda *_, **__: given  # type: ignore[method-assign, assignment, union-attr]
+        backbone.forward = lambda *_, **__: given
         try:
             ids = torch.zeros((1, len(hidden_nh)), dtype=torch.long, device=hidden_nh.device)
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits[0]

@@ -96,9 +96,7 @@ class Scorer:
         if self._encoder is None:
             from sqsd_filter.scoring.weights import load_tokenizer
 
-            tokenizer = load_tokenizer(
-                self.base_model, self.base_revision, trust_remote_code=self.trust_remote_code
-            )
+            tokenizer = load_tokenizer(self.base_model, self.base_revision, trust_remote_code=self.trust_remote_code)
             self._encoder = ChatEncoder(tokenizer, self.max_length, self.pack.chat_template_kwargs)
         return self._encoder
 
@@ -154,9 +152,7 @@ class Scorer:
         risk = np.sum([p.weight * probes[p.name] for p in self.pack.probes], axis=0)
         return Scores(probes, risk, status, detail, tokens)
 
-    def _score(
-        self, encoded: Sequence[Encoded], done: Callable[[Sequence[int], np.ndarray | None], None]
-    ) -> None:
+    def _score(self, encoded: Sequence[Encoded], done: Callable[[Sequence[int], np.ndarray | None], None]) -> None:
         raise NotImplementedError
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -169,16 +165,16 @@ class Scorer:
         rows = [{name: values[k] for name, values in columns.items()} for k in range(count)]
         form = choose_format(rows)
         turns: list[list[Message]] = []
-        problems: dict[int, RowError] = {}
+        reasons: dict[int, str] = {}
         for k, row in enumerate(rows):
             try:
                 turns.append(form.conversation(row))
             except RowError as problem:
-                problems[k] = problem
+                reasons[k] = problem.status
                 turns.append([])
         scores = self.score(turns)
-        for k, problem in problems.items():
-            scores.status[k] = problem.status
+        for k, reason in reasons.items():
+            scores.status[k] = reason
         return {**batch, **scores.columns()}
 
 
@@ -189,7 +185,9 @@ class SQSDScorer(Scorer):
     ...                                    {"role": "assistant", "content": "4"}]]).risk  # doctest: +SKIP
     """
 
-    def __init__(self, *args: Any, token_budget: int | None = None, attention: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, token_budget: int | None = None, attention: str | None = None, **kwargs: Any
+    ) -> None:
         """As `Scorer`; `token_budget` caps a bin's padded tokens (default: by the device), `attention` names the
         attention kernel as transformers does."""
         super().__init__(*args, **kwargs)
@@ -207,9 +205,7 @@ class SQSDScorer(Scorer):
             self._engine = Engine.load(self)
         return self._engine
 
-    def _score(
-        self, encoded: Sequence[Encoded], done: Callable[[Sequence[int], np.ndarray | None], None]
-    ) -> None:
+    def _score(self, encoded: Sequence[Encoded], done: Callable[[Sequence[int], np.ndarray | None], None]) -> None:
         from sqsd_filter.scoring.batching import bins, halving
 
         engine = self.engine

@@ -155,7 +155,8 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
-    return model.to(device).eval().requires_grad_(False)
+    placed: Any = model
+    return placed.to(device).eval().requires_grad_(False)
 
 
 class _quiet_transformers:

@@ -80,13 +80,17 @@ def test_several_directions_at_one_state_equal_each_alone(tmp_path: Path, tiny_p
 def test_modules_that_only_one_adapter_covers_are_left_out(tmp_path: Path, tiny_pack: Path) -> None:
     pack = make_pack(tmp_path, tiny_pack / "base")
     make_adapter(tiny_pack / "base", tmp_path / "danger", r=6, target_modules=["k_proj", "up_proj", "down_proj"])
-    make_adapter(tiny_pack / "base", tmp_path / "initial", r=4, target_modules=["q_proj", "v_proj", "k_proj", "up_proj"])
+    make_adapter(
+        tiny_pack / "base", tmp_path / "initial", r=4, target_modules=["q_proj", "v_proj", "k_proj", "up_proj"]
+    )
     scorer = SQSDScorer(pack)
     assert gap(scorer.score(CONVERSATIONS), ReferenceScorer(pack).score(CONVERSATIONS)) <= 1e-4
     assert scorer.engine.coverage == {"danger": 4, "safety": 14}  # k_proj and up_proj of two layers; everything
 
 
-@pytest.mark.parametrize("config", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 32}}])
+@pytest.mark.parametrize(
+    "config", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 32}}]
+)
 def test_unusual_scalings_are_read_as_peft_reads_them(tmp_path: Path, tiny_pack: Path, config: dict) -> None:
     pack = make_pack(tmp_path, tiny_pack / "base", safety_scaling=None)
     for name, seed in (("initial", 5), ("safety", 6)):

@@ -1,0 +1,158 @@
+"""Turn the open data files into the training files of this recipe and into the rows that its pack is judged on.
+
+Everything is split by prompt: no prompt of a validation or test row is in any training file. The same seed gives the
+same files. Usage: python prepare.py DATA_FOLDER [OUT_FOLDER] [--seed N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+INITIAL_ROWS = 800  # Dolly rows for the benign state
+SPLITS = {"val": 60, "test": 100}  # evaluation rows a group
+GROUPS = ("unsafe", "safe", "dolly", "gsm8k", "xstest")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="the folder with the open data files")
+    parser.add_argument("out", type=Path, nargs="?", default=Path(__file__).parent / "data")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in prepare(options.data, options.seed).items():
+        with (options.out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        print(f"{name}.jsonl: {len(rows)} rows")
+
+
+def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
+    """All files' rows: `initial`, `danger`, `safety` to train on, `val` and `test` to judge on."""
+    judged = _read(data, "judged-completions")
+    part = split_prompts(judged, seed)
+    completions: dict[str, list[Row]] = defaultdict(list)
+    for row in judged:
+        completions[part[key(row["prompt"])]].append(row)
+
+    danger = [
+        {"prompt": row["prompt"], "response": row["response"]}
+        for row in _shuffled(completions["train"], seed, "danger")
+        if row["unsafe"] and not row["refusal"]
+    ]
+    pairs = _read(data, "safety-pairs")
+    safety = [
+        {"prompt": row["prompt"], "chosen": row["safer"], "rejected": row["less_safe"]}
+        for row in _shuffled(pairs, seed, "safety")
+        if part.get(key(row["prompt"]), "train") == "train"
+    ]
+
+    dolly = _unique(
+        _shuffled(_read(data, "dolly-15k"), seed, "dolly"), lambda r: key(f"{r['instruction']}\n{r['context']}")
+    )
+    dolly = [row for row in dolly if row["instruction"].strip() and row["response"].strip()]
+    columns = ("instruction", "context", "response")
+    initial = [{name: row[name] for name in columns} for row in dolly[:INITIAL_ROWS]]
+
+    # benign rows that nothing is trained on: consecutive slices of shuffled lists
+    pools = {
+        "dolly": [(_joined(row), row["response"]) for row in dolly[INITIAL_ROWS:]],
+        "gsm8k": [(r["question"], r["answer"]) for r in _shuffled(_read(data, "gsm8k-train"), seed, "gsm8k")],
+        "xstest": _xstest(data, {key(row["prompt"]) for row in safety}, seed),
+    }
+    files: dict[str, list[Row]] = {"initial": initial, "danger": danger, "safety": safety}
+    taken = dict.fromkeys(pools, 0)
+    for name, count in SPLITS.items():
+        groups: dict[str, Sequence[tuple[str, str]]] = {
+            "unsafe": _spread([r for r in completions[name] if r["unsafe"] and not r["refusal"]], count, seed),
+            "safe": _spread([r for r in completions[name] if not r["unsafe"]], count, seed),
+        }
+        for group, pool in pools.items():
+            groups[group] = pool[taken[group] : taken[group] + count]
+            taken[group] += count
+        files[name] = [
+            {"id": f"{group}-{n}", "group": group, "prompt": prompt, "response": answer}
+            for group in GROUPS
+            for n, (prompt, answer) in enumerate(groups[group])
+        ]
+    return files
+
+
+def key(prompt: str) -> str:
+    """A prompt as it is compared: without case, punctuation and spacing."""
+    return " ".join(re.findall(r"\w+", prompt.lower()))
+
+
+def split_prompts(judged: Iterable[Mapping[str, Any]], seed: int) -> dict[str, str]:
+    """Prompt key -> train, val or test: 60, 15 and 25 of a hundred, six of every category's ten for training."""
+    categories: dict[str, set[str]] = defaultdict(set)
+    for row in judged:
+        categories[row["category"]].add(key(row["prompt"]))
+    part: dict[str, str] = {}
+    for number, category in enumerate(sorted(categories)):
+        prompts = _shuffled(sorted(categories[category]), seed, category)
+        train = round(0.6 * len(prompts))
+        val = train + 1 + number % 2
+        for position, prompt in enumerate(prompts):
+            part[prompt] = "train" if position < train else "val" if position < val else "test"
+    return part
+
+
+def _xstest(data: Path, trained: set[str], seed: int) -> list[tuple[str, str]]:
+    """Full answers to XSTest's safe prompts, which only look unsafe: one answer a prompt."""
+    rows = [
+        row
+        for row in _read(data, "xstest-completions")
+        if row["label"] == "1_full_compliance"
+        and not row["type"].startswith("contrast_")
+        and key(row["prompt"]) not in trained
+    ]
+    return [(r["prompt"], r["response"]) for r in _unique(_shuffled(rows, seed, "xstest"), lambda r: key(r["prompt"]))]
+
+
+def _spread(rows: Sequence[Row], count: int, seed: int) -> list[tuple[str, str]]:
+    """A sample that takes the prompts in turn, so that every prompt counts about the same."""
+    waiting: dict[str, list[Row]] = defaultdict(list)
+    for row in _shuffled(rows, seed, "spread"):
+        waiting[row["prompt"]].append(row)
+    chosen: list[tuple[str, str]] = []
+    while len(chosen) < count and any(waiting.values()):
+        for prompt in sorted(waiting):
+            if waiting[prompt] and len(chosen) < count:
+                chosen.append((prompt, waiting[prompt].pop()["response"]))
+    return chosen
+
+
+def _joined(row: Mapping[str, str]) -> str:
+    return f"{row['instruction']}\n{row['context']}" if row["context"] else row["instruction"]
+
+
+def _unique(rows: Iterable[Row], of: Callable[[Row], str]) -> list[Row]:
+    seen: dict[str, Row] = {}
+    for row in rows:
+        seen.setdefault(of(row), row)
+    return list(seen.values())
+
+
+def _shuffled(items: Iterable[Any], seed: int, purpose: str) -> list[Any]:
+    items = list(items)
+    random.Random(f"{seed} {purpose}").shuffle(items)
+    return items
+
+
+def _read(folder: Path, name: str) -> list[Row]:
+    with gzip.open(folder / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m sqsd_filter`."""
+
+from sqsd_filter.cli.main import main
+
+main()

@@ -1,0 +1,225 @@
+"""The command `sqsd-filter`: without a subcommand it filters. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sqsd_filter.cli import options, output
+from sqsd_filter.errors import SQSDError
+
+DEFAULT = "filter"
+
+
+class FilterFirst(click.Group):
+    """A group whose first argument may be a source: then the subcommand is `filter`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(
+    cls=FilterFirst,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    subcommand_metavar="SRC... DEST --drop-top 5% | COMMAND ...",
+)
+@click.version_option(package_name="sqsd-filter", prog_name="sqsd-filter")
+def cli() -> None:
+    """Put a safety-risk column on every row of an instruction corpus, and write it back without its riskiest rows.
+
+    \b
+        sqsd-filter in.jsonl out/ --drop-top 5%
+
+    is short for `sqsd-filter filter ...`; see `sqsd-filter filter --help` for its options.
+    """
+
+
+def _columns(params: dict[str, Any]) -> Any:
+    from sqsd_filter.pipeline.run import Columns
+
+    named = {name: params[f"{name}_column"] for name in ("messages", "prompt", "context", "answer")}
+    return Columns(format=params["row_format"], **named)
+
+
+def _scorer(params: dict[str, Any]) -> Any:
+    from sqsd_filter.scoring.scorer import SQSDScorer
+
+    return SQSDScorer(
+        params["pack"],
+        model=params["model"],
+        device=params["device"],
+        dtype=params["dtype"],
+        max_length=params["max_length"],
+        token_budget=params["token_budget"],
+        trust_remote_code=params["trust_remote_code"],
+    )
+
+
+def _log(context: click.Context) -> output.Display:
+    verbose, quiet = context.params["verbose"], context.params["quiet"]
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
+    logging.getLogger("sqsd_filter").setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
+    if not verbose:
+        warnings.simplefilter("ignore")
+    return output.Display(quiet=quiet)
+
+
+def _finish(context: click.Context, report: dict[str, Any], dest: Path) -> None:
+    params = context.params
+    output.show(report, as_json=params["json_output"], quiet=params["quiet"], text=lambda r: output.summary(r, dest))
+
+
+@cli.command(DEFAULT)
+@options.sources
+@options.dest
+@options.cuts
+@options.scoring
+@options.rows
+@options.errors
+@options.on_error
+@options.overwrite
+@options.dry_run
+@options.manners
+@click.pass_context
+def filter_command(context: click.Context, **params: Any) -> None:
+    """Score every row of SRC... and write the rows to the folder DEST without the riskiest."""
+    from sqsd_filter.pipeline.run import estimate, filter_dataset
+    from sqsd_filter.pipeline.selection import Cut
+
+    display, cut = _log(context), options.one_cut(context)
+    Cut.of(**cut)
+    common = {"columns": _columns(params), "limit": params["limit"], "progress": display}
+    if params["dry_run"]:
+        guess = estimate(params["sources"], _scorer(params), **common)
+        output.show(guess, as_json=params["json_output"], quiet=False, text=output.forecast)
+        return
+    report = filter_dataset(
+        params["sources"],
+        params["dest"],
+        **cut,
+        **common,
+        scorer=_scorer(params),
+        on_error=params["on_error"],
+        max_error_rate=params["max_error_rate"],
+        overwrite=params["overwrite"],
+        settings=options.settings(context),
+    )
+    _finish(context, report, params["dest"])
+
+
+@cli.command()
+@options.sources
+@options.dest
+@options.scoring
+@options.rows
+@options.errors
+@options.overwrite
+@options.dry_run
+@options.manners
+@click.pass_context
+def score(context: click.Context, **params: Any) -> None:
+    """Write all rows of SRC... to the file DEST.parquet with their score columns; drop none."""
+    from sqsd_filter.pipeline.run import estimate, score_dataset
+
+    display = _log(context)
+    common = {"columns": _columns(params), "limit": params["limit"], "progress": display}
+    if params["dry_run"]:
+        guess = estimate(params["sources"], _scorer(params), **common)
+        output.show(guess, as_json=params["json_output"], quiet=False, text=output.forecast)
+        return
+    report = score_dataset(
+        params["sources"],
+        params["dest"],
+        **common,
+        scorer=_scorer(params),
+        max_error_rate=params["max_error_rate"],
+        overwrite=params["overwrite"],
+        settings=options.settings(context),
+    )
+    _finish(context, report, params["dest"])
+
+
+@cli.command()
+@options.sources
+@options.dest
+@options.cuts
+@options.on_error
+@options.overwrite
+@options.manners
+@click.pass_context
+def select(context: click.Context, **params: Any) -> None:
+    """Cut again, without a model: SRC... are scored files, or the folder of an earlier run."""
+    from sqsd_filter.pipeline.run import select_dataset
+
+    display = _log(context)
+    report = select_dataset(
+        params["sources"],
+        params["dest"],
+        **options.one_cut(context),
+        on_error=params["on_error"],
+        overwrite=params["overwrite"],
+        progress=display,
+        settings=options.settings(context),
+    )
+    _finish(context, report, params["dest"])
+
+
+@cli.group()
+def pack() -> None:
+    """Make and look at direction packs."""
+
+
+@pack.command()
+@click.argument("recipe", type=click.Path(path_type=Path), metavar="CONFIG.toml")
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
+def build(recipe: Path, out: Path) -> None:
+    """Train a pack as CONFIG.toml says and write it to the folder OUT; the same command resumes."""
+    from sqsd_filter.directions.build import PackRecipe, build_pack
+
+    loaded = PackRecipe.load(recipe)
+    warnings.simplefilter("ignore")
+    built = build_pack(loaded, out, lambda message: click.echo(message, err=True))
+    click.echo(f"pack {built.name} ({built.fingerprint}) in {out}: use it with --pack {out}")
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = cli.main(args=given, prog_name="sqsd-filter", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as problem:
+        problem.show(sys.stderr)
+        sys.exit(2 if isinstance(problem, click.UsageError) else problem.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted. What was scored is kept; this goes on from there:", err=True)
+        click.echo("  " + shlex.join(["sqsd-filter", *given]), err=True)
+        sys.exit(130)
+    except SQSDError as problem:
+        if os.environ.get("SQSD_FILTER_DEBUG"):
+            raise
+        click.echo(f"Error: {problem}", err=True)
+        sys.exit(problem.exit_code)
+    except Exception as problem:
+        if os.environ.get("SQSD_FILTER_DEBUG"):
+            raise
+        click.echo(
+            f"Error: unexpected {type(problem).__name__}: {problem}. This is a bug; SQSD_FILTER_DEBUG=1 shows where.",
+            err=True,
+        )
+        sys.exit(1)

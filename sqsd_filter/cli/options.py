@@ -1,0 +1,136 @@
+"""Options that several commands share, and where each value came from: flag, environment, config file or default."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from sqsd_filter.errors import UsageError
+
+CUTS = ("drop_top", "drop_count", "max_risk", "keep_lowest")
+_ORIGINS = {
+    ParameterSource.COMMANDLINE: "flag",
+    ParameterSource.ENVIRONMENT: "environment",
+    ParameterSource.DEFAULT_MAP: "config",
+    ParameterSource.DEFAULT: "default",
+}
+_UNRECORDED = {"config", "json_output", "quiet", "verbose", "dry_run", "sources", "dest"}
+Decorator = Callable[[Any], Any]
+
+
+def option(name: str, *args: Any, **kwargs: Any) -> Decorator:
+    """A click option that can also be set in the environment, as SQSD_FILTER_ and its name."""
+    variable = "SQSD_FILTER_" + name.removeprefix("--").split("/")[0].replace("-", "_").upper()
+    return click.option(name, *args, envvar=variable, **kwargs)
+
+
+def together(*decorators: Decorator) -> Decorator:
+    def apply(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise UsageError(f"The config file {path} can't be read: {problem}.") from problem
+    known = {p.name for p in context.command.params if isinstance(p, click.Option)} - _UNRECORDED
+    given = {key.replace("-", "_"): value for key, value in table.items()}
+    if unknown := sorted(set(given) - known):
+        raise UsageError(f"The config file {path} has unknown settings: {', '.join(unknown)}.")
+    context.default_map = {**(context.default_map or {}), **given}
+
+
+def settings(context: click.Context) -> dict[str, dict[str, Any]]:
+    """Every setting's value and origin, for the report."""
+    found = {}
+    for name, value in sorted(context.params.items()):
+        if name not in _UNRECORDED:
+            source = context.get_parameter_source(name)
+            found[name] = {"value": value, "origin": _ORIGINS.get(source, "default") if source else "default"}
+    return found
+
+
+def one_cut(context: click.Context) -> dict[str, Any]:
+    """The cut options to use: a flag's cut sets aside the environment's, and that the config file's."""
+    for source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP):
+        given = {c: context.params[c] for c in CUTS if context.get_parameter_source(c) is source}
+        if given:
+            return given
+    return {}
+
+
+sources = click.argument("sources", nargs=-1, required=True, metavar="SRC...")
+dest = click.argument("dest", type=click.Path(path_type=Path), metavar="DEST")
+
+cuts = together(
+    option("--drop-top", metavar="SHARE", help="Drop this share of the scored rows, riskiest first: 5%, 5pct or 0.05."),
+    option("--drop-count", type=int, metavar="N", help="Drop the N riskiest rows."),
+    option("--max-risk", type=float, metavar="X", help="Drop every row with a risk above X."),
+    option("--keep-lowest", type=int, metavar="N", help="Keep the N rows with the lowest risk."),
+)
+scoring = together(
+    option("--pack", default="smollm2-135m", show_default=True, metavar="NAME|DIR|HUB", help="Direction pack."),
+    option("--model", metavar="DIR|HUB", help="Score with this base model instead of the pack's."),
+    option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; the default is a GPU if there is one."),
+    option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: float32 on a CPU, bfloat16 on a GPU."),
+    option("--max-length", type=int, metavar="TOKENS", help="Truncate conversations here; default: the pack's."),
+    option("--token-budget", type=int, metavar="TOKENS", help="Padded tokens in one batch; default: by the device."),
+    option("--trust-remote-code", is_flag=True, help="Run model code that comes from the Hub."),
+)
+rows = together(
+    option(
+        "--format",
+        "row_format",
+        metavar="NAME",
+        help="messages, conversations, alpaca, prompt-completion or question-answer; default: detected.",
+    ),
+    option("--messages-column", metavar="NAME", help="Column with the list of turns."),
+    option("--prompt-column", metavar="NAME", help="Column with the prompt."),
+    option("--context-column", metavar="NAME", help="Column that joins the prompt on a line of its own."),
+    option("--answer-column", metavar="NAME", help="Column with the answer."),
+    option("--limit", type=click.IntRange(min=1), metavar="N", help="Take the first N rows only."),
+)
+errors = together(
+    option(
+        "--max-error-rate",
+        default="50%",
+        show_default=True,
+        metavar="SHARE",
+        help="Fail (exit 4) when more rows than this can't be scored.",
+    ),
+)
+on_error = option(
+    "--on-error",
+    type=click.Choice(["quarantine", "keep", "fail"]),
+    default="quarantine",
+    show_default=True,
+    help="Rows that can't be scored: set apart, kept, or a failure.",
+)
+overwrite = option("--overwrite", is_flag=True, help="Replace what DEST holds, once the new run is complete.")
+dry_run = click.option("--dry-run", is_flag=True, help="Show format, rows, tokens and time; write nothing.")
+manners = together(
+    click.option(
+        "--config",
+        type=click.Path(path_type=Path, dir_okay=False),
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config,
+        metavar="FILE",
+        help="TOML file with any of these settings.",
+    ),
+    click.option("--json", "json_output", is_flag=True, help="Print the report as one JSON object."),
+    click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
+    click.option("-v", "--verbose", is_flag=True, help="Print what libraries have to say, too."),
+)

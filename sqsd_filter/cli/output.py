@@ -1,0 +1,137 @@
+"""What people see: bars on a terminal, lines elsewhere, a summary at the end. Results to stdout, the rest to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
+
+
+class Display:
+    """A `pipeline.progress.Progress`: rows/s, tokens/s and time left."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.bars = sys.stderr.isatty() and not quiet
+        self._bar: Any = None
+        self._phase = ""
+        self._total: int | None = None
+        self._rows = self._tokens = 0
+        self._began = self._said = 0.0
+
+    def start(self, phase: str, rows: int | None) -> None:
+        self.finish()
+        self._phase, self._total, self._rows, self._tokens = phase, rows, 0, 0
+        self._began = self._said = time.monotonic()
+        if self.bars:
+            from tqdm import tqdm
+
+            colour = None if "NO_COLOR" in os.environ else "cyan"
+            self._bar = tqdm(total=rows, desc=phase, unit=" rows", colour=colour, leave=False, file=sys.stderr)
+
+    def advance(self, rows: int, tokens: int = 0) -> None:
+        self._rows += rows
+        self._tokens += tokens
+        now = time.monotonic()
+        if self._bar is not None:
+            if self._tokens:
+                rate = self._tokens / max(now - self._began, 1e-9)
+                self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+            self._bar.update(rows)
+        elif not self.quiet and now - self._said >= LINE_EVERY:
+            self._said = now
+            self.note(self._line(now - self._began))
+
+    def _line(self, seconds: float) -> str:
+        pace = self._rows / seconds
+        line = (
+            f"{self._phase}: {self._rows:,}"
+            + (f" of {self._total:,}" if self._total else "")
+            + f" rows, {pace:,.1f} rows/s"
+        )
+        if self._tokens:
+            line += f", {self._tokens / seconds:,.0f} tokens/s"
+        if self._total and pace:
+            line += f", {duration((self._total - self._rows) / pace)} left"
+        return line
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def note(self, message: str) -> None:
+        if not self.quiet:
+            self.finish_line(message)
+
+    def finish_line(self, message: str) -> None:
+        if self._bar is not None:
+            self._bar.write(message, file=sys.stderr)
+        else:
+            click.echo(message, err=True)
+
+
+def duration(seconds: float) -> str:
+    """1 h 02 min, 3 min 20 s, 12 s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def show(report: Mapping[str, Any], *, as_json: bool, quiet: bool, text: Callable[[Mapping[str, Any]], str]) -> None:
+    """Print a result: the report itself with --json, else `text(report)`, else nothing."""
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    elif not quiet:
+        click.echo(text(report))
+
+
+def summary(report: Mapping[str, Any], dest: object) -> str:
+    """A dozen lines about a finished run."""
+    rows, q, seconds = report["rows"], report["risk_quantiles"], report["timing"]["seconds"]
+    lines = []
+    if "kept" in rows:
+        lines.append(f"{rows['kept']:,} of {rows['total']:,} rows kept in {dest} ({report['cut']})")
+        cut = f"   risk {report['threshold']:.4f} and above" if report["threshold"] is not None else ""
+        cut += f" ({report['ties']} kept rows tie)" if report["ties"] else ""
+        lines.append(f"  kept     {rows['kept']:>9,}   load_dataset({str(dest)!r})")
+        lines.append(f"  dropped  {rows['dropped']:>9,}   load_dataset({str(dest)!r}, 'dropped'){cut}")
+    else:
+        lines.append(f"{rows['total']:,} rows with their scores in {dest}")
+    why = ", ".join(f"{count:,} {status}" for status, count in report["unscored"].items())
+    lines.append(f"  errors   {rows['errors']:>9,}" + (f"   {why}" if why else ""))
+    lines.append(f"  total    {rows['total']:>9,}")
+    lines.append(
+        f"  scored   {rows['scored']:>9,}   by the model; {rows['reused']:,} reused, {rows['duplicates']:,} duplicates"
+    )
+    if q:
+        lines.append(f"  risk     min {q['0%']:.3f}, median {q['50%']:.3f}, 95% {q['95%']:.3f}, max {q['100%']:.3f}")
+    if pack := report.get("pack"):
+        where = f", {report['dtype']} on {report['device']}" if "dtype" in report else ""
+        lines.append(f"  pack     {pack['name']} ({pack['fingerprint']}) on {pack['base_model']}{where}")
+    if report.get("already_done"):
+        lines.append("  nothing to do: this run was already done")
+    else:
+        pace = f", {report['tokens'] / seconds:,.0f} tokens/s over all" if rows["scored"] and seconds else ""
+        lines.append(f"  time     {duration(seconds)} for {report['tokens']:,} tokens{pace}")
+    return "\n".join(lines)
+
+
+def forecast(guess: Mapping[str, Any]) -> str:
+    """What --dry-run says."""
+    took = duration(guess["seconds"])
+    lines = [
+        f"{guess['rows']:,} rows of {len(guess['inputs'])} files, read as {guess['format']}",
+        f"  to score  {guess['to_score']:>12,}   {guess['duplicates']:,} duplicates, {guess['unreadable']:,} bad",
+        f"  tokens    {guess['tokens']:>12,}   estimated; {guess['passes']} forward and backward passes over each",
+        f"  time      {took:>12}   estimated from {guess['sampled']} rows, {guess['dtype']} on {guess['device']}",
+    ]
+    return "\n".join([*lines, *(f"  file      {i['path']} ({i['rows']:,} rows)" for i in guess["inputs"])])

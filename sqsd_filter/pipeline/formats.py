@@ -1,0 +1,56 @@
+"""Which reader opens a path: told by its name, and for .json by what is in it."""
+
+import codecs
+import json
+from itertools import islice
+from pathlib import Path
+
+from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.table_formats import Parquet, SavedDataset, Table
+from sqsd_filter.pipeline.text_formats import COMPRESSED, Csv, JsonArray, JsonLines, TextFile, parse_line, split_lines
+
+TEXT_FORMATS = {".jsonl": JsonLines, ".ndjson": JsonLines, ".csv": Csv, ".tsv": Csv}
+READABLE = ".jsonl, .ndjson, .json, .csv, .tsv (each also .gz or .zst), .parquet, or a folder from save_to_disk"
+
+
+def open_source(path: Path) -> TextFile | Table:
+    """The reader for a path, by its name; a .json file's first bytes tell an array from JSON Lines."""
+    if path.is_dir():
+        return _open_folder(path)
+    kind = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+    if path.suffix == ".parquet":
+        return Parquet(path)
+    if kind in TEXT_FORMATS:
+        return TEXT_FORMATS[kind](path)
+    if kind == ".json":
+        return _open_json(path)
+    raise InputError(f"{path} has no extension that says what it holds; readable are {READABLE}.")
+
+
+def _open_folder(path: Path) -> SavedDataset:
+    if (path / "state.json").exists():
+        return SavedDataset(path)
+    splits = path / "dataset_dict.json"
+    if splits.exists():
+        names = json.loads(splits.read_text())["splits"]
+        raise InputError(f"{path} holds the splits {', '.join(names)}; name one of them: {path / names[0]}.")
+    raise InputError(f"{path} is a folder, but not one that save_to_disk left; name its files, as in '{path}/*.jsonl'.")
+
+
+def _open_json(path: Path) -> JsonArray | JsonLines:
+    file = JsonLines(path)
+    first = b""
+    for block in file.blocks():
+        first = (first + block).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        if first:
+            break
+    if first == b"[":
+        return JsonArray(path)
+    # JSON Lines have a whole object, unindented, on one of the next lines; an object spread over lines has not
+    filled = (line for line in split_lines(file.blocks()) if line.strip())
+    others = islice(filled, 1, 1000)
+    if first == b"{" and not any(line.startswith(b"{") and parse_line(line)[0] is not None for line in others):
+        raise InputError(
+            f"{path} holds a single JSON object, not rows; save its rows as an array, or one to a line as .jsonl."
+        )
+    return file

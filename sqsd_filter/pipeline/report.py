@@ -1,0 +1,101 @@
+"""What a run says of itself: report.json, and the dataset card that makes the output a dataset anyone can load."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqsd_filter.pipeline.export import SPLITS, data_file
+from sqsd_filter.pipeline.scored import Scored
+from sqsd_filter.pipeline.selection import Cut, Selection
+from sqsd_filter.pipeline.store import write_whole
+
+QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a score or a byte."""
+    names = ("sqsd-filter", "torch", "transformers", "datasets", "pyarrow", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
+
+
+def summarise(scored: Scored, selection: Selection | None, cut: Cut | None) -> dict[str, Any]:
+    """The figures of a finished run: rows by fate, why rows have no score, the cut, and how risk is spread."""
+    risk = scored.risk[scored.scored]
+    quantiles = np.quantile(risk, [q / 100 for q in QUANTILES]) if len(risk) else []
+    rows: dict[str, int] = {"total": scored.corpus.n_rows}
+    if selection is not None:
+        rows |= {split: selection.count(place) for split, place in SPLITS.items()}
+    else:
+        rows |= {"errors": int((~scored.scored).sum())}
+    return {
+        "rows": rows | scored.counts,
+        "unscored": scored.reasons(),
+        "format": str(scored.form) if scored.form else None,
+        "cut": str(cut) if cut else None,
+        "threshold": selection.threshold if selection else None,
+        "ties": selection.ties if selection else 0,
+        "tokens": int(scored.tokens.sum()),
+        "risk_quantiles": {f"{q}%": float(v) for q, v in zip(QUANTILES, quantiles, strict=False)},
+        "inputs": scored.corpus.inputs,
+    }
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda sink: sink.write((json.dumps(report, indent=2) + "\n").encode()))
+
+
+def write_card(path: Path, report: Mapping[str, Any]) -> None:
+    """The dataset card: configs for kept (the default), dropped and errors, and what was done in words."""
+    rows = report["rows"]
+    pack = report.get("pack")
+    header = ["---", "configs:"]
+    for split in SPLITS:
+        header += [f"- config_name: {'default' if split == 'kept' else split}", "  data_files:", "  - split: train"]
+        header += [f"    path: data/{data_file(split)}"]
+    header += ["tags:", "- sqsd-filter", "- safety", "---"]
+    measured = (
+        f"It was measured with the pack `{pack['name']}` ({pack['fingerprint']}) on `{pack['base_model']}`."
+        if pack
+        else "The scores were already in the input."
+    )
+    if report["threshold"] is None:
+        threshold = "No row was dropped."
+    else:
+        threshold = f"The lowest risk among the dropped rows is {report['threshold']:.6g}"
+        threshold += f"; {report['ties']} kept rows have that very risk." if report["ties"] else "."
+    unscored = ", ".join(f"{count} {status}" for status, count in report["unscored"].items())
+    body = f"""
+# {rows["kept"]} of {rows["total"]} rows, the riskiest removed
+
+Each row was given an SQSD risk (arXiv 2605.04572): how much more the parameter update that the row alone would cause
+points along a danger direction than along a safety direction. {measured}
+Rows were cut by `{report["cut"]}`. {threshold}
+
+| | rows | load with |
+| --- | ---: | --- |
+| kept | {rows["kept"]} | `load_dataset(path)` |
+| dropped | {rows["dropped"]} | `load_dataset(path, "dropped")` |
+| errors, not scored{f" ({unscored})" if unscored else ""} | {rows["errors"]} | `load_dataset(path, "errors")` |
+| total | {rows["total"]} | |
+
+Columns added: `sqsd_risk` (higher is riskier), one `sqsd_<probe>` for each projection, and `sqsd_status`. The other
+columns are the input's. `sqsd/report.json` holds the settings, inputs and versions of the run.
+
+A low risk is no promise: it says that a row pushes little along the directions of this pack, not that a model
+fine-tuned on the kept rows is safe. Evaluate the model that you train.
+"""
+    write_whole(path, lambda sink: sink.write(("\n".join(header) + "\n" + body).encode()))

@@ -1,0 +1,136 @@
+"""A corpus with its scores: one status and one risk a row, from the score store or from columns already there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.shards import Index
+from sqsd_filter.pipeline.sources import Chunk, Corpus, Row
+from sqsd_filter.pipeline.store import ScoreStore
+from sqsd_filter.scoring.conversation import BAD_JSON, SCORED, RowError, RowFormat
+
+SCORE_PREFIX = "sqsd_"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """n rows: `codes` (n,) into `statuses`, `probes` and `risk` (n,) NaN where there is no score.
+
+    `counts` says how the scores came about; `tokens` (n,) is 0 where it isn't known.
+    """
+
+    corpus: Corpus
+    form: RowFormat | None
+    statuses: list[str]
+    codes: np.ndarray
+    probes: Mapping[str, np.ndarray]
+    risk: np.ndarray
+    tokens: np.ndarray
+    counts: dict[str, int]
+    details: Mapping[int, str]  # of rows that the model's side refused
+
+    @property
+    def scored(self) -> np.ndarray:
+        """(n,) bool."""
+        return (self.codes == self.statuses.index(SCORED)) & np.isfinite(self.risk)
+
+    def reasons(self) -> dict[str, int]:
+        """How many rows have no score, by status, the most frequent first."""
+        counted = Counter(dict(enumerate(np.bincount(self.codes, minlength=len(self.statuses)).tolist())))
+        return {self.statuses[c]: n for c, n in counted.most_common() if n and self.statuses[c] != SCORED}
+
+    def detail(self, chunk: Chunk, k: int) -> str:
+        """What is wrong with row k of a chunk, in words."""
+        if chunk.problems[k]:
+            return chunk.problems[k]
+        if (known := self.details.get(chunk.start + k)) is not None:
+            return known
+        if self.form is not None:
+            try:
+                self.form.conversation(chunk.table.slice(k, 1).to_pylist()[0])
+            except RowError as problem:
+                return problem.detail
+        return ""
+
+    def columns(self, start: int, stop: int) -> dict[str, pa.Array]:
+        """The score columns of rows start..stop; null where there is no score."""
+        window = slice(start, stop)
+        values = {"sqsd_risk": self.risk, **{SCORE_PREFIX + name: v for name, v in self.probes.items()}}
+        return {
+            **{name: pa.array(v[window], pa.float64(), from_pandas=True) for name, v in values.items()},
+            "sqsd_status": pa.array([self.statuses[c] for c in self.codes[window]], pa.string()),
+        }
+
+
+def from_store(corpus: Corpus, index: Index, store: ScoreStore, weights: Mapping[str, float]) -> Scored:
+    """Join every row with the stored score of its conversation. Raises `InputError` where one is missing."""
+    codes = index.codes.copy()
+    statuses = list(index.statuses)
+    rows = np.flatnonzero(codes == 0)
+    unique, first, inverse = np.unique(index.keys[rows], return_index=True, return_inverse=True)
+    found = store.lookup(unique)
+    if not found.known.all():
+        raise InputError(
+            f"{int((~found.known).sum())} rows have no score in {store.folder}: finish the scoring run first."
+        )
+    n = len(codes)
+    tokens = np.zeros(n, np.int64)
+    tokens[rows] = found.tokens[inverse]
+    probes = {}
+    for name, values in found.probes.items():
+        probes[name] = np.full(n, np.nan)
+        probes[name][rows] = values[inverse]
+    details = {}
+    for k in np.flatnonzero(found.status != SCORED).tolist():
+        status = str(found.status[k])
+        if status not in statuses:
+            statuses.append(status)
+        members = rows[inverse == k]
+        codes[members] = statuses.index(status)
+        details.update(dict.fromkeys(members.tolist(), str(found.detail[k])))
+    good = found.status == SCORED
+    firsts_good = good[inverse[first]] if len(first) else np.zeros(0, bool)
+    counts = {
+        "scored": int((good & found.own).sum()),
+        "reused": int((good & ~found.own).sum()),
+        "duplicates": int(good[inverse].sum() - firsts_good.sum()),
+    }
+    risk = np.sum([weights[name] * values for name, values in probes.items()], axis=0)
+    return Scored(corpus, index.form, statuses, codes, probes, risk, tokens, counts, details)
+
+
+class ColumnIndex:
+    """Visits a corpus that has been scored before, and takes its score columns."""
+
+    def __init__(self) -> None:
+        self._risk: list[float] = []
+        self._codes = bytearray()
+        self._statuses = [SCORED]
+        self._missing: Row | None = None
+
+    def visit(self, row: Row) -> None:
+        value: Mapping[str, Any] = row.value or {}
+        if row.value is not None and not {"sqsd_risk", "sqsd_status"} <= set(value):
+            raise InputError(
+                f"{row.file} has no columns sqsd_risk and sqsd_status (line {row.line}): score it first with "
+                "'sqsd-filter score'."
+            )
+        risk, status = value.get("sqsd_risk"), value.get("sqsd_status", BAD_JSON)
+        if not isinstance(status, str) or (status == SCORED and not isinstance(risk, int | float)):
+            raise InputError(f"{row.file} has a row that claims a score without one (line {row.line}): score it again.")
+        self._risk.append(float(risk) if risk is not None else np.nan)
+        if status not in self._statuses:
+            self._statuses.append(status)
+        self._codes.append(self._statuses.index(status))
+
+    def scored(self, corpus: Corpus) -> Scored:
+        codes, risk = np.frombuffer(bytes(self._codes), np.uint8), np.array(self._risk, dtype=np.float64)
+        counts = {"scored": 0, "reused": int(((codes == 0) & np.isfinite(risk)).sum()), "duplicates": 0}
+        return Scored(corpus, None, self._statuses, codes, {}, risk, np.zeros(len(codes), np.int64), counts, {})

@@ -1,0 +1,93 @@
+"""A corpus cut into shards, and the work on one of them: the unit of scoring, of retry and of resume.
+
+Shards are contiguous ranges of rows that depend on the number of rows alone. Equal conversations are scored once, by
+the shard that holds the first of them. `score_shard` does not care where it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sqsd_filter.pipeline.sources import Corpus, Row
+from sqsd_filter.pipeline.store import KEYS
+from sqsd_filter.scoring.conversation import BAD_JSON, SCORED, RowError, RowFormat, conversation_key
+from sqsd_filter.scoring.scorer import Scorer, Scores
+
+SMALLEST, LARGEST, AIM = 512, 4096, 1000  # rows a shard at least and at most; shards a corpus, about
+
+
+def shard_size(rows: int) -> int:
+    """Rows a shard of a corpus of so many rows."""
+    return min(LARGEST, max(SMALLEST, -(-rows // AIM // SMALLEST) * SMALLEST))
+
+
+class Index:
+    """What the scan of a corpus leaves: each row's key, or the status that says why it has none."""
+
+    def __init__(self, form: RowFormat) -> None:
+        self.form = form
+        self._keys = bytearray()
+        self._codes = bytearray()
+        self.statuses = [SCORED]  # by code; code 0: the row has a conversation
+
+    def visit(self, row: Row) -> None:
+        try:
+            if row.value is None:
+                raise RowError(BAD_JSON, row.problem)
+            key, status = conversation_key(self.form.conversation(row.value)), SCORED
+        except RowError as problem:
+            key, status = b"\0" * KEYS.itemsize, problem.status
+        self._keys += key
+        if status not in self.statuses:
+            self.statuses.append(status)
+        self._codes.append(self.statuses.index(status))
+
+    @property
+    def keys(self) -> np.ndarray:
+        """(n,) S16."""
+        return np.frombuffer(self._keys, dtype=KEYS)
+
+    @property
+    def codes(self) -> np.ndarray:
+        """(n,) uint8 into `statuses`."""
+        return np.frombuffer(self._codes, dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows start..stop of a corpus; `wanted` are the indices of those to be scored."""
+
+    number: int
+    start: int
+    stop: int
+    wanted: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.number:06d}"
+
+
+def plan(rows: int, wanted: np.ndarray) -> Iterator[Shard]:
+    """The shards that have any of the `wanted` rows (ascending indices)."""
+    size = shard_size(rows)
+    for number in range(-(-rows // size)):
+        start, stop = number * size, min(rows, (number + 1) * size)
+        inside = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, stop)]
+        if len(inside):
+            yield Shard(number, start, stop, inside)
+
+
+def score_shard(
+    corpus: Corpus, form: RowFormat, scorer: Scorer, shard: Shard, on_rows: Callable[[int, int], None] | None = None
+) -> tuple[list[bytes], Scores]:
+    """Keys and scores of a shard's wanted rows, in row order."""
+    wanted = set(shard.wanted.tolist())
+    turns = [
+        form.conversation(row.value)
+        for row in corpus.read(shard.start, shard.stop, form.columns)
+        if row.index in wanted and row.value is not None
+    ]
+    return [conversation_key(t) for t in turns], scorer.score(turns, on_rows)
