@@ -45,20 +45,26 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise UsageError(f"The config file {path} can't be read: {problem}.") from problem
-    known = {p.name for p in context.command.params if isinstance(p, click.Option)} - _UNRECORDED
+    known = _recorded(context)
     given = {key.replace("-", "_"): value for key, value in table.items()}
-    if unknown := sorted(set(given) - known):
+    if unknown := sorted(set(given) - set(known)):
         raise UsageError(f"The config file {path} has unknown settings: {', '.join(unknown)}.")
-    context.default_map = {**(context.default_map or {}), **given}
+    context.default_map = {known[name]: value for name, value in given.items()}
+
+
+def _recorded(context: click.Context) -> dict[str, str]:
+    """The settings of a command by the names people give them, and the parameters that hold them."""
+    names = {p.opts[0].removeprefix("--").replace("-", "_"): p.name or "" for p in context.command.params}
+    return {name: parameter for name, parameter in sorted(names.items()) if parameter not in _UNRECORDED}
 
 
 def settings(context: click.Context) -> dict[str, dict[str, Any]]:
     """Every setting's value and origin, for the report."""
     found = {}
-    for name, value in sorted(context.params.items()):
-        if name not in _UNRECORDED:
-            source = context.get_parameter_source(name)
-            found[name] = {"value": value, "origin": _ORIGINS.get(source, "default") if source else "default"}
+    for name, parameter in _recorded(context).items():
+        source = context.get_parameter_source(parameter)
+        origin = _ORIGINS.get(source, "default") if source else "default"
+        found[name] = {"value": context.params[parameter], "origin": origin}
     return found
 
 

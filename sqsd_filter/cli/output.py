@@ -102,8 +102,9 @@ def summary(report: Mapping[str, Any], dest: object) -> str:
         lines.append(f"{rows['kept']:,} of {rows['total']:,} rows kept in {dest} ({report['cut']})")
         cut = f"   risk {report['threshold']:.4f} and above" if report["threshold"] is not None else ""
         cut += f" ({report['ties']} kept rows tie)" if report["ties"] else ""
-        lines.append(f"  kept     {rows['kept']:>9,}   load_dataset({str(dest)!r})")
-        lines.append(f"  dropped  {rows['dropped']:>9,}   load_dataset({str(dest)!r}, 'dropped'){cut}")
+        kept, dropped = (f"load_dataset({str(dest)!r}{name})" for name in ("", ", 'dropped'"))
+        lines.append(f"  kept     {rows['kept']:>9,}" + (f"   {kept}" if rows["kept"] else ""))
+        lines.append(f"  dropped  {rows['dropped']:>9,}" + (f"   {dropped}{cut}" if rows["dropped"] else ""))
     else:
         lines.append(f"{rows['total']:,} rows with their scores in {dest}")
     why = ", ".join(f"{count:,} {status}" for status, count in report["unscored"].items())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,25 +16,29 @@ from sqsd_filter.pipeline.store import write_whole
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
+LOCK_FILE = "lock"
 
 
 class Destination:
     """Where a run writes. `home` is its folder for run.json, report.json and scores/; `root` the folder or file asked
-    for. With `overwrite` both stand beside the old ones until `publish` swaps them."""
+    for. With `overwrite`, and something else there, both stand beside it until `publish` swaps them."""
 
     def __init__(self, target: Path, home_of: Any, products: list[str], *, overwrite: bool) -> None:
         """`home_of(root)` gives the home of a root; `products` are the paths a finished run leaves below the root."""
         self.target, self._home_of, self._products = target, home_of, products
-        self._beside = target.with_name(f".{target.name}.sqsd-new")
-        self._old = target.with_name(f".{target.name}.sqsd-old")
-        if not target.exists() and self._old.exists():  # killed in the middle of a swap
-            self._old.rename(target)
-        self.replaces = overwrite and (target.exists() or home_of(target).exists())
-        self.root = self._beside if self.replaces else target
-        self.home: Path = home_of(self.root)
+        self._overwrite, self.replaces = overwrite, False
+        self.root, self.home = target, home_of(target)
         self._lock: IO[str] | None = None
-        if not target.parent.is_dir():
-            raise InputError(f"The folder {target.parent} does not exist: create it first.")
+        with self._access():
+            if not target.parent.is_dir():
+                raise InputError(f"The folder {target.parent} does not exist: create it first.")
+            if not target.exists() and _neighbour(target, "old").exists():  # killed in the middle of a swap
+                _neighbour(target, "old").rename(target)
+            if not overwrite and _read_json(self.home / RUN_FILE) is None and self._foreign():
+                raise DestinationExists(
+                    f"{target} exists and was not written by this command: choose another destination, or replace it "
+                    "with --overwrite."
+                )
 
     @property
     def old_home(self) -> Path | None:
@@ -42,73 +48,105 @@ class Destination:
     def claim(self, identity: Mapping[str, Any]) -> bool:
         """Take the destination for the run with this identity; True when that run is here and done already.
 
-        Raises `DestinationExists` for foreign files, another run (naming what differs) or one at work right now.
+        Raises `DestinationExists` for another run (naming what differs), one at work right now, or an input that would
+        be replaced; `InputError` where nothing can be written.
         """
-        run_file = self.home / RUN_FILE
-        known = _read_json(run_file)
-        if known is None:
-            if self._foreign():
-                if not self.replaces:
-                    raise DestinationExists(
-                        f"{self.target} exists and was not written by this command: choose another destination, or "
-                        "replace it with --overwrite."
-                    )
-                _remove(self.root)
-        elif known != json.loads(json.dumps(identity)):
-            if not self.replaces:
+        asked = json.loads(json.dumps(identity))
+        known = _read_json(self.home / RUN_FILE)
+        if known != asked and (known is not None or self._foreign()):
+            if not self._overwrite:
                 raise DestinationExists(
-                    f"{self.target} holds another run ({_difference(known, identity)}): choose another destination, "
-                    "or replace it with --overwrite."
+                    f"{self.target} holds another run ({_difference(known or {}, asked)}): choose another "
+                    "destination, or replace it with --overwrite."
                 )
-            _remove(self.root)
-            _remove(self.home)
-        self.home.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.home / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DestinationExists(f"Another run is writing to {self.target} right now: wait for it.") from None
-        if self.finished():
-            return True
-        write_whole(run_file, lambda sink: sink.write(json.dumps(identity, indent=1, sort_keys=True).encode()))
+            self.spare(i["path"] for i in asked["inputs"])
+            self.replaces = True
+            self.root = _neighbour(self.target, "new")
+            self.home = self._home_of(self.root)
+        with self._access():
+            self._take_lock()
+            if self.replaces and _read_json(self.home / RUN_FILE) != asked:
+                self._clear()
+            if self.finished():
+                return True
+            content = json.dumps(asked, indent=1, sort_keys=True).encode()
+            write_whole(self.home / RUN_FILE, lambda sink: sink.write(content))
         return False
+
+    def spare(self, paths: Iterable[str]) -> None:
+        """Raise `DestinationExists` if one of these would be lost with what --overwrite replaces."""
+        target = self.target.resolve()
+        for path in paths:
+            if self._overwrite and Path(path).resolve().is_relative_to(target):
+                raise DestinationExists(
+                    f"{self.target} holds the input {path}, which --overwrite would delete: choose another destination."
+                )
+
+    @contextmanager
+    def _access(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            raise InputError(
+                f"{self.target} can't be written ({problem.strerror}): choose another destination, or mend that."
+            ) from problem
+
+    def _take_lock(self) -> None:
+        self.home.mkdir(parents=True, exist_ok=True)
+        lock = (self.home / LOCK_FILE).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise DestinationExists(f"Another run is writing to {self.target} right now: wait for it.") from None
+        except OSError:
+            pass  # a file system without locks
+        self._lock = lock
+
+    def _clear(self) -> None:
+        """Remove what another run left here, but not the lock on it."""
+        for place in (self.root, self.home):
+            for path in list(place.iterdir()) if place.is_dir() else [place]:
+                if path not in (self.home, self.home / LOCK_FILE):
+                    _remove(path)
 
     def finished(self) -> bool:
         report = _read_json(self.home / REPORT_FILE)
         return bool(report) and report["status"] == "ok" and all((self.root / p).exists() for p in self._products)
 
     def publish(self) -> None:
-        """Let go of the lock, and swap what stands beside into place."""
-        if self._lock is not None:
-            (self.home / "lock").unlink(missing_ok=True)
-            self._lock.close()
-            self._lock = None
-        if not self.replaces:
-            return
-        moves = [(self.root, self.target)]
+        """Swap what stands beside into place, and let go of the lock."""
+        finals = [self.target]
         if self.home.parent == self.root.parent:  # the home lies beside the root, not in it
-            moves.append((self.home, self._home_of(self.target)))
-        for new, final in moves:
-            old = final.with_name(f".{final.name}.sqsd-old") if final != self.target else self._old
-            _remove(old)
-            if final.exists():
-                final.rename(old)
-            new.rename(final)
-            _remove(old)
+            finals.append(self._home_of(self.target))
+        if self.replaces:
+            for new, final in zip((self.root, self.home), finals, strict=False):
+                _remove(_neighbour(final, "old"))
+                if final.exists():
+                    final.rename(_neighbour(final, "old"))
+                new.rename(final)
+            self.root, self.home = self.target, self._home_of(self.target)
+        for final in finals:
+            _remove(_neighbour(final, "old"))
+        self.release()
 
     def release(self) -> None:
         if self._lock is not None:
+            (self.home / LOCK_FILE).unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
 
     def _foreign(self) -> bool:
         """Is there anything here that is not an empty folder or a home that is only just beginning?"""
-        starting = {"lock", f".{RUN_FILE}.tmp"}
-        if self.root.is_dir():
-            others = [p for p in self.root.iterdir() if p != self.home]
-            begun = [p for p in self.home.iterdir() if p.name not in starting] if self.home.is_dir() else []
-            return bool(others or begun)
-        return self.root.exists()
+        starting = {self.home, self.home / LOCK_FILE, self.home / f".{RUN_FILE}.tmp"}
+        found = [path for place in (self.root, self.home) if place.is_dir() for path in place.iterdir()]
+        return not starting.issuperset(found) or (self.root.exists() and not self.root.is_dir())
+
+
+def _neighbour(path: Path, kind: str) -> Path:
+    """The hidden name beside a path under which its `new` or `old` content stands during a swap."""
+    absolute = Path(os.path.abspath(path))
+    return absolute.parent / f".{absolute.name}.sqsd-{kind}"
 
 
 def _read_json(path: Path) -> Any:
@@ -137,7 +175,7 @@ def _difference(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

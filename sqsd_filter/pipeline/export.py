@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ from sqsd_filter.errors import SQSDError
 from sqsd_filter.pipeline.scored import SCORE_PREFIX, Scored
 from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Selection
 from sqsd_filter.pipeline.sources import Chunk
+from sqsd_filter.scoring.conversation import BAD_JSON
 
 SPLITS = {"kept": KEPT, "dropped": DROPPED, "errors": ERROR}
+
+RAW = "sqsd_raw"  # the bytes of a line that is no row
 
 
 def data_file(split: str) -> str:
@@ -35,9 +38,8 @@ def export_splits(scored: Scored, selection: Selection, folder: Path) -> dict[st
     written = dict.fromkeys(SPLITS, 0)
     with ExitStack() as stack:
         sinks = {split: stack.enter_context(_writer(folder / data_file(split))) for split in SPLITS}
-        for chunk, own in _chunks(scored):
+        for chunk, own, with_scores in _chunks(scored):
             place = selection.place[chunk.start : chunk.start + own.num_rows]
-            with_scores = _with_columns(own, scored.columns(chunk.start, chunk.start + own.num_rows))
             for split, code in SPLITS.items():
                 where = np.flatnonzero(place == code)
                 part = _errors(scored, chunk, own, where) if code == ERROR else with_scores.take(where)
@@ -50,30 +52,31 @@ def export_splits(scored: Scored, selection: Selection, folder: Path) -> dict[st
 
 def export_scored(scored: Scored, path: Path) -> None:
     """Write every row, in order, with its score columns; `sqsd_raw` holds the bytes of lines that can't be read."""
-    unreadable = any(status == "bad_json" for status in scored.reasons())
+    unreadable = BAD_JSON in scored.reasons() or RAW in scored.corpus.schema.names
     with _writer(path) as sink:
-        for chunk, own in _chunks(scored):
-            columns = scored.columns(chunk.start, chunk.start + own.num_rows)
-            if unreadable:
-                columns["sqsd_raw"] = _raw(chunk, range(own.num_rows))
-            sink(_with_columns(own, columns))
+        for chunk, own, with_scores in _chunks(scored):
+            raw = {RAW: _raw(chunk, range(own.num_rows))} if unreadable else {}
+            sink(_with_columns(with_scores, raw))
 
 
-def _chunks(scored: Scored) -> Iterator[tuple[Chunk, pa.Table]]:
-    """The corpus in chunks, each with its own columns: score columns of an earlier run make way for new ones."""
+def _chunks(scored: Scored) -> Iterator[tuple[Chunk, pa.Table, pa.Table]]:
+    """The corpus in chunks, each without and with score columns: those of an earlier run make way for new ones."""
     for chunk in scored.corpus.chunks():
-        fresh = bool(scored.probes)
-        stale = [n for n in chunk.table.column_names if fresh and n.startswith(SCORE_PREFIX)]
-        if not fresh:
-            stale = [n for n in ("sqsd_risk", "sqsd_status") if n in chunk.table.column_names]
-        yield chunk, _without(chunk.table, stale)
+        names = chunk.table.column_names
+        own = _only(chunk.table, [n for n in names if not n.startswith(SCORE_PREFIX)])
+        if scored.probes:
+            yield chunk, own, _with_columns(own, scored.columns(chunk.start, chunk.start + own.num_rows))
+        else:
+            scores = [n for n in names if n.startswith(SCORE_PREFIX) and n != RAW]
+            yield chunk, own, _only(chunk.table, [*own.column_names, *scores])
 
 
-def _without(table: pa.Table, names: list[str]) -> pa.Table:
-    if not names:
+def _only(table: pa.Table, names: list[str]) -> pa.Table:
+    if table.column_names == names:
         return table
-    metadata = _features(table.schema, lambda features: [features.pop(name, None) for name in names])
-    return table.drop_columns(names).replace_schema_metadata(metadata)
+    dropped = set(table.column_names) - set(names)
+    metadata = _features(table.schema, lambda features: [features.pop(name, None) for name in dropped])
+    return table.select(names).replace_schema_metadata(metadata)
 
 
 def _with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
@@ -104,14 +107,15 @@ def _errors(scored: Scored, chunk: Chunk, own: pa.Table, where: np.ndarray) -> p
             "sqsd_reason": pa.array([scored.detail(chunk, k) for k in where.tolist()], pa.string()),
             "sqsd_file": pa.array([chunk.files[k] for k in where], pa.string()),
             "sqsd_line": pa.array([chunk.lines[k] for k in where], pa.int64()),
-            "sqsd_raw": _raw(chunk, where.tolist()),
+            RAW: _raw(chunk, where.tolist()),
         },
     )
 
 
 def _raw(chunk: Chunk, rows: Any) -> pa.Array:
-    """The bytes of lines that could not be read; null for those that could."""
-    return pa.array([chunk.raws[k] if chunk.problems[k] else None for k in rows], pa.binary())
+    """The bytes of lines that could not be read, now or when their scores were written; null for those that could."""
+    before = chunk.table[RAW].to_pylist() if RAW in chunk.table.column_names else [None] * chunk.table.num_rows
+    return pa.array([chunk.raws[k] if chunk.problems[k] else before[k] for k in rows], pa.binary())
 
 
 @contextmanager
@@ -137,6 +141,7 @@ def _writer(path: Path) -> Iterator[Any]:
             f"{path} can't be written ({problem}): make room and run the same command again; no score is lost."
         ) from problem
     finally:
-        if sink is not None and temporary.exists():
-            sink.close()
-            temporary.unlink()
+        if sink is not None:
+            with suppress(OSError):
+                sink.close()
+        temporary.unlink(missing_ok=True)

@@ -77,6 +77,9 @@ def write_card(path: Path, report: Mapping[str, Any]) -> None:
     else:
         threshold = f"The lowest risk among the dropped rows is {report['threshold']:.6g}"
         threshold += f"; {report['ties']} kept rows have that very risk." if report["ties"] else "."
+    load = {"kept": "load_dataset(path)", **{s: f'load_dataset(path, "{s}")' for s in ("dropped", "errors")}}
+    # datasets raises for a split without rows, unless it is streamed
+    load = {split: call if rows[split] else f"{call[:-1]}, streaming=True)" for split, call in load.items()}
     unscored = ", ".join(f"{count} {status}" for status, count in report["unscored"].items())
     body = f"""
 # {rows["kept"]} of {rows["total"]} rows, the riskiest removed
@@ -87,9 +90,9 @@ Rows were cut by `{report["cut"]}`. {threshold}
 
 | | rows | load with |
 | --- | ---: | --- |
-| kept | {rows["kept"]} | `load_dataset(path)` |
-| dropped | {rows["dropped"]} | `load_dataset(path, "dropped")` |
-| errors, not scored{f" ({unscored})" if unscored else ""} | {rows["errors"]} | `load_dataset(path, "errors")` |
+| kept | {rows["kept"]} | `{load["kept"]}` |
+| dropped | {rows["dropped"]} | `{load["dropped"]}` |
+| errors, not scored{f" ({unscored})" if unscored else ""} | {rows["errors"]} | `{load["errors"]}` |
 | total | {rows["total"]} | |
 
 Columns added: `sqsd_risk` (higher is riskier), one `sqsd_<probe>` for each projection, and `sqsd_status`. The other

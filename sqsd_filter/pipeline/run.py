@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sqsd_filter.errors import InputError, RowErrorBudgetExceeded, SQSDError
+from sqsd_filter.errors import InputError, RowErrorBudgetExceeded, SQSDError, UsageError
 from sqsd_filter.pipeline.destination import REPORT_FILE, RUN_FILE, Destination, _read_json
 from sqsd_filter.pipeline.export import SPLITS, data_file, export_scored, export_splits
 from sqsd_filter.pipeline.progress import Progress, Silent
@@ -59,38 +61,50 @@ class Run:
     identity: dict[str, Any]
     progress: Progress
     settings: Mapping[str, Any]
+    started: float
     facts: dict[str, Any] = field(default_factory=dict)
 
     def carry_out(
         self, work: Callable[[], dict[str, Any]], publish: Callable[[dict[str, Any]], None]
     ) -> dict[str, Any]:
-        """Claim the destination, do the work, leave a report whatever happens. Returns the report."""
-        started = time.time()
-        if self.destination.claim(self.identity):
-            report: dict[str, Any] = _read_json(self.destination.home / REPORT_FILE)
+        """Claim the destination, do the work, leave a report whatever happens. Returns the report.
+
+        Raises `SQSDError` where the disk refuses.
+        """
+        try:
+            if self.destination.claim(self.identity):
+                report = {**_read_json(self.destination.home / REPORT_FILE), "already_done": True}
+            else:
+                report = self._carry_out(work, publish)
             self.destination.publish()
-            return {**report, "already_done": True}
-        path = self.destination.home / REPORT_FILE
+            return report
+        except OSError as problem:
+            raise SQSDError(
+                f"The run can't go on ({problem}): mend that and run the same command again; no score is lost."
+            ) from problem
+        finally:
+            self.progress.finish()
+            self.destination.release()
+
+    def _carry_out(
+        self, work: Callable[[], dict[str, Any]], publish: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
         base = {"settings": dict(self.settings), "versions": versions(), **self.facts}
-        status, found = "failed", {}
+        found: dict[str, Any] = {}
         try:
             found = work()
             publish({**base, **found})
-            status = "ok"
-        except KeyboardInterrupt:
-            status = "interrupted"
+        except BaseException as problem:
+            status = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
+            with suppress(OSError):  # the disk may be what failed
+                self._report({"status": status, **base, **found, "error": str(problem) or status})
             raise
-        except SQSDError as problem:
-            found = {**found, "error": str(problem)}
-            raise
-        finally:
-            self.progress.finish()
-            timing = {"seconds": round(time.time() - started, 3), "started": round(started, 3)}
-            report = {"status": status, **base, **found, "timing": timing}
-            write_report(path, report)
-            if status != "ok":
-                self.destination.release()
-        self.destination.publish()
+        return self._report({"status": "ok", **base, **found})
+
+    def _report(self, report: dict[str, Any]) -> dict[str, Any]:
+        timing = {"seconds": round(time.time() - self.started, 3), "started": round(self.started, 3)}
+        report = {**report, "timing": timing}
+        write_report(self.destination.home / REPORT_FILE, report)
         return report
 
 
@@ -118,9 +132,10 @@ def filter_dataset(
     `dest/sqsd/report.json`). The same call finishes an interrupted run. Raises `SQSDError`s: `UsageError`,
     `InputError`, `RowErrorBudgetExceeded`, `DestinationExists`, `PackError`, `ModelError`.
     """
+    started = time.time()
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
+    policy = _Policy.of(on_error, max_error_rate)
     paths, scorer = _paths(sources), scorer or SQSDScorer(pack)
-    policy = _Policy(on_error, parse_share(max_error_rate))
     place = _folder(Path(dest), overwrite)
     progress = progress or Silent()
     scan = _Scan(paths, columns or Columns(), limit, progress)
@@ -129,6 +144,7 @@ def filter_dataset(
         {**scan.identity(), "scoring": scorer.settings(), "cut": str(cut), "on_error": on_error},
         progress,
         settings or {},
+        started,
         _about(scorer),
     )
 
@@ -153,17 +169,19 @@ def score_dataset(
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write one parquet file with all rows in order and their score columns; `dest`.sqsd keeps report and scores."""
-    dest = Path(dest)
+    started, dest = time.time(), Path(dest)
+    policy = _Policy.of("quarantine", max_error_rate)
     if dest.suffix != ".parquet":
-        raise InputError(f"Scores are written as parquet: name the file {dest.with_suffix('.parquet')}.")
+        raise UsageError(f"Scores are written as parquet: name the file {dest.with_suffix('.parquet')}.")
     paths, scorer = _paths(sources), scorer or SQSDScorer(pack)
     place = Destination(dest, lambda root: root.with_name(root.name + ".sqsd"), [""], overwrite=overwrite)
     progress = progress or Silent()
     scan = _Scan(paths, columns or Columns(), limit, progress)
-    run = Run(place, {**scan.identity(), "scoring": scorer.settings()}, progress, settings or {}, _about(scorer))
+    identity = {**scan.identity(), "scoring": scorer.settings()}
+    run = Run(place, identity, progress, settings or {}, started, _about(scorer))
 
     def work() -> dict[str, Any]:
-        scored = scan.score(place, scorer, _Policy("quarantine", parse_share(max_error_rate)))
+        scored = scan.score(place, scorer, policy)
         progress.start("writing", scored.corpus.n_rows)
         export_scored(scored, place.root)
         return summarise(scored, None, None)
@@ -188,9 +206,11 @@ def select_dataset(
 
     No model is loaded. Raises `InputError` where rows have no scores yet.
     """
+    started = time.time()
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
+    policy = _Policy.of(on_error, "100%")
     paths, place, progress = _paths(sources), _folder(Path(dest), overwrite), progress or Silent()
-    policy = _Policy(on_error, parse_share("100%"))
+    place.spare(paths)
     earlier = Path(paths[0]) / "sqsd" if len(paths) == 1 else None
     if earlier is not None and (earlier / RUN_FILE).is_file():
         scored, identity, facts = _earlier_run(earlier, progress)
@@ -198,8 +218,9 @@ def select_dataset(
         progress.start("reading", None)
         index = ColumnIndex()
         corpus = Corpus.scan(paths, visit=_counted(index.visit, progress), columns=["sqsd_risk", "sqsd_status"])
-        scored, identity, facts = index.scored(corpus), {"inputs": corpus.inputs}, {}
-    run = Run(place, {**identity, "cut": str(cut), "on_error": on_error}, progress, settings or {}, facts)
+        scored, identity, facts = index.scored(_not_empty(corpus)), {"inputs": corpus.inputs}, {}
+    identity = {**identity, "cut": str(cut), "on_error": on_error}
+    run = Run(place, identity, progress, settings or {}, started, facts)
     return run.carry_out(
         lambda: _split(scored, cut, policy, place, progress), lambda report: write_card(place.root / CARD_FILE, report)
     )
@@ -209,8 +230,10 @@ def _earlier_run(home: Path, progress: Progress) -> tuple[Scored, dict[str, Any]
     """The inputs of an earlier run joined with its score store."""
     known = _read_json(home / RUN_FILE)
     report = _read_json(home / REPORT_FILE) or {}
-    if "scoring" not in known or "pack" not in report:
-        raise InputError(f"{home.parent} was itself cut from scores: select from the scored files it was made of.")
+    if not (home / "scores").is_dir() or "pack" not in report:
+        if report.get("status") == "ok":
+            raise InputError(f"{home.parent} was itself cut from scores: select from what it was cut from.")
+        raise InputError(f"{home.parent} holds a run that was never finished: finish it first.")
     form = RowFormat(**known["row_format"])
     index = Index(form)
     progress.start("reading", None)
@@ -232,11 +255,13 @@ def _earlier_run(home: Path, progress: Progress) -> tuple[Scored, dict[str, Any]
 @dataclass(frozen=True)
 class _Policy:
     on_error: str
-    max_error_rate: Any
+    max_error_rate: Fraction
 
-    def __post_init__(self) -> None:
-        if self.on_error not in ON_ERROR:
-            raise SQSDError(f"on_error must be one of {', '.join(ON_ERROR)}, not '{self.on_error}'.")
+    @classmethod
+    def of(cls, on_error: str, max_error_rate: str | float) -> _Policy:
+        if on_error not in ON_ERROR:
+            raise UsageError(f"on_error must be one of {', '.join(ON_ERROR)}, not '{on_error}'.")
+        return cls(on_error, parse_share(max_error_rate, "--max-error-rate", ""))
 
     def check(self, scored: Scored) -> None:
         """Raise `RowErrorBudgetExceeded` when more rows have no score than may be."""
@@ -266,8 +291,7 @@ class _Scan:
         self.corpus = Corpus.scan(
             paths, limit=limit, visit=_counted(self.index.visit, progress), columns=self.form.columns
         )
-        if self.corpus.n_rows == 0:
-            raise InputError("The input has no rows.")
+        _not_empty(self.corpus)
 
     def identity(self) -> dict[str, Any]:
         return {"inputs": self.corpus.inputs, "row_format": vars(self.form), "limit": self.limit}
@@ -288,6 +312,12 @@ class _Scan:
         scored = from_store(self.corpus, self.index, store, weights)
         policy.check(scored)
         return scored
+
+
+def _not_empty(corpus: Corpus) -> Corpus:
+    if corpus.n_rows == 0:
+        raise InputError("The input has no rows.")
+    return corpus
 
 
 def _split(scored: Scored, cut: Cut, policy: _Policy, place: Destination, progress: Progress) -> dict[str, Any]:
@@ -350,12 +380,11 @@ def estimate(
     readable = np.flatnonzero(scan.index.codes == 0)
     unique, first = np.unique(scan.index.keys[readable], return_index=True)
     wanted = np.sort(readable[first])
-    chosen = wanted[np.linspace(0, len(wanted) - 1, min(sample, len(wanted))).astype(int)]
+    chosen = set(wanted[np.linspace(0, len(wanted) - 1, min(sample, len(wanted))).astype(int)].tolist())
     turns = [
         scan.form.conversation(row.value)
-        for k in chosen.tolist()
-        for row in scan.corpus.read(k, k + 1)
-        if row.value is not None
+        for row in scan.corpus.read(0, scan.corpus.n_rows, scan.form.columns)
+        if row.index in chosen and row.value is not None
     ]
     lengths = [len(e) for e in scorer.encoder.encode(turns) if not isinstance(e, RowError)]
     mean = float(np.mean(lengths)) if lengths else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.json_schema import to_rows
 from sqsd_filter.pipeline.shards import Index
 from sqsd_filter.pipeline.sources import Chunk, Corpus, Row
 from sqsd_filter.pipeline.store import ScoreStore
-from sqsd_filter.scoring.conversation import BAD_JSON, SCORED, RowError, RowFormat
+from sqsd_filter.scoring.conversation import BAD_JSON, NONFINITE, SCORED, RowError, RowFormat
 
 SCORE_PREFIX = "sqsd_"
 
@@ -54,7 +56,7 @@ class Scored:
             return known
         if self.form is not None:
             try:
-                self.form.conversation(chunk.table.slice(k, 1).to_pylist()[0])
+                self.form.conversation(next(to_rows(chunk.table.slice(k, 1))))
             except RowError as problem:
                 return problem.detail
         return ""
@@ -88,14 +90,13 @@ def from_store(corpus: Corpus, index: Index, store: ScoreStore, weights: Mapping
         probes[name] = np.full(n, np.nan)
         probes[name][rows] = values[inverse]
     details = {}
-    for k in np.flatnonzero(found.status != SCORED).tolist():
-        status = str(found.status[k])
+    good = found.status == SCORED
+    for at in np.flatnonzero(~good[inverse]).tolist():
+        row, status = int(rows[at]), str(found.status[inverse[at]])
         if status not in statuses:
             statuses.append(status)
-        members = rows[inverse == k]
-        codes[members] = statuses.index(status)
-        details.update(dict.fromkeys(members.tolist(), str(found.detail[k])))
-    good = found.status == SCORED
+        codes[row] = statuses.index(status)
+        details[row] = str(found.detail[inverse[at]])
     firsts_good = good[inverse[first]] if len(first) else np.zeros(0, bool)
     counts = {
         "scored": int((good & found.own).sum()),
@@ -125,6 +126,8 @@ class ColumnIndex:
         risk, status = value.get("sqsd_risk"), value.get("sqsd_status", BAD_JSON)
         if not isinstance(status, str) or (status == SCORED and not isinstance(risk, int | float)):
             raise InputError(f"{row.file} has a row that claims a score without one (line {row.line}): score it again.")
+        if status == SCORED and not math.isfinite(risk or 0):
+            status = NONFINITE
         self._risk.append(float(risk) if risk is not None else np.nan)
         if status not in self._statuses:
             self._statuses.append(status)

@@ -22,8 +22,11 @@ KEPT, DROPPED, ERROR = 0, 1, 2
 KINDS = ("drop_top", "drop_count", "max_risk", "keep_lowest")
 
 
-def parse_share(value: str | float | Fraction) -> Fraction:
-    """A share as `5%`, `5pct` or `0.05`, exactly: 5 % of 60 rows is 3. Raises `UsageError`; a bare 5 could be rows."""
+def parse_share(value: str | float | Fraction, flag: str = "--drop-top", rows_flag: str = "--drop-count") -> Fraction:
+    """A share as `5%`, `5pct` or `0.05`, exactly: 5 % of 60 rows is 3. Raises `UsageError`; a bare 5 could be rows.
+
+    `flag` takes the share and `rows_flag`, if any, a number of rows: an error says how to write either.
+    """
     text = str(value).strip().lower()
     number, divisor = text, 1
     for suffix in ("%", "pct"):
@@ -33,10 +36,9 @@ def parse_share(value: str | float | Fraction) -> Fraction:
         share = Fraction(number) / divisor
     except (ValueError, ZeroDivisionError):
         raise UsageError(f"'{value}' is not a share: write it like 5%, 5pct or 0.05.") from None
-    if divisor == 1 and share >= 1 and value not in ("1.0", 1.0):
-        raise UsageError(
-            f"'{value}' could mean {value}% or {value} rows: write --drop-top {value}% or --drop-count {value}."
-        )
+    if divisor == 1 and share >= 1 and text != "1.0":
+        rows = f" or {rows_flag} {value}" if rows_flag else ""
+        raise UsageError(f"'{value}' could mean {value}% or {value} rows: write {flag} {value}%{rows}.")
     if not 0 <= share <= 1:
         raise UsageError(f"'{value}' is not a share between 0% and 100%.")
     return share
@@ -76,8 +78,10 @@ class Cut:
         return cls(kind, int(value))
 
     def __str__(self) -> str:
-        value = f"{float(self.value) * 100:g}%" if self.kind == "drop_top" else f"{self.value:g}"
-        return f"{self.kind.replace('_', '-')} {value}"
+        """Tells any two cuts apart: it is part of what makes two runs the same."""
+        number = float(self.value * 100) if self.kind == "drop_top" else self.value
+        sign = "%" if self.kind == "drop_top" else ""
+        return f"{self.kind.replace('_', '-')} {str(number).removesuffix('.0')}{sign}"
 
     def count(self, risk: np.ndarray) -> int:
         """How many of n scored rows to drop."""
@@ -137,9 +141,10 @@ def select(
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
     if missing := [c for c in ("sqsd_risk", "sqsd_status") if c not in dataset.column_names]:
         raise InputError(f"The dataset has no column {' and no '.join(missing)}: score it first with SQSDScorer.")
-    columns: Any = dataset.select_columns(["sqsd_risk", "sqsd_status"]).with_format("numpy")[:]
-    risk = np.asarray(columns["sqsd_risk"], dtype=np.float64)
-    scored = (np.asarray(columns["sqsd_status"]) == "scored") & np.isfinite(risk)
+    # as Arrow: datasets' own numpy format rounds to float32, which makes ties
+    columns: Any = dataset.select_columns(["sqsd_risk", "sqsd_status"]).with_format("arrow")[:]
+    risk = columns["sqsd_risk"].to_numpy().astype(np.float64)
+    scored = (columns["sqsd_status"].to_numpy() == "scored") & np.isfinite(risk)
     place = cut_rows(risk, scored, cut).place
     kept, dropped, errors = (dataset.select(np.flatnonzero(place == p)) for p in (KEPT, DROPPED, ERROR))
     return kept, dropped, errors

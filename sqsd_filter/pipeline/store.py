@@ -25,6 +25,7 @@ from sqsd_filter.scoring.scorer import Scores
 log = logging.getLogger(__name__)
 
 KEY_BYTES = 16
+SETTINGS = b"sqsd_settings"  # where a segment says what its scores depend on
 KEYS = np.dtype(f"S{KEY_BYTES}")  # compares and sorts as bytes
 
 
@@ -51,6 +52,7 @@ class ScoreStore:
     def __init__(self, folder: Path, settings: Mapping[str, Any], probes: Sequence[str]) -> None:
         self.folder, self.settings, self.probes = folder, dict(settings), list(probes)
         self.id = settings_id(settings)
+        self._settings = json.dumps(self.settings, sort_keys=True).encode()
 
     def segments(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self.id}-*.parquet"))
@@ -65,7 +67,7 @@ class ScoreStore:
                 "detail": pa.array(scores.detail, pa.string()),
                 "tokens": pa.array(scores.tokens, pa.int32()),
             }
-        ).replace_schema_metadata({"sqsd_settings": json.dumps(self.settings, sort_keys=True)})
+        ).replace_schema_metadata({SETTINGS: self._settings})
         path = self.folder / f"{self.id}-{name}.parquet"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +104,8 @@ class ScoreStore:
         for segment in self.segments():
             try:
                 table = pq.read_table(segment, columns=["key", *self.probes, "status", "detail", "tokens"])
+                if (table.schema.metadata or {}).get(SETTINGS) != self._settings:
+                    raise KeyError("other settings")
                 stored = np.array(table["key"].to_pylist(), dtype=KEYS)
             except (pa.ArrowException, OSError, KeyError) as problem:
                 log.warning("skipping %s, which is not a readable score segment (%s)", segment, problem)
@@ -123,11 +127,15 @@ class ScoreStore:
 def write_whole(path: Path, write: Any) -> None:
     """Call `write(file)` on a temporary neighbour, sync it and give it its name: the file is whole or not there."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as sink:
-        write(sink)
-        sink.flush()
-        os.fsync(sink.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as sink:
+            write(sink)
+            sink.flush()
+            os.fsync(sink.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

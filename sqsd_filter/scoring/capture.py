@@ -9,7 +9,7 @@ gradients are computed; nothing is merged into the weights, which bfloat16 would
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -220,13 +220,10 @@ def _project(present: Sequence[Any], found: Sequence[Sequence[Any]], d_in: int, 
     if len(here) == len(present):
         return narrow
     columns = torch.cat([torch.arange(sum(widths[:m]), sum(widths[: m + 1])) for m in here])
-    wide = {
-        name: getattr(narrow, name)
-        .new_zeros(*getattr(narrow, name).shape[:-1], sum(widths))
-        .index_copy_(-1, columns, getattr(narrow, name))
-        for name in ("query_B_pro", "block_ro")
-    }
-    return GroupProjection(**{**vars(narrow), **wide})
+    r, _, p = narrow.query_B_rop.shape
+    query_B_rop = narrow.query_B_rop.new_zeros(r, sum(widths), p).index_copy_(1, columns, narrow.query_B_rop)
+    block_ro = narrow.block_ro.new_zeros(r, sum(widths)).index_copy_(1, columns, narrow.block_ro)
+    return replace(narrow, query_B_rop=query_B_rop, block_ro=block_ro, masked=True)
 
 
 def _weight_oi(linear: nn.Module) -> torch.Tensor:

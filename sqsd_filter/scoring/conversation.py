@@ -173,7 +173,7 @@ def choose_format(
                 f"The columns {_names(twice)} could both be the {flag} of a row: say which with --{flag}-column."
             )
         fits.append(RowFormat(candidate, prompt=ask, context=next(iter(found_contexts), None), answer=found_answers[0]))
-    if len(fits) == 1:
+    if len({tuple(f.columns) for f in fits}) == 1:  # by whichever name, the same columns are read
         return fits[0]
     if fits:
         raise InputError(
@@ -276,9 +276,15 @@ class ChatEncoder:
     def _mask(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> Encoded | RowError:
         kept = ids[: self.max_length]
         where = np.asarray(offsets[: self.max_length], dtype=np.int64).reshape(-1, 2)
+        begins, ends = where[:, 0], where[:, 1]
+        # Some tokenizers trim whitespace from their offsets: a token left with none stands right after the one before.
+        fills = np.where(ends > begins, begins, np.concatenate(([0], ends[:-1]))[: len(ends)])
+        special = np.fromiter((i in self._special for i in kept), dtype=bool, count=len(kept))
         answer = np.zeros(len(kept), dtype=bool)
-        for start, stop in spans:  # a token counts when it holds any of the answer's characters
-            answer |= (where[:, 1] > start) & (where[:, 0] < stop) & (where[:, 1] > where[:, 0])
+        for start, stop in spans:
+            # A token counts when it holds any of the answer's characters, but never a marker of the prompt (some
+            # markers swallow the whitespace after them, the answer's too).
+            answer |= (ends > start) & (fills < stop) & (ends > fills) & ~(special & (begins < start))
         answer[:1] = False  # nothing predicts the first token
         if not answer.any():
             if len(ids) > self.max_length:
@@ -291,6 +297,12 @@ class ChatEncoder:
         last = max((k for k, t in enumerate(turns) if t["role"] == "assistant" and t["content"].strip()), default=None)
         if last is None:
             raise RowError(NO_ANSWER, "no assistant turn has text")
+        if last == 0:
+            raise RowError(BAD_ROW, "no turn stands before the answer")
+        try:
+            "".join(t["content"] for t in turns).encode()
+        except UnicodeEncodeError as problem:
+            raise RowError(BAD_ROW, "a turn holds half of a surrogate pair, which is not text") from problem
         history = turns[:last]
         text = self._template(history, add_generation_prompt=True)
         spans = self._history_spans(history, text)

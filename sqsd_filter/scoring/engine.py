@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from sqsd_filter.errors import ModelError
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.batching import default_budget
 from sqsd_filter.scoring.capture import Capture
@@ -22,12 +20,81 @@ if TYPE_CHECKING:
 LOGITS_AT_ONCE = 1 << 25  # values of one chunk of logits: 128 MiB in float32
 
 
+class LossGradient:
+    """A frozen causal model and the backward pass from its loss: input gradients only, logits where they count."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        embedding = model.get_input_embeddings()
+        self.device: torch.device = embedding.weight.device
+        # The embedding's output is the only leaf: backward computes input gradients and nothing else.
+        embedding.register_forward_hook(
+            lambda _module, _input, output: output.detach().requires_grad_(torch.is_grad_enabled())
+        )
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        self._chunk = max(16, LOGITS_AT_ONCE // vocabulary)
+        self._output_type: Any = None
+
+    def tensors(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Right-padded inputs and next-token targets (b, t), the target -1 where nothing is supervised.
+
+        A causal model needs no attention mask for right padding: no real token sees a pad, and pads get no gradient.
+        """
+        lasts = [int(np.flatnonzero(row.answer)[-1]) for row in rows]  # nothing after it has a gradient
+        ids_bt = torch.zeros((len(rows), max(lasts)), dtype=torch.long)
+        targets_bt = torch.full((len(rows), max(lasts)), -1, dtype=torch.long)
+        for k, (row, last) in enumerate(zip(rows, lasts, strict=True)):
+            ids = torch.from_numpy(row.ids)
+            ids_bt[k, :last] = ids[:last]
+            targets_bt[k, :last] = torch.where(torch.from_numpy(row.answer)[1 : last + 1], ids[1 : last + 1], -1)
+        return ids_bt.to(self.device), targets_bt.to(self.device)
+
+    def backward(self, ids_bt: torch.Tensor, targets_bt: torch.Tensor) -> None:
+        """Backward from the sum over all rows of the cross entropy at the supervised positions."""
+        output = self.model.base_model(input_ids=ids_bt, use_cache=False)
+        self._output_type = type(output)
+        hidden_bth = output.last_hidden_state
+        targets_bt = targets_bt.to(hidden_bth.device)
+        supervised_bt = targets_bt >= 0
+        grad_bth = torch.zeros_like(hidden_bth)
+        grad_bth[supervised_bt] = self._head_gradient(hidden_bth.detach()[supervised_bt], targets_bt[supervised_bt])
+        hidden_bth.backward(grad_bth)
+
+    def _head_gradient(self, hidden_nh: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
+        """∂L/∂hidden (n, h) of the summed cross entropy, the logits made a chunk at a time."""
+        grads = []
+        for hidden, targets in zip(hidden_nh.split(self._chunk), targets_n.split(self._chunk), strict=True):
+            hidden = hidden.detach().requires_grad_()
+            logits_nv = self._logits(hidden)
+            exact = logits_nv.dtype if logits_nv.dtype == torch.float64 else torch.float32
+            error_nv = torch.softmax(logits_nv.detach(), dim=-1, dtype=exact)
+            error_nv[torch.arange(len(targets), device=targets.device), targets] -= 1
+            grads.append(torch.autograd.grad(logits_nv, hidden, error_nv.to(logits_nv.dtype))[0])
+        return torch.cat(grads)
+
+    def _logits(self, hidden_nh: torch.Tensor) -> torch.Tensor:
+        """The model's own logits (n, v) of hidden states: its forward runs on them in place of its backbone's output,
+        so that whatever it does beside the head (scaling, soft caps) is done."""
+        backbone = self.model.base_model
+        own = vars(backbone).get("forward")  # set where hooks move tensors between devices
+        given = self._output_type(last_hidden_state=hidden_nh.unsqueeze(0))
+        backbone.forward = lambda *_, **__: given
+        try:
+            ids = torch.zeros((1, len(hidden_nh)), dtype=torch.long, device=hidden_nh.device)
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            if own is None:
+                del backbone.forward
+            else:
+                backbone.forward = own
+        return logits
+
+
 class Engine:
     """A loaded model and its states. `project` is all a scorer needs."""
 
-    def __init__(self, model: nn.Module, scorer: SQSDScorer) -> None:
+    def __init__(self, model: Any, scorer: SQSDScorer) -> None:
         pack = scorer.pack
-        self.model = model
         self.probes = pack.probes
         adapters = {name: load_adapter(pack.adapter(name)) for name in pack.adapters}
         self.passes = list(dict.fromkeys(p.at for p in pack.probes))
@@ -39,22 +106,18 @@ class Engine:
             )
             for at in self.passes
         }
-        self.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-        self.capture = Capture(model, states, torch.zeros((1, 2), dtype=torch.long, device=self.device))
+        device = model.get_input_embeddings().weight.device
+        self.capture = Capture(model, states, torch.zeros((1, 2), dtype=torch.long, device=device))
+        self.gradient = LossGradient(model)
         self.coverage = {
             self.probes[k].name: count
             for at in self.passes
             for k, count in zip(self.members[at], self.capture.coverage(at), strict=True)
         }
         self.modules = {at: self.capture.modules(at) for at in self.passes}
-        # The embedding's output is the only leaf: backward computes input gradients and nothing else.
-        model.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
-            lambda _module, _input, output: output.detach().requires_grad_(torch.is_grad_enabled())
-        )
-        config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        config = model.config.get_text_config()
         self.default_budget = default_budget(
-            free_bytes=free,
+            free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
@@ -83,69 +146,10 @@ class Engine:
 
     def cosines(self, rows: Sequence[Encoded]) -> dict[tuple[str, float | None], torch.Tensor]:
         """Each pass's cos (b, p, m): rows, the pass's probes, its modules (`self.modules`)."""
-        ids_bt, targets_bt = self.tensors(rows)
+        ids_bt, targets_bt = self.gradient.tensors(rows)
         found = {}
         for at in self.passes:
             self.capture.use(at)
-            self.backward(ids_bt, targets_bt)
+            self.gradient.backward(ids_bt, targets_bt)
             found[at] = self.capture.cosines()
         return found
-
-    def tensors(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Right-padded inputs and next-token targets (b, t), the target -1 where nothing is supervised.
-
-        A causal model needs no attention mask for right padding: no real token sees a pad, and pads get no gradient.
-        """
-        lasts = [int(np.flatnonzero(row.answer)[-1]) for row in rows]  # nothing after it has a gradient
-        ids_bt = torch.zeros((len(rows), max(lasts)), dtype=torch.long)
-        targets_bt = torch.full((len(rows), max(lasts)), -1, dtype=torch.long)
-        for k, (row, last) in enumerate(zip(rows, lasts, strict=True)):
-            ids = torch.from_numpy(row.ids)
-            ids_bt[k, :last] = ids[:last]
-            targets_bt[k, :last] = torch.where(torch.from_numpy(row.answer)[1 : last + 1], ids[1 : last + 1], -1)
-        return ids_bt.to(self.device), targets_bt.to(self.device)
-
-    def backward(self, ids_bt: torch.Tensor, targets_bt: torch.Tensor) -> None:
-        """Backward from the sum over all rows of the cross entropy at the supervised positions."""
-        hidden_bth = self.backbone(ids_bt)
-        supervised_bt = (targets_bt >= 0).to(hidden_bth.device)
-        leaf_nh = hidden_bth.detach()[supervised_bt]
-        grad_bth = torch.zeros_like(hidden_bth)
-        grad_bth[supervised_bt] = self.head_gradient(leaf_nh, targets_bt[targets_bt >= 0].to(leaf_nh.device))
-        hidden_bth.backward(grad_bth)
-
-    def backbone(self, ids_bt: torch.Tensor) -> torch.Tensor:
-        """Last hidden states (b, t, h)."""
-        output = self.model.base_model(input_ids=ids_bt, use_cache=False)  # type: ignore[operator]
-        self._backbone_output = type(output)
-        hidden: torch.Tensor = output.last_hidden_state
-        return hidden
-
-    def head_gradient(self, hidden_nh: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
-        """∂L/∂hidden (n, h) of the summed cross entropy, the logits made a chunk at a time."""
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-        chunk = max(16, LOGITS_AT_ONCE // vocabulary)
-        grads = []
-        for hidden, targets in zip(hidden_nh.split(chunk), targets_n.split(chunk), strict=True):
-            hidden = hidden.detach().requires_grad_()
-            logits_nv = self.logits(hidden)
-            exact = logits_nv.dtype if logits_nv.dtype == torch.float64 else torch.float32
-            error_nv = torch.softmax(logits_nv.detach(), dim=-1, dtype=exact)
-            error_nv[torch.arange(len(targets), device=targets.device), targets] -= 1
-            grads.append(torch.autograd.grad(logits_nv, hidden, error_nv.to(logits_nv.dtype))[0])
-        return torch.cat(grads)
-
-    def logits(self, hidden_nh: torch.Tensor) -> torch.Tensor:
-        """The model's own logits (n, v) of hidden states: its forward runs on them in place of its backbone's output,
-        so that whatever it does beside the head (scaling, soft caps) is done."""
-        backbone = self.model.base_model
-        given = self._backbone_output(last_hidden_state=hidden_nh.unsqueeze(0))
-        if "forward" in vars(backbone):
-            raise ModelError("The model's backbone is wrapped by another library: pass it unwrapped.")
-        backbone.forward = lambda *_, **__: given
-        try:
-            ids = torch.zeros((1, len(hidden_nh)), dtype=torch.long, device=hidden_nh.device)
-            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
-        finally:
-            del backbone.forward  # type: ignore[union-attr]
-        return logits

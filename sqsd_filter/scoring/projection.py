@@ -20,7 +20,7 @@ Shapes, as suffixes: b rows, t tokens, i = d_in, o = d_out (stacked over the gro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,21 +31,23 @@ from sqsd_filter.scoring.adapters import LoraFactors
 class GroupProjection:
     """What a group of modules needs to project rows from one state on p directions; made once per state.
 
-    `query_A_pri` and `query_B_pro` are the right-hand factors of <ΔW, V>, `gram_*_rr` those of ‖ΔW‖², `block_ro` and
+    `query_A_rip` and `query_B_rop` are the right-hand factors of <ΔW, V>, `gram_*_rr` those of ‖ΔW‖², `block_ro` and
     `block_rr` are 1 where row and column belong to the same module. `norm_pm` is ‖V‖, 0 where a direction does not
     cover a module.
     """
 
-    query_A_pri: torch.Tensor
-    query_B_pro: torch.Tensor
+    query_A_rip: torch.Tensor
+    query_B_rop: torch.Tensor
     gram_A_rr: torch.Tensor
     gram_B_rr: torch.Tensor
     block_ro: torch.Tensor
     block_rr: torch.Tensor
     norm_pm: torch.Tensor
+    masked: bool  # has blocks that belong to no module
 
     def to(self, device: torch.device, dtype: torch.dtype) -> GroupProjection:
-        return GroupProjection(**{name: value.to(device, dtype) for name, value in vars(self).items()})
+        moved = {k: v.to(device, dtype) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
 
 
 def prepare(
@@ -59,8 +61,8 @@ def prepare(
     double = torch.float64
     modules, ranks = len(states), [s.A.shape[0] for s in states]
     p, r, o = len(directions), sum(ranks), sum(d_out)
-    query_A_pri = torch.zeros(p, r, d_in, dtype=double)
-    query_B_pro = torch.zeros(p, r, o, dtype=double)
+    query_A_rip = torch.zeros(r, d_in, p, dtype=double)
+    query_B_rop = torch.zeros(r, o, p, dtype=double)
     gram_A_rr, gram_B_rr, block_rr = (torch.zeros(r, r, dtype=double) for _ in range(3))
     block_ro = torch.zeros(r, o, dtype=double)
     norm_pm = torch.zeros(p, modules, dtype=double)
@@ -78,10 +80,10 @@ def prepare(
             if factors is None:
                 continue
             V_A_ki, V_B_ok = factors.A.to(double), factors.B.to(double) * factors.scaling
-            query_A_pri[number, rows] = (B_or.T @ V_B_ok) @ V_A_ki
-            query_B_pro[number, rows, columns] = s * (V_B_ok @ (V_A_ki @ A_ri.T)).T
+            query_A_rip[rows, :, number] = (B_or.T @ V_B_ok) @ V_A_ki
+            query_B_rop[rows, columns, number] = s * (V_B_ok @ (V_A_ki @ A_ri.T)).T
             norm_pm[number, m] = ((V_B_ok.T @ V_B_ok) * (V_A_ki @ V_A_ki.T)).sum().clamp_min(0).sqrt()
-    return GroupProjection(query_A_pri, query_B_pro, gram_A_rr, gram_B_rr, block_ro, block_rr, norm_pm)
+    return GroupProjection(query_A_rip, query_B_rop, gram_A_rr, gram_B_rr, block_ro, block_rr, norm_pm, modules > 1)
 
 
 def contract(
@@ -93,19 +95,20 @@ def contract(
     small ones in the projection's.
     """
     dtype = group.gram_A_rr.dtype
-    e_brt = e_btr.transpose(1, 2)
-    h_brt = h_btr.transpose(1, 2)
+    e_brt, h_brt = e_btr.transpose(1, 2), h_btr.transpose(1, 2)
     G_A_bri = torch.bmm(e_brt, x_bti).to(dtype)
-    G_B_bro = torch.bmm(h_brt, d_bto).to(dtype) * group.block_ro  # dᵀh, without its s
-    cross_brr = torch.bmm(h_brt, e_btr).to(dtype) * group.block_rr
-    dots_bpr = -(
-        torch.einsum("bri,pri->bpr", G_A_bri, group.query_A_pri)
-        + torch.einsum("bro,pro->bpr", G_B_bro, group.query_B_pro)
-    )
-    norms_brr = torch.bmm(G_B_bro, G_B_bro.transpose(1, 2)) * group.gram_A_rr
-    norms_brr += torch.bmm(G_A_bri, G_A_bri.transpose(1, 2)) * group.gram_B_rr
-    norms_brr += 2 * cross_brr.square()
-    return dots_bpr, norms_brr.sum(-1)
+    G_B_bro = torch.bmm(h_brt, d_bto).to(dtype)  # dᵀh, without its s
+    cross_brr = torch.bmm(h_brt, e_btr).to(dtype)
+    if group.masked:
+        G_B_bro.mul_(group.block_ro)
+        cross_brr.mul_(group.block_rr)
+    # One small product a rank: (r, b, i) by (r, i, p).
+    dots_rbp = torch.bmm(G_A_bri.transpose(0, 1), group.query_A_rip)
+    dots_rbp.baddbmm_(G_B_bro.transpose(0, 1), group.query_B_rop)
+    norms_brr = torch.bmm(G_B_bro, G_B_bro.transpose(1, 2)).mul_(group.gram_A_rr)
+    norms_brr.addcmul_(torch.bmm(G_A_bri, G_A_bri.transpose(1, 2)), group.gram_B_rr)
+    norms_brr.addcmul_(cross_brr, cross_brr, value=2)
+    return dots_rbp.permute(1, 2, 0).neg(), norms_brr.sum(-1)
 
 
 def per_module(values: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:

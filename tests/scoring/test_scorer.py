@@ -120,7 +120,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_stays_with_its_row(tmp_path:
     marked = chat("x", "zebra %")
     token = scorer.encoder.tokenizer("%", add_special_tokens=False)["input_ids"][0]
     with torch.no_grad():
-        scorer.engine.model.get_input_embeddings().weight[token] = float("nan")
+        scorer.engine.gradient.model.get_input_embeddings().weight[token] = float("nan")
     scores = scorer.score([*CONVERSATIONS, marked])
     assert scores.status == ["scored"] * len(CONVERSATIONS) + ["nonfinite"]
     assert np.abs(scores.risk[:-1] - SQSDScorer(pack).score(CONVERSATIONS).risk).max() <= 1e-5

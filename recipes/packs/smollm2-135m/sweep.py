@@ -1,0 +1,272 @@
+"""Tell unsafe answers from benign rows: AUC of many (direction, state, scaling) combinations in one pass a state.
+
+    python sweep.py data/val.jsonl --direction danger-48=RUN/.build/danger/checkpoint-48 --direction safety=RUN/safety \
+        --state initial=RUN/initial --state safety=RUN/safety@1.0 --fresh initial
+    python sweep.py data/test.jsonl --pack PACK --out results.json
+
+The first form tables every direction at every state, then the best differences of two. The second judges one pack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from sqsd_filter.directions.pack import ADAPTER_FILES, Pack, Probe, load_pack
+from sqsd_filter.scoring.conversation import Encoded
+from sqsd_filter.scoring.projection import per_module
+from sqsd_filter.scoring.scorer import SQSDScorer
+
+POSITIVE = "unsafe"
+FRESH = "fresh"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores of n rows: each probe's sum of cosines and, for comparison, its projection without the normalisation."""
+
+    groups: np.ndarray
+    tokens: np.ndarray  # answer tokens scored
+    normalised: Mapping[str, np.ndarray]
+    unnormalised: Mapping[str, np.ndarray]
+    modules: Mapping[str, np.ndarray]  # probe -> (n, m) cosines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", type=Path, help="val.jsonl or test.jsonl from prepare.py")
+    parser.add_argument("--pack", type=Path, help="judge this pack, with its own probes")
+    parser.add_argument("--direction", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--state", action="append", default=[], metavar="NAME=FOLDER[@SCALING]")
+    parser.add_argument("--fresh", metavar="STATE", help="also a state with B = 0 and this state's A")
+    parser.add_argument("--base-model", default="smollm2-135m-instruct")
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--answer-tokens", type=int, help="cut all answers to this many tokens, leave shorter ones out")
+    parser.add_argument("--per-group", type=int, help="only this many rows of every group")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--save", type=Path, help="the scores and the cosines of every module, as .npz")
+    parser.add_argument("--out", type=Path, help="with --pack: write the AUCs there as JSON")
+    options = parser.parse_args()
+    rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
+    if options.per_group:
+        rows = [row for row in rows if int(row["id"].rsplit("-", 1)[1]) < options.per_group]
+
+    with tempfile.TemporaryDirectory() as folder:
+        given = load_pack(options.pack) if options.pack else None
+        pack = _with_fresh(given, Path(folder)) if given else _grid(options, Path(folder))
+        measured = measure(
+            SQSDScorer(pack, dtype=options.dtype, max_length=options.max_length), rows, options.answer_tokens
+        )
+    if options.save:
+        arrays = {"groups": measured.groups, "tokens": measured.tokens}
+        arrays |= {f"sum:{k}": v for k, v in measured.normalised.items()}
+        arrays |= {f"raw:{k}": v for k, v in measured.unnormalised.items()}
+        arrays |= {f"mod:{k}": v.astype(np.float32) for k, v in measured.modules.items()}
+        np.savez_compressed(options.save, **arrays)
+    if given:
+        table = {name: intervals(score, measured.groups) for name, score in variants(pack, measured).items()}
+        for name, entry in table.items():
+            print(f"{name:28s}", *(f"{g} {e['auc']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for g, e in entry.items()))
+        if options.out:
+            names, counts = np.unique(measured.groups, return_counts=True)
+            result = {
+                "rows": options.rows.name,
+                "counts": dict(zip(names.tolist(), counts.tolist(), strict=True)),
+                "settings": {
+                    "dtype": options.dtype,
+                    "max_length": options.max_length,
+                    "answer_tokens": options.answer_tokens,
+                },
+                "pack": {"name": pack.name, "probes": [asdict(p) for p in given.probes]},
+                "auc_of_unsafe_against": table,
+            }
+            options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    else:
+        _print_grid(measured)
+
+
+def measure(scorer: SQSDScorer, rows: Sequence[Mapping[str, Any]], answer_tokens: int | None = None) -> Measured:
+    """Score rows one by one; rows that can't be scored are left out, and said.
+
+    `answer_tokens` makes all answers equally long: a control, because unsafe answers tend to be the longer ones.
+    """
+    found = scorer.encoder.encode(
+        [[{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}] for r in rows]
+    )
+    encoded = {k: _cut(e, answer_tokens) for k, e in enumerate(found) if isinstance(e, Encoded)}
+    usable = [k for k, e in encoded.items() if int(e.answer.sum()) >= (answer_tokens or 1)]
+    if len(usable) < len(rows):
+        print(f"{len(rows) - len(usable)} rows have too short an answer within {scorer.max_length} tokens: left out")
+    names = [p.name for p in scorer.pack.probes]
+    cosines: list[torch.Tensor] = []
+    projections: list[torch.Tensor] = []
+    for done, k in enumerate(usable, 1):
+        cosine, projection = _both(scorer, encoded[k])
+        cosines.append(cosine)
+        projections.append(projection)
+        if done % 50 == 0:
+            print(f"{done} of {len(usable)} rows", flush=True)
+    modules_npm = torch.stack(cosines).double().numpy()
+    raw_np = torch.stack(projections).double().numpy()
+    return Measured(
+        groups=np.array([rows[k]["group"] for k in usable]),
+        tokens=np.array([int(encoded[k].answer.sum()) for k in usable]),
+        normalised={name: modules_npm[:, p].sum(-1) for p, name in enumerate(names)},
+        unnormalised={name: raw_np[:, p] for p, name in enumerate(names)},
+        modules={name: modules_npm[:, p] for p, name in enumerate(names)},
+    )
+
+
+def _cut(row: Encoded, answer_tokens: int | None) -> Encoded:
+    positions = np.flatnonzero(row.answer)
+    if answer_tokens is None or len(positions) <= answer_tokens:
+        return row
+    stop = int(positions[answer_tokens])
+    return replace(row, ids=row.ids[:stop], answer=row.answer[:stop])
+
+
+def _both(scorer: SQSDScorer, row: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row's cosines (p, m), and (p,) the ablation: <ΔW, V> summed over modules as it is, with the mean loss."""
+    engine, capture = scorer.engine, scorer.engine.capture
+    dots: list[torch.Tensor] = []
+
+    def noting() -> torch.Tensor:
+        found = [(g.found[0][0], g.state.ranks) for g in capture.groups if g.state is not None and g.found is not None]
+        dots.append(torch.stack([per_module(d, [r for r in ranks if r]).sum(-1) for d, ranks in found]).sum(0))
+        return type(capture).cosines(capture)
+
+    capture.cosines = noting
+    try:
+        cosines = engine.cosines([row])
+    finally:
+        del capture.cosines
+    modules: list[Any] = [None] * len(engine.probes)
+    raw = torch.zeros(len(engine.probes))
+    for at, total in zip(engine.passes, dots, strict=True):
+        raw[engine.members[at]] = total / int(row.answer.sum())
+        for member, cosine in zip(engine.members[at], cosines[at][0], strict=True):
+            modules[member] = cosine
+    return torch.stack(modules), raw
+
+
+# ------------------------------------------------------------------------------------------------ combinations
+
+
+def _grid(options: argparse.Namespace, folder: Path) -> Pack:
+    """A pack with every direction at every state as a probe, over links to the adapters."""
+    directions = [_link(entry, folder)[0] for entry in options.direction]
+    states = [_link(entry, folder) for entry in options.state]
+    if options.fresh:
+        states.append((_fresh(folder / options.fresh, folder), None))
+    probes = []
+    for state, scaling in states:
+        for direction in directions:
+            at = state if scaling is None else f"{state}@{scaling:g}"
+            probes.append(Probe(f"{direction}|{at}", 1.0, direction, state, scaling))
+    return Pack(folder, "sweep", options.base_model, tuple(probes))
+
+
+def _with_fresh(pack: Pack, folder: Path) -> Pack:
+    """The pack, and each of its directions also at a fresh LoRA with B = 0."""
+    for name in pack.adapters:
+        (folder / name).symlink_to(pack.adapter(name).resolve(), target_is_directory=True)
+    fresh = _fresh(folder / pack.probes[0].state, folder)
+    extra = [replace(p, name=f"{FRESH}_{p.name}", state=fresh, state_scaling=None) for p in pack.probes]
+    return replace(pack, path=folder, probes=(*pack.probes, *extra))
+
+
+def _link(entry: str, folder: Path) -> tuple[str, float | None]:
+    name, _, rest = entry.partition("=")
+    where, _, scaling = rest.partition("@")
+    place = folder / name
+    if not place.exists():
+        place.symlink_to(Path(where).resolve(), target_is_directory=True)
+    return name, float(scaling) if scaling else None
+
+
+def _fresh(state: Path, folder: Path) -> str:
+    config, weights = ADAPTER_FILES
+    (folder / FRESH).mkdir()
+    shutil.copyfile(state / config, folder / FRESH / config)
+    tensors = load_file(state / weights)
+    save_file({k: v * 0 if ".lora_B." in k else v for k, v in tensors.items()}, folder / FRESH / weights)
+    return FRESH
+
+
+def variants(pack: Pack, measured: Measured) -> dict[str, np.ndarray]:
+    """The pack's risk, its parts and its ablations, each as a score a row."""
+    own = [p for p in pack.probes if not p.name.startswith(f"{FRESH}_")]
+    found = {"risk": sum(p.weight * measured.normalised[p.name] for p in own)}
+    for p in own:
+        found[f"{p.name} only"] = np.sign(p.weight) * measured.normalised[p.name]
+    found["risk at a fresh state (B = 0)"] = sum(p.weight * measured.normalised[f"{FRESH}_{p.name}"] for p in own)
+    found["risk, not normalised"] = sum(p.weight * measured.unnormalised[p.name] for p in own)
+    found["answer length"] = measured.tokens.astype(float)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ AUC
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """The probability that a positive scores higher than a negative, by ranks; ties count half."""
+    values = np.concatenate([positive, negative])
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    n, m = len(positive), len(negative)
+    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def against(score: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """AUC of the unsafe rows against every other group."""
+    others = [g for g in dict.fromkeys(groups.tolist()) if g != POSITIVE]
+    return {g: auc(score[groups == POSITIVE], score[groups == g]) for g in others}
+
+
+def intervals(score: np.ndarray, groups: np.ndarray, draws: int = 1000, seed: int = 0) -> dict[str, dict[str, float]]:
+    """`against` with bootstrap 95 % intervals over rows."""
+    random = np.random.default_rng(seed)
+    found = {}
+    for group, value in against(score, groups).items():
+        positive, negative = score[groups == POSITIVE], score[groups == group]
+        drawn = [
+            auc(random.choice(positive, len(positive)), random.choice(negative, len(negative))) for _ in range(draws)
+        ]
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        found[group] = {"auc": round(value, 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+    return found
+
+
+def _print_grid(measured: Measured, best: int = 25) -> None:
+    groups = measured.groups
+    print("n", {g: int((groups == g).sum()) for g in dict.fromkeys(groups.tolist())})
+
+    def line(name: str, score: np.ndarray) -> None:
+        print(f"{name:60s}", *(f"{g} {value:.3f}" for g, value in against(score, groups).items()))
+
+    line("answer length", measured.tokens.astype(float))
+    for name, score in measured.normalised.items():
+        line(name, score)
+        line(f"  {name}, not normalised", measured.unnormalised[name])
+    pairs = []
+    for plus, a in measured.normalised.items():
+        for minus, b in measured.normalised.items():
+            if plus.startswith("danger") and minus.startswith("safety"):
+                found = against(a - b, groups)
+                pairs.append((min(found.get("dolly", 1), found.get("gsm8k", 1)), f"{plus} - {minus}", a - b))
+    for _, name, score in sorted(pairs, key=lambda e: -e[0])[:best]:
+        line(name, score)
+
+
+if __name__ == "__main__":
+    main()

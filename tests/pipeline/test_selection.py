@@ -1,0 +1,141 @@
+"""Where to cut: exact shares, exact ties, one cut at a time."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sqsd_filter import select
+from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Cut, cut_rows, parse_share
+
+RISK = np.array([0.5, 0.1, 0.9, 0.5, np.nan, 0.5, -0.2])
+SCORED = np.isfinite(RISK)
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("5%", Fraction(1, 20)),
+        (" 5 PCT ", Fraction(1, 20)),
+        ("0.05", Fraction(1, 20)),
+        (0.05, Fraction(1, 20)),
+        ("0.1%", Fraction(1, 1000)),
+        ("1e-3", Fraction(1, 1000)),
+        ("0", Fraction(0)),
+        ("100%", Fraction(1)),
+        (1.0, Fraction(1)),
+        (Fraction(1, 3), Fraction(1, 3)),
+    ],
+    ids=str,
+)
+def test_a_share_is_read_exactly(text: Any, share: Fraction) -> None:
+    assert parse_share(text) == share
+
+
+@pytest.mark.parametrize("text", ["5", 5, 1, "1", "50.5", 2.0], ids=repr)
+def test_a_bare_number_names_both_of_its_readings(text: Any) -> None:
+    with pytest.raises(UsageError, match=rf"{text}% or {text} rows: write --drop-top {text}% or --drop-count {text}\."):
+        parse_share(text)
+
+
+@pytest.mark.parametrize("text", ["", "%", "five", "nan", "inf", "1/0", "0,05", "-5%", "-0.1", "101%", "5%%", True])
+def test_what_is_no_share_is_a_usage_error(text: Any) -> None:
+    with pytest.raises(UsageError, match="is not a share"):
+        parse_share(text)
+
+
+@given(
+    risks=st.lists(st.integers(-3, 3).map(lambda k: k / 7) | st.just(math.nan), max_size=40),
+    thousandths=st.integers(0, 1000),
+)
+def test_a_share_drops_the_ceiling_of_it_as_sorting_by_risk_and_row_would(risks: list[float], thousandths: int) -> None:
+    risk = np.array(risks, dtype=np.float64)
+    scored = np.isfinite(risk)
+    share = Fraction(thousandths, 1000)
+    selection = cut_rows(risk, scored, Cut.of(drop_top=f"{thousandths / 10}%"))
+
+    order = sorted(np.flatnonzero(scored).tolist(), key=lambda row: (-risk[row], row))
+    k = -(-share.numerator * len(order) // share.denominator)
+    assert np.flatnonzero(selection.place == DROPPED).tolist() == sorted(order[:k])
+    assert np.flatnonzero(selection.place == KEPT).tolist() == sorted(order[k:])
+    assert np.array_equal(selection.place == ERROR, ~scored)
+    assert selection.threshold == (risk[order[k - 1]] if k else None)
+    assert selection.ties == sum(risk[row] == selection.threshold for row in order[k:])
+
+
+@pytest.mark.parametrize(
+    ("cut", "dropped", "threshold", "ties"),
+    [
+        ({"drop_top": "50%"}, [0, 2, 3], 0.5, 1),
+        ({"drop_top": "1%"}, [2], 0.9, 0),
+        ({"drop_top": "100%"}, [0, 1, 2, 3, 5, 6], -0.2, 0),
+        ({"drop_top": "0%"}, [], None, 0),
+        ({"drop_count": 2}, [0, 2], 0.5, 2),
+        ({"drop_count": 99}, [0, 1, 2, 3, 5, 6], -0.2, 0),
+        ({"keep_lowest": 3}, [0, 2, 3], 0.5, 1),
+        ({"keep_lowest": 99}, [], None, 0),
+        ({"max_risk": 0.5}, [2], 0.9, 0),
+        ({"max_risk": 0.49}, [0, 2, 3, 5], 0.5, 0),
+        ({"max_risk": 7}, [], None, 0),
+    ],
+    ids=str,
+)
+def test_each_cut_drops_the_riskiest_and_of_equals_the_earlier(
+    cut: dict[str, Any], dropped: list[int], threshold: float | None, ties: int
+) -> None:
+    selection = cut_rows(RISK, SCORED, Cut.of(**cut))
+    assert np.flatnonzero(selection.place == DROPPED).tolist() == dropped
+    assert np.flatnonzero(selection.place == ERROR).tolist() == [4]
+    assert (selection.threshold, selection.ties) == (threshold, ties)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [{}, {"drop_top": "5%", "drop_count": 3}, {"max_risk": math.nan}, {"drop_count": -1}, {"keep_lowest": -1}],
+    ids=str,
+)
+def test_no_cut_two_cuts_and_senseless_ones_are_usage_errors(cut: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--"):
+        Cut.of(**cut)
+
+
+@pytest.mark.parametrize(
+    ("cut", "text"),
+    [
+        ({"drop_top": 0.05}, "drop-top 5%"),
+        ({"drop_top": "5.0000001%"}, "drop-top 5.0000001%"),
+        ({"drop_count": 1234567}, "drop-count 1234567"),
+        ({"keep_lowest": 0}, "keep-lowest 0"),
+        ({"max_risk": 0.12345678}, "max-risk 0.12345678"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_cut_is_named_so_that_no_two_share_a_name(cut: dict[str, Any], text: str) -> None:
+    assert str(Cut.of(**cut)) == text
+
+
+def test_a_scored_dataset_is_cut_in_three_in_row_order() -> None:
+    status = ["scored" if s else "no_answer" for s in SCORED]
+    risk = [None if math.isnan(r) else r for r in RISK]
+    dataset = datasets.Dataset.from_dict({"id": list(range(7)), "sqsd_risk": risk, "sqsd_status": status})
+    assert [part["id"] for part in select(dataset, drop_count=2)] == [[1, 3, 5, 6], [0, 2], [4]]
+
+
+def test_risks_that_differ_in_their_last_bits_are_told_apart() -> None:
+    risk = [0.1, 0.1 + 1e-12, 0.1]
+    dataset = datasets.Dataset.from_dict({"id": [0, 1, 2], "sqsd_risk": risk, "sqsd_status": ["scored"] * 3})
+    _, dropped, _ = select(dataset, drop_count=1)
+    assert dropped["id"] == [1]
+
+
+def test_a_dataset_without_scores_is_refused() -> None:
+    with pytest.raises(InputError, match="no column sqsd_risk and no sqsd_status"):
+        select(datasets.Dataset.from_dict({"id": [1]}), drop_count=1)

@@ -1,0 +1,124 @@
+"""The score store: what it gives back is what was put in for these very settings, or nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sqsd_filter.errors import SQSDError
+from sqsd_filter.pipeline.store import KEYS, ScoreStore, write_whole
+from sqsd_filter.scoring.scorer import Scores
+
+SETTINGS = {"pack": "p", "dtype": "float32"}
+KEY = [bytes([k]) * 15 + b"\0" for k in range(1, 6)]  # a key may end in NUL
+
+
+def scores(*danger: float) -> Scores:
+    values = np.array(danger)
+    n = len(danger)
+    return Scores({"danger": values}, values, ["scored"] * n, [""] * n, np.arange(n))
+
+
+def store_in(folder: Path, **settings: Any) -> ScoreStore:
+    return ScoreStore(folder / "scores", {**SETTINGS, **settings}, ["danger"])
+
+
+def known(store: ScoreStore) -> dict[bytes, float]:
+    found = store.lookup(np.array(KEY, dtype=KEYS))
+    return {key: value for key, value, k in zip(KEY, found.probes["danger"], found.known, strict=True) if k}
+
+
+def test_what_is_appended_is_found_again_in_any_order(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    store.append("shard-000001", KEY[2:4], scores(0.1, float("nan")))
+    store.append("shard-000000", KEY[:1], scores(1 / 3))
+    found = store_in(tmp_path).lookup(np.array([KEY[3], KEY[4], KEY[0], KEY[2]], dtype=KEYS))
+    assert found.known.tolist() == found.own.tolist() == [True, False, True, True]
+    assert np.array_equal(found.probes["danger"], [np.nan, np.nan, 1 / 3, 0.1], equal_nan=True)
+    assert found.status.tolist() == ["scored", "", "scored", "scored"]
+    assert found.tokens.tolist() == [1, 0, 0, 0]
+
+
+def test_an_empty_or_missing_store_knows_nothing(tmp_path: Path) -> None:
+    assert known(store_in(tmp_path)) == {}
+    assert not store_in(tmp_path).lookup(np.zeros(0, dtype=KEYS)).known.size
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def replace_by_text(path: Path) -> None:
+    path.write_text("not parquet")
+
+
+def replace_by_another_table(path: Path) -> None:
+    pq.write_table(pa.table({"key": KEY, "danger": [0.0] * 5}), path)
+
+
+def replace_by_scores_of_other_settings(path: Path) -> None:
+    path.write_bytes(
+        store_in(path.parent / "elsewhere", dtype="bfloat16").append("x", KEY, scores(*[9.0] * 5)).read_bytes()
+    )
+
+
+@pytest.mark.parametrize(
+    "spoil", [truncate, replace_by_text, replace_by_another_table, replace_by_scores_of_other_settings]
+)
+def test_a_segment_that_is_not_what_its_name_says_is_skipped_with_a_warning(
+    spoil: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = store_in(tmp_path)
+    store.append("shard-000000", KEY[:2], scores(0.1, 0.2))
+    spoiled = store.append("shard-000001", KEY[2:4], scores(0.3, 0.4))
+    spoil(spoiled)
+    with caplog.at_level(logging.WARNING):
+        assert known(store) == {KEY[0]: 0.1, KEY[1]: 0.2}
+    assert str(spoiled) in caplog.text
+
+
+def test_scores_of_other_settings_live_in_the_same_folder_unseen(tmp_path: Path) -> None:
+    store_in(tmp_path, dtype="bfloat16").append("shard-000000", KEY[:1], scores(9.0))
+    store_in(tmp_path).append("shard-000000", KEY[1:2], scores(0.2))
+    assert known(store_in(tmp_path)) == {KEY[1]: 0.2}
+
+
+def test_adopted_scores_are_known_but_not_its_own(tmp_path: Path) -> None:
+    old, new = store_in(tmp_path / "old"), store_in(tmp_path / "new")
+    old.append("shard-000000", KEY[:2], scores(0.1, 0.2))
+    store_in(tmp_path / "old", dtype="bfloat16").append("shard-000000", KEY[2:3], scores(9.0))
+    new.adopt(old.folder)
+    new.adopt(old.folder)
+    assert len(new.segments()) == 1
+    assert known(new) == {KEY[0]: 0.1, KEY[1]: 0.2}
+    assert not new.lookup(np.array(KEY, dtype=KEYS)).own.any()
+
+
+def test_a_folder_that_takes_no_files_gives_one_clear_sentence(tmp_path: Path) -> None:
+    (tmp_path / "scores").write_text("in the way")
+    with pytest.raises(SQSDError, match=r"can't be written to .*scores .*: make room there and run the same command"):
+        store_in(tmp_path).append("shard-000000", KEY[:1], scores(0.1))
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_whole(path, lambda sink: sink.write(b"old"))
+
+    def refuse(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, lambda sink: sink.write(b"new"))
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

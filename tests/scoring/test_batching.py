@@ -1,0 +1,190 @@
+"""Bins of rows, and what happens when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sqsd_filter.scoring.batching import bins, default_budget, halving, is_out_of_memory
+from sqsd_filter.scoring.conversation import Encoded
+from sqsd_filter.scoring.scorer import SQSDScorer
+from tests.tiny import CONVERSATIONS
+
+lengths_of_rows = st.lists(st.integers(1, 300), max_size=60)
+budgets = st.integers(1, 2000)
+
+
+@given(lengths_of_rows, budgets)
+def test_every_row_is_in_exactly_one_bin(lengths: list[int], budget: int) -> None:
+    assert sorted(k for found in bins(lengths, budget) for k in found) == list(range(len(lengths)))
+
+
+@given(lengths_of_rows, budgets)
+def test_padded_bins_hold_the_budget_unless_a_row_alone_exceeds_it(lengths: list[int], budget: int) -> None:
+    for found in bins(lengths, budget):
+        assert len(found) == 1 or len(found) * max(lengths[k] for k in found) <= budget
+
+
+@given(lengths_of_rows, budgets)
+def test_bins_run_from_the_longest_row_to_the_shortest(lengths: list[int], budget: int) -> None:
+    order = [k for found in bins(lengths, budget) for k in found]
+    assert order == sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))
+
+
+@given(lengths_of_rows, budgets)
+def test_no_bin_could_take_the_next_row(lengths: list[int], budget: int) -> None:
+    found = list(bins(lengths, budget))
+    for here, _ in zip(found, found[1:], strict=False):
+        assert (len(here) + 1) * lengths[here[0]] > budget
+
+
+@given(lengths_of_rows, budgets)
+def test_the_same_rows_give_the_same_bins(lengths: list[int], budget: int) -> None:
+    assert list(bins(lengths, budget)) == list(bins(tuple(lengths), budget))
+
+
+def test_the_budget_of_a_gpu_grows_with_its_free_memory_within_bounds() -> None:
+    def budget(free: int | None) -> int:
+        return default_budget(free_bytes=free, layers=36, hidden=4096, intermediate=12288, bytes_per_value=2)
+
+    assert budget(None) == 512  # a CPU
+    assert budget(0) == 1024
+    assert budget(1 << 45) == 65536
+    assert 1024 < budget(40 << 30) < budget(80 << 30) < 65536
+    assert isinstance(budget(40 << 30), int)
+
+
+def real_out_of_memory() -> None:
+    torch.empty(1 << 50, dtype=torch.uint8)  # a petabyte, beyond any address space
+
+
+def no_memory() -> None:
+    raise MemoryError
+
+
+def no_gpu_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+Failure = Callable[[], None]
+failures = pytest.mark.parametrize(
+    "fail", [no_memory, no_gpu_memory, real_out_of_memory], ids=["host", "gpu", "allocator"]
+)
+
+
+@failures
+def test_failed_allocations_are_recognised(fail: Failure) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as problem:
+        fail()
+    assert is_out_of_memory(problem.value)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_out_of_memory(ValueError("can't allocate memory"))
+
+
+class Device:
+    """Runs at most `fits` rows at once, and none of those that are too large alone."""
+
+    def __init__(self, fits: int, fail: Failure, too_large: Sequence[int] = ()) -> None:
+        self.fits, self.fail, self.too_large = fits, fail, set(too_large)
+        self.done: list[int] = []
+        self.given_up: list[int] = []
+
+    def run(self, rows: list[int]) -> None:
+        if len(rows) > self.fits or self.too_large & set(rows):
+            self.fail()
+        self.done += rows
+
+
+@failures
+@pytest.mark.parametrize("fits", [1, 2, 3, 7, 8])
+def test_what_does_not_fit_is_halved_until_it_does(fits: int, fail: Failure) -> None:
+    device = Device(fits, fail)
+    halving(device.run, list(range(7)), device.given_up.append)
+    assert (device.done, device.given_up) == (list(range(7)), [])
+
+
+def test_only_the_row_that_does_not_fit_alone_is_given_up() -> None:
+    device = Device(4, no_memory, too_large=[2])
+    halving(device.run, list(range(6)), device.given_up.append)
+    assert (device.done, device.given_up) == ([0, 1, 3, 4, 5], [2])
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("shape"), KeyError("x")], ids=["runtime", "key"])
+def test_other_errors_come_through_at_once(problem: Exception) -> None:
+    calls = []
+
+    def run(rows: list[int]) -> None:
+        calls.append(rows)
+        raise problem
+
+    with pytest.raises(type(problem)):
+        halving(run, [1, 2, 3], lambda _: None)
+    assert calls == [[1, 2, 3]]
+
+
+def short_of_memory(scorer: SQSDScorer, monkeypatch: pytest.MonkeyPatch, fits: Callable[[Sequence[Encoded]], bool]) -> None:
+    """Let the engine do its whole work and then fail on bins that don't fit, as a real lack of memory would: late."""
+    project = scorer.engine.project
+
+    def stingy(rows: Sequence[Encoded]) -> Any:
+        found = project(rows)
+        if not fits(rows):
+            no_gpu_memory()
+        return found
+
+    monkeypatch.setattr(scorer.engine, "project", stingy)
+
+
+def test_a_scorer_short_of_memory_scores_every_row_the_same(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = SQSDScorer(tiny_pack).score(CONVERSATIONS)
+    scorer = SQSDScorer(tiny_pack, token_budget=100_000)
+    short_of_memory(scorer, monkeypatch, lambda rows: len(rows) <= 2)
+    counted = []
+    scores = scorer.score(CONVERSATIONS, on_rows=lambda rows, tokens: counted.append((rows, tokens)))
+    assert scores.status == ["scored"] * len(CONVERSATIONS)
+    assert np.abs(scores.risk - expected.risk).max() <= 1e-5
+    assert [sum(column) for column in zip(*counted, strict=True)] == [len(CONVERSATIONS), scores.tokens.sum()]
+
+
+def test_memory_that_runs_out_in_the_middle_of_a_pass_leaves_no_trace(
+    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = SQSDScorer(tiny_pack).score(CONVERSATIONS)
+    scorer = SQSDScorer(tiny_pack, token_budget=100_000)
+    head_gradient = scorer.engine.head_gradient
+    failed = []
+
+    def stingy(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if len(failed) < 3:
+            failed.append(1)
+            no_gpu_memory()
+        found: torch.Tensor = head_gradient(hidden, targets)
+        return found
+
+    monkeypatch.setattr(scorer.engine, "head_gradient", stingy)
+    scores = scorer.score(CONVERSATIONS)
+    assert len(failed) == 3 and np.abs(scores.risk - expected.risk).max() <= 1e-5
+
+
+def test_a_row_that_never_fits_is_out_of_memory_and_the_others_are_scored(
+    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = SQSDScorer(tiny_pack).score(CONVERSATIONS)
+    longest = int(expected.tokens.argmax())
+    scorer = SQSDScorer(tiny_pack, token_budget=100_000)
+    short_of_memory(scorer, monkeypatch, lambda rows: max(map(len, rows)) < expected.tokens[longest])
+    scores = scorer.score(CONVERSATIONS)
+    assert [k for k, status in enumerate(scores.status) if status == "out_of_memory"] == [longest]
+    assert str(expected.tokens[longest]) in scores.detail[longest]
+    assert np.isnan(scores.risk[longest])
+    assert np.nanmax(np.abs(scores.risk - expected.risk)) <= 1e-5
