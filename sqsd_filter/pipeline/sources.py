@@ -78,18 +78,21 @@ def expand(paths: Sequence[str]) -> list[Path]:
 
 
 def _open(paths: Sequence[str]) -> list[TextFile | Table]:
-    found = []
-    for path in paths:
-        if Path(path).exists():
-            found.append(path)
-        elif glob.has_magic(path):
-            matches = sorted(glob.glob(path, recursive=True))
-            if not matches:
-                raise InputError(f"No file matches {path}; check the pattern.")
-            found += matches
-        else:
-            raise InputError(f"{path} does not exist; check the path.")
-    return [open_source(Path(path)) for path in found]
+    try:
+        return [open_source(Path(found)) for path in paths for found in _matches(path)]
+    except OSError as error:
+        raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from error
+
+
+def _matches(path: str) -> list[str]:
+    if Path(path).exists():
+        return [path]
+    if not glob.has_magic(path):
+        raise InputError(f"{path} does not exist; check the path.")
+    found = sorted(glob.glob(path, recursive=True))
+    if not found:
+        raise InputError(f"No file matches {path}; check the pattern.")
+    return found
 
 
 def peek(paths: Sequence[str], n: int = 1000) -> list[dict[str, Any]]:

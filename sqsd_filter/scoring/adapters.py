@@ -41,6 +41,7 @@ _REFUSED: dict[str, str] = {
     "kasa_config": "KaSA",
     "velora_config": "VeLoRA",
 }
+_AGAIN = "copy or build the adapter again"
 _MUTATING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")  # they change the base weights too
 
 
@@ -81,25 +82,27 @@ def load_adapter(folder: str | Path) -> Adapter:
                 f"{folder} holds pickled weights (.bin), which are never loaded: save the adapter again with "
                 "save_pretrained(..., safe_serialization=True)."
             )
-        raise PackError(f"{folder} has no {WEIGHTS_FILE}: it is not a complete PEFT adapter folder.")
+        raise PackError(f"{folder} is not a complete PEFT adapter folder, it has no {WEIGHTS_FILE}: {_AGAIN}.")
     try:
         tensors = load_file(weights)
     except (SafetensorError, OSError) as problem:
-        raise PackError(f"{weights} can't be read ({problem}): copy or build the adapter again.") from problem
+        raise PackError(f"{weights} can't be read ({problem}): {_AGAIN}.") from problem
 
     sides: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
+        if key.endswith(".base_layer.weight"):
+            continue  # PEFT's copy of a frozen weight beside its LoRA (embeddings and heads, refused as such)
         match = _KEY.match(key)
         if match is None or tensor.ndim != 2:
             kind = "LoRA on embeddings" if "lora_embedding" in key else f"the tensor '{key}'"
             raise PackError(f"{folder} holds {kind}, which is not LoRA on a linear layer: train without it.")
         sides.setdefault(match["module"], {})[match["side"]] = tensor.float()
     if not sides:
-        raise PackError(f"{folder} holds no LoRA weights.")
+        raise PackError(f"{folder} holds no LoRA weights: {_AGAIN}.")
     factors = {}
     for module, pair in sorted(sides.items()):
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise PackError(f"{folder} is damaged: lora_A and lora_B of '{module}' don't belong together.")
+            raise PackError(f"{folder} is damaged, lora_A and lora_B of '{module}' don't belong together: {_AGAIN}.")
         factors[module] = LoraFactors(pair["A"], pair["B"], _scaling(config, module, pair["A"].shape[0]))
     return Adapter(folder, factors)
 
@@ -107,13 +110,15 @@ def load_adapter(folder: str | Path) -> Adapter:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise PackError(f"{folder} is not a PEFT adapter folder: it has no {CONFIG_FILE}.")
+        raise PackError(f"{folder} is not a PEFT adapter folder, it has no {CONFIG_FILE}: {_AGAIN}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise PackError(f"{path} is not valid JSON ({problem}).") from problem
+    except (OSError, ValueError) as problem:
+        raise PackError(f"{path} can't be read as JSON ({problem}): {_AGAIN}.") from problem
+    if not isinstance(config, dict):
+        raise PackError(f"{path} does not hold a JSON object: {_AGAIN}.")
     if config.get("peft_type") != "LORA":
-        raise PackError(f"{folder} is a {config.get('peft_type')} adapter; only LoRA can be scored with.")
+        raise PackError(f"{folder} is an adapter of type {config.get('peft_type')}, not LORA: train a LoRA adapter.")
     for key, name in _REFUSED.items():
         if config.get(key):
             raise PackError(f"{folder} uses {name}, which is not plain LoRA on linear layers: train without it.")

@@ -138,7 +138,7 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], None], str, str]] = {  # how it
     "trained-tokens": (configured(trainable_token_indices=[1]), "trained token embeddings", "train without it"),
     "pissa": (configured(init_lora_weights="pissa_niter_4"), "also changes the base weights", "convert it to plain"),
     "olora": (configured(init_lora_weights="olora"), "also changes the base weights", "convert it to plain"),
-    "not-lora": (ia3, "IA3 adapter", "train a LoRA"),
+    "not-lora": (ia3, "of type IA3", "train a LoRA"),
     "pickle-only": (plain_but(pickled), "never loaded", "safe_serialization=True"),
     "damaged-weights": (plain_but(cut_short), "can't be read", "copy or build the adapter again"),
     "empty-weights": (
@@ -150,17 +150,17 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], None], str, str]] = {  # how it
     "no-config": (plain_but(lambda folder: (folder / CONFIG_FILE).unlink()), CONFIG_FILE, "copy or build"),
     "broken-config": (
         plain_but(lambda folder: (folder / CONFIG_FILE).write_text("{")),
-        "not valid JSON",
+        "can't be read as JSON",
         "copy or build",
     ),
     "config-not-an-object": (
         plain_but(lambda folder: (folder / CONFIG_FILE).write_text("[]")),
-        "not valid JSON",
+        "does not hold a JSON object",
         "copy or build",
     ),
     "config-not-text": (
         plain_but(lambda folder: (folder / CONFIG_FILE).write_bytes(b"\xff\xfe{}")),
-        "not valid JSON",
+        "can't be read as JSON",
         "copy or build",
     ),
     "no-tensors": (retensored(dict.clear), "no LoRA weights", "copy or build"),
@@ -196,9 +196,17 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         load_adapter(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["initial", "danger"])
-def test_lora_on_the_output_head_is_refused_at_scoring(tiny_pack: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["initial", "safety"])
+def test_a_state_with_lora_on_the_output_head_is_refused_at_scoring(tiny_pack: Path, tmp_path: Path, name: str) -> None:
     pack = make_pack(tmp_path, tiny_pack / "base")
     make_adapter(tiny_pack / "base", tmp_path / name, target_modules=["q_proj", "lm_head"])
     with pytest.raises(PackError, match=f"{name} adapts the output head 'lm_head'.*train without it"):
         SQSDScorer(pack).score(CONVERSATIONS[:1])
+
+
+def test_a_direction_on_the_output_head_counts_only_where_its_state_has_modules(tiny_pack: Path, tmp_path: Path) -> None:
+    pack = make_pack(tmp_path, tiny_pack / "base")
+    make_adapter(tiny_pack / "base", tmp_path / "danger", target_modules=["q_proj", "lm_head"])
+    scorer = SQSDScorer(pack)
+    assert scorer.score(CONVERSATIONS[:1]).status == ["scored"]
+    assert scorer.engine.coverage["danger"] == 2

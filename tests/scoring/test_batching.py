@@ -156,24 +156,27 @@ def test_a_scorer_short_of_memory_scores_every_row_the_same(tiny_pack: Path, mon
     assert [sum(column) for column in zip(*counted, strict=True)] == [len(CONVERSATIONS), scores.tokens.sum()]
 
 
-def test_memory_that_runs_out_in_the_middle_of_a_pass_leaves_no_trace(
-    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_memory_that_runs_out_in_the_middle_of_a_pass_leaves_no_trace(tiny_pack: Path, when: str) -> None:
     expected = SQSDScorer(tiny_pack).score(CONVERSATIONS)
     scorer = SQSDScorer(tiny_pack, token_budget=100_000)
-    head_gradient = scorer.engine.head_gradient
-    failed = []
+    failures_left = [None] * 3
 
-    def stingy(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if len(failed) < 3:
-            failed.append(1)
+    def fail(*_: Any) -> None:
+        if failures_left:
+            failures_left.pop()
             no_gpu_memory()
-        found: torch.Tensor = head_gradient(hidden, targets)
-        return found
 
-    monkeypatch.setattr(scorer.engine, "head_gradient", stingy)
+    def hook(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        if when == "forward":
+            fail()
+        elif output.requires_grad:
+            output.register_hook(fail)
+
+    scorer.engine.gradient.model.model.layers[1].mlp.register_forward_hook(hook)
     scores = scorer.score(CONVERSATIONS)
-    assert len(failed) == 3 and np.abs(scores.risk - expected.risk).max() <= 1e-5
+    assert not failures_left
+    assert np.abs(scores.risk - expected.risk).max() <= 1e-5
 
 
 def test_a_row_that_never_fits_is_out_of_memory_and_the_others_are_scored(
