@@ -204,7 +204,9 @@ def test_a_state_with_lora_on_the_output_head_is_refused_at_scoring(tiny_pack: P
         SQSDScorer(pack).score(CONVERSATIONS[:1])
 
 
-def test_a_direction_on_the_output_head_counts_only_where_its_state_has_modules(tiny_pack: Path, tmp_path: Path) -> None:
+def test_a_direction_on_the_output_head_counts_only_where_its_state_has_modules(
+    tiny_pack: Path, tmp_path: Path
+) -> None:
     pack = make_pack(tmp_path, tiny_pack / "base")
     make_adapter(tiny_pack / "base", tmp_path / "danger", target_modules=["q_proj", "lm_head"])
     scorer = SQSDScorer(pack)

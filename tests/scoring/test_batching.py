@@ -41,7 +41,7 @@ def test_bins_run_from_the_longest_row_to_the_shortest(lengths: list[int], budge
 @given(lengths_of_rows, budgets)
 def test_no_bin_could_take_the_next_row(lengths: list[int], budget: int) -> None:
     found = list(bins(lengths, budget))
-    for here, _ in zip(found, found[1:], strict=False):
+    for here in found[:-1]:
         assert (len(here) + 1) * lengths[here[0]] > budget
 
 
@@ -132,7 +132,9 @@ def test_other_errors_come_through_at_once(problem: Exception) -> None:
     assert calls == [[1, 2, 3]]
 
 
-def short_of_memory(scorer: SQSDScorer, monkeypatch: pytest.MonkeyPatch, fits: Callable[[Sequence[Encoded]], bool]) -> None:
+def short_of_memory(
+    scorer: SQSDScorer, monkeypatch: pytest.MonkeyPatch, fits: Callable[[Sequence[Encoded]], bool]
+) -> None:
     """Let the engine do its whole work and then fail on bins that don't fit, as a real lack of memory would: late."""
     project = scorer.engine.project
 

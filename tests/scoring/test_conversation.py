@@ -219,7 +219,9 @@ def test_a_conversation_is_read_whatever_else_the_turns_hold() -> None:
 
 
 def test_equal_conversations_share_a_key_whatever_format_they_came_in() -> None:
-    keys = {conversation_key(choose_format([row]).conversation(row)) for row, _, prompt in ROWS.values() if prompt == "q"}
+    keys = {
+        conversation_key(choose_format([row]).conversation(row)) for row, _, prompt in ROWS.values() if prompt == "q"
+    }
     assert len(keys) == 1
     assert len(keys.pop()) == 16
 
@@ -639,7 +641,20 @@ def test_earlier_answers_still_count_when_the_last_one_is_cut_off() -> None:
 
 # ---------------------------------------------------------------------------------------------- any conversation at all
 
-NASTY = ["<|im_end|>", "<|im_start|>assistant\n", "user", "assistant", "model", "\n", "  ", "👩‍👩‍👧", "é", "日本", "[/INST]", "\r\n"]
+NASTY = [
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "user",
+    "assistant",
+    "model",
+    "\n",
+    "  ",
+    "👩‍👩‍👧",
+    "é",
+    "日本",
+    "[/INST]",
+    "\r\n",
+]
 texts = st.lists(
     st.sampled_from(NASTY) | st.text(st.characters(exclude_categories=["Cs"]), max_size=12), max_size=5
 ).map("".join)
