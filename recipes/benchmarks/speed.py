@@ -4,8 +4,8 @@
 
 (a) the scorer at one state; (a2) at both states; (b) the same batches through the same model, stock linears, forward
 and input-gradient backward with logits at the same positions; (c) the dense row-at-a-time form. All run in turn on
-each block of rows in one process, so that the ratios hold when the machine's speed drifts. the embedded
-pack's model, or with `1b` three layers of a 1B model's widths with random weights. Row lengths follow databricks-dolly-15k.
+each block of rows in one process, so that the ratios hold when the machine's speed drifts. The shape is a pack's model
+or, with `1b`, three layers of a 1B model's widths with random weights. Row lengths follow databricks-dolly-15k.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Destination:
                 raise InputError(f"The folder {target.parent} does not exist: create it first.")
             if not target.exists() and _neighbour(target, "old").exists():  # killed in the middle of a swap
                 _neighbour(target, "old").rename(target)
-            if not overwrite and _read_json(self.home / RUN_FILE) is None and self._foreign():
+            if not overwrite and _read_json(self.home / RUN_FILE) is None and self._holds_work():
                 raise DestinationExists(
                     f"{target} exists and was not written by this command: choose another destination, or replace it "
                     "with --overwrite."
@@ -53,7 +53,7 @@ class Destination:
         """
         asked = json.loads(json.dumps(identity))
         known = _read_json(self.home / RUN_FILE)
-        if known != asked and (known is not None or self._foreign()):
+        if known != asked and self._holds_work():
             if not self._overwrite:
                 raise DestinationExists(
                     f"{self.target} holds another run ({_difference(known or {}, asked)}): choose another "
@@ -136,9 +136,11 @@ class Destination:
             self._lock.close()
             self._lock = None
 
-    def _foreign(self) -> bool:
-        """Is there anything here that is not an empty folder or a home that is only just beginning?"""
-        starting = {self.home, self.home / LOCK_FILE, self.home / f".{RUN_FILE}.tmp"}
+    def _holds_work(self) -> bool:
+        """Is there anything here that could be missed: more than an empty folder, or than a run left that never had a
+        score to keep (a mistyped model, say)?"""
+        leavings = (LOCK_FILE, RUN_FILE, f".{RUN_FILE}.tmp", REPORT_FILE)
+        starting = {self.home, *(self.home / name for name in leavings)}
         found = [path for place in (self.root, self.home) if place.is_dir() for path in place.iterdir()]
         return not starting.issuperset(found) or (self.root.exists() and not self.root.is_dir())
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ class GroupProjection:
     masked: bool  # has blocks that belong to no module
 
     def to(self, device: torch.device, dtype: torch.dtype) -> GroupProjection:
-        moved = {k: v.to(device, dtype) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        moved: dict[str, Any] = {k: v.to(device, dtype) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,18 @@ class Scorer:
         self._device, self._dtype = device, dtype or self.default_dtype
         self._encoder: ChatEncoder | None = None
 
-    @property
+    @cached_property
     def device(self) -> str:
-        if self._device is None:
-            import torch
+        """Where the model runs. Raises `UsageError` for a device that isn't there."""
+        import torch
 
-            self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        return self._device
+        name = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as problem:
+            first = next(iter(str(problem).splitlines()), type(problem).__name__).split(". ")[0].rstrip(".")
+            raise UsageError(f"The device '{name}' can't be used ({first}): name one that torch has here.") from problem
+        return name
 
     @property
     def dtype(self) -> str:
