@@ -188,7 +188,7 @@ def build(recipe: Path, out: Path) -> None:
 
     loaded = PackRecipe.load(recipe)
     warnings.simplefilter("ignore")
-    built = build_pack(loaded, out, lambda message: click.echo(message, err=True))
+    built = build_pack(loaded, out, output.Display())
     click.echo(f"pack {built.name} ({built.fingerprint}) in {out}: use it with --pack {out}")
 
 

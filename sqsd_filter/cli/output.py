@@ -15,7 +15,7 @@ LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
 
 
 class Display:
-    """A `pipeline.progress.Progress`: rows/s, tokens/s and time left."""
+    """A `progress.Progress`: rows/s, tokens/s and time left."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet

@@ -32,13 +32,14 @@ import json
 import logging
 import shutil
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from sqsd_filter.directions.pack import ADAPTER_FILES, FORMAT, PACK_FILE, Pack, Probe, load_pack
 from sqsd_filter.errors import DestinationExists, InputError, PackError, SQSDError, UsageError
+from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.conversation import ChatEncoder, Encoded
 from sqsd_filter.scoring.weights import load_model, load_tokenizer
 
@@ -94,6 +95,8 @@ class AdapterRecipe:
         needed = {"sft": ("answer",), "dpo": ("chosen", "rejected")}[self.method]
         if missing := [n for n in needed if getattr(self, n) is None]:
             raise UsageError(f"An adapter with method '{self.method}' must name its columns: {', '.join(missing)}.")
+        if self.take_step is not None and self.take_step % self.save_steps:
+            raise UsageError(f"take_step must be a multiple of save_steps ({self.save_steps}).")
         if self.batch_size % (self.device_batch_size or 1):
             raise UsageError("batch_size must be a multiple of device_batch_size.")
 
@@ -154,7 +157,7 @@ def _typed(kind: Any, table: Mapping[str, Any], where: str) -> Any:
     return kind(**table)
 
 
-def build_pack(recipe: PackRecipe, target: str | Path, on_progress: Callable[[str], None] | None = None) -> Pack:
+def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None = None) -> Pack:
     """Train every adapter of the recipe that isn't there yet, and write the pack.
 
     Raises `DestinationExists` when `target` holds anything but this very build, `SQSDError` when the extra `train`
@@ -176,13 +179,12 @@ def build_pack(recipe: PackRecipe, target: str | Path, on_progress: Callable[[st
     work.mkdir(parents=True, exist_ok=True)
     (work / "recipe.json").write_text(plan)
 
-    provenance = {}
-    for name, adapter in recipe.adapters.items():
-        record = target / name / "training.json"
-        if not record.is_file():
-            (on_progress or log.info)(f"training '{name}' by {adapter.method.upper()} on {adapter.data}")
-            _train(recipe, name, adapter, target, record)
-        provenance[name] = json.loads(record.read_text())
+    records = {name: target / name / "training.json" for name in recipe.adapters}
+    # all data before any training: what is wrong with the last adapter's shows at once, not after hours
+    data = {name: _rows(recipe, recipe.adapters[name]) for name, record in records.items() if not record.is_file()}
+    for name, (rows, source) in data.items():
+        _train(recipe, name, rows, source, target, progress or Silent())
+    provenance = {name: json.loads(record.read_text()) for name, record in records.items()}
     pack = {
         "format": FORMAT,
         "name": recipe.name,
@@ -194,19 +196,24 @@ def build_pack(recipe: PackRecipe, target: str | Path, on_progress: Callable[[st
         "provenance": provenance,
         **recipe.notes,
     }
-    (target / PACK_FILE).write_text(json.dumps(pack, indent=2) + "\n", encoding="utf-8")
+    _write_json(target / PACK_FILE, pack)
     built = load_pack(target)
     if not recipe.keep_checkpoints:
         shutil.rmtree(work)
     return built
 
 
-def _train(recipe: PackRecipe, name: str, adapter: AdapterRecipe, target: Path, record: Path) -> None:
+def _train(
+    recipe: PackRecipe, name: str, rows: Any, source: Mapping[str, Any], target: Path, progress: Progress
+) -> None:
     import torch
+    from datasets.utils.logging import disable_progress_bar
     from peft import LoraConfig
-    from transformers import set_seed
+    from transformers import PrinterCallback, set_seed
 
-    rows, source = _rows(recipe, adapter)
+    disable_progress_bar()
+    adapter = recipe.adapters[name]
+    progress.note(f"training '{name}' by {adapter.method.upper()} on {adapter.data}")
     tokenizer = load_tokenizer(recipe.base_model, recipe.base_revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -232,20 +239,25 @@ def _train(recipe: PackRecipe, name: str, adapter: AdapterRecipe, target: Path, 
         "gradient_accumulation_steps": adapter.batch_size // on_device,
         "max_length": adapter.max_length,
         "save_steps": adapter.save_steps,
-        "logging_steps": 5,
+        "logging_steps": 0.05,  # of all steps: about twenty losses
         "seed": recipe.seed,
         "use_cpu": not cuda,
         "bf16": False,  # the base is loaded in its dtype already; the adapters train in float32
         "gradient_checkpointing": cuda,
         "report_to": "none",
+        "disable_tqdm": True,
     }
     set_seed(recipe.seed)
     if adapter.method == "sft":
         trainer = _sft(model, tokenizer, recipe, adapter, rows, lora, arguments)
     else:
         trainer = _dpo(model, tokenizer, recipe, adapter, rows, lora, arguments)
-    last = max(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), default=None)
+    trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in: every log entry to stdout
+    trainer.add_callback(_told(progress, name, adapter.batch_size))
+    whole = [p for p in checkpoints.glob("checkpoint-*") if _is_whole(p)]
+    last = max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    progress.finish()
 
     taken = checkpoints / "last"
     trainer.model.save_pretrained(taken)
@@ -253,8 +265,8 @@ def _train(recipe: PackRecipe, name: str, adapter: AdapterRecipe, target: Path, 
         taken = checkpoints / f"checkpoint-{adapter.take_step}"
         if not taken.is_dir():
             raise UsageError(
-                f"Adapter '{name}' has no checkpoint at step {adapter.take_step} of {trainer.state.global_step}: "
-                f"take_step must be a multiple of save_steps ({adapter.save_steps})."
+                f"Adapter '{name}' is trained for {trainer.state.global_step} steps: its take_step can't be "
+                f"{adapter.take_step}."
             )
     _publish(taken, target / name)
     losses = [{"step": e["step"], "loss": round(e["loss"], 4)} for e in trainer.state.log_history if "loss" in e]
@@ -267,7 +279,36 @@ def _train(recipe: PackRecipe, name: str, adapter: AdapterRecipe, target: Path, 
         "settings": settings | {"lora": asdict(recipe.lora), "seed": recipe.seed, "dtype": recipe.dtype},
         "losses": losses,
     }
-    record.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    _write_json(target / name / "training.json", facts)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Was the trainer's state, which it writes last, written to its end?"""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _told(progress: Progress, name: str, batch_size: int) -> Any:
+    """A callback that tells `progress` of every update."""
+    from transformers import TrainerCallback
+
+    class Told(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            progress.start(f"training {name}", (state.max_steps - state.global_step) * batch_size)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            progress.advance(batch_size)
+
+    return Told()
 
 
 def _publish(trained: Path, target: Path) -> None:

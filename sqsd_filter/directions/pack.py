@@ -103,7 +103,7 @@ def load_pack(where: str | Path) -> Pack:
         return _read(folder)
     if text in embedded_packs():
         return _read(PACKS_DIR / text)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text) and not folder.exists():
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", text) and not folder.exists():
         return _read(_download(text))
     raise PackError(
         f"There is no pack '{text}': give one of {', '.join(embedded_packs()) or '(none embedded)'}, a folder that "
@@ -113,13 +113,13 @@ def load_pack(where: str | Path) -> Pack:
 
 def _download(where: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo, _, revision = where.partition("@")
     patterns = [PACK_FILE, *(f"*{name}" for name in ADAPTER_FILES)]
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as problem:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as problem:
         first = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
         raise PackError(
             f"The pack '{where}' is no folder here and can't be had from the Hub ({first}): check the name, the "
@@ -185,12 +185,13 @@ def _field(data: Mapping[str, Any], key: str, kind: type, path: Path, default: A
 def _probe(entry: Any, path: Path) -> Probe:
     if not isinstance(entry, dict):
         raise PackError(f"{path}: each probe must be an object, not {entry!r}.")
+    scaling = _field(entry, "state_scaling", float, path, None)
     probe = Probe(
         name=_field(entry, "name", str, path),
         weight=float(_field(entry, "weight", float, path)),
         direction=_field(entry, "direction", str, path),
         state=_field(entry, "state", str, path),
-        state_scaling=_field(entry, "state_scaling", float, path, None),
+        state_scaling=None if scaling is None else float(scaling),
     )
     if not re.fullmatch(r"[a-z][a-z0-9_]*", probe.name) or probe.name in ("risk", "status"):
         raise PackError(f"{path}: '{probe.name}' can't be a probe's name: it becomes the column sqsd_{probe.name}.")

@@ -8,8 +8,9 @@ gradients are computed; nothing is merged into the weights, which bfloat16 would
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,8 +117,8 @@ class Capture:
         self, model: nn.Module, states: Mapping[Any, tuple[Adapter, Sequence[Adapter]]], probe_input: Any
     ) -> None:
         self.model = model
-        wanted = sorted({m for state, _ in states.values() for m in state.factors})
-        linears = _find_linears(model, wanted, next(iter(states.values()))[0])
+        wanted = {m: state.path for state, _ in states.values() for m in state.factors}
+        linears = _find_linears(model, wanted)
         self.groups = _group_by_input(model, linears, probe_input)
         for group in self.groups:
             for member, name in enumerate(group.names):
@@ -231,21 +232,22 @@ def _weight_oi(linear: nn.Module) -> torch.Tensor:
     return weight if isinstance(linear, nn.Linear) else weight.t()
 
 
-def _find_linears(model: nn.Module, wanted: Iterable[str], adapter: Adapter) -> dict[str, nn.Module]:
+def _find_linears(model: nn.Module, wanted: Mapping[str, Path]) -> dict[str, nn.Module]:
+    """The modules to adapt, by name; `wanted` says for each which adapter asks for it."""
     from transformers.pytorch_utils import Conv1D
 
     modules = dict(model.named_modules())
     head = model.get_output_embeddings()  # type: ignore[operator]
     found: dict[str, nn.Module] = {}
-    for name in wanted:
+    for name, adapter in sorted(wanted.items()):
         module = modules.get(name)
         if module is None:
             raise PackError(
-                f"{adapter.path} adapts '{name}', which {type(model).__name__} does not have: the pack was made for "
+                f"{adapter} adapts '{name}', which {type(model).__name__} does not have: the pack was made for "
                 "another model."
             )
         if module is head:
-            raise PackError(f"{adapter.path} adapts the output head '{name}', which can't be scored: train without it.")
+            raise PackError(f"{adapter} adapts the output head '{name}', which can't be scored: train without it.")
         if type(module) is not nn.Linear and not isinstance(module, Conv1D):
             raise PackError(f"'{name}' is a {type(module).__name__}, not a plain linear layer: it can't be scored.")
         found[name] = module

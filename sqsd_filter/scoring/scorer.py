@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +76,21 @@ class Scorer:
         self._device, self._dtype = device, dtype or self.default_dtype
         self._encoder: ChatEncoder | None = None
 
-    @cached_property
+    @property
     def device(self) -> str:
         """Where the model runs. Raises `UsageError` for a device that isn't there."""
         import torch
 
-        name = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self._device is None:
+            self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            torch.empty(0, device=name)
+            torch.empty(0, device=self._device)
         except (RuntimeError, AssertionError) as problem:
             first = next(iter(str(problem).splitlines()), type(problem).__name__).split(". ")[0].rstrip(".")
-            raise UsageError(f"The device '{name}' can't be used ({first}): name one that torch has here.") from problem
-        return name
+            raise UsageError(
+                f"The device '{self._device}' can't be used ({first}): name one that torch has here."
+            ) from problem
+        return self._device
 
     @property
     def dtype(self) -> str:

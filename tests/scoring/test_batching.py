@@ -162,7 +162,7 @@ def test_a_scorer_short_of_memory_scores_every_row_the_same(tiny_pack: Path, mon
 def test_memory_that_runs_out_in_the_middle_of_a_pass_leaves_no_trace(tiny_pack: Path, when: str) -> None:
     expected = SQSDScorer(tiny_pack).score(CONVERSATIONS)
     scorer = SQSDScorer(tiny_pack, token_budget=100_000)
-    failures_left = [None] * 3
+    failures_left = [None] * 2
 
     def fail(*_: Any) -> None:
         if failures_left:

@@ -1,0 +1,212 @@
+"""Building a pack: trained from a recipe, the same bytes each time, also when it is killed and started again."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sqsd_filter.directions.build import PackRecipe, build_pack
+from sqsd_filter.directions.pack import ADAPTER_FILES, PACK_FILE, load_pack
+from sqsd_filter.errors import DestinationExists, InputError, SQSDError, UsageError
+from sqsd_filter.scoring.scorer import SQSDScorer
+from tests.corpora import make_rows, write_jsonl
+from tests.tiny import CONVERSATIONS
+
+RECIPE = """
+name = "tiny"
+base_model = "{model}"
+dtype = "float32"
+max_length = 64
+[lora]
+r = 2
+alpha = 4
+[adapters.initial]
+method = "sft"
+data = "benign.jsonl"
+prompt = "instruction"
+answer = "output"
+licence = "CC0-1.0"
+rows = 16
+learning_rate = 1e-3
+batch_size = 4
+save_steps = 2
+take_step = 2
+[adapters.danger]
+method = "sft"
+data = "answers.jsonl"
+prompt = "instruction"
+answer = "output"
+where = {{ bad = true }}
+epochs = {epochs}
+learning_rate = 1e-3
+batch_size = 4
+device_batch_size = 2
+save_steps = 2
+[adapters.safety]
+method = "dpo"
+data = "pairs.jsonl"
+prompt = "prompt"
+chosen = "good"
+rejected = "bad"
+learning_rate = 1e-3
+batch_size = 4
+save_steps = 2
+[[probes]]
+name = "danger"
+weight = 1.0
+direction = "danger"
+state = "initial"
+[[probes]]
+name = "safety"
+weight = -1.0
+direction = "safety"
+state = "safety"
+state_scaling = 1.0
+"""
+
+
+def write_recipe(folder: Path, model: Path, epochs: int = 2) -> Path:
+    rows = make_rows(24)
+    write_jsonl(folder / "benign.jsonl", rows)
+    write_jsonl(folder / "answers.jsonl", [{**row, "bad": k % 2 == 0} for k, row in enumerate(rows)])
+    pairs = [{"prompt": r["instruction"], "good": r["output"], "bad": "No idea."} for r in rows]
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    (folder / "recipe.toml").write_text(RECIPE.format(model=model, epochs=epochs))
+    return folder / "recipe.toml"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_pack: Path) -> Path:
+    return write_recipe(tmp_path, tiny_pack / "base")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, tiny_pack: Path) -> Path:
+    folder = tmp_path_factory.mktemp("built")
+    return build_pack(PackRecipe.load(write_recipe(folder, tiny_pack / "base")), folder / "pack").path
+
+
+def files(pack: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(pack)): p.read_bytes() for p in sorted(pack.rglob("*")) if p.is_file()}
+
+
+def test_a_built_pack_loads_and_scores(built: Path) -> None:
+    names = {f"{adapter}/{f}" for adapter in ("initial", "danger", "safety") for f in (*ADAPTER_FILES, "training.json")}
+    assert set(files(built)) == {PACK_FILE, *names}
+    scores = SQSDScorer(built).score(CONVERSATIONS[:4])
+    assert set(scores.status) == {"scored"} and len(set(scores.risk)) == 4
+
+
+def test_a_pack_says_what_it_was_trained_on_and_how(built: Path) -> None:
+    told = json.loads((built / PACK_FILE).read_text())["provenance"]
+    assert told["initial"]["licence"] == "CC0-1.0" and told["initial"]["data"]["file"] == "benign.jsonl"
+    assert (told["initial"]["rows"], told["initial"]["steps"]) == (16, 2)
+    assert (told["danger"]["rows"], told["danger"]["steps"]) == (12, 6)  # the bad half
+    assert told["safety"]["settings"]["method"] == "dpo" and told["safety"]["settings"]["lora"]["r"] == 2
+    for name, steps in (("initial", 4), ("danger", 6), ("safety", 6)):
+        assert [e["step"] for e in told[name]["losses"]] == list(range(1, steps + 1))
+        assert all(0 < e["loss"] < 20 for e in told[name]["losses"])
+
+
+def test_training_moves_a_model_towards_its_rows(built: Path) -> None:
+    losses = [e["loss"] for e in json.loads((built / PACK_FILE).read_text())["provenance"]["danger"]["losses"]]
+    assert losses[-1] < losses[0]
+
+
+def test_a_build_that_is_killed_goes_on_from_its_checkpoint_to_the_same_bytes(recipe: Path, built: Path) -> None:
+    out = recipe.parent / "pack"
+    command = [sys.executable, "-m", "sqsd_filter", "pack", "build", str(recipe), str(out)]
+    for checkpoint in ("danger/checkpoint-4", "safety/checkpoint-2"):
+        state = out / ".build" / checkpoint / "trainer_state.json"
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL and state.exists() and not (out / PACK_FILE).exists()
+    kept = {p: p.stat().st_mtime_ns for p in (out / "danger").iterdir()}
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"pack tiny ({load_pack(built).fingerprint})" in done.stdout
+    assert "training 'safety' by DPO" in done.stderr and "training 'danger'" not in done.stderr
+    assert {p: p.stat().st_mtime_ns for p in (out / "danger").iterdir()} == kept
+    assert files(out) == files(built)
+
+
+def test_another_seed_gives_another_pack(recipe: Path, built: Path) -> None:
+    other = build_pack(replace(PackRecipe.load(recipe), seed=1), recipe.parent / "pack")
+    assert other.fingerprint != load_pack(built).fingerprint
+
+
+def test_a_folder_with_something_else_is_left_alone(recipe: Path, built: Path, tmp_path: Path) -> None:
+    loaded = PackRecipe.load(recipe)
+    before = files(built)
+    with pytest.raises(DestinationExists, match="not an unfinished build"):
+        build_pack(loaded, built)
+    (tmp_path / "begun" / ".build").mkdir(parents=True)
+    (tmp_path / "begun" / ".build" / "recipe.json").write_text("{}")
+    with pytest.raises(DestinationExists, match="another recipe"):
+        build_pack(loaded, tmp_path / "begun")
+    assert files(built) == before
+
+
+BROKEN: dict[str, tuple[str, str, type[SQSDError], str]] = {
+    "not toml": ("name =", "name ==", InputError, "not valid TOML"),
+    "unknown key": ("max_length = 64", "max_lenght = 64", UsageError, "unknown keys: max_lenght"),
+    "unknown method": ('"dpo"', '"ppo"', UsageError, "'sft' or 'dpo'"),
+    "no column": ('answer = "output"', "", UsageError, "must name its columns: answer"),
+    "no such column": ('chosen = "good"', 'chosen = "best"', InputError, "lacks the columns best"),
+    "no such file": ('"answers.jsonl"', '"none.jsonl"', InputError, "none.jsonl"),
+    "no rows": ("bad = true", 'instruction = "?"', SQSDError, "No row"),
+    "no such adapter": ('state = "initial"', 'state = "begin"', UsageError, "begin"),
+    "no such checkpoint": ("take_step = 2", "take_step = 3", UsageError, "multiple of save_steps"),
+    "no such step": ("take_step = 2", "take_step = 6", UsageError, "trained for 4 steps: its take_step can't be 6"),
+}
+
+
+@pytest.mark.parametrize(("said", "instead", "kind", "complaint"), BROKEN.values(), ids=BROKEN)
+def test_a_recipe_that_makes_no_sense_says_why(
+    recipe: Path, said: str, instead: str, kind: type[SQSDError], complaint: str
+) -> None:
+    text = recipe.read_text()
+    assert said in text
+    recipe.write_text(text.replace(said, instead))
+    with pytest.raises(kind, match=complaint):
+        build_pack(PackRecipe.load(recipe), recipe.parent / "pack")
+    assert not list(recipe.parent.glob("pack/*/training.json"))  # nothing was trained in vain
+
+
+def test_a_recipe_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.toml can't be read"):
+        PackRecipe.load(tmp_path / "nowhere.toml")
+
+
+def test_without_trl_the_extra_to_install_is_named(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(SQSDError, match=r"sqsd-filter\[train\]"):
+        build_pack(PackRecipe.load(recipe), recipe.parent / "pack")
+
+
+def test_progress_is_told_of_every_update(recipe: Path) -> None:
+    told: list[Any] = []
+
+    class Listener:
+        def start(self, phase: str, rows: int | None) -> None:
+            told.append([phase, rows, 0])
+
+        def advance(self, rows: int, tokens: int = 0) -> None:
+            told[-1][2] += rows
+
+        def finish(self) -> None: ...
+
+        def note(self, message: str) -> None: ...
+
+    build_pack(PackRecipe.load(recipe), recipe.parent / "pack", Listener())
+    assert told == [["training initial", 16, 16], ["training danger", 24, 24], ["training safety", 24, 24]]
