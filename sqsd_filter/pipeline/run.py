@@ -15,13 +15,13 @@ import numpy as np
 from sqsd_filter.errors import InputError, RowErrorBudgetExceeded, SQSDError, UsageError
 from sqsd_filter.pipeline.destination import REPORT_FILE, RUN_FILE, Destination, _read_json
 from sqsd_filter.pipeline.export import SPLITS, data_file, export_scored, export_splits
-from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.pipeline.report import summarise, versions, write_card, write_report
 from sqsd_filter.pipeline.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.selection import ERROR, KEPT, Cut, Selection, cut_rows, parse_share
 from sqsd_filter.pipeline.shards import Index, plan, score_shard
 from sqsd_filter.pipeline.sources import Corpus, peek
 from sqsd_filter.pipeline.store import ScoreStore
+from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.conversation import BAD_JSON, RowError, RowFormat, choose_format
 from sqsd_filter.scoring.scorer import SQSDScorer
 
