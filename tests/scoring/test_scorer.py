@@ -7,12 +7,16 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 
+from sqsd_filter.cli.main import main
 from sqsd_filter.errors import PackError, UsageError
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from tests.corpora import write_jsonl
 from tests.tiny import ARCHITECTURES, CONVERSATIONS, chat, make_adapter, make_model, make_pack
 
 
@@ -155,3 +159,24 @@ def test_a_model_that_the_pack_was_not_made_for_is_refused(packs: dict[str, Path
 def test_an_unknown_dtype_is_a_usage_error(tiny_pack: Path) -> None:
     with pytest.raises(UsageError, match="float16"):
         SQSDScorer(tiny_pack, dtype="float16")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_command_gives_the_dense_float64_scores(packs: dict[str, Path], architecture: str, tmp_path: Path) -> None:
+    rows = [{"id": k, "messages": turns} for k, turns in enumerate(CONVERSATIONS)]
+    source, scored = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "scored.parquet"
+    with pytest.raises(SystemExit) as left:
+        main(["score", str(source), str(scored), "--pack", str(packs[architecture]), "--dtype", "float32", "-q"])
+    assert not left.value.code
+    found, expected = pq.read_table(scored), ReferenceScorer(packs[architecture]).score(CONVERSATIONS).columns()
+    assert found["id"].to_pylist() == list(range(len(rows))) and set(found["sqsd_status"].to_pylist()) == {"scored"}
+    for name in ("sqsd_danger", "sqsd_safety", "sqsd_risk"):
+        assert np.abs(found[name].to_numpy() - expected[name]).max() <= 1e-4
+
+
+def test_as_a_map_step_of_datasets_it_gives_the_same_scores(tiny_pack: Path) -> None:
+    dataset = Dataset.from_list([{"messages": turns} for turns in CONVERSATIONS])
+    mapped = dataset.map(SQSDScorer(tiny_pack), batched=True, batch_size=4)
+    expected = SQSDScorer(tiny_pack).score(CONVERSATIONS)
+    assert mapped["sqsd_status"][:] == expected.status
+    assert np.abs(np.array(mapped["sqsd_risk"][:]) - expected.risk).max() <= 1e-5

