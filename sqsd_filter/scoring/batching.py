@@ -1,10 +1,12 @@
-"""Rows into bins: sorted by length, as many as a token budget holds, halved when memory runs out."""
+"""Rows into bins: sorted by length, as many as a token budget holds, halved when memory runs out or a row fails."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+
+from sqsd_filter.errors import SQSDError
 
 # Rough bytes a token's activations take between forward and backward, as multiples of a layer's widths: residuals,
 # norms, attention and its inputs (hidden), the gated product and its factors (intermediate).
@@ -41,18 +43,28 @@ def is_out_of_memory(problem: BaseException) -> bool:
     )
 
 
-def halving(run: Callable[[list[int]], None], rows: list[int], give_up: Callable[[int], None]) -> None:
-    """`run(rows)`; where memory runs out the halves are run instead; a single row that does not fit is given up."""
+def is_device_lost(problem: BaseException) -> bool:
+    """Did the device itself fail, so that nothing more can run on it in this process?"""
+    lost = getattr(torch, "AcceleratorError", ())
+    return isinstance(problem, lost) and not is_out_of_memory(problem)
+
+
+def halving(run: Callable[[list[int]], None], rows: list[int], give_up: Callable[[int, str], None]) -> None:
+    """`run(rows)`; where that fails the halves are run instead, and a single row that fails is given up: `give_up` is
+    told its error, "" for a lack of memory. Errors that aren't a row's (the device's, `SQSDError`) come through."""
     try:
         run(rows)
         return
-    except (RuntimeError, MemoryError) as problem:
-        if not is_out_of_memory(problem):
+    except SQSDError:
+        raise
+    except Exception as problem:
+        if is_device_lost(problem):
             raise
+        error = "" if is_out_of_memory(problem) else f"{type(problem).__name__}: {problem}"
     if torch.cuda.is_available():  # outside the handler: its traceback would keep the tensors alive
         torch.cuda.empty_cache()
     if len(rows) == 1:
-        give_up(rows[0])
+        give_up(rows[0], error)
         return
     middle = len(rows) // 2
     halving(run, rows[:middle], give_up)

@@ -18,7 +18,11 @@ from sqsd_filter.errors import UsageError
 from sqsd_filter.scoring.conversation import NONFINITE, SCORED, ChatEncoder, Encoded, Message, RowError, choose_format
 
 OUT_OF_MEMORY = "out_of_memory"  # a row too large for this device even alone
+FAILED = "failed"  # a row that makes the model fail; the detail has the error
 DTYPES = ("float32", "bfloat16", "float64")
+
+Done = Callable[[Sequence[int], np.ndarray], None]
+Failed = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
@@ -141,26 +145,32 @@ class Scorer:
         if on_rows and len(rows) < n:
             on_rows(n - len(rows), 0)
 
-        def done(members: Sequence[int], values: np.ndarray | None) -> None:
-            """Rows (indices into `rows`) with their (b, probes) values, or None when memory ran out."""
+        def done(members: Sequence[int], values: np.ndarray) -> None:
+            """Rows (indices into `rows`) with their (b, probes) values."""
             where = [rows[m] for m in members]
-            for k, row in zip(where, values if values is not None else [None] * len(where), strict=True):
-                if row is None:
-                    status[k], detail[k] = OUT_OF_MEMORY, f"{tokens[k]} tokens don't fit into the device's memory"
-                elif not np.isfinite(row).all():
+            for k, row in zip(where, values, strict=True):
+                if not np.isfinite(row).all():
                     status[k], detail[k] = NONFINITE, "its gradient is not finite"
-                else:
-                    for probe, value in zip(self.pack.probes, row, strict=True):
-                        probes[probe.name][k] = value
+                    continue
+                for probe, value in zip(self.pack.probes, row, strict=True):
+                    probes[probe.name][k] = value
             if on_rows:
                 on_rows(len(where), int(tokens[where].sum()))
 
+        def failed(member: int, error: str) -> None:
+            k = rows[member]
+            status[k] = FAILED if error else OUT_OF_MEMORY
+            detail[k] = error or f"{tokens[k]} tokens don't fit into the device's memory"
+            if on_rows:
+                on_rows(1, 0)
+
         if rows:
-            self._score([e for e in encoded if isinstance(e, Encoded)], done)
+            self._score([e for e in encoded if isinstance(e, Encoded)], done, failed)
         risk = np.sum([p.weight * probes[p.name] for p in self.pack.probes], axis=0)
         return Scores(probes, risk, status, detail, tokens)
 
-    def _score(self, encoded: Sequence[Encoded], done: Callable[[Sequence[int], np.ndarray | None], None]) -> None:
+    def _score(self, encoded: Sequence[Encoded], done: Done, failed: Failed) -> None:
+        """Score all rows, telling `done` of those that have values and `failed` of those that can't."""
         raise NotImplementedError
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -213,7 +223,7 @@ class SQSDScorer(Scorer):
             self._engine = Engine.load(self)
         return self._engine
 
-    def _score(self, encoded: Sequence[Encoded], done: Callable[[Sequence[int], np.ndarray | None], None]) -> None:
+    def _score(self, encoded: Sequence[Encoded], done: Done, failed: Failed) -> None:
         from sqsd_filter.scoring.batching import bins, halving
 
         engine = self.engine
@@ -222,7 +232,7 @@ class SQSDScorer(Scorer):
             done(members, engine.project([encoded[m] for m in members]))
 
         for members in bins([len(e) for e in encoded], self.token_budget or engine.default_budget):
-            halving(run, members, lambda m: done([m], None))
+            halving(run, members, failed)
 
     def __getstate__(self) -> dict[str, Any]:
         """Configuration only: hashing and pickling never see a loaded model."""

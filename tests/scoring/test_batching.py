@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sqsd_filter.errors import ModelError
 from sqsd_filter.scoring.batching import bins, default_budget, halving, is_out_of_memory
 from sqsd_filter.scoring.conversation import Encoded
 from sqsd_filter.scoring.scorer import SQSDScorer
@@ -98,29 +99,46 @@ class Device:
         self.fits, self.fail, self.too_large = fits, fail, set(too_large)
         self.done: list[int] = []
         self.given_up: list[int] = []
+        self.errors: list[str] = []
 
     def run(self, rows: list[int]) -> None:
         if len(rows) > self.fits or self.too_large & set(rows):
             self.fail()
         self.done += rows
 
+    def give_up(self, row: int, error: str) -> None:
+        self.given_up.append(row)
+        self.errors.append(error)
+
 
 @failures
 @pytest.mark.parametrize("fits", [1, 2, 3, 7, 8])
 def test_what_does_not_fit_is_halved_until_it_does(fits: int, fail: Failure) -> None:
     device = Device(fits, fail)
-    halving(device.run, list(range(7)), device.given_up.append)
+    halving(device.run, list(range(7)), device.give_up)
     assert (device.done, device.given_up) == (list(range(7)), [])
 
 
 def test_only_the_row_that_does_not_fit_alone_is_given_up() -> None:
     device = Device(4, no_memory, too_large=[2])
-    halving(device.run, list(range(6)), device.given_up.append)
+    halving(device.run, list(range(6)), device.give_up)
     assert (device.done, device.given_up) == ([0, 1, 3, 4, 5], [2])
 
 
-@pytest.mark.parametrize("problem", [RuntimeError("shape"), KeyError("x")], ids=["runtime", "key"])
-def test_other_errors_come_through_at_once(problem: Exception) -> None:
+def test_a_row_that_makes_the_model_fail_is_given_up_with_its_error() -> None:
+    def fail() -> None:
+        raise ValueError("odd row")
+
+    device = Device(8, fail, too_large=[4])
+    halving(device.run, list(range(6)), device.give_up)
+    assert (sorted(device.done), device.given_up) == ([0, 1, 2, 3, 5], [4])
+    assert device.errors == ["ValueError: odd row"]
+
+
+@pytest.mark.parametrize(
+    "problem", [ModelError("no"), torch.AcceleratorError("device-side assert"), KeyboardInterrupt()], ids=repr
+)
+def test_an_error_that_is_no_rows_comes_through_at_once(problem: BaseException) -> None:
     calls = []
 
     def run(rows: list[int]) -> None:
@@ -128,7 +146,7 @@ def test_other_errors_come_through_at_once(problem: Exception) -> None:
         raise problem
 
     with pytest.raises(type(problem)):
-        halving(run, [1, 2, 3], lambda _: None)
+        halving(run, [1, 2, 3], lambda row, error: None)
     assert calls == [[1, 2, 3]]
 
 

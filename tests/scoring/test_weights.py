@@ -67,7 +67,7 @@ def test_changed_weights_are_refused_and_leave_nothing(cache: Path, tmp_path: Pa
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SQSD_FILTER_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="can't be stored in .*SQSD_FILTER_CACHE"):
+    with pytest.raises(ModelError, match=r"can't be stored in .*SQSD_FILTER_CACHE"):
         locate(NAME)
 
 
