@@ -3,11 +3,13 @@
 The adapted linears of a model are replaced by `SideLinear`s. Linears that read the same tensor (q, k and v; gate and
 up) form a group that owns their stacked weights and runs them as one autograd Function: one product forward, one
 backward, and the narrow products of the side paths stacked beside them. The base stays frozen, so only input
-gradients are computed; nothing is merged into the weights, which bfloat16 would not survive.
+gradients are computed; nothing is merged into the weights, which bfloat16 would not survive. Threads may run passes
+side by side.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +34,16 @@ class GroupState:
     projection: GroupProjection | None
 
 
+class _Now(threading.local):
+    """What a group is doing in one thread: each thread sits at a state and runs rows of its own."""
+
+    def __init__(self) -> None:
+        self.state: GroupState | None = None
+        self.found: tuple[torch.Tensor, torch.Tensor] | None = None  # what the last backward pass contracted
+        self.x: torch.Tensor | None = None
+        self.outputs: dict[int, torch.Tensor] = {}
+
+
 class LinearGroup:
     """Linears with a common input, run as one: weight (o, i) and bias (o,) stacked over the members."""
 
@@ -46,23 +58,21 @@ class LinearGroup:
             self.bias_o = torch.cat(
                 [w.new_zeros(w.shape[0]) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
             )
-        self.state: GroupState | None = None
-        self.found: tuple[torch.Tensor, torch.Tensor] | None = None  # what the last backward pass contracted
-        self._x: torch.Tensor | None = None
-        self._outputs: dict[int, torch.Tensor] = {}
+        self.now = _Now()
 
     def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
         """The member's output for x; the first member asked computes all of them."""
-        if self._x is not x or member not in self._outputs:
-            self._x = x
-            self._outputs = dict(enumerate(_GroupFunction.apply(x, self)))
-        y = self._outputs.pop(member)
-        if not self._outputs:
-            self._x = None
+        now = self.now
+        if now.x is not x or member not in now.outputs:
+            now.x = x
+            now.outputs = dict(enumerate(_GroupFunction.apply(x, self)))
+        y = now.outputs.pop(member)
+        if not now.outputs:
+            now.x = None
         return y
 
     def reset(self) -> None:
-        self._x, self._outputs, self.found = None, {}, None
+        self.now.x, self.now.outputs, self.now.found = None, {}, None
 
 
 class SideLinear(nn.Module):
@@ -82,7 +92,7 @@ class SideLinear(nn.Module):
 class _GroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: LinearGroup) -> tuple[torch.Tensor, ...]:
-        ctx.group, state = group, group.state
+        ctx.group, state = group, group.now.state
         y = F.linear(x, group.weight_oi, group.bias_o)
         if state is not None:
             h = F.linear(x, state.A_ri)
@@ -102,7 +112,7 @@ class _GroupFunction(torch.autograd.Function):
             dx.view(-1, dx.shape[-1]).addmm_(e.view(-1, e.shape[-1]), state.A_ri)
             if state.projection is not None:
                 x, h = ctx.saved_tensors
-                group.found = contract(state.projection, x, h, d, e)
+                group.now.found = contract(state.projection, x, h, d, e)
         return dx, None
 
 
@@ -125,7 +135,6 @@ class Capture:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, SideLinear(group, member))
         self._states = {key: self._place(state, directions) for key, (state, directions) in states.items()}
-        self._key: Any = None
 
     def coverage(self, key: Any) -> list[int]:
         """How many modules each direction of a state covers together with it."""
@@ -143,26 +152,25 @@ class Capture:
         ]
 
     def use(self, key: Any) -> None:
-        """Sit at a state: the next forward passes run there."""
-        self._key = key
+        """Sit at a state: this thread's next forward passes run there."""
         for group in self.groups:
             group.reset()
-            group.state = self._states[key].get(id(group))
+            group.now.state = self._states[key].get(id(group))
 
     def cosines(self) -> torch.Tensor:
         """cos (b, p, m) of the rows of the backward pass that just ran."""
         parts: list[tuple[torch.Tensor, ...]] = []
         for group in self.groups:
-            state = group.state
+            state, found = group.now.state, group.now.found
             if state is None or state.projection is None:
                 continue
-            if group.found is None:
+            if found is None:
                 raise ModelError(f"The model's loss does not depend on {', '.join(group.names)}: it can't be scored.")
-            dots_bpr, norms_br = group.found
+            dots_bpr, norms_br = found
             ranks = [r for r in state.ranks if r]
-            found = per_module(dots_bpr, ranks), per_module(norms_br, ranks), state.projection.norm_pm
+            sums = per_module(dots_bpr, ranks), per_module(norms_br, ranks), state.projection.norm_pm
             home = parts[0][0].device if parts else dots_bpr.device  # a model may be spread over devices
-            parts.append(tuple(t.to(home) for t in found))
+            parts.append(tuple(t.to(home) for t in sums))
             group.reset()
         dots, norms2, norms = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))
         return cosines(dots, norms2, norms)

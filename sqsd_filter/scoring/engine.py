@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +36,8 @@ class LossGradient:
         vocabulary = model.get_output_embeddings().weight.shape[0]
         self._chunk = max(16, LOGITS_AT_ONCE // vocabulary)
         self._output_type: Any = None
+        self._given = threading.local()
+        self._let_logits_in()
 
     def tensors(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
         """Right-padded inputs and next-token targets (b, t), the target -1 where nothing is supervised.
@@ -75,19 +79,47 @@ class LossGradient:
     def _logits(self, hidden_nh: torch.Tensor) -> torch.Tensor:
         """The model's own logits (n, v) of hidden states: its forward runs on them in place of its backbone's output,
         so that whatever it does beside the head (scaling, soft caps) is done."""
-        backbone = self.model.base_model
-        own = vars(backbone).get("forward")  # set where hooks move tensors between devices
-        given = self._output_type(last_hidden_state=hidden_nh.unsqueeze(0))
-        backbone.forward = lambda *_, **__: given
+        ids = torch.zeros((1, len(hidden_nh)), dtype=torch.long, device=hidden_nh.device)
+        self._given.output = self._output_type(last_hidden_state=hidden_nh.unsqueeze(0))
         try:
-            ids = torch.zeros((1, len(hidden_nh)), dtype=torch.long, device=hidden_nh.device)
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
         finally:
-            if own is None:
-                del backbone.forward
-            else:
-                backbone.forward = own
+            self._given.output = None
         return logits
+
+    def _let_logits_in(self) -> None:
+        """Make the backbone answer with `_given.output` where this thread has set it."""
+        backbone = self.model.base_model
+        run = backbone.forward  # the class's, or one that moves tensors between devices
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = getattr(self._given, "output", None)
+            return run(*args, **kwargs) if given is None else given
+
+        backbone.forward = forward
+
+
+def side_by_side(run: Callable[[list[int]], None], bins: Iterable[list[int]], workers: int) -> None:
+    """`run` every bin, so many at a time; on a CPU each in a single thread, whatever torch is set to outside.
+
+    The first error ends it, once the bins that are running are done.
+    """
+    if workers == 0:
+        for members in bins:
+            run(members)
+        return
+    outside = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                for future in [pool.submit(run, members) for members in bins]:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(outside)
 
 
 class Engine:
@@ -116,6 +148,11 @@ class Engine:
         }
         self.modules = {at: self.capture.modules(at) for at in self.passes}
         config = model.config.get_text_config()
+        # On a CPU bins run side by side, a thread each: what a row scores then depends on no number of threads, and
+        # two small products keep two cores busier than one of twice the size. Some rotary embeddings keep state.
+        rope = getattr(config, "rope_parameters", None) or {}
+        stateful = isinstance(rope, dict) and any(k in str(rope) for k in ("dynamic", "longrope"))
+        self.workers = 0 if device.type != "cpu" else 1 if stateful else torch.get_num_threads()
         self.default_budget = default_budget(
             free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
             layers=config.num_hidden_layers,

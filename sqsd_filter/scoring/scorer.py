@@ -6,6 +6,7 @@ What a row gets depends on its conversation, the pack and the settings, not on t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,14 +226,21 @@ class SQSDScorer(Scorer):
 
     def _score(self, encoded: Sequence[Encoded], done: Done, failed: Failed) -> None:
         from sqsd_filter.scoring.batching import bins, halving
+        from sqsd_filter.scoring.engine import side_by_side
 
-        engine = self.engine
+        engine, lock = self.engine, threading.Lock()
 
         def run(members: list[int]) -> None:
-            done(members, engine.project([encoded[m] for m in members]))
+            values = engine.project([encoded[m] for m in members])
+            with lock:
+                done(members, values)
 
-        for members in bins([len(e) for e in encoded], self.token_budget or engine.default_budget):
-            halving(run, members, failed)
+        def give_up(member: int, error: str) -> None:
+            with lock:
+                failed(member, error)
+
+        work = bins([len(e) for e in encoded], self.token_budget or engine.default_budget)
+        side_by_side(lambda members: halving(run, members, give_up), work, engine.workers)
 
     def __getstate__(self) -> dict[str, Any]:
         """Configuration only: hashing and pickling never see a loaded model."""

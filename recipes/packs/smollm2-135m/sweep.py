@@ -141,7 +141,7 @@ def _both(scorer: SQSDScorer, row: Encoded) -> tuple[torch.Tensor, torch.Tensor]
     dots: list[torch.Tensor] = []
 
     def noting() -> torch.Tensor:
-        found = [(g.found[0][0], g.state.ranks) for g in capture.groups if g.state is not None and g.found is not None]
+        found = [(g.now.found[0][0], g.now.state.ranks) for g in capture.groups if g.now.state and g.now.found]
         dots.append(torch.stack([per_module(d, [r for r in ranks if r]).sum(-1) for d, ranks in found]).sum(0))
         return type(capture).cosines(capture)
 
