@@ -8,6 +8,8 @@ import shlex
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,18 @@ def _scorer(params: dict[str, Any]) -> Any:
     )
 
 
+@contextmanager
+def _engine(params: dict[str, Any]) -> Iterator[Any]:
+    from sqsd_filter.pipeline.engines import choose_engine
+
+    asked = {name: params[name] for name in ("replicas", "gpus_per_replica", "ray_address", "device")}
+    engine = choose_engine(params["engine"], **asked)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
 def _log(context: click.Context) -> output.Display:
     verbose, quiet = context.params["verbose"], context.params["quiet"]
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
@@ -84,6 +98,7 @@ def _finish(context: click.Context, report: dict[str, Any], dest: Path) -> None:
 @options.dest
 @options.cuts
 @options.scoring
+@options.engine
 @options.rows
 @options.errors
 @options.on_error
@@ -103,17 +118,19 @@ def filter_command(context: click.Context, **params: Any) -> None:
         guess = estimate(params["sources"], _scorer(params), **common)
         output.show(guess, as_json=params["json_output"], quiet=False, text=output.forecast)
         return
-    report = filter_dataset(
-        params["sources"],
-        params["dest"],
-        **cut,
-        **common,
-        scorer=_scorer(params),
-        on_error=params["on_error"],
-        max_error_rate=params["max_error_rate"],
-        overwrite=params["overwrite"],
-        settings=options.settings(context),
-    )
+    with _engine(params) as engine:
+        report = filter_dataset(
+            params["sources"],
+            params["dest"],
+            **cut,
+            **common,
+            scorer=_scorer(params),
+            engine=engine,
+            on_error=params["on_error"],
+            max_error_rate=params["max_error_rate"],
+            overwrite=params["overwrite"],
+            settings=options.settings(context),
+        )
     _finish(context, report, params["dest"])
 
 
@@ -121,6 +138,7 @@ def filter_command(context: click.Context, **params: Any) -> None:
 @options.sources
 @options.dest
 @options.scoring
+@options.engine
 @options.rows
 @options.errors
 @options.overwrite
@@ -137,15 +155,17 @@ def score(context: click.Context, **params: Any) -> None:
         guess = estimate(params["sources"], _scorer(params), **common)
         output.show(guess, as_json=params["json_output"], quiet=False, text=output.forecast)
         return
-    report = score_dataset(
-        params["sources"],
-        params["dest"],
-        **common,
-        scorer=_scorer(params),
-        max_error_rate=params["max_error_rate"],
-        overwrite=params["overwrite"],
-        settings=options.settings(context),
-    )
+    with _engine(params) as engine:
+        report = score_dataset(
+            params["sources"],
+            params["dest"],
+            **common,
+            scorer=_scorer(params),
+            engine=engine,
+            max_error_rate=params["max_error_rate"],
+            overwrite=params["overwrite"],
+            settings=options.settings(context),
+        )
     _finish(context, report, params["dest"])
 
 

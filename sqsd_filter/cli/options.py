@@ -95,6 +95,18 @@ scoring = together(
     option("--token-budget", type=int, metavar="TOKENS", help="Padded tokens in one batch; default: by the device."),
     option("--trust-remote-code", is_flag=True, help="Run model code that comes from the Hub."),
 )
+engine = together(
+    option(
+        "--engine",
+        type=click.Choice(["auto", "local", "ray"]),
+        default="auto",
+        show_default=True,
+        help="In this process, or on Ray; auto takes Ray for several replicas or GPUs, or a cluster.",
+    ),
+    option("--replicas", type=int, metavar="N", help="Models side by side on Ray; default: what the GPUs hold."),
+    option("--gpus-per-replica", type=float, metavar="X", help="A share of a GPU, or several for one large model."),
+    option("--ray-address", metavar="HOST:PORT", help="Cluster to join; default: RAY_ADDRESS."),
+)
 rows = together(
     option(
         "--format",

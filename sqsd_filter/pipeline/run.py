@@ -14,13 +14,14 @@ import numpy as np
 
 from sqsd_filter.errors import InputError, RowErrorBudgetExceeded, SQSDError, UsageError
 from sqsd_filter.pipeline.destination import REPORT_FILE, RUN_FILE, Destination, _read_json
+from sqsd_filter.pipeline.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.export import SPLITS, data_file, export_scored, export_splits
 from sqsd_filter.pipeline.report import summarise, versions, write_card, write_report
 from sqsd_filter.pipeline.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.selection import ERROR, KEPT, Cut, Selection, cut_rows, parse_share
-from sqsd_filter.pipeline.shards import Index, plan, score_shard
+from sqsd_filter.pipeline.shards import Index, plan
 from sqsd_filter.pipeline.sources import Corpus, peek
-from sqsd_filter.pipeline.store import ScoreStore
+from sqsd_filter.pipeline.store import KEYS, ScoreStore
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.conversation import BAD_JSON, RowError, RowFormat, choose_format
 from sqsd_filter.scoring.scorer import SQSDScorer
@@ -63,6 +64,7 @@ class Run:
     settings: Mapping[str, Any]
     started: float
     facts: dict[str, Any] = field(default_factory=dict)
+    engine: Engine | None = None
 
     def carry_out(
         self, work: Callable[[], dict[str, Any]], publish: Callable[[dict[str, Any]], None]
@@ -103,6 +105,7 @@ class Run:
 
     def _report(self, report: dict[str, Any]) -> dict[str, Any]:
         timing = {"seconds": round(time.time() - self.started, 3), "started": round(self.started, 3)}
+        timing |= self.engine.facts() if self.engine else {}
         report = {**report, "timing": timing}
         write_report(self.destination.home / REPORT_FILE, report)
         return report
@@ -118,6 +121,7 @@ def filter_dataset(
     keep_lowest: int | None = None,
     pack: str | Path = "smollm2-135m",
     scorer: SQSDScorer | None = None,
+    engine: Engine | None = None,
     columns: Columns | None = None,
     limit: int | None = None,
     on_error: str = "quarantine",
@@ -135,10 +139,11 @@ def filter_dataset(
     started = time.time()
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
     policy = _Policy.of(on_error, max_error_rate)
-    paths, scorer = _paths(sources), scorer or SQSDScorer(pack)
+    paths, scorer, engine = _paths(sources), scorer or SQSDScorer(pack), engine or LocalEngine()
     place = _folder(Path(dest), overwrite)
     progress = progress or Silent()
     scan = _Scan(paths, columns or Columns(), limit, progress)
+    scorer = engine.place(scorer)
     run = Run(
         place,
         {**scan.identity(), "scoring": scorer.settings(), "cut": str(cut), "on_error": on_error},
@@ -146,10 +151,11 @@ def filter_dataset(
         settings or {},
         started,
         _about(scorer),
+        engine,
     )
 
     def work() -> dict[str, Any]:
-        scored = scan.score(place, scorer, policy)
+        scored = scan.score(place, scorer, engine, policy)
         return _split(scored, cut, policy, place, progress)
 
     return run.carry_out(work, lambda report: write_card(place.root / CARD_FILE, report))
@@ -161,6 +167,7 @@ def score_dataset(
     *,
     pack: str | Path = "smollm2-135m",
     scorer: SQSDScorer | None = None,
+    engine: Engine | None = None,
     columns: Columns | None = None,
     limit: int | None = None,
     max_error_rate: str | float = 0.5,
@@ -173,15 +180,16 @@ def score_dataset(
     policy = _Policy.of("quarantine", max_error_rate)
     if dest.suffix != ".parquet":
         raise UsageError(f"Scores are written as parquet: name the file {dest.with_suffix('.parquet')}.")
-    paths, scorer = _paths(sources), scorer or SQSDScorer(pack)
+    paths, scorer, engine = _paths(sources), scorer or SQSDScorer(pack), engine or LocalEngine()
     place = Destination(dest, lambda root: root.with_name(root.name + ".sqsd"), [""], overwrite=overwrite)
     progress = progress or Silent()
     scan = _Scan(paths, columns or Columns(), limit, progress)
+    scorer = engine.place(scorer)
     identity = {**scan.identity(), "scoring": scorer.settings()}
-    run = Run(place, identity, progress, settings or {}, started, _about(scorer))
+    run = Run(place, identity, progress, settings or {}, started, _about(scorer), engine)
 
     def work() -> dict[str, Any]:
-        scored = scan.score(place, scorer, policy)
+        scored = scan.score(place, scorer, engine, policy)
         progress.start("writing", scored.corpus.n_rows)
         export_scored(scored, place.root)
         return summarise(scored, None, None)
@@ -296,7 +304,7 @@ class _Scan:
     def identity(self) -> dict[str, Any]:
         return {"inputs": self.corpus.inputs, "row_format": vars(self.form), "limit": self.limit}
 
-    def score(self, place: Destination, scorer: SQSDScorer, policy: _Policy) -> Scored:
+    def score(self, place: Destination, scorer: SQSDScorer, engine: Engine, policy: _Policy) -> Scored:
         """Score what has no score yet, shard by shard, and join."""
         weights = {p.name: p.weight for p in scorer.pack.probes}
         store = ScoreStore(place.home / "scores", scorer.settings(), list(weights))
@@ -307,8 +315,11 @@ class _Scan:
         known = store.lookup(unique).known
         wanted = np.sort(readable[first[~known]])
         self.progress.start("scoring", len(wanted))
-        for shard in plan(self.corpus.n_rows, wanted):
-            store.append(shard.name, *score_shard(self.corpus, self.form, scorer, shard, self.progress.advance))
+        shards = list(plan(self.corpus.n_rows, wanted))
+        for shard, keys, scores in engine.score(self.corpus, self.form, scorer, shards, self.progress):
+            if not np.array_equal(np.array(keys, dtype=KEYS), self.index.keys[shard.wanted]):
+                raise SQSDError(f"The rows of {shard.name} came back as others than went out: report this as a bug.")
+            store.append(shard.name, keys, scores)
         scored = from_store(self.corpus, self.index, store, weights)
         policy.check(scored)
         return scored
@@ -388,6 +399,7 @@ def estimate(
     ]
     lengths = [len(e) for e in scorer.encoder.encode(turns) if not isinstance(e, RowError)]
     mean = float(np.mean(lengths)) if lengths else 0.0
+    scorer.check_device()
     scan.progress.start("timing a few rows", None)
     trial = turns[:: max(1, len(turns) // timed)][:timed]
     scorer.score(trial[:1])  # loads the model

@@ -6,15 +6,15 @@ the shard that holds the first of them. `score_shard` does not care where it run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from sqsd_filter.pipeline.sources import Corpus, Row
 from sqsd_filter.pipeline.store import KEYS
-from sqsd_filter.scoring.conversation import BAD_JSON, SCORED, RowError, RowFormat, conversation_key
-from sqsd_filter.scoring.scorer import Scorer, Scores
+from sqsd_filter.scoring.conversation import BAD_JSON, SCORED, Message, RowError, RowFormat, conversation_key
+from sqsd_filter.scoring.scorer import Scorer, Scores, Watch
 
 SMALLEST, LARGEST, AIM = 512, 4096, 1000  # rows a shard at least and at most; shards a corpus, about
 
@@ -80,14 +80,19 @@ def plan(rows: int, wanted: np.ndarray) -> Iterator[Shard]:
             yield Shard(number, start, stop, inside)
 
 
-def score_shard(
-    corpus: Corpus, form: RowFormat, scorer: Scorer, shard: Shard, on_rows: Callable[[int, int], None] | None = None
-) -> tuple[list[bytes], Scores]:
-    """Keys and scores of a shard's wanted rows, in row order."""
+def conversations(corpus: Corpus, form: RowFormat, shard: Shard) -> list[list[Message]]:
+    """The conversations of a shard's wanted rows, in row order."""
     wanted = set(shard.wanted.tolist())
-    turns = [
+    return [
         form.conversation(row.value)
         for row in corpus.read(shard.start, shard.stop, form.columns)
         if row.index in wanted and row.value is not None
     ]
-    return [conversation_key(t) for t in turns], scorer.score(turns, on_rows)
+
+
+def score_shard(
+    corpus: Corpus, form: RowFormat, scorer: Scorer, shard: Shard, watch: Watch | None = None
+) -> tuple[list[bytes], Scores]:
+    """Keys and scores of a shard's wanted rows, in row order."""
+    turns = conversations(corpus, form, shard)
+    return [conversation_key(t) for t in turns], scorer.score(turns, watch)

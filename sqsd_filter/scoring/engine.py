@@ -168,7 +168,7 @@ class Engine:
             scorer.base_model,
             scorer.base_revision,
             dtype=getattr(torch, scorer.dtype),
-            device=scorer.device,
+            device=None if scorer.spread else scorer.device,
             attention=scorer.attention,
             trust_remote_code=scorer.trust_remote_code,
         )

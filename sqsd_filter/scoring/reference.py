@@ -6,7 +6,7 @@ gradients are autograd's on lora_A and lora_B, ΔW and V are multiplied out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from sqsd_filter.scoring.conversation import Encoded
-from sqsd_filter.scoring.scorer import Done, Failed, Scorer
+from sqsd_filter.scoring.scorer import Scorer, _Results
 from sqsd_filter.scoring.weights import load_model
 
 
@@ -29,10 +29,10 @@ class ReferenceScorer(Scorer):
         self._peft: Any = None
         self._dense: dict[str, dict[str, torch.Tensor]] = {}
 
-    def _score(self, encoded: Sequence[Encoded], done: Done, failed: Failed) -> None:
+    def _score(self, rows: Mapping[int, Encoded], results: _Results) -> None:
         self.load()
-        for k, row in enumerate(encoded):
-            done([k], self.project(row))
+        for k, row in rows.items():
+            results.done([k], self.project(row))
 
     def load(self) -> None:
         """Load the model with every adapter of the pack, and multiply the directions out."""

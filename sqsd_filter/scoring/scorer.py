@@ -6,8 +6,9 @@ What a row gets depends on its conversation, the pack and the settings, not on t
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,25 @@ from sqsd_filter.errors import UsageError
 from sqsd_filter.scoring.conversation import NONFINITE, SCORED, ChatEncoder, Encoded, Message, RowError, choose_format
 
 OUT_OF_MEMORY = "out_of_memory"  # a row too large for this device even alone
+CRASHED = "crashed"  # a row whose process died again and again
 FAILED = "failed"  # a row that makes the model fail; the detail has the error
 DTYPES = ("float32", "bfloat16", "float64")
 
-Done = Callable[[Sequence[int], np.ndarray], None]
-Failed = Callable[[int, str], None]
+
+class Watch:
+    """Told of the work while it goes on, by row numbers of the call. The default looks away."""
+
+    apart: frozenset[int] = frozenset()  # rows to score one by one after the others
+    given_up: frozenset[int] = frozenset()  # rows not to try again: they took their process with them
+
+    def starting(self, rows: Sequence[int]) -> None:
+        """These rows are about to be run together."""
+
+    def finished(self, rows: Sequence[int]) -> None:
+        """That came to an end, whatever it was."""
+
+    def done(self, rows: int, tokens: int) -> None:
+        """So many more rows, with so many tokens, have their score or their reason."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,40 @@ class Scores:
             **{f"sqsd_{name}": values for name, values in self.probes.items()},
             "sqsd_status": self.status,
         }
+
+
+class _Results:
+    """Where the scores of one call are gathered, from any thread."""
+
+    def __init__(self, encoded: Sequence[Encoded | RowError], probes: Sequence[str], watch: Watch) -> None:
+        n = len(encoded)
+        self.watch = watch
+        self.probes = {name: np.full(n, np.nan) for name in probes}
+        self.status, self.detail = [SCORED] * n, [""] * n
+        self.tokens = np.zeros(n, dtype=np.int64)
+        self.rows: dict[int, Encoded] = {}
+        self._lock = threading.Lock()
+        for k, e in enumerate(encoded):
+            if isinstance(e, RowError):
+                self.failed(k, e.status, e.detail)
+            else:
+                self.rows[k] = e
+                self.tokens[k] = len(e)
+
+    def done(self, rows: Sequence[int], values_bp: np.ndarray) -> None:
+        with self._lock:
+            for k, values in zip(rows, values_bp, strict=True):
+                if not np.isfinite(values).all():
+                    self.status[k], self.detail[k] = NONFINITE, "its gradient is not finite"
+                    continue
+                for column, value in zip(self.probes.values(), values, strict=True):
+                    column[k] = value
+            self.watch.done(len(rows), int(self.tokens[list(rows)].sum()))
+
+    def failed(self, row: int, status: str, detail: str) -> None:
+        with self._lock:
+            self.status[row], self.detail[row] = status, detail
+            self.watch.done(1, 0)
 
 
 class Scorer:
@@ -83,19 +132,23 @@ class Scorer:
 
     @property
     def device(self) -> str:
-        """Where the model runs. Raises `UsageError` for a device that isn't there."""
+        if self._device is None:
+            import torch
+
+            self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        return self._device
+
+    def check_device(self) -> None:
+        """Raise `UsageError` where this process can't use the device."""
         import torch
 
-        if self._device is None:
-            self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            torch.empty(0, device=self._device)
+            torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as problem:
             first = next(iter(str(problem).splitlines()), type(problem).__name__).split(". ")[0].rstrip(".")
             raise UsageError(
-                f"The device '{self._device}' can't be used ({first}): name one that torch has here."
+                f"The device '{self.device}' can't be used ({first}): name one that torch has here."
             ) from problem
-        return self._device
 
     @property
     def dtype(self) -> str:
@@ -123,65 +176,31 @@ class Scorer:
             "max_length": self.max_length,
         }
 
-    def score(
-        self, conversations: Sequence[Sequence[Message]], on_rows: Callable[[int, int], None] | None = None
-    ) -> Scores:
-        """Score conversations (lists of `{"role", "content"}`).
+    def score(self, conversations: Sequence[Sequence[Message]], watch: Watch | None = None) -> Scores:
+        """Score conversations (lists of `{"role", "content"}`), telling `watch` as it goes.
 
-        `on_rows(rows, tokens)` is called as rows are done. A row that can't be scored gets a status, never an
-        exception. Raises `ModelError` when the model can't be loaded or isn't one that can be scored with.
+        A row that can't be scored gets a status, never an exception. Raises `ModelError` when the model can't be
+        loaded or isn't one that can be scored with.
         """
         encoded = self.encoder.encode(conversations)
-        n = len(encoded)
-        probes = {p.name: np.full(n, np.nan) for p in self.pack.probes}
-        status, detail = [SCORED] * n, [""] * n
-        tokens = np.zeros(n, dtype=np.int64)
-        rows: list[int] = []
-        for k, e in enumerate(encoded):
-            if isinstance(e, RowError):
-                status[k], detail[k] = e.status, e.detail
-            else:
-                tokens[k] = len(e)
-                rows.append(k)
-        if on_rows and len(rows) < n:
-            on_rows(n - len(rows), 0)
+        results = _Results(encoded, [p.name for p in self.pack.probes], watch or Watch())
+        if results.rows:
+            self._score(results.rows, results)
+        risk = np.sum([p.weight * results.probes[p.name] for p in self.pack.probes], axis=0)
+        return Scores(results.probes, risk, results.status, results.detail, results.tokens)
 
-        def done(members: Sequence[int], values: np.ndarray) -> None:
-            """Rows (indices into `rows`) with their (b, probes) values."""
-            where = [rows[m] for m in members]
-            for k, row in zip(where, values, strict=True):
-                if not np.isfinite(row).all():
-                    status[k], detail[k] = NONFINITE, "its gradient is not finite"
-                    continue
-                for probe, value in zip(self.pack.probes, row, strict=True):
-                    probes[probe.name][k] = value
-            if on_rows:
-                on_rows(len(where), int(tokens[where].sum()))
-
-        def failed(member: int, error: str) -> None:
-            k = rows[member]
-            status[k] = FAILED if error else OUT_OF_MEMORY
-            detail[k] = error or f"{tokens[k]} tokens don't fit into the device's memory"
-            if on_rows:
-                on_rows(1, 0)
-
-        if rows:
-            self._score([e for e in encoded if isinstance(e, Encoded)], done, failed)
-        risk = np.sum([p.weight * probes[p.name] for p in self.pack.probes], axis=0)
-        return Scores(probes, risk, status, detail, tokens)
-
-    def _score(self, encoded: Sequence[Encoded], done: Done, failed: Failed) -> None:
-        """Score all rows, telling `done` of those that have values and `failed` of those that can't."""
+    def _score(self, rows: Mapping[int, Encoded], results: _Results) -> None:
+        """Score all rows, by their number, and give `results` the values of each or the reason why it has none."""
         raise NotImplementedError
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """A batch of columns with the score columns added, for `Dataset.map(scorer, batched=True)`.
+    def __call__(self, batch: Any) -> Any:
+        """A batch with the score columns added: a step of `datasets.map(..., batched=True)` (a mapping of columns), or
+        of Ray Data's `map_batches` as a callable class (a mapping of numpy arrays, or a pyarrow Table).
 
         The row format is decided on each batch's columns. Raises `InputError` where no format fits.
         """
-        columns = {name: list(values) for name, values in batch.items()}
-        count = len(next(iter(columns.values()), []))
-        rows = [{name: values[k] for name, values in columns.items()} for k in range(count)]
+        table = hasattr(batch, "column_names") and hasattr(batch, "append_column")
+        rows = batch.to_pylist() if table else _rows(batch)
         form = choose_format(rows)
         turns: list[list[Message]] = []
         reasons: dict[int, str] = {}
@@ -194,7 +213,26 @@ class Scorer:
         scores = self.score(turns)
         for k, reason in reasons.items():
             scores.status[k] = reason
-        return {**batch, **scores.columns()}
+        if not table:
+            return {**batch, **scores.columns()}
+        for name, values in scores.columns().items():
+            batch = batch.append_column(name, [values])
+        return batch
+
+
+def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    columns = {name: _plain(values) for name, values in batch.items()}
+    count = len(next(iter(columns.values()), []))
+    return [{name: values[k] for name, values in columns.items()} for k in range(count)]
+
+
+def _plain(value: Any) -> Any:
+    """Lists in the place of numpy arrays, which a nested column of a numpy batch is made of."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 class SQSDScorer(Scorer):
@@ -212,7 +250,7 @@ class SQSDScorer(Scorer):
         super().__init__(*args, **kwargs)
         if token_budget is not None and token_budget < 1:
             raise UsageError("token_budget must be at least 1.")
-        self.token_budget, self.attention = token_budget, attention
+        self.token_budget, self.attention, self.spread = token_budget, attention, False
         self._engine: Any = None
 
     @property
@@ -224,23 +262,52 @@ class SQSDScorer(Scorer):
             self._engine = Engine.load(self)
         return self._engine
 
-    def _score(self, encoded: Sequence[Encoded], done: Done, failed: Failed) -> None:
+    def _score(self, rows: Mapping[int, Encoded], results: _Results) -> None:
         from sqsd_filter.scoring.batching import bins, halving
         from sqsd_filter.scoring.engine import side_by_side
 
-        engine, lock = self.engine, threading.Lock()
+        engine, watch = self.engine, results.watch
 
         def run(members: list[int]) -> None:
-            values = engine.project([encoded[m] for m in members])
-            with lock:
-                done(members, values)
+            watch.starting(members)
+            try:
+                values = engine.project([rows[k] for k in members])
+            finally:
+                watch.finished(members)
+            results.done(members, values)
 
-        def give_up(member: int, error: str) -> None:
-            with lock:
-                failed(member, error)
+        def give_up(row: int, error: str) -> None:
+            too_large = f"{len(rows[row])} tokens don't fit into the device's memory"
+            results.failed(row, FAILED if error else OUT_OF_MEMORY, error or too_large)
 
-        work = bins([len(e) for e in encoded], self.token_budget or engine.default_budget)
-        side_by_side(lambda members: halving(run, members, give_up), work, engine.workers)
+        numbers = list(rows)
+        work = [
+            [numbers[m] for m in members]
+            for members in bins([len(e) for e in rows.values()], self.token_budget or engine.default_budget)
+        ]
+        together = [members for members in work if watch.apart.isdisjoint(members)]
+        alone = [[k] for members in work if not watch.apart.isdisjoint(members) for k in members]
+        side_by_side(lambda members: halving(run, members, give_up), together, engine.workers)
+        for (k,) in [row for row in alone if row[0] in watch.given_up]:
+            results.failed(k, CRASHED, "the process that scored it died, again and again")
+        rest = [row for row in alone if row[0] not in watch.given_up]
+        side_by_side(lambda row: halving(run, row, give_up), rest, min(1, engine.workers))
+
+    def on_device(self, device: str, *, spread: bool = False) -> SQSDScorer:
+        """The same scorer for a device that may be another process's; `spread` lays the model over all GPUs there.
+
+        A device that was named stays, as does a dtype.
+        """
+        placed = copy.copy(self)
+        placed._device = self._device or device
+        placed.spread = spread
+        return placed
+
+    def with_pack(self, pack: Pack) -> SQSDScorer:
+        """The same scorer with its pack read from another place."""
+        moved = copy.copy(self)
+        moved.pack = pack
+        return moved
 
     def __getstate__(self) -> dict[str, Any]:
         """Configuration only: hashing and pickling never see a loaded model."""

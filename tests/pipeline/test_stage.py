@@ -1,0 +1,325 @@
+"""The Ray stage: the same bytes as in this process, whatever happens to replicas, nodes or the driver."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from sqsd_filter.errors import InputError, SQSDError, UsageError
+from sqsd_filter.pipeline.engines import LocalEngine, choose_engine
+from sqsd_filter.pipeline.run import filter_dataset
+from sqsd_filter.pipeline.stage import Ledger, RayEngine
+from sqsd_filter.scoring.scorer import SQSDScorer
+from tests.corpora import content, make_rows, read_report, write_jsonl
+from tests.tiny import CONVERSATIONS
+
+# 2,600 rows are six shards, each with a few conversations of its own
+ROWS = [row if k % 512 < 8 else {**make_rows(1)[0], "id": k} for k, row in enumerate(make_rows(2600))]
+LINES = [*ROWS[:700], b"broken", {"id": -1, "instruction": "?", "output": ""}, *ROWS[700:]]
+SHARDS = 6
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[None]:
+    """One Ray for all tests that don't break it."""
+    os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "in.jsonl", LINES)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_pack: Path) -> dict[str, Any]:
+    """What this process makes of the rows."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    filter_dataset(write_jsonl(folder / "in.jsonl", LINES), folder / "out", drop_top="5%", pack=tiny_pack)
+    return outcome(folder / "out")
+
+
+def outcome(dest: Path) -> dict[str, Any]:
+    """All that a run left, but for the names of its inputs."""
+    found = content(dest)
+    del found["sqsd/report.json"]["inputs"], found["sqsd/run.json"]
+    return found
+
+
+def run(source: Path, pack: Path, engine: Any, dest: str = "out") -> dict[str, Any]:
+    return filter_dataset(source, source.parent / dest, drop_top="5%", scorer=SQSDScorer(pack), engine=engine)
+
+
+# ---------------------------------------------------------------------------------------------- the same bytes
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_bytes_do_not_depend_on_the_number_of_replicas(
+    session: None, source: Path, tiny_pack: Path, undisturbed: dict[str, Any], replicas: int
+) -> None:
+    report = run(source, tiny_pack, RayEngine(replicas))
+    assert outcome(source.parent / "out") == undisturbed
+    assert report["timing"]["engine"] == "ray" and report["timing"]["replicas"] == replicas
+    assert ray.is_initialized()  # only sessions started by the tool are shut down
+
+
+def test_a_killed_replica_costs_time_only(
+    session: None, source: Path, tiny_pack: Path, undisturbed: dict[str, Any]
+) -> None:
+    scorer = SQSDScorer(tiny_pack)
+    scorer.__class__ = type("Deadly", (SQSDScorer,), {"_score": die_once(source.parent / "died", signal.SIGKILL)})
+    report = filter_dataset(source, source.parent / "out", drop_top="5%", scorer=scorer, engine=RayEngine(2))
+    assert (source.parent / "died").exists()
+    assert outcome(source.parent / "out") == undisturbed
+    assert report["timing"]["shards_retried"] >= 1
+
+
+def die_once(mark: Path, how: int) -> Callable[..., None]:
+    """A `_score` that takes its process with it in the middle of its first shard, once."""
+
+    def score(self: Any, rows: Any, results: Any) -> None:
+        project = self.engine.project
+
+        def deadly(members: Any) -> Any:
+            found = project(members)
+            if not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), how)
+            return found
+
+        self.engine.project = deadly
+        SQSDScorer._score(self, rows, results)
+
+    return score
+
+
+def test_a_row_that_keeps_killing_its_replica_is_set_apart_and_the_rest_is_scored(
+    session: None, source: Path, tiny_pack: Path, undisturbed: dict[str, Any]
+) -> None:
+    poison = ROWS[515]["instruction"]
+
+    def score(self: Any, rows: Any, results: Any) -> None:
+        project = self.engine.project
+
+        def deadly(members: Any) -> Any:
+            if any(poison in self.encoder.tokenizer.decode(m.ids) for m in members):
+                os.kill(os.getpid(), signal.SIGSEGV)
+            return project(members)
+
+        self.engine.project = deadly
+        SQSDScorer._score(self, rows, results)
+        self.engine.project = project
+
+    scorer = SQSDScorer(tiny_pack)
+    scorer.__class__ = type("Poisoned", (SQSDScorer,), {"_score": score})
+    report = filter_dataset(source, source.parent / "out", drop_top="5%", scorer=scorer, engine=RayEngine(2))
+    assert report["unscored"] == {"bad_json": 1, "no_answer": 1, "crashed": 1}
+    assert report["rows"]["total"] == len(LINES) and report["timing"]["shards_retried"] >= 3
+
+
+def test_an_error_that_ends_the_run_is_one_sentence(
+    session: None, source: Path, tiny_pack: Path, tmp_path: Path
+) -> None:
+    scorer = SQSDScorer(tiny_pack, model=str(tmp_path / "no-model"))
+    with pytest.raises(SQSDError, match=r"no-model' can't be loaded .*check the name") as problem:
+        filter_dataset(source, tmp_path / "out", drop_top="5%", scorer=scorer, engine=RayEngine(1))
+    assert "\n" not in str(problem.value)
+    assert read_report(tmp_path / "out")["status"] == "failed"
+
+
+def test_a_file_that_changes_under_the_run_is_an_input_error(session: None, source: Path, tiny_pack: Path) -> None:
+    class Meddling(RayEngine):
+        def score(self, *arguments: Any, **named: Any) -> Any:
+            write_jsonl(source, LINES[:-1])
+            return super().score(*arguments, **named)
+
+    with pytest.raises(InputError, match="has changed since it was scanned"):
+        run(source, tiny_pack, Meddling(1))
+
+
+# ---------------------------------------------------------------------------------------------- in anyone's pipeline
+
+
+@pytest.mark.parametrize("form", ["pyarrow", "numpy"])
+def test_the_scorer_is_a_callable_class_for_ray_data(session: None, tiny_pack: Path, form: str) -> None:
+    rows = [{"id": k, "messages": turns} for k, turns in enumerate(CONVERSATIONS)]
+    scored = ray.data.from_items(rows, override_num_blocks=2).map_batches(
+        SQSDScorer,
+        fn_constructor_kwargs={"pack": str(tiny_pack)},
+        batch_format=form,
+        batch_size=4,
+        compute=ray.data.ActorPoolStrategy(size=1),
+    )
+    found = sorted(scored.take_all(), key=lambda row: row["id"])
+    expected = SQSDScorer(tiny_pack).score(CONVERSATIONS)
+    assert [row["sqsd_status"] for row in found] == expected.status
+    assert np.abs(np.array([row["sqsd_risk"] for row in found]) - expected.risk).max() <= 1e-5
+
+
+# ---------------------------------------------------------------------------------------------- which engine
+
+
+def test_auto_stays_in_this_process_until_ray_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert isinstance(choose_engine(), LocalEngine)
+    assert isinstance(choose_engine(replicas=1), LocalEngine)
+    assert isinstance(choose_engine(replicas=2), RayEngine)
+    assert isinstance(choose_engine("ray"), RayEngine)
+    assert isinstance(choose_engine(gpus_per_replica=0.5), RayEngine)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert isinstance(choose_engine(), RayEngine)
+    assert isinstance(choose_engine(device="cuda:1"), LocalEngine)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert choose_engine().address == "head:6379"  # type: ignore[attr-defined]
+    assert choose_engine(ray_address="other:1").address == "other:1"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"engine": "slurm"}, "one of auto, local, ray"),
+        ({"replicas": 0}, "at least 1"),
+        ({"gpus_per_replica": 1.5}, "whole number"),
+        ({"gpus_per_replica": -1}, "whole number"),
+        ({"engine": "local", "replicas": 2}, "--engine ray"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_senseless_engines_are_usage_errors(asked: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(complaint)):
+        choose_engine(**asked)
+
+
+def test_an_address_where_nobody_answers_is_one_sentence_at_once(tiny_pack: Path) -> None:
+    if ray.is_initialized():
+        pytest.skip("a session is open, which is used instead")
+    began = time.monotonic()
+    with pytest.raises(SQSDError, match=r"No Ray cluster answers at 127\.0\.0\.1:9 .*--ray-address"):
+        RayEngine(address="127.0.0.1:9").place(SQSDScorer(tiny_pack))
+    assert time.monotonic() - began < 10
+
+
+def test_more_gpus_than_there_are_is_one_sentence(session: None, tiny_pack: Path) -> None:
+    with pytest.raises(SQSDError, match="don't fit on the 0 GPUs"):
+        RayEngine(2, gpus_per_replica=1).place(SQSDScorer(tiny_pack))
+
+
+# ---------------------------------------------------------------------------------------------- the ledger
+
+
+def test_a_shard_that_dies_is_narrowed_down_to_a_row() -> None:
+    ledger = Ledger({})
+    assert [ledger.begin(7)[0] for _ in range(3)] == [1, 2, 3]
+    ledger.note(7, [4, 5, 6])
+    ledger.note(7, [1])
+    ledger.ran(7, [1])
+    attempt, apart, given_up = ledger.begin(7)  # died in the bin of three
+    assert (attempt, apart, given_up) == (4, {4, 5, 6}, set())
+    ledger.note(7, [4])
+    ledger.ran(7, [4])
+    ledger.note(7, [5])
+    assert ledger.begin(7)[1:] == ({4, 5, 6}, {5})  # died with that row alone
+    assert ledger.begin(8) == (1, set(), set())
+    assert ledger.state()["retried"] == 4
+
+
+def test_a_shard_that_never_gets_through_is_given_up_in_the_end() -> None:
+    ledger = Ledger({})
+    for _ in range(3):
+        ledger.begin(0)
+    for _ in range(8):
+        ledger.note(0, [1, 2])
+        ledger.begin(0)
+    ledger.note(0, [1, 2])
+    assert ledger.begin(0)[2] == {1, 2}
+
+
+# ---------------------------------------------------------------------------------------------- nodes and the driver
+
+
+def test_a_node_that_goes_away_costs_time_only(source: Path, tiny_pack: Path, undisturbed: dict[str, Any]) -> None:
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        other = cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        engine = RayEngine(2)
+
+        class Losing(RayEngine):
+            def score(self, *arguments: Any, **named: Any) -> Any:
+                removal = threading.Timer(0, cluster.remove_node, [other])
+                for number, shard in enumerate(super().score(*arguments, **named)):
+                    if number == 0:
+                        removal.start()
+                    yield shard
+                removal.join()
+
+        engine.__class__ = Losing
+        run(source, tiny_pack, engine)
+        assert sum(node["Alive"] for node in ray.nodes()) == 1
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert outcome(source.parent / "out") == undisturbed
+
+
+def driver(folder: Path, pack: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "sqsd_filter", "in.jsonl", "out", "--drop-top", "5%", "--pack", str(pack)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, "--engine", "ray", "--replicas", "1"], cwd=folder, **pipes)
+
+
+def wait_for_a_segment(process: subprocess.Popen[str], folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("out/sqsd/scores/*.parquet")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_followed_by_one_that_goes_on(
+    source: Path, tiny_pack: Path, undisturbed: dict[str, Any]
+) -> None:
+    folder = source.parent
+    process = driver(folder, tiny_pack)
+    wait_for_a_segment(process, folder)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("out/sqsd/scores/*.parquet")}
+    assert process.returncode == -signal.SIGKILL and 0 < len(before) < SHARDS
+    process = driver(folder, tiny_pack)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and "rows kept in out" in out and "ray" not in err.lower()
+    assert before.items() <= {p: p.stat().st_mtime_ns for p in folder.glob("out/sqsd/scores/*.parquet")}.items()
+    assert outcome(folder / "out") == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-C", "SIGTERM"])
+def test_an_interrupted_driver_prints_the_command_that_goes_on(source: Path, tiny_pack: Path, kind: int) -> None:
+    folder = source.parent
+    process = driver(folder, tiny_pack)
+    wait_for_a_segment(process, folder)
+    process.send_signal(kind)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1].startswith("  sqsd-filter in.jsonl out") and "Traceback" not in err
+    assert read_report(folder / "out")["status"] == "interrupted"
