@@ -33,6 +33,27 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi3": {"model_type": "phi3", **_GQA, "pad_token_id": 0},
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
 }
+# Peculiar ones: a forward that goes round the backbone, a linear class of its own, experts beside a shared one.
+PECULIAR: dict[str, dict[str, Any]] = {
+    "opt": {
+        "model_type": "opt",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 48,
+        "max_position_embeddings": 512,
+        "word_embed_proj_dim": 32,
+    },
+    "falcon": {"model_type": "falcon", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        **_GQA,
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "num_experts_per_tok": 2,
+    },
+}
 
 
 def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
@@ -59,7 +80,7 @@ def make_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path
     """A random model and its tokenizer, saved as transformers saves them."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    settings = {"initializer_range": 0.2, "tie_word_embeddings": False, **ARCHITECTURES[architecture]}
+    settings = {"initializer_range": 0.2, "tie_word_embeddings": False, **{**ARCHITECTURES, **PECULIAR}[architecture]}
     ends = {"bos_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
     config = AutoConfig.for_model(**settings, **ends, vocab_size=len(tokenizer))
     model = AutoModelForCausalLM.from_config(config)

@@ -95,14 +95,16 @@ def embedded_packs() -> list[str]:
 def load_pack(where: str | Path) -> Pack:
     """Load a pack by the name of an embedded one, from a folder, or from a Hub repository (`org/name[@revision]`).
 
+    A folder with the name of an embedded pack is meant by `./name`.
+
     Raises `PackError` when there is none, or what is there is not a valid pack.
     """
     text = str(where)
     folder = Path(text).expanduser()
-    if folder.is_dir():
-        return _read(folder)
     if text in embedded_packs():
         return _read(PACKS_DIR / text)
+    if folder.is_dir():
+        return _read(folder)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", text) and not folder.exists():
         return _read(_download(text))
     raise PackError(

@@ -34,10 +34,11 @@ class GroupState:
     projection: GroupProjection | None
 
 
-class _Now(threading.local):
-    """What a group is doing in one thread: each thread sits at a state and runs rows of its own."""
+class _Now:
+    """What a group is doing for one thread: each thread sits at a state and runs rows of its own."""
 
     def __init__(self) -> None:
+        self.shape = (0, 0)  # rows and tokens of the batch
         self.state: GroupState | None = None
         self.found: tuple[torch.Tensor, torch.Tensor] | None = None  # what the last backward pass contracted
         self.x: torch.Tensor | None = None
@@ -58,7 +59,14 @@ class LinearGroup:
             self.bias_o = torch.cat(
                 [w.new_zeros(w.shape[0]) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
             )
-        self.now = _Now()
+        self._threads = threading.local()
+
+    @property
+    def now(self) -> _Now:
+        now: _Now | None = getattr(self._threads, "now", None)
+        if now is None:
+            now = self._threads.now = _Now()
+        return now
 
     def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
         """The member's output for x; the first member asked computes all of them."""
@@ -92,7 +100,9 @@ class SideLinear(nn.Module):
 class _GroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: LinearGroup) -> tuple[torch.Tensor, ...]:
-        ctx.group, state = group, group.now.state
+        # The thread that asked, which on a GPU is not the one that runs backward.
+        ctx.group, ctx.now = group, group.now
+        state = ctx.now.state
         y = F.linear(x, group.weight_oi, group.bias_o)
         if state is not None:
             h = F.linear(x, state.A_ri)
@@ -112,8 +122,18 @@ class _GroupFunction(torch.autograd.Function):
             dx.view(-1, dx.shape[-1]).addmm_(e.view(-1, e.shape[-1]), state.A_ri)
             if state.projection is not None:
                 x, h = ctx.saved_tensors
-                group.now.found = contract(state.projection, x, h, d, e)
+                rows = ctx.now.shape
+                ctx.now.found = contract(state.projection, *(_by_row(v, rows) for v in (x, h, d, e)))
         return dx, None
+
+
+def _by_row(values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """(b, t, …) of what a module was handed, which some models flatten to (b·t, …)."""
+    if values.shape[:2] == shape:
+        return values
+    if values.dim() == 2 and values.shape[0] == shape[0] * shape[1]:
+        return values.view(*shape, -1)
+    raise ModelError("A linear layer sees some of the tokens only (a routed expert?): this model can't be scored.")
 
 
 class Capture:
@@ -151,10 +171,11 @@ class Capture:
             if rank
         ]
 
-    def use(self, key: Any) -> None:
-        """Sit at a state: this thread's next forward passes run there."""
+    def use(self, key: Any, shape: tuple[int, int]) -> None:
+        """Sit at a state: this thread's next forward pass, of so many rows and tokens, runs there."""
         for group in self.groups:
             group.reset()
+            group.now.shape = shape
             group.now.state = self._states[key].get(id(group))
 
     def cosines(self) -> torch.Tensor:
@@ -256,10 +277,20 @@ def _find_linears(model: nn.Module, wanted: Mapping[str, Path]) -> dict[str, nn.
             )
         if module is head:
             raise PackError(f"{adapter} adapts the output head '{name}', which can't be scored: train without it.")
-        if type(module) is not nn.Linear and not isinstance(module, Conv1D):
+        if not isinstance(module, Conv1D) and not _is_plain(module):
             raise PackError(f"'{name}' is a {type(module).__name__}, not a plain linear layer: it can't be scored.")
         found[name] = module
     return found
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Does it compute Wx + b with the weights as they are? Quantised subclasses of Linear store something else."""
+    floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    return (
+        isinstance(module, nn.Linear)
+        and module.weight.shape == (module.out_features, module.in_features)
+        and module.weight.dtype in floats
+    )
 
 
 def _group_by_input(model: nn.Module, linears: Mapping[str, nn.Module], probe_input: Any) -> list[LinearGroup]:

@@ -11,11 +11,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
 
-from sqsd_filter.errors import InputError, ModelError
+from sqsd_filter.errors import InputError, ModelError, UsageError
 
 Message = dict[str, str]
 
@@ -139,8 +140,10 @@ def choose_format(
     """Decide how rows are read, from the columns seen in a sample and from what the user fixed.
 
     `name` is one of `FORMATS`; the other arguments override single columns. Raises `InputError` where no format fits
-    or more than one does, naming the columns seen and the flags that decide.
+    or more than one does, naming the columns seen and the flags that decide, `UsageError` for an unknown `name`.
     """
+    if name is not None and name not in FORMATS:
+        raise UsageError(f"There is no row format '{name}': choose one of {', '.join(FORMATS)}.")
     rows = [row for row in sample if row is not None]
     seen = list(dict.fromkeys(key for row in rows for key in row))
     if not rows:
@@ -192,7 +195,8 @@ def choose_format(
 
 
 def _has_lists(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
-    return any(isinstance(row.get(column), list | tuple) for row in rows)
+    values = [row.get(column) for row in rows]
+    return any(isinstance(value, list | tuple) for value in values) or all(value is None for value in values)
 
 
 def _names(columns: Sequence[str]) -> str:
@@ -294,11 +298,14 @@ class ChatEncoder:
 
     def _render_with_spans(self, turns: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
         """The text up to the end of the last answer, and the character span of every answer in it."""
-        last = max((k for k, t in enumerate(turns) if t["role"] == "assistant" and t["content"].strip()), default=None)
+        answers = (k for k, t in enumerate(turns) if t["role"] == "assistant" and (t["content"] or "").strip())
+        last = max(answers, default=None)
         if last is None:
             raise RowError(NO_ANSWER, "no assistant turn has text")
         if last == 0:
             raise RowError(BAD_ROW, "no turn stands before the answer")
+        if any(not isinstance(t["content"], str) for t in turns):
+            raise RowError(BAD_ROW, "a turn's content is not text")
         try:
             "".join(t["content"] for t in turns).encode()
         except UnicodeEncodeError as problem:
@@ -316,12 +323,13 @@ class ChatEncoder:
         answers = [t["content"] for t in history if t["role"] == "assistant"]
         if not answers:
             return []
-        marks = iter(_placeholder(k) for k in range(len(answers)))
+        salt = next(n for n in count() if _placeholder(0, n)[-9:] not in text)
+        marks = iter(_placeholder(k, salt) for k in range(len(answers)))
         marked = [{**t, "content": next(marks)} if t["role"] == "assistant" else t for t in history]
         rest = self._template(marked, add_generation_prompt=True)
         pieces = []  # the template's own text between the answers
         for k in range(len(answers)):
-            before, found, rest = rest.partition(_placeholder(k))
+            before, found, rest = rest.partition(_placeholder(k, salt))
             if not found:
                 raise RowError(TEMPLATE_ERROR, "the chat template leaves out an earlier assistant turn")
             pieces.append(before)
@@ -375,5 +383,5 @@ class ChatEncoder:
         return lead, self.tokenizer.eos_token or "", spaced == plain
 
 
-def _placeholder(k: int) -> str:
-    return f"[[answer-{k}-4b1f6c]]"
+def _placeholder(k: int, salt: int = 0) -> str:
+    return f"[[answer-{k}-{salt:06x}]]"

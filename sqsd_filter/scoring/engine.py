@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from sqsd_filter.errors import ModelError, SQSDError
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.batching import default_budget
 from sqsd_filter.scoring.capture import Capture
@@ -18,6 +20,8 @@ from sqsd_filter.scoring.weights import load_model
 
 if TYPE_CHECKING:
     from sqsd_filter.scoring.scorer import SQSDScorer
+
+log = logging.getLogger(__name__)
 
 LOGITS_AT_ONCE = 1 << 25  # values of one chunk of logits: 128 MiB in float32
 
@@ -38,6 +42,7 @@ class LossGradient:
         self._output_type: Any = None
         self._given = threading.local()
         self._let_logits_in()
+        self._head_apart = self._can_run_head_apart()
 
     def tensors(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
         """Right-padded inputs and next-token targets (b, t), the target -1 where nothing is supervised.
@@ -53,8 +58,16 @@ class LossGradient:
             targets_bt[k, :last] = torch.where(torch.from_numpy(row.answer)[1 : last + 1], ids[1 : last + 1], -1)
         return ids_bt.to(self.device), targets_bt.to(self.device)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def backward(self, ids_bt: torch.Tensor, targets_bt: torch.Tensor) -> None:
         """Backward from the sum over all rows of the cross entropy at the supervised positions."""
+        if not self._head_apart:
+            logits_btv = self.model(input_ids=ids_bt, use_cache=False).logits
+            targets_bt = targets_bt.to(logits_btv.device)
+            logits_nv = logits_btv[targets_bt >= 0]
+            logits_nv.backward(_loss_gradient(logits_nv, targets_bt[targets_bt >= 0]))
+            return
         output = self.model.base_model(input_ids=ids_bt, use_cache=False)
         self._output_type = type(output)
         hidden_bth = output.last_hidden_state
@@ -70,10 +83,7 @@ class LossGradient:
         for hidden, targets in zip(hidden_nh.split(self._chunk), targets_n.split(self._chunk), strict=True):
             hidden = hidden.detach().requires_grad_()
             logits_nv = self._logits(hidden)
-            exact = logits_nv.dtype if logits_nv.dtype == torch.float64 else torch.float32
-            error_nv = torch.softmax(logits_nv.detach(), dim=-1, dtype=exact)
-            error_nv[torch.arange(len(targets), device=targets.device), targets] -= 1
-            grads.append(torch.autograd.grad(logits_nv, hidden, error_nv.to(logits_nv.dtype))[0])
+            grads.append(torch.autograd.grad(logits_nv, hidden, _loss_gradient(logits_nv, targets))[0])
         return torch.cat(grads)
 
     def _logits(self, hidden_nh: torch.Tensor) -> torch.Tensor:
@@ -97,6 +107,37 @@ class LossGradient:
             return run(*args, **kwargs) if given is None else given
 
         backbone.forward = forward
+
+    @torch.no_grad()
+    def _can_run_head_apart(self) -> bool:
+        """Does the model's head give the same logits when it is handed hidden states? Not where its forward goes round
+        its `base_model`; then all logits are made."""
+        ids = torch.arange(4, device=self.device)[None]
+        expected = self.model(input_ids=ids, use_cache=False).logits[0]
+        output = self.model.base_model(input_ids=ids, use_cache=False)
+        hidden = getattr(output, "last_hidden_state", None)
+        if hidden is None:
+            return False
+        self._output_type = type(output)
+        try:
+            found = self._logits(hidden[0])
+        except (RuntimeError, ValueError, TypeError, AttributeError) as problem:
+            log.info("%s needs all logits at once: %s", type(self.model).__name__, problem)
+            return False
+        return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2, atol=1e-3, equal_nan=True)
+
+
+def _loss_gradient(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
+    """∂L/∂logits (n, v) of the summed cross entropy: softmax minus one-hot.
+
+    The target's entry, p - 1, is taken as minus the others' sum: near p = 1 the difference would be all rounding.
+    """
+    exact = logits_nv.dtype if logits_nv.dtype == torch.float64 else torch.float32
+    error_nv = torch.softmax(logits_nv.detach(), dim=-1, dtype=exact)
+    at = torch.arange(len(targets_n), device=targets_n.device)
+    error_nv[at, targets_n] = 0
+    error_nv[at, targets_n] = -error_nv.sum(-1)
+    return error_nv.to(logits_nv.dtype)
 
 
 def side_by_side(run: Callable[[list[int]], None], bins: Iterable[list[int]], workers: int) -> None:
@@ -172,7 +213,17 @@ class Engine:
             attention=scorer.attention,
             trust_remote_code=scorer.trust_remote_code,
         )
-        return cls(model, scorer)
+        try:
+            engine = cls(model, scorer)
+            engine.project([Encoded(np.arange(8), np.arange(8) > 3)])
+        except SQSDError:
+            raise
+        except Exception as problem:  # whatever this architecture does that others don't
+            raise ModelError(
+                f"{type(model).__name__} can't be scored ({type(problem).__name__}: {problem}): choose another model "
+                "with --pack or --model."
+            ) from problem
+        return engine
 
     def project(self, rows: Sequence[Encoded]) -> np.ndarray:
         """Σ_m cos for each row and probe: (b, probes) float64."""
@@ -186,7 +237,7 @@ class Engine:
         ids_bt, targets_bt = self.gradient.tensors(rows)
         found = {}
         for at in self.passes:
-            self.capture.use(at)
+            self.capture.use(at, (ids_bt.shape[0], ids_bt.shape[1]))
             self.gradient.backward(ids_bt, targets_bt)
             found[at] = self.capture.cosines()
         return found

@@ -17,7 +17,16 @@ import numpy as np
 
 from sqsd_filter.directions.pack import Pack, load_pack
 from sqsd_filter.errors import UsageError
-from sqsd_filter.scoring.conversation import NONFINITE, SCORED, ChatEncoder, Encoded, Message, RowError, choose_format
+from sqsd_filter.scoring.conversation import (
+    NONFINITE,
+    SCORED,
+    ChatEncoder,
+    Encoded,
+    Message,
+    RowError,
+    RowFormat,
+    choose_format,
+)
 
 OUT_OF_MEMORY = "out_of_memory"  # a row too large for this device even alone
 CRASHED = "crashed"  # a row whose process died again and again
@@ -129,6 +138,7 @@ class Scorer:
         self.trust_remote_code = trust_remote_code
         self._device, self._dtype = device, dtype or self.default_dtype
         self._encoder: ChatEncoder | None = None
+        self._form: RowFormat | None = None
 
     @property
     def device(self) -> str:
@@ -160,10 +170,12 @@ class Scorer:
     def encoder(self) -> ChatEncoder:
         """Rows to tokens, with the base model's tokenizer and the pack's template settings."""
         if self._encoder is None:
-            from sqsd_filter.scoring.weights import load_tokenizer
+            from sqsd_filter.scoring.weights import load_tokenizer, longest_input
 
-            tokenizer = load_tokenizer(self.base_model, self.base_revision, trust_remote_code=self.trust_remote_code)
-            self._encoder = ChatEncoder(tokenizer, self.max_length, self.pack.chat_template_kwargs)
+            where: Any = {"revision": self.base_revision, "trust_remote_code": self.trust_remote_code}
+            tokenizer = load_tokenizer(self.base_model, **where)
+            longest = min(self.max_length, longest_input(self.base_model, **where) or self.max_length)
+            self._encoder = ChatEncoder(tokenizer, longest, self.pack.chat_template_kwargs)
         return self._encoder
 
     def settings(self) -> dict[str, Any]:
@@ -197,11 +209,14 @@ class Scorer:
         """A batch with the score columns added: a step of `datasets.map(..., batched=True)` (a mapping of columns), or
         of Ray Data's `map_batches` as a callable class (a mapping of numpy arrays, or a pyarrow Table).
 
-        The row format is decided on each batch's columns. Raises `InputError` where no format fits.
+        The row format is decided on the first batch and kept while its columns are there. Raises `InputError` where
+        no format fits.
         """
         table = hasattr(batch, "column_names") and hasattr(batch, "append_column")
         rows = batch.to_pylist() if table else _rows(batch)
-        form = choose_format(rows)
+        form = self._form
+        if form is None or not set(form.columns) <= set(rows[0] if rows else ()):
+            form = self._form = choose_format(rows)
         turns: list[list[Message]] = []
         reasons: dict[int, str] = {}
         for k, row in enumerate(rows):
@@ -311,4 +326,4 @@ class SQSDScorer(Scorer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Configuration only: hashing and pickling never see a loaded model."""
-        return {**vars(self), "_engine": None, "_encoder": None}
+        return {**vars(self), "_engine": None, "_encoder": None, "_form": None}

@@ -139,6 +139,17 @@ def load_tokenizer(base_model: str, revision: str | None = None, *, trust_remote
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
 
 
+def longest_input(base_model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> int | None:
+    """How many tokens a base model has positions for, or None where it doesn't say. Raises `ModelError`."""
+    from transformers import AutoConfig
+
+    path = locate(base_model)
+    with _quiet_transformers(), _as_model_error(base_model, "configuration"):
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
 def load_model(
     base_model: str,
     revision: str | None = None,

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 from sqsd_filter.cli.main import main
-from sqsd_filter.errors import PackError, UsageError
+from sqsd_filter.errors import ModelError, PackError, UsageError
+from sqsd_filter.scoring.conversation import Encoded
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.scorer import Scores, SQSDScorer
 from tests.corpora import write_jsonl
-from tests.tiny import ARCHITECTURES, CONVERSATIONS, chat, make_adapter, make_model, make_pack
+from tests.tiny import ARCHITECTURES, CONVERSATIONS, PECULIAR, chat, make_adapter, make_model, make_pack
 
 
 def gap(a: Scores, b: Scores) -> float:
@@ -180,3 +184,73 @@ def test_as_a_map_step_of_datasets_it_gives_the_same_scores(tiny_pack: Path) -> 
     expected = SQSDScorer(tiny_pack).score(CONVERSATIONS)
     assert mapped["sqsd_status"][:] == expected.status
     assert np.abs(np.array(mapped["sqsd_risk"][:]) - expected.risk).max() <= 1e-5
+
+
+@pytest.mark.parametrize("architecture", PECULIAR)
+def test_models_with_peculiar_forwards_are_scored_exactly_too(architecture: str, tmp_path: Path) -> None:
+    pack = make_pack(tmp_path, architecture=architecture)
+    dense = ReferenceScorer(pack, dtype="float32" if architecture == "qwen2_moe" else "float64")
+    assert gap(SQSDScorer(pack).score(CONVERSATIONS), dense.score(CONVERSATIONS)) <= 1e-4
+
+
+@pytest.mark.parametrize("sharpness", [40, 60, 80])
+def test_an_answer_that_the_model_is_sure_of_is_scored_as_exactly(tmp_path: Path, sharpness: int) -> None:
+    base = make_model(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.lm_head.weight.data *= sharpness
+    model.save_pretrained(base)
+    pack = make_pack(tmp_path / "pack", base)
+    fast, dense = SQSDScorer(pack), ReferenceScorer(pack)
+    dense.load()
+    prompt = fast.encoder.encode([CONVERSATIONS[0]])[0].ids[:20]
+    with torch.no_grad():
+        answer = fast.engine.gradient.model(torch.from_numpy(prompt)[None]).logits[0, -1].argmax()
+    sure = Encoded(np.append(prompt, int(answer)), np.arange(21) == 20)
+    assert np.abs(fast.engine.project([sure]) - dense.project(sure)).max() <= 1e-4
+
+
+def test_backward_may_run_in_another_thread_as_it_does_on_a_gpu(
+    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = SQSDScorer(tiny_pack).score(CONVERSATIONS)
+    run = torch.Tensor.backward
+
+    def elsewhere(*arguments: Any, **named: Any) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(run, *arguments, **named).result()
+
+    monkeypatch.setattr(torch.Tensor, "backward", elsewhere)
+    scorer = SQSDScorer(tiny_pack)
+    scorer.engine.workers = 0
+    assert gap(scorer.score(CONVERSATIONS), expected) <= 1e-6
+
+
+def test_a_model_that_cannot_be_scored_is_one_sentence_about_the_model(tmp_path: Path) -> None:
+    pack = make_pack(tmp_path)
+    scorer = SQSDScorer(pack)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sqsd_filter.scoring.capture.contract", None)
+        with pytest.raises(ModelError, match=r"LlamaForCausalLM can't be scored .*TypeError.*--model"):
+            scorer.score(CONVERSATIONS)
+
+
+def test_scores_do_not_depend_on_the_number_of_threads(tiny_pack: Path) -> None:
+    scores = []
+    for threads in (1, 3):
+        scorer = SQSDScorer(tiny_pack, token_budget=64)
+        scorer.engine.workers = threads
+        scores.append(scorer.score(CONVERSATIONS * 3).risk)
+    assert np.array_equal(*scores)
+    assert torch.get_num_threads() == 1  # as conftest set it
+
+
+def test_rows_longer_than_the_models_positions_are_truncated(tmp_path: Path) -> None:
+    pack = make_pack(tmp_path, architecture="gpt2", max_length=2048)
+    scores = SQSDScorer(pack).score([chat("Count.", "word " * 900)])
+    assert (scores.status, scores.tokens.tolist()) == (["scored"], [512])
+
+
+def test_a_batch_without_any_conversation_is_read_as_the_batches_before(tiny_pack: Path) -> None:
+    rows = [{"messages": turns} for turns in [*CONVERSATIONS[:2], None, None]]
+    mapped = Dataset.from_list(rows).map(SQSDScorer(tiny_pack), batched=True, batch_size=2)
+    assert mapped["sqsd_status"][:] == ["scored", "scored", "no_answer", "no_answer"]
