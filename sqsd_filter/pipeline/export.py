@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -16,11 +17,11 @@ from sqsd_filter.errors import SQSDError
 from sqsd_filter.pipeline.scored import SCORE_PREFIX, Scored
 from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Selection
 from sqsd_filter.pipeline.sources import Chunk
-from sqsd_filter.scoring.conversation import BAD_JSON
 
 SPLITS = {"kept": KEPT, "dropped": DROPPED, "errors": ERROR}
 
 RAW = "sqsd_raw"  # the bytes of a line that is no row
+ORIGIN = {"sqsd_reason": pa.string(), "sqsd_file": pa.string(), "sqsd_line": pa.int64(), RAW: pa.binary()}
 
 
 def data_file(split: str) -> str:
@@ -31,55 +32,73 @@ def export_splits(scored: Scored, selection: Selection, folder: Path) -> dict[st
     """Write kept, dropped and errors into `folder`, and say how many rows each got.
 
     Kept and dropped rows carry the score columns; error rows their status, the reason in words and where they came
-    from, with the line's own bytes where it could not be read. Raises `SQSDError` when the disk refuses, or when a
-    row would not be accounted for.
+    from, with the line's own bytes where it could not be read. What rows in `errors` hold changes no column of the
+    others. Raises `SQSDError` when the disk refuses, or when a row would not be accounted for.
     """
+    apt = kept_schema(scored, selection) is scored.corpus.apt_schema
     folder.mkdir(parents=True, exist_ok=True)
     written = dict.fromkeys(SPLITS, 0)
     with ExitStack() as stack:
         sinks = {split: stack.enter_context(_writer(folder / data_file(split))) for split in SPLITS}
-        for chunk, own, with_scores in _chunks(scored):
-            place = selection.place[chunk.start : chunk.start + own.num_rows]
+        for chunk in scored.corpus.chunks():
+            place = selection.place[chunk.start : chunk.start + chunk.table.num_rows]
+            with_scores = _with_scores(scored, chunk.start, chunk.apt if apt else chunk.table)
             for split, code in SPLITS.items():
                 where = np.flatnonzero(place == code)
-                part = _errors(scored, chunk, own, where) if code == ERROR else with_scores.take(where)
-                sinks[split](part)
-                written[split] += part.num_rows
+                sinks[split](_errors(scored, chunk, where) if code == ERROR else with_scores.take(where))
+                written[split] += len(where)
     if sum(written.values()) != scored.corpus.n_rows:
         raise SQSDError(f"{scored.corpus.n_rows} rows came in, but {written} went out: please report this as a bug.")
     return written
 
 
+def kept_schema(scored: Scored, selection: Selection | None) -> pa.Schema:
+    """What the input's columns are in kept and dropped: rows that are in neither have no say."""
+    whole = selection is None or bool((selection.place[~scored.scored] == KEPT).any())
+    return scored.corpus.schema if whole else scored.corpus.apt_schema
+
+
 def export_scored(scored: Scored, path: Path) -> None:
-    """Write every row, in order, with its score columns; `sqsd_raw` holds the bytes of lines that can't be read."""
-    unreadable = BAD_JSON in scored.reasons() or RAW in scored.corpus.schema.names
+    """Write every row, in order, with its score columns; where rows have no score, also the columns of `errors`."""
+    errors = bool(scored.reasons())
     with _writer(path) as sink:
-        for chunk, own, with_scores in _chunks(scored):
-            raw = {RAW: _raw(chunk, range(own.num_rows))} if unreadable else {}
-            sink(_with_columns(with_scores, raw))
+        for chunk in scored.corpus.chunks():
+            table = _with_scores(scored, chunk.start, chunk.table)
+            sink(_with_columns(table, _origin(scored, chunk, np.arange(table.num_rows))) if errors else table)
 
 
-def _chunks(scored: Scored) -> Iterator[tuple[Chunk, pa.Table, pa.Table]]:
-    """The corpus in chunks, each without and with score columns: those of an earlier run make way for new ones."""
-    for chunk in scored.corpus.chunks():
-        names = chunk.table.column_names
-        own = _only(chunk.table, [n for n in names if not n.startswith(SCORE_PREFIX)])
-        if scored.probes:
-            yield chunk, own, _with_columns(own, scored.columns(chunk.start, chunk.start + own.num_rows))
-        else:
-            scores = [n for n in names if n.startswith(SCORE_PREFIX) and n != RAW]
-            yield chunk, own, _only(chunk.table, [*own.column_names, *scores])
+def _with_scores(scored: Scored, start: int, table: pa.Table) -> pa.Table:
+    """Rows start, start + 1, ... with score columns: those of an earlier run make way for new ones."""
+    scores, origin = _earlier_columns(table.schema)
+    if not scored.probes:
+        return _without(table, origin)
+    columns = scored.columns(start, start + table.num_rows)
+    return _with_columns(_without(table, [*scores, *origin]), columns)
 
 
-def _only(table: pa.Table, names: list[str]) -> pa.Table:
-    if table.column_names == names:
+def _earlier_columns(schema: pa.Schema) -> tuple[list[str], list[str]]:
+    """The columns that an earlier run added: its scores, which stand side by side from risk to status, and those of
+    rows without one. Whatever else begins with sqsd_ is the user's."""
+    names = schema.names
+    scores, origin = [], []
+    if "sqsd_status" in names:
+        end = names.index("sqsd_status")
+        start = names.index("sqsd_risk") if "sqsd_risk" in names[:end] else end
+        scores = [name for name in names[start : end + 1] if name.startswith(SCORE_PREFIX)]
+        origin = [name for name, kind in ORIGIN.items() if name in names and schema.field(name).type == kind]
+    return scores, origin
+
+
+def _without(table: pa.Table, names: list[str]) -> pa.Table:
+    if not names:
         return table
-    dropped = set(table.column_names) - set(names)
-    metadata = _features(table.schema, lambda features: [features.pop(name, None) for name in dropped])
-    return table.select(names).replace_schema_metadata(metadata)
+    metadata = _features(table.schema, lambda features: [features.pop(name, None) for name in names])
+    return table.select([n for n in table.column_names if n not in names]).replace_schema_metadata(metadata)
 
 
 def _with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
+    """The table with these columns at its end, in place of any of the same names."""
+    table = _without(table, [name for name in columns if name in table.column_names])
     added = {name: {"dtype": str(a.type).replace("double", "float64"), "_type": "Value"} for name, a in columns.items()}
     metadata = _features(table.schema, lambda features: features.update(added))
     for name, values in columns.items():
@@ -98,24 +117,32 @@ def _features(schema: pa.Schema, change: Any) -> dict[bytes, bytes] | None:
     return metadata or None
 
 
-def _errors(scored: Scored, chunk: Chunk, own: pa.Table, where: np.ndarray) -> pa.Table:
+def _errors(scored: Scored, chunk: Chunk, where: np.ndarray) -> pa.Table:
+    scores, origin = _earlier_columns(chunk.table.schema)
     names = [scored.statuses[c] for c in scored.codes[chunk.start + where]]
-    return _with_columns(
-        own.take(where),
-        {
-            "sqsd_status": pa.array(names, pa.string()),
-            "sqsd_reason": pa.array([scored.detail(chunk, k) for k in where.tolist()], pa.string()),
-            "sqsd_file": pa.array([chunk.files[k] for k in where], pa.string()),
-            "sqsd_line": pa.array([chunk.lines[k] for k in where], pa.int64()),
-            RAW: _raw(chunk, where.tolist()),
-        },
-    )
+    columns = {"sqsd_status": pa.array(names, pa.string()), **_origin(scored, chunk, where)}
+    return _with_columns(_without(chunk.table, [*scores, *origin]).take(where), columns)
 
 
-def _raw(chunk: Chunk, rows: Any) -> pa.Array:
-    """The bytes of lines that could not be read, now or when their scores were written; null for those that could."""
-    before = chunk.table[RAW].to_pylist() if RAW in chunk.table.column_names else [None] * chunk.table.num_rows
-    return pa.array([chunk.raws[k] if chunk.problems[k] else before[k] for k in rows], pa.binary())
+def _origin(scored: Scored, chunk: Chunk, where: np.ndarray) -> dict[str, pa.Array]:
+    """Why these rows of a chunk have no score, where they came from, and the bytes of those that could not be read:
+    as their scores were written, or now. Null for rows with a score."""
+    before = dict.fromkeys(ORIGIN, [None] * chunk.table.num_rows)
+    before |= {name: chunk.table[name].to_pylist() for name in _earlier_columns(chunk.table.schema)[1]}
+    found: dict[str, list[Any]] = {name: [] for name in ORIGIN}
+    good = scored.scored[chunk.start + where]
+    for k, fine in zip(where.tolist(), good.tolist(), strict=True):
+        then = {name: values[k] for name, values in before.items()}
+        stale = scored.form is not None and then[RAW] is None  # read and judged once more
+        now = {
+            "sqsd_reason": (None if stale else then["sqsd_reason"]) or scored.detail(chunk, k),
+            "sqsd_file": then["sqsd_file"] or os.fsencode(chunk.files[k]).decode(errors="backslashreplace"),
+            "sqsd_line": then["sqsd_line"] or chunk.lines[k],
+            RAW: chunk.raws[k] if chunk.problems[k] else then[RAW],
+        }
+        for name, values in found.items():
+            values.append(None if fine else now[name])
+    return {name: pa.array(values, ORIGIN[name]) for name, values in found.items()}
 
 
 @contextmanager

@@ -136,6 +136,11 @@ def is_json_text(field: pa.Field) -> bool:
     return (field.metadata or {}).get(b"encoding") == b"json"
 
 
+def json_columns(schema: pa.Schema) -> list[str]:
+    """The columns with values stored as JSON, somewhere in them."""
+    return [field.name for field in schema if _recode(field, str)]
+
+
 def without_nulls(field: pa.Field) -> pa.Field:
     """The field with string in the place of every null type: casts of null-typed children are broken in pyarrow 26."""
     kind = field.type

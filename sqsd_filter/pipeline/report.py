@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sqsd_filter.pipeline.export import SPLITS, data_file
+from sqsd_filter.pipeline.export import SPLITS, data_file, kept_schema
+from sqsd_filter.pipeline.json_schema import json_columns
 from sqsd_filter.pipeline.scored import Scored
 from sqsd_filter.pipeline.selection import Cut, Selection
 from sqsd_filter.pipeline.store import write_whole
@@ -44,6 +45,7 @@ def summarise(scored: Scored, selection: Selection | None, cut: Cut | None) -> d
         "rows": rows | scored.counts,
         "unscored": scored.reasons(),
         "format": str(scored.form) if scored.form else None,
+        "json_columns": json_columns(kept_schema(scored, selection)),
         "cut": str(cut) if cut else None,
         "threshold": selection.threshold if selection else None,
         "ties": selection.ties if selection else 0,
@@ -81,6 +83,9 @@ def write_card(path: Path, report: Mapping[str, Any]) -> None:
     # datasets raises for a split without rows, unless it is streamed
     load = {split: call if rows[split] else f"{call[:-1]}, streaming=True)" for split, call in load.items()}
     unscored = ", ".join(f"{count} {status}" for status, count in report["unscored"].items())
+    stored = ", ".join(f"`{name}`" for name in report["json_columns"])
+    as_json = f"\nNo one type holds all values of {stored}, so they are stored as JSON. `load_dataset` decodes\n"
+    as_json += "what it can; where it gives text, `json.loads` gives the value.\n"
     body = f"""
 # {rows["kept"]} of {rows["total"]} rows, the riskiest removed
 
@@ -97,7 +102,7 @@ Rows were cut by `{report["cut"]}`. {threshold}
 
 Columns added: `sqsd_risk` (higher is riskier), one `sqsd_<probe>` for each projection, and `sqsd_status`. The other
 columns are the input's. `sqsd/report.json` holds the settings, inputs and versions of the run.
-
+{as_json if stored else ""}
 A low risk is no promise: it says that a row pushes little along the directions of this pack, not that a model
 fine-tuned on the kept rows is safe. Evaluate the model that you train.
 """

@@ -24,7 +24,7 @@ from sqsd_filter.pipeline.sources import Corpus, peek
 from sqsd_filter.pipeline.store import KEYS, ScoreStore
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.conversation import BAD_JSON, RowError, RowFormat, choose_format
-from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.scoring.scorer import TRANSIENT, SQSDScorer
 
 CARD_FILE = "README.md"
 ON_ERROR = ("quarantine", "keep", "fail")
@@ -138,7 +138,7 @@ def filter_dataset(
     """
     started = time.time()
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
-    policy = _Policy.of(on_error, max_error_rate)
+    policy = Policy.of(on_error, max_error_rate)
     paths, scorer, engine = _paths(sources), scorer or SQSDScorer(pack), engine or LocalEngine()
     place = _folder(Path(dest), overwrite)
     progress = progress or Silent()
@@ -177,7 +177,7 @@ def score_dataset(
 ) -> dict[str, Any]:
     """Write one parquet file with all rows in order and their score columns; `dest`.sqsd keeps report and scores."""
     started, dest = time.time(), Path(dest)
-    policy = _Policy.of("quarantine", max_error_rate)
+    policy = Policy.of("quarantine", max_error_rate)
     if dest.suffix != ".parquet":
         raise UsageError(f"Scores are written as parquet: name the file {dest.with_suffix('.parquet')}.")
     paths, scorer, engine = _paths(sources), scorer or SQSDScorer(pack), engine or LocalEngine()
@@ -216,7 +216,7 @@ def select_dataset(
     """
     started = time.time()
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
-    policy = _Policy.of(on_error, "100%")
+    policy = Policy.of(on_error, "100%")
     paths, place, progress = _paths(sources), _folder(Path(dest), overwrite), progress or Silent()
     place.spare(paths)
     earlier = Path(paths[0]) / "sqsd" if len(paths) == 1 else None
@@ -250,6 +250,7 @@ def _earlier_run(home: Path, progress: Progress) -> tuple[Scored, dict[str, Any]
         limit=known["limit"],
         visit=_counted(index.visit, progress),
         columns=form.columns,
+        form=form,
     )
     if corpus.inputs != known["inputs"]:
         raise InputError(
@@ -261,12 +262,15 @@ def _earlier_run(home: Path, progress: Progress) -> tuple[Scored, dict[str, Any]
 
 
 @dataclass(frozen=True)
-class _Policy:
+class Policy:
+    """What becomes of rows that can't be scored, and how many there may be."""
+
     on_error: str
     max_error_rate: Fraction
 
     @classmethod
-    def of(cls, on_error: str, max_error_rate: str | float) -> _Policy:
+    def of(cls, on_error: str, max_error_rate: str | float) -> Policy:
+        """Raises `UsageError`."""
         if on_error not in ON_ERROR:
             raise UsageError(f"on_error must be one of {', '.join(ON_ERROR)}, not '{on_error}'.")
         return cls(on_error, parse_share(max_error_rate, "--max-error-rate", ""))
@@ -281,9 +285,10 @@ class _Policy:
         budget = "--on-error fail" if self.on_error == "fail" else f"--max-error-rate {float(self.max_error_rate):.4g}"
         first = int(np.flatnonzero(~scored.scored)[0])
         row = next(iter(scored.corpus.read(first, first + 1)))
+        why = f" ({scored.details[first]})" if scored.details.get(first) else ""
         raise RowErrorBudgetExceeded(
             f"{errors} of {total} rows could not be scored ({reasons}), more than {budget} allows; the first is "
-            f"{row.file}, line {row.line}. Mend the rows, name the right columns, or allow more; the scores are kept."
+            f"{row.file}, line {row.line}{why}. Mend the rows, name the right columns, or allow more; the scores are kept."
         )
 
 
@@ -297,14 +302,18 @@ class _Scan:
         progress.start("reading", None)
         self.index = Index(self.form)
         self.corpus = Corpus.scan(
-            paths, limit=limit, visit=_counted(self.index.visit, progress), columns=self.form.columns
+            paths,
+            limit=limit,
+            visit=_counted(self.index.visit, progress),
+            columns=self.form.columns,
+            form=self.form,
         )
         _not_empty(self.corpus)
 
     def identity(self) -> dict[str, Any]:
         return {"inputs": self.corpus.inputs, "row_format": vars(self.form), "limit": self.limit}
 
-    def score(self, place: Destination, scorer: SQSDScorer, engine: Engine, policy: _Policy) -> Scored:
+    def score(self, place: Destination, scorer: SQSDScorer, engine: Engine, policy: Policy) -> Scored:
         """Score what has no score yet, shard by shard, and join."""
         weights = {p.name: p.weight for p in scorer.pack.probes}
         store = ScoreStore(place.home / "scores", scorer.settings(), list(weights))
@@ -312,7 +321,8 @@ class _Scan:
             store.adopt(place.old_home / "scores")
         readable = np.flatnonzero(self.index.codes == 0)
         unique, first = np.unique(self.index.keys[readable], return_index=True)
-        known = store.lookup(unique).known
+        found = store.lookup(unique)
+        known = found.known & ~np.isin(found.status, TRANSIENT)
         wanted = np.sort(readable[first[~known]])
         self.progress.start("scoring", len(wanted))
         shards = list(plan(self.corpus.n_rows, wanted))
@@ -331,7 +341,7 @@ def _not_empty(corpus: Corpus) -> Corpus:
     return corpus
 
 
-def _split(scored: Scored, cut: Cut, policy: _Policy, place: Destination, progress: Progress) -> dict[str, Any]:
+def _split(scored: Scored, cut: Cut, policy: Policy, place: Destination, progress: Progress) -> dict[str, Any]:
     policy.check(scored)
     selection = cut_rows(scored.risk, scored.scored, cut)
     if policy.on_error == "keep":  # a line that can't be read can't be kept as a row

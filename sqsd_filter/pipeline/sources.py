@@ -4,6 +4,7 @@ One scan counts the rows, fingerprints the files and finds the schema that holds
 rows can be read again, as Python values for scoring or as Arrow tables for writing.
 """
 
+import copy
 import glob
 import hashlib
 import json
@@ -20,6 +21,7 @@ from sqsd_filter.pipeline.formats import open_source
 from sqsd_filter.pipeline.json_schema import Shape, to_rows, to_table, unify, with_features, without_nulls
 from sqsd_filter.pipeline.table_formats import BATCH_BYTES, Table
 from sqsd_filter.pipeline.text_formats import Record, TextFile
+from sqsd_filter.scoring.conversation import RowError, RowFormat
 
 MARK_EVERY = 512  # rows between the places in a text file that `read` can seek to
 
@@ -42,6 +44,7 @@ class Chunk:
 
     start: int
     table: pa.Table
+    apt: pa.Table  # the same under the corpus's `apt_schema`; a row without a conversation may be all null in it
     files: list[str]
     lines: list[int]
     problems: list[str]
@@ -115,9 +118,11 @@ class Corpus:
     """All inputs as one sequence of rows. Small and picklable: paths, offsets and the schema, no open file."""
 
     n_rows: int
-    schema: pa.Schema
+    schema: pa.Schema  # holds every row
+    apt_schema: pa.Schema  # the same columns, with what the rows that have a conversation need
     inputs: list[dict[str, Any]]  # {"path", "bytes", "rows", "blake2b"} of each
     parts: list[Part]
+    form: RowFormat | None = None
 
     @classmethod
     def scan(
@@ -127,15 +132,17 @@ class Corpus:
         limit: int | None = None,
         visit: Callable[[Row], None] | None = None,
         columns: Sequence[str] | None = None,
+        form: RowFormat | None = None,
     ) -> "Corpus":
         """Read every input once, giving each row to `visit`; `columns` as in `read`.
 
+        With `form`, rows that have no conversation by it leave the schema of the others as it is.
         With `limit` the corpus is its first `limit` rows: later inputs are not read, and the fingerprint of a text
         file covers what was read of it.
         """
         parts: list[Part] = []
         inputs = []
-        shapes: dict[str, Shape] = {}
+        shapes = _Shapes(form)
         start = 0
         for source in _open(paths):
             if limit is not None and start >= limit:
@@ -154,7 +161,11 @@ class Corpus:
             parts.append(Part(source, start, rows, size, marks))
             inputs.append({"path": str(source.path), "bytes": size, "rows": rows, "blake2b": digest.hexdigest()})
             start += rows
-        return cls(start, _schema(parts, shapes), inputs, parts)
+        schema = apt = _schema(parts, shapes.all)
+        if shapes.apt is not shapes.all:
+            apt = _schema(parts, {name: shapes.apt.get(name, Shape()) for name in shapes.all})
+            apt = schema if apt.equals(schema, check_metadata=True) else apt
+        return cls(start, schema, apt, inputs, parts, form)
 
     def read(self, start: int, stop: int, columns: Sequence[str] | None = None) -> Iterator[Row]:
         """Rows start..stop. `columns` spares parquet files and saved datasets the others; text is read whole."""
@@ -195,18 +206,54 @@ class Corpus:
                 for table in part.source.tables(0, part.rows, None, rows):
                     n = table.num_rows
                     lines = list(range(done + 1, done + n + 1))
-                    yield Chunk(
-                        part.start + done, _conform(table, self.schema), [file] * n, lines, [""] * n, [None] * n
-                    )
+                    both = _conform(table, self.schema), _conform(table, self.apt_schema)
+                    yield Chunk(part.start + done, *both, [file] * n, lines, [""] * n, [None] * n)
                     done += n
                 continue
             for batch in _batches(part.records(0, part.rows), rows):
                 _, lines, values, problems, raws = (list(column) for column in zip(*batch, strict=True))
                 if not part.source.verbatim:
                     raws = [raw if problem else None for raw, problem in zip(raws, problems, strict=True)]
-                table = to_table(values, self.schema)
-                yield Chunk(part.start + done, table, [file] * len(batch), lines, problems, raws)
+                table = apt = to_table(values, self.schema)
+                if self.apt_schema is not self.schema:
+                    apt = to_table([value if _is_apt(value, self.form) else None for value in values], self.apt_schema)
+                yield Chunk(part.start + done, table, apt, [file] * len(batch), lines, problems, raws)
                 done += len(batch)
+
+
+class _Shapes:
+    """What the columns of text files hold in all rows, and in those that have a conversation.
+
+    The two are one until a row without a conversation is met.
+    """
+
+    def __init__(self, form: RowFormat | None) -> None:
+        self.form = form
+        self.all: dict[str, Shape] = {}
+        self.apt = self.all
+
+    def see(self, row: dict[str, Any]) -> None:
+        apt = _is_apt(row, self.form)
+        if not apt and self.apt is self.all:
+            self.apt = copy.deepcopy(self.all)
+        for shapes in [self.all] if self.apt is self.all or not apt else [self.all, self.apt]:
+            for name, cell in row.items():
+                shape = shapes.get(name)
+                if shape is None:
+                    shape = shapes[name] = Shape()
+                if type(cell) is not str or shape.kind is not str:
+                    shape.see(cell)
+
+
+def _is_apt(row: dict[str, Any] | None, form: RowFormat | None) -> bool:
+    """Can this row have a score?"""
+    if row is None or form is None:
+        return row is not None
+    try:
+        form.conversation(row)
+    except RowError:
+        return False
+    return True
 
 
 def _scan_text(
@@ -214,10 +261,10 @@ def _scan_text(
     start: int,
     room: int | None,
     absorb: Callable[[bytes], None],
-    columns: dict[str, Shape],
+    shapes: _Shapes,
     visit: Callable[[Row], None] | None,
 ) -> tuple[int, list[tuple[int, int]]]:
-    """Count a text file's rows and take its marks; what its values are goes into `columns`."""
+    """Count a text file's rows and take its marks; what its values are goes into `shapes`."""
     marks: list[tuple[int, int]] = []
     rows = 0
     file = str(source.path)
@@ -225,12 +272,7 @@ def _scan_text(
         if rows % MARK_EVERY == 0 and source.seekable:
             marks.append((offset, line))
         if value is not None:
-            for name, cell in value.items():
-                shape = columns.get(name)
-                if shape is None:
-                    shape = columns[name] = Shape()
-                if type(cell) is not str or shape.kind is not str:
-                    shape.see(cell)
+            shapes.see(value)
         if visit:
             visit(Row(start + rows, value, file, line, problem, raw if problem else None))
         rows += 1
@@ -264,6 +306,7 @@ def _join(chunks: list[Chunk]) -> Chunk:
     return Chunk(
         chunks[0].start,
         pa.concat_tables([chunk.table for chunk in chunks]),
+        pa.concat_tables([chunk.apt for chunk in chunks]),
         [file for chunk in chunks for file in chunk.files],
         [line for chunk in chunks for line in chunk.lines],
         [problem for chunk in chunks for problem in chunk.problems],

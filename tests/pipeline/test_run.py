@@ -339,7 +339,7 @@ def test_the_time_of_reading_counts(folder: Path, scorer: SQSDScorer, monkeypatc
         Columns, "choose", lambda self, paths, choose=Columns.choose: (next(clock), choose(self, paths))[1]
     )
     timing = filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)["timing"]
-    assert timing == {"seconds": 2, "started": 0}
+    assert timing == {"seconds": 2, "started": 0, "engine": "local"}
 
 
 # ---------------------------------------------------------------------------------------------- scored once
@@ -405,7 +405,7 @@ def nasty(folder: Path, scorer: SQSDScorer) -> Path:
 def test_score_writes_every_row_in_order_with_its_columns(nasty: Path) -> None:
     table = pq.read_table("scored.parquet")
     scores = ["sqsd_risk", "sqsd_danger", "sqsd_safety", "sqsd_status"]
-    assert table.column_names == [*VALUES[0], *scores, "sqsd_raw"]
+    assert table.column_names == [*VALUES[0], *scores, "sqsd_reason", "sqsd_file", "sqsd_line", "sqsd_raw"]
     assert table["id"].to_pylist() == [*range(6), *[None] * 4, *range(10, 16)]
     assert [r for r in table["sqsd_raw"].to_pylist() if r is not None] == NASTY[6:10]
     risk, status = table["sqsd_risk"].to_pylist(), table["sqsd_status"].to_pylist()
@@ -426,14 +426,65 @@ def test_selecting_from_scores_equals_filtering_with_that_cut(
     filtered = filter_dataset("nasty.jsonl", "filtered", **cut, scorer=scorer)
     for key in ("threshold", "ties", "cut", "unscored", "risk_quantiles"):
         assert selected[key] == filtered[key]
-    for split in ("kept", "dropped"):
-        assert pq.read_table(split_file(Path("selected"), split)).equals(
-            pq.read_table(split_file(Path("filtered"), split))
-        )
-    same = rows_of(Path("filtered"), "errors")
-    for ours, theirs in zip(rows_of(Path("selected"), "errors"), same, strict=True):
-        skip = () if source == "run" else ("sqsd_file", "sqsd_line", "sqsd_reason")  # the scored file is the origin
-        assert {k: v for k, v in ours.items() if k not in skip} == {k: v for k, v in theirs.items() if k not in skip}
+    for split in SPLITS:
+        assert rows_of(Path("selected"), split) == rows_of(Path("filtered"), split)
+        ours, theirs = (pq.read_table(split_file(Path(name), split)) for name in ("selected", "filtered"))
+        assert source != "run" or ours.equals(theirs)  # a scored file has one schema for all of its rows
+
+
+def test_a_row_that_is_no_conversation_leaves_the_columns_of_the_others_alone(folder: Path, scorer: SQSDScorer) -> None:
+    odd = {"prompt": "q3", "completion": BIG, "n": "many"}
+    rows = [{"prompt": f"q{k}", "completion": f"a{k}", "n": k} for k in range(3)] + [odd]
+    write_jsonl(folder / "odd.jsonl", rows)
+    report = filter_dataset("odd.jsonl", "out", drop_count=1, scorer=scorer)
+    loaded = [datasets.load_dataset("out", n, split="train", cache_dir="cache") for n in ("default", "dropped")]
+    own = [{name: row[name] for name in odd} for dataset in loaded for row in dataset]
+    assert sorted(own, key=lambda row: row["n"]) == rows[:3]
+    assert [{name: row[name] for name in odd} for row in rows_of(Path("out"), "errors")] == [odd]
+    assert report["json_columns"] == [] and "JSON" not in Path("out/README.md").read_text()
+
+    kept = filter_dataset("odd.jsonl", "all", drop_count=1, on_error="keep", scorer=scorer)
+    assert odd in [{name: row[name] for name in odd} for row in rows_of(Path("all"), "kept")]
+    assert kept["json_columns"] == ["completion", "n"] and "`completion`, `n`" in Path("all/README.md").read_text()
+
+
+def test_an_odd_list_of_messages_leaves_the_others_lists(folder: Path, scorer: SQSDScorer) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    write_jsonl(folder / "odd.jsonl", [{"messages": turns}, {"messages": BIG}, {"messages": "none"}])
+    filter_dataset("odd.jsonl", "out", drop_count=0, max_error_rate="100%", scorer=scorer)
+    assert pq.read_table(split_file(Path("out"), "kept"))["messages"].to_pylist() == [turns]
+    assert [row["messages"] for row in rows_of(Path("out"), "errors")] == [BIG, "none"]
+
+
+MINE = {"sqsd_notes": "mine", "sqsd_raw": 5, "sqsd_line": "x"}
+
+
+def test_columns_of_the_user_may_begin_with_sqsd(folder: Path, scorer: SQSDScorer) -> None:
+    rows = [{**row, **MINE} for row in make_rows(3)] + [{"id": 3, "instruction": "q", "output": "", **MINE}]
+    write_jsonl(folder / "own.jsonl", rows)
+    score_dataset("own.jsonl", "scored.parquet", scorer=scorer)
+    filter_dataset("own.jsonl", "out", drop_count=0, scorer=scorer)
+    assert [{name: row[name] for name in rows[0]} for row in rows_of(Path("out"), "kept")] == rows[:3]
+    [error] = rows_of(Path("out"), "errors")
+    assert (error["sqsd_notes"], error["sqsd_raw"], error["sqsd_line"]) == ("mine", None, 4)
+    assert pq.read_table("scored.parquet")["sqsd_notes"].to_pylist() == ["mine"] * 4
+
+
+def test_scores_of_an_earlier_run_make_way_whatever_its_probes_were(folder: Path, scorer: SQSDScorer) -> None:
+    earlier = {"sqsd_risk": 9.0, "sqsd_other": 9.0, "sqsd_status": "scored", "sqsd_notes": "mine"}
+    write_jsonl(folder / "earlier.jsonl", [{**row, **earlier} for row in make_rows(3)])
+    score_dataset("earlier.jsonl", "again.parquet", scorer=scorer)
+    table = pq.read_table("again.parquet")
+    scores = ["sqsd_risk", "sqsd_danger", "sqsd_safety", "sqsd_status"]
+    assert table.column_names == ["id", "instruction", "output", "sqsd_notes", *scores]
+    assert 9.0 not in table["sqsd_risk"].to_pylist()
+
+
+def test_a_file_name_that_is_not_utf8_is_spelled_out(folder: Path, scorer: SQSDScorer) -> None:
+    name = os.fsdecode(b"odd\xff.jsonl")
+    write_jsonl(folder / name, [*make_rows(2), {}])
+    filter_dataset(name, "out", drop_count=0, scorer=scorer)
+    assert [row["sqsd_file"] for row in rows_of(Path("out"), "errors")] == ["odd\\xff.jsonl"]
 
 
 def test_scoring_a_scored_file_again_replaces_its_scores_and_nothing_else(nasty: Path, scorer: SQSDScorer) -> None:
