@@ -284,7 +284,8 @@ class Policy:
         reasons = ", ".join(f"{count} {status}" for status, count in scored.reasons().items())
         budget = "--on-error fail" if self.on_error == "fail" else f"--max-error-rate {float(self.max_error_rate):.4g}"
         first = int(np.flatnonzero(~scored.scored)[0])
-        row = next(iter(scored.corpus.read(first, first + 1)))
+        columns = scored.form.columns if scored.form else ["sqsd_status"]
+        row = next(iter(scored.corpus.read(first, first + 1, columns)))
         why = f" ({scored.details[first]})" if scored.details.get(first) else ""
         raise RowErrorBudgetExceeded(
             f"{errors} of {total} rows could not be scored ({reasons}), more than {budget} allows; the first is "

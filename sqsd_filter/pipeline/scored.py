@@ -56,7 +56,8 @@ class Scored:
             return known
         if self.form is not None:
             try:
-                self.form.conversation(next(to_rows(chunk.table.slice(k, 1))))
+                columns = [name for name in self.form.columns if name in chunk.table.column_names]
+                self.form.conversation(next(to_rows(chunk.table.select(columns).slice(k, 1)), {}))
             except RowError as problem:
                 return problem.detail
         return ""

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from sqsd_filter.errors import InputError
 from sqsd_filter.pipeline.formats import open_source
-from sqsd_filter.pipeline.json_schema import Shape, to_rows, to_table, unify, with_features, without_nulls
+from sqsd_filter.pipeline.json_schema import Shape, to_table, unify, with_features, without_nulls
 from sqsd_filter.pipeline.table_formats import BATCH_BYTES, Table
 from sqsd_filter.pipeline.text_formats import Record, TextFile
 from sqsd_filter.scoring.conversation import RowError, RowFormat
@@ -109,7 +109,7 @@ def peek(paths: Sequence[str], n: int = 1000) -> list[dict[str, Any]]:
             readable = (value for _, _, value, _, _ in islice(source.records(), 2 * share) if value is not None)
             rows += islice(readable, share)
         else:
-            rows += (row for table in source.tables(0, share, None, share) for row in to_rows(table))
+            rows += source.glimpse(share)
     return rows[:n]
 
 
@@ -282,7 +282,7 @@ def _scan_text(
 def _read_table(source: Table, start: int, stop: int, base: int, columns: Sequence[str] | None) -> Iterator[Row]:
     at = start
     for table in source.tables(start, stop, columns, MARK_EVERY):
-        for value in to_rows(table):
+        for value in source.decode(table):
             yield Row(base + at, value, str(source.path), at + 1, "", None)
             at += 1
 

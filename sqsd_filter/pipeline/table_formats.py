@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.json_schema import to_rows
 
 BATCH_BYTES = 1 << 26
+UNDECODABLE = (pa.ArrowException, OverflowError, ValueError)  # the year 10000, an unknown time zone, text not in UTF-8
 
 
 def _within_bytes(rows: int, row_size: int) -> int:
@@ -32,6 +34,42 @@ class Table:
     def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
         """Rows start..stop in tables of at most `rows` rows, with those of `columns` that exist."""
         raise NotImplementedError
+
+    def decode(self, table: pa.Table) -> Iterator[dict[str, Any]]:
+        """The rows of one of its tables as Python values. Raises InputError for a value that Python does not have."""
+        try:
+            yield from list(to_rows(table))
+        except UNDECODABLE as error:
+            for name in table.column_names:
+                try:
+                    table.column(name).to_pylist()
+                except UNDECODABLE as reason:
+                    raise InputError(
+                        f"Column {name!r} of {self.path} holds a value that can't be read ({reason}); correct it."
+                    ) from error
+            raise
+
+    def glimpse(self, rows: int) -> Iterator[dict[str, Any]]:
+        """Its first rows; columns that hold a value which Python does not have are None."""
+        for table in self.tables(0, rows, None, rows):
+            columns: dict[str, Sequence[Any]] = {}
+            for name in table.column_names:
+                try:
+                    columns[name] = [row[name] for row in to_rows(table.select([name]))]
+                except UNDECODABLE:
+                    columns[name] = [None] * table.num_rows
+            yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+    def check_types(self) -> None:
+        """Raise InputError for a column whose rows can't be sorted out."""
+        for field in self.schema:
+            try:
+                pa.nulls(0, field.type).take(pa.array([], pa.int64()))
+            except pa.ArrowNotImplementedError as error:
+                raise InputError(
+                    f"Column {field.name!r} of {self.path} is of the type {field.type}, which can't be filtered; "
+                    "cast it to a plain one."
+                ) from error
 
     def fingerprint(self, absorb: Callable[[bytes], None]) -> int:
         """Give every byte of its files to `absorb`; how many there were."""
@@ -64,6 +102,7 @@ class Parquet(Table):
         names = self.schema.names
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InputError(f"{path} has two columns named {twice[0]!r}; rename one.")
+        self.check_types()
 
     def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
         with self.errors(), pq.ParquetFile(self.path) as file:
@@ -95,6 +134,7 @@ class SavedDataset(Table):
         super().__init__(path)
         dataset = self._open()
         self.schema, self.n_rows = dataset.features.arrow_schema, len(dataset)
+        self.check_types()
 
     def _open(self) -> Any:
         from datasets import load_from_disk

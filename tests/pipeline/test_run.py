@@ -480,6 +480,17 @@ def test_scores_of_an_earlier_run_make_way_whatever_its_probes_were(folder: Path
     assert 9.0 not in table["sqsd_risk"].to_pylist()
 
 
+def test_a_value_that_python_does_not_have_passes_through_a_run(folder: Path, scorer: SQSDScorer) -> None:
+    source = pa.Table.from_pylist([*make_rows(3), {"id": 3, "instruction": "q", "output": ""}])
+    source = source.append_column("when", pa.array([10**15, 1, None, 10**14], pa.timestamp("ms")))
+    pq.write_table(source, "a.parquet")
+    filter_dataset("a.parquet", "out", drop_count=0, scorer=scorer)
+    assert pq.read_table(split_file(Path("out"), "kept"))["when"].equals(source["when"][:3])
+    assert pq.read_table(split_file(Path("out"), "errors"))["when"].equals(source["when"][3:])
+    with pytest.raises(RowErrorBudgetExceeded, match=r"a\.parquet, line 4"):
+        filter_dataset("a.parquet", "strict", drop_count=0, on_error="fail", scorer=scorer)
+
+
 def test_a_file_name_that_is_not_utf8_is_spelled_out(folder: Path, scorer: SQSDScorer) -> None:
     name = os.fsdecode(b"odd\xff.jsonl")
     write_jsonl(folder / name, [*make_rows(2), {}])

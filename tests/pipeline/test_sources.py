@@ -509,6 +509,35 @@ def test_a_damaged_page_of_a_parquet_file_is_named(tmp_path: Path) -> None:
         list(Corpus.scan([str(path)]).chunks())
 
 
+BEYOND_PYTHON: dict[str, pa.Array] = {
+    "year 33658": pa.array([10**12], pa.timestamp("s")),
+    "date": pa.array([10**8], pa.date32()),
+    "duration": pa.array([2**62], pa.duration("s")),
+    "time zone": pa.array([1], pa.timestamp("us", "Mars/Phobos")),
+    "bytes": pa.Array.from_buffers(pa.string(), 1, [None, pa.array(["ab"]).buffers()[1], pa.py_buffer(b"\xff\xfe")]),
+}
+
+
+@pytest.mark.parametrize("column", BEYOND_PYTHON.values(), ids=BEYOND_PYTHON)
+def test_values_that_python_does_not_have_pass_by_unread(column: pa.Array, tmp_path: Path) -> None:
+    path = table_file(tmp_path / "a.parquet", x=column, text=pa.array(["ok"]))
+    assert peek([path]) == [{"x": None, "text": "ok"}]
+    rows: list[Row] = []
+    corpus = Corpus.scan([path], visit=rows.append, columns=["text"])
+    assert [row.value for row in rows] == [{"text": "ok"}]
+    [chunk] = corpus.chunks()
+    assert chunk.table.column("x").equals(pq.read_table(path).column("x"))
+    with pytest.raises(InputError, match=r"^Column 'x' of .*a\.parquet holds a value that can't be read"):
+        values(corpus)
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.list_(pa.string_view())], ids=str)
+def test_columns_that_can_not_be_filtered_are_refused_at_once(kind: pa.DataType, tmp_path: Path) -> None:
+    path = table_file(tmp_path / "a.parquet", text=pa.array(["ok"]), x=pa.nulls(1, kind))
+    with pytest.raises(InputError, match=r"^Column 'x' of .*a\.parquet is of the type .*string_view"):
+        Corpus.scan([path])
+
+
 def test_a_label_column_that_meets_plain_numbers_loses_only_its_names(tmp_path: Path) -> None:
     features = datasets.Features({"label": datasets.ClassLabel(names=["no", "yes"]), "x": datasets.Json()})
     labelled = datasets.Dataset.from_dict({"label": [1], "x": [{"a": 1}]}, features=features)
