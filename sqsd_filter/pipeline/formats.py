@@ -32,8 +32,12 @@ def _open_folder(path: Path) -> SavedDataset:
         return SavedDataset(path)
     splits = path / "dataset_dict.json"
     if splits.exists():
-        names = json.loads(splits.read_text())["splits"]
-        raise InputError(f"{path} holds the splits {', '.join(names)}; name one of them: {path / names[0]}.")
+        try:
+            names = [str(name) for name in json.loads(splits.read_bytes())["splits"]]
+            first = names[0]
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(f"{splits} names no splits; save the dataset again.") from error
+        raise InputError(f"{path} holds the splits {', '.join(names)}; name one of them: {path / first}.")
     raise InputError(f"{path} is a folder, but not one that save_to_disk left; name its files, as in '{path}/*.jsonl'.")
 
 
@@ -46,10 +50,10 @@ def _open_json(path: Path) -> JsonArray | JsonLines:
             break
     if first == b"[":
         return JsonArray(path)
-    # JSON Lines have a whole object, unindented, on one of the next lines; an object spread over lines has not
-    filled = (line for line in split_lines(file.blocks()) if line.strip())
-    others = islice(filled, 1, 1000)
-    if first == b"{" and not any(line.startswith(b"{") and parse_line(line)[0] is not None for line in others):
+    # JSON Lines have a whole object, unindented, on one of the first lines; an object spread over lines has not
+    filled = (line.removeprefix(codecs.BOM_UTF8) for line in split_lines(file.blocks()) if line.strip())
+    lines = islice(filled, 1000)
+    if first == b"{" and not any(line.startswith(b"{") and parse_line(line)[0] is not None for line in lines):
         raise InputError(
             f"{path} holds a single JSON object, not rows; save its rows as an array, or one to a line as .jsonl."
         )

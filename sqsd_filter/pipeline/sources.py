@@ -106,7 +106,7 @@ def peek(paths: Sequence[str], n: int = 1000) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for source in sources:
         if isinstance(source, TextFile):
-            readable = (value for _, _, value, _, _ in islice(source.records(), 2 * share) if value is not None)
+            readable = (value for _, _, value, _, _ in source.records() if value is not None)
             rows += islice(readable, share)
         else:
             rows += source.glimpse(share)

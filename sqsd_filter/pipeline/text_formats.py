@@ -5,6 +5,7 @@ byte offset and bytes. A reader holds a block and the record it is in, never a f
 import codecs
 import csv
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,29 @@ MAX_DEPTH = 200  # far below Python's recursion limit, so that the verdict doesn
 MAX_CSV_FIELD = 1 << 26
 TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 TOO_LONG_INT = "an integer of more than 4300 digits"
+
+
+class Inexact(ValueError):
+    """JSON that Python would read as something else."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise Inexact(f"{next(name for name in names if names.count(name) > 1)!a} stands twice in one object")
+    return found
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise Inexact("a number too large for a float")
+    return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_float=_finite)
+_LENIENT = json.JSONDecoder(parse_int=lambda digits: 0)  # only to find where a value ends
 
 
 class TextFile:
@@ -136,13 +160,15 @@ class JsonLines(TextFile):
 def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
     """The JSON object of one line, or None and why there is none."""
     try:
-        value = json.loads(raw.decode())
+        value = _DECODER.decode(raw.decode())
     except UnicodeDecodeError as error:
         return None, f"not UTF-8: byte {error.start + 1}"
     except json.JSONDecodeError as error:
         return None, f"not JSON: {error.msg} at column {error.colno}" if raw.strip() else "blank line"
     except RecursionError:
         return None, TOO_DEEP
+    except Inexact as error:
+        return None, str(error)
     except ValueError:
         return None, TOO_LONG_INT
     problem = unfit(value, raw)
@@ -271,8 +297,9 @@ class Window:
                 continue
             except RecursionError:
                 value, end, problem = None, self._closing_bracket(), TOO_DEEP
-            except ValueError:
-                problem, decoder = TOO_LONG_INT, _DECODER_OF_ANY_INT
+            except ValueError as error:
+                problem = str(error) if isinstance(error, Inexact) else TOO_LONG_INT
+                decoder = _LENIENT
                 continue
             if end is None:
                 if not self._grow():
@@ -300,10 +327,6 @@ class Window:
             f"{self.path} is a broken JSON array: {complaint}, in or after element {self.row} at byte {self.offset}; "
             "repair it, or save the rows as JSON Lines, where a bad row costs only itself."
         )
-
-
-_DECODER = json.JSONDecoder()
-_DECODER_OF_ANY_INT = json.JSONDecoder(parse_int=lambda digits: 0)
 
 
 class Csv(TextFile):

@@ -169,7 +169,10 @@ NASTY: list[tuple[bytes, Any]] = [
     (b'{"x": "007"}', {"x": "007"}),
     (b'{"x": "2024-01-01T00:00:00Z"}', {"x": "2024-01-01T00:00:00Z"}),
     (b'{"x": "\\ud83d\\ude00"}', {"x": "\U0001f600"}),
-    (b'{"x": 1, "x": 2}', {"x": 2}),
+    (b'{"x": 1, "x": 2}', "'x' stands twice in one object"),
+    (b'{"x": [{"\xc3\xa9": 1, "y": 2, "\xc3\xa9": 1}]}', "'\\xe9' stands twice in one object"),
+    (b'{"x": [-1e400]}', "a number too large for a float"),
+    (b'{"x": 1e308}', {"x": 1e308}),
     (b'{"x": NaN}', {"x": math.nan}),
     (b"", "blank line"),
     (b"  \r", "blank line"),
@@ -245,7 +248,6 @@ def test_an_array_is_decoded_within_a_window_of_a_few_rows(tmp_path: Path, monke
         ("a.json", b'[{"a": 1},]', "Expecting value"),
         ("a.json", b'[{"a": 1}', "Expecting ',' or '\\]'"),
         ("a.json", b'[{"a": 1}] [', "Extra data"),
-        ("a.json", b'{"data": [{"a": 1}]}', "single JSON object"),
         ("a.json", b'{\n "data": [\n  {"a": 1}\n ]\n}\n', "single JSON object"),
         ("a.jsonl.gz", gzip.compress(jsonl(ROWS))[:-9], "a.jsonl.gz is truncated.* at byte"),
         ("a.jsonl.gz", gzip.compress(jsonl(ROWS))[:200] + b"garbage" * 99, "a.jsonl.gz is corrupt.*between bytes 0"),
@@ -258,6 +260,17 @@ def test_an_array_is_decoded_within_a_window_of_a_few_rows(tmp_path: Path, monke
 def test_broken_files_are_named_with_the_place(name: str, data: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         Corpus.scan([write(tmp_path / name, data)])
+
+
+@pytest.mark.parametrize("data", [b'{"a": 1}', b'\xef\xbb\xbf{"a": 1}\n', b'\n{"a": 1}\n\n'], ids=str)
+def test_a_json_file_may_hold_a_single_line(data: bytes, tmp_path: Path) -> None:
+    rows = [row.value for row in Corpus.scan([write(tmp_path / "a.json", data)]).read(0, 9)]
+    assert [row for row in rows if row] == [{"a": 1}]
+
+
+def test_the_first_readable_row_is_found_however_far_down(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b"\n" * 2500 + b"broken\n" * 2500 + jsonl(ROWS[:20]))
+    assert peek([path], 10) == ROWS[:10]
 
 
 def test_empty_files_have_no_rows(tmp_path: Path) -> None:
@@ -438,6 +451,13 @@ def test_a_folder_of_splits_is_refused_with_their_names(tmp_path: Path) -> None:
         expand([str(tmp_path)])
 
 
+@pytest.mark.parametrize("content", ["{", "{}", '{"splits": []}', "[]", "\xff"])
+def test_a_folder_of_no_splits_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=r"dataset_dict\.json names no splits"):
+        expand([str(tmp_path)])
+
+
 def table_file(path: Path, **columns: Any) -> str:
     pq.write_table(pa.table(columns), path)
     return str(path)
@@ -477,7 +497,10 @@ def conflicts(tmp: Path) -> Iterator[list[str]]:
     for name, column in [("float", pa.array([1.0])), ("string", pa.array(["1"])), ("when", pa.array([datetime.now()]))]:
         yield [number, table_file(tmp / f"{name}.parquet", x=column)]
     yield [number, write(tmp / "a.jsonl", b'{"x": "1"}\n')]
-    yield [table_file(tmp / "text.parquet", x=pa.array(["1"])), write(tmp / "big.jsonl", b'{"x": 1e999}\n{"x": "a"}')]
+    yield [
+        table_file(tmp / "text.parquet", x=pa.array(["1"])),
+        write(tmp / "big.jsonl", b'{"x": Infinity}\n{"x": "a"}'),
+    ]
     for names in (["no", "yes"], ["yes", "no"]):
         features = datasets.Features({"x": datasets.ClassLabel(names=names)})
         datasets.Dataset.from_dict({"x": [0]}, features=features).to_parquet(str(tmp / f"{names[0]}.parquet"))
