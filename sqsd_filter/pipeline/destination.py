@@ -11,12 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from sqsd_filter.errors import DestinationExists, InputError
 from sqsd_filter.pipeline.store import write_whole
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
 LOCK_FILE = "lock"
+BASE = "base"  # in run.json, no part of what the run is: the way from its folder to where the paths begin
 
 
 class Destination:
@@ -32,9 +36,11 @@ class Destination:
         with self._access():
             if not target.parent.is_dir():
                 raise InputError(f"The folder {target.parent} does not exist: create it first.")
+            if "" in products and target.is_dir():
+                raise DestinationExists(f"{target} is a folder, where a file is to be written: choose another name.")
             if not target.exists() and _neighbour(target, "old").exists():  # killed in the middle of a swap
                 _neighbour(target, "old").rename(target)
-            if not overwrite and _read_json(self.home / RUN_FILE) is None and self._holds_work():
+            if not overwrite and read_run(self.home) is None and self._holds_work():
                 raise DestinationExists(
                     f"{target} exists and was not written by this command: choose another destination, or replace it "
                     "with --overwrite."
@@ -52,7 +58,7 @@ class Destination:
         be replaced; `InputError` where nothing can be written.
         """
         asked = json.loads(json.dumps(identity))
-        known = _read_json(self.home / RUN_FILE)
+        known = read_run(self.home)
         if known != asked and self._holds_work():
             if not self._overwrite:
                 raise DestinationExists(
@@ -60,18 +66,29 @@ class Destination:
                     "destination, or replace it with --overwrite."
                 )
             self.spare(i["path"] for i in asked["inputs"])
+            if Path.cwd().is_relative_to(self.target.resolve()) or self.target.is_mount():
+                raise DestinationExists(
+                    f"{self.target} can't be replaced, since it is or holds the working directory, or is mounted: "
+                    "choose another destination."
+                )
             self.replaces = True
             self.root = _neighbour(self.target, "new")
             self.home = self._home_of(self.root)
         with self._access():
             self._take_lock()
-            if self.replaces and _read_json(self.home / RUN_FILE) != asked:
+            if self.replaces and read_run(self.home) != asked:
                 self._clear()
             if self.finished():
                 return True
-            content = json.dumps(asked, indent=1, sort_keys=True).encode()
-            write_whole(self.home / RUN_FILE, lambda sink: sink.write(content))
+            content = json.dumps({**asked, BASE: os.path.relpath(".", self.home.resolve())}, indent=1, sort_keys=True)
+            write_whole(self.home / RUN_FILE, lambda sink: sink.write(content.encode()))
         return False
+
+    def others(self, paths: Iterable[str]) -> list[str]:
+        """These paths without what an earlier run left here, as when a glob finds it; all of them if that is all."""
+        paths = list(paths)
+        own = (self.target.resolve(), self._home_of(self.target).resolve())
+        return [path for path in paths if Path(path).resolve() not in own] or paths
 
     def spare(self, paths: Iterable[str]) -> None:
         """Raise `DestinationExists` if one of these would be lost with what --overwrite replaces."""
@@ -111,8 +128,16 @@ class Destination:
                     _remove(path)
 
     def finished(self) -> bool:
+        """Has the run that the home tells of left all its products, and no other run since?"""
         report = _read_json(self.home / REPORT_FILE)
-        return bool(report) and report["status"] == "ok" and all((self.root / p).exists() for p in self._products)
+        if not report or report["status"] != "ok" or _neighbour(self.root, "old").exists():
+            return False
+        products = [self.root / name for name in self._products]
+        try:
+            rows = [pq.read_metadata(path).num_rows for path in products if path.suffix == ".parquet"]
+        except (OSError, pa.ArrowException):
+            return False
+        return all(path.exists() for path in products) and sum(rows) == report["rows"]["total"]
 
     def publish(self) -> None:
         """Swap what stands beside into place, and let go of the lock."""
@@ -149,6 +174,26 @@ def _neighbour(path: Path, kind: str) -> Path:
     """The hidden name beside a path under which its `new` or `old` content stands during a swap."""
     absolute = Path(os.path.abspath(path))
     return absolute.parent / f".{absolute.name}.sqsd-{kind}"
+
+
+def read_run(home: Path) -> dict[str, Any] | None:
+    """What the run in this home is, if there is one."""
+    known = _read_json(home / RUN_FILE)
+    return known and {key: value for key, value in known.items() if key != BASE}
+
+
+def input_paths(home: Path) -> list[str]:
+    """The inputs of the run in this home, as they are reached from here: as typed, where that names the same."""
+    known = _read_json(home / RUN_FILE)
+    base = home.resolve() / known.get(BASE, "")
+    return [_from_here(i["path"], base) for i in known["inputs"]]
+
+
+def _from_here(path: str, base: Path) -> str:
+    there = base / path
+    if not there.exists() or (Path(path).exists() and there.samefile(path)):
+        return path
+    return os.path.relpath(there)
 
 
 def _read_json(path: Path) -> Any:

@@ -30,6 +30,10 @@ def open_source(path: Path) -> TextFile | Table:
 def _open_folder(path: Path) -> SavedDataset:
     if (path / "state.json").exists():
         return SavedDataset(path)
+    if (path / "sqsd" / "run.json").exists():
+        raise InputError(
+            f"{path} holds what was filtered before; name what to read of it: '{path}/data/kept-*.parquet'."
+        )
     splits = path / "dataset_dict.json"
     if splits.exists():
         try:

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from sqsd_filter.errors import InputError, RowErrorBudgetExceeded, SQSDError, UsageError
-from sqsd_filter.pipeline.destination import REPORT_FILE, RUN_FILE, Destination, _read_json
+from sqsd_filter.pipeline.destination import REPORT_FILE, RUN_FILE, Destination, _read_json, input_paths, read_run
 from sqsd_filter.pipeline.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.export import SPLITS, data_file, export_scored, export_splits
 from sqsd_filter.pipeline.report import summarise, versions, write_card, write_report
 from sqsd_filter.pipeline.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.selection import ERROR, KEPT, Cut, Selection, cut_rows, parse_share
 from sqsd_filter.pipeline.shards import Index, plan
-from sqsd_filter.pipeline.sources import Corpus, peek
+from sqsd_filter.pipeline.sources import Corpus, matches, peek
 from sqsd_filter.pipeline.store import KEYS, ScoreStore
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.conversation import BAD_JSON, RowError, RowFormat, choose_format
@@ -142,7 +142,7 @@ def filter_dataset(
     paths, scorer, engine = _paths(sources), scorer or SQSDScorer(pack), engine or LocalEngine()
     place = _folder(Path(dest), overwrite)
     progress = progress or Silent()
-    scan = _Scan(paths, columns or Columns(), limit, progress)
+    scan = _Scan(place.others(matches(paths)), columns or Columns(), limit, progress)
     scorer = engine.place(scorer)
     run = Run(
         place,
@@ -183,7 +183,7 @@ def score_dataset(
     paths, scorer, engine = _paths(sources), scorer or SQSDScorer(pack), engine or LocalEngine()
     place = Destination(dest, lambda root: root.with_name(root.name + ".sqsd"), [""], overwrite=overwrite)
     progress = progress or Silent()
-    scan = _Scan(paths, columns or Columns(), limit, progress)
+    scan = _Scan(place.others(matches(paths)), columns or Columns(), limit, progress)
     scorer = engine.place(scorer)
     identity = {**scan.identity(), "scoring": scorer.settings()}
     run = Run(place, identity, progress, settings or {}, started, _about(scorer), engine)
@@ -236,7 +236,8 @@ def select_dataset(
 
 def _earlier_run(home: Path, progress: Progress) -> tuple[Scored, dict[str, Any], dict[str, Any]]:
     """The inputs of an earlier run joined with its score store."""
-    known = _read_json(home / RUN_FILE)
+    known = read_run(home)
+    assert known is not None
     report = _read_json(home / REPORT_FILE) or {}
     if not (home / "scores").is_dir() or "pack" not in report:
         if report.get("status") == "ok":
@@ -246,19 +247,20 @@ def _earlier_run(home: Path, progress: Progress) -> tuple[Scored, dict[str, Any]
     index = Index(form)
     progress.start("reading", None)
     corpus = Corpus.scan(
-        [i["path"] for i in known["inputs"]],
+        input_paths(home),
         limit=known["limit"],
         visit=_counted(index.visit, progress),
         columns=form.columns,
         form=form,
     )
-    if corpus.inputs != known["inputs"]:
+    if [{**i, "path": ""} for i in corpus.inputs] != [{**i, "path": ""} for i in known["inputs"]]:
         raise InputError(
             f"The inputs of {home.parent} have changed since it was scored: run sqsd-filter on them again."
         )
     weights = report["pack"]["weights"]
     store = ScoreStore(home / "scores", known["scoring"], list(weights))
-    return from_store(corpus, index, store, weights), known, {"pack": report["pack"]}
+    identity = {**known, "inputs": corpus.inputs}
+    return from_store(corpus, index, store, weights), identity, {"pack": report["pack"]}
 
 
 @dataclass(frozen=True)

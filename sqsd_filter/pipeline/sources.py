@@ -82,7 +82,15 @@ def expand(paths: Sequence[str]) -> list[Path]:
 
 def _open(paths: Sequence[str]) -> list[TextFile | Table]:
     try:
-        return [open_source(Path(found)) for path in paths for found in _matches(path)]
+        return [open_source(Path(found)) for found in matches(paths)]
+    except OSError as error:
+        raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from error
+
+
+def matches(paths: Sequence[str]) -> list[str]:
+    """What these paths and globs name, each glob's sorted. Raises InputError for one that names nothing."""
+    try:
+        return [found for path in paths for found in _matches(path)]
     except OSError as error:
         raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from error
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -527,6 +528,19 @@ def test_selecting_from_what_was_selected_or_from_half_a_run_says_what_to_do(nas
         select_dataset("run", "other", drop_count=1)
 
 
+def test_selecting_from_a_run_works_from_any_folder(nasty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    select_dataset("run", "here", drop_count=3)
+    (nasty / "deep" / "er").mkdir(parents=True)
+    monkeypatch.chdir(nasty / "deep" / "er")
+    report = select_dataset("../../run", "there", drop_count=3)
+    assert [i["path"] for i in report["inputs"]] == ["../../nasty.jsonl"]
+    for split in ("kept", "dropped"):
+        assert rows_of(Path("there"), split) == rows_of(nasty / "here", split)
+    assert str(nasty) not in (nasty / "run/sqsd/run.json").read_text()
+    with pytest.raises(DestinationExists, match="holds the input"):
+        select_dataset("../../run", "../..", drop_count=2, overwrite=True)
+
+
 def test_selecting_from_a_run_whose_input_has_changed_is_refused(nasty: Path) -> None:
     write_jsonl(nasty / "nasty.jsonl", NASTY[1:])
     with pytest.raises(InputError, match="changed since it was scored"):
@@ -540,6 +554,75 @@ def test_nothing_is_ever_filtered_in_place(source: str, nasty: Path) -> None:
     with pytest.raises(DestinationExists, match="which --overwrite would delete"):
         select_dataset(source, dest, drop_count=3, overwrite=True)
     assert {p: p.read_bytes() for p in nasty.rglob("*") if p.is_file()} == before
+
+
+# ---------------------------------------------------------------------------------------------- destinations
+
+
+class Unused(SQSDScorer):
+    """Fails the test when anything is scored."""
+
+    def score(self, *_: Any) -> Any:
+        raise AssertionError("scored before the destination was looked at")
+
+
+@pytest.mark.parametrize("dest", [".", "..", "/proc"])
+def test_what_can_not_be_swapped_is_refused_before_scoring(
+    dest: str,
+    folder: Path,
+    tiny_pack: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (folder / "work").mkdir()
+    (folder / "work" / "notes.txt").touch()
+    outside = write_jsonl(tmp_path_factory.mktemp("elsewhere") / "in.jsonl", make_rows(3))
+    monkeypatch.chdir(folder / "work")
+    with pytest.raises(DestinationExists, match="can't be replaced, since it"):
+        filter_dataset(outside, dest, drop_count=0, overwrite=True, scorer=Unused(tiny_pack))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_in_the_place_of_a_scored_file_is_refused_before_scoring(
+    overwrite: bool, folder: Path, tiny_pack: Path
+) -> None:
+    (folder / "d.parquet").mkdir()
+    with pytest.raises(DestinationExists, match="is a folder, where a file is to be written"):
+        score_dataset("in.jsonl", "d.parquet", overwrite=overwrite, scorer=Unused(tiny_pack))
+
+
+def test_a_glob_that_finds_the_destination_finds_the_same_inputs(folder: Path, scorer: SQSDScorer) -> None:
+    (folder / "data").mkdir()
+    (folder / "in.jsonl").rename("data/in.jsonl")
+    for again in (False, True):
+        typed = [str(path) for path in sorted(Path("data").iterdir())]
+        for sources in (typed, "data/*"):
+            report = filter_dataset(sources, "data/out", drop_count=1, scorer=scorer)
+        assert [i["path"] for i in report["inputs"]] == ["data/in.jsonl"]
+        assert again == ("data/out" in typed)
+    for _ in range(2):
+        score_dataset("data/in.*", "data/in.parquet", scorer=scorer)
+    with pytest.raises(InputError, match=r"data/out holds what was filtered before"):
+        filter_dataset("data/out", "data/out", drop_count=1, scorer=scorer)
+
+
+def test_a_scored_file_that_is_not_the_reports_is_written_again(folder: Path, scorer: SQSDScorer) -> None:
+    score_dataset("in.jsonl", "scored.parquet", scorer=scorer)
+    done = Path("scored.parquet").read_bytes()
+    score_dataset("in.jsonl", "other.parquet", limit=7, scorer=scorer)
+    shutil.copy("other.parquet", "scored.parquet")
+    report = score_dataset("in.jsonl", "scored.parquet", scorer=scorer)
+    assert not report.get("already_done") and Path("scored.parquet").read_bytes() == done
+
+
+def test_a_kill_between_two_swaps_leaves_nothing_that_counts_as_done(folder: Path, scorer: SQSDScorer) -> None:
+    score_dataset("in.jsonl", "scored.parquet", scorer=scorer)
+    done = Path("scored.parquet").read_bytes()
+    Path("scored.parquet").rename(".scored.parquet.sqsd-old")
+    pq.write_table(pq.read_table(".scored.parquet.sqsd-old").select(["id", "sqsd_risk"]), "scored.parquet")
+    score_dataset("in.jsonl", "scored.parquet", scorer=scorer)
+    assert Path("scored.parquet").read_bytes() == done
+    assert not Path(".scored.parquet.sqsd-old").exists()
 
 
 # ---------------------------------------------------------------------------------------------- disks that refuse

@@ -451,6 +451,13 @@ def test_a_folder_of_splits_is_refused_with_their_names(tmp_path: Path) -> None:
         expand([str(tmp_path)])
 
 
+def test_a_folder_of_an_earlier_run_is_refused_with_its_files(tmp_path: Path) -> None:
+    (tmp_path / "sqsd").mkdir()
+    write(tmp_path / "sqsd" / "run.json", b"{}")
+    with pytest.raises(InputError, match=r"filtered before; .*/data/kept-\*\.parquet"):
+        expand([str(tmp_path)])
+
+
 @pytest.mark.parametrize("content", ["{", "{}", '{"splits": []}', "[]", "\xff"])
 def test_a_folder_of_no_splits_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "dataset_dict.json").write_text(content, encoding="latin-1")
