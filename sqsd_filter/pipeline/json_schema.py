@@ -1,5 +1,8 @@
 """From JSON values to Arrow columns and back, exactly: the types that hold every value as it was, and the encoding of
 those values that no single Arrow type can hold (7 beside "7", dicts whose keys differ, 2**70) as JSON in a string.
+
+Dicts with the same keys in another order are one struct, in the order of the first: messages that mix role, content
+with content, role stay messages, which is worth more than the order of keys inside a value.
 """
 
 import json
