@@ -108,11 +108,12 @@ def _finish(context: click.Context, report: dict[str, Any], dest: Path) -> None:
 @click.pass_context
 def filter_command(context: click.Context, **params: Any) -> None:
     """Score every row of SRC... and write the rows to the folder DEST without the riskiest."""
-    from sqsd_filter.pipeline.run import estimate, filter_dataset
+    from sqsd_filter.pipeline.run import Policy, estimate, filter_dataset
     from sqsd_filter.pipeline.selection import Cut
 
     display, cut = _log(context), options.one_cut(context)
     Cut.of(**cut)
+    Policy.of(params["on_error"], params["max_error_rate"])
     common = {"columns": _columns(params), "limit": params["limit"], "progress": display}
     if params["dry_run"]:
         guess = estimate(params["sources"], _scorer(params), **common)
@@ -235,6 +236,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         click.echo(f"Error: {problem}", err=True)
         sys.exit(problem.exit_code)
+    except OSError as problem:
+        if os.environ.get("SQSD_FILTER_DEBUG"):
+            raise
+        click.echo(f"Error: {problem}.", err=True)
+        sys.exit(1)
     except Exception as problem:
         if os.environ.get("SQSD_FILTER_DEBUG"):
             raise

@@ -45,23 +45,25 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise UsageError(f"The config file {path} can't be read: {problem}.") from problem
-    known = _recorded(context)
+    known = _recorded(context.command)
     given = {key.replace("-", "_"): value for key, value in table.items()}
-    if unknown := sorted(set(given) - set(known)):
+    group = context.parent.command if context.parent else None
+    anywhere = {name for c in getattr(group, "commands", {}).values() for name in _recorded(c)}  # files are shared
+    if unknown := sorted(set(given) - set(known) - anywhere):
         raise UsageError(f"The config file {path} has unknown settings: {', '.join(unknown)}.")
-    context.default_map = {known[name]: value for name, value in given.items()}
+    context.default_map = {known[name]: value for name, value in given.items() if name in known}
 
 
-def _recorded(context: click.Context) -> dict[str, str]:
+def _recorded(command: click.Command) -> dict[str, str]:
     """The settings of a command by the names people give them, and the parameters that hold them."""
-    names = {p.opts[0].removeprefix("--").replace("-", "_"): p.name or "" for p in context.command.params}
+    names = {p.opts[0].removeprefix("--").replace("-", "_"): p.name or "" for p in command.params}
     return {name: parameter for name, parameter in sorted(names.items()) if parameter not in _UNRECORDED}
 
 
 def settings(context: click.Context) -> dict[str, dict[str, Any]]:
     """Every setting's value and origin, for the report."""
     found = {}
-    for name, parameter in _recorded(context).items():
+    for name, parameter in _recorded(context.command).items():
         source = context.get_parameter_source(parameter)
         origin = _ORIGINS.get(source, "default") if source else "default"
         found[name] = {"value": context.params[parameter], "origin": origin}

@@ -35,9 +35,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from sqsd_filter.directions.pack import ADAPTER_FILES, FORMAT, PACK_FILE, Pack, Probe, load_pack
+from sqsd_filter.directions.pack import ADAPTER_FILES, FORMAT, PACK_FILE, PROBE_NAME, RESERVED, Pack, Probe, load_pack
 from sqsd_filter.errors import DestinationExists, InputError, PackError, SQSDError, UsageError
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.conversation import ChatEncoder, Encoded
@@ -139,6 +140,9 @@ class PackRecipe:
             "probes": tuple(_typed(Probe, table, "[[probes]]") for table in data.get("probes", [])),
             "folder": path.parent,
         }
+        for probe in recipe["probes"]:
+            if not PROBE_NAME.fullmatch(probe.name) or probe.name in RESERVED:
+                raise UsageError(f"[[probes]]: '{probe.name}' can't be a probe's name.")
         loaded: PackRecipe = _typed(cls, recipe, str(path))
         used = {name for p in loaded.probes for name in (p.direction, p.state)}
         if not used or (missing := used - set(loaded.adapters)):
@@ -154,11 +158,27 @@ def _typed(kind: Any, table: Mapping[str, Any], where: str) -> Any:
     needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [n for n in needed if n not in table]:
         raise UsageError(f"{where} lacks {', '.join(missing)}.")
+    hints = get_type_hints(kind)
+    for name, value in table.items():
+        if not _fits(value, hints[name]):
+            raise UsageError(f"{where}: '{name}' can't be {value!r}.")
     return kind(**table)
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Is a TOML value of the type that a field is annotated with?"""
+    if get_origin(hint) in (UnionType, Union):
+        return any(_fits(value, option) for option in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    kind = get_origin(hint) or hint
+    return True if kind is Any else isinstance(value, type(None) if kind is None else kind)
+
+
 def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None = None) -> Pack:
-    """Train every adapter of the recipe that isn't there yet, and write the pack.
+    """Train every adapter of the recipe that isn't there yet, and write the pack; a pack that is done is loaded.
 
     Raises `DestinationExists` when `target` holds anything but this very build, `SQSDError` when the extra `train`
     isn't installed.
@@ -171,7 +191,11 @@ def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None
     target = Path(target)
     work = target / WORK_DIR
     plan = json.dumps(asdict(recipe) | {"folder": None}, sort_keys=True, indent=1, default=str)
+    fingerprint = hashlib.blake2b(plan.encode(), digest_size=8).hexdigest()
     if target.is_dir() and any(target.iterdir()):
+        done = target / PACK_FILE
+        if done.is_file() and json.loads(done.read_text(encoding="utf-8")).get("recipe") == fingerprint:
+            return load_pack(target)
         if not (work / "recipe.json").is_file():
             raise DestinationExists(f"{target} exists and is not an unfinished build: choose another folder.")
         if (work / "recipe.json").read_text() != plan:
@@ -194,6 +218,7 @@ def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None
         "max_length": recipe.max_length,
         "probes": [asdict(p) for p in recipe.probes],
         "provenance": provenance,
+        "recipe": fingerprint,
         **recipe.notes,
     }
     _write_json(target / PACK_FILE, pack)
@@ -320,7 +345,8 @@ def _publish(trained: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     config = json.loads((trained / config_file).read_text())
     config["base_model_name_or_path"] = None
-    config["target_modules"] = sorted(config["target_modules"])
+    if not isinstance(config["target_modules"], str):  # else a pattern
+        config["target_modules"] = sorted(config["target_modules"])
     (target / config_file).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     tensors = load_file(trained / weights_file)
     save_file({k: v.to(torch.bfloat16) for k, v in sorted(tensors.items())}, target / weights_file)
@@ -383,11 +409,15 @@ def _turns(row: Mapping[str, Any], adapter: AdapterRecipe, answer: str) -> list[
 def _rows(recipe: PackRecipe, adapter: AdapterRecipe) -> tuple[Any, dict[str, Any]]:
     """The recipe's rows of one adapter's data, and where they came from."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     file = recipe.folder / adapter.data
     if file.is_file():
         kind = {".csv": "csv", ".parquet": "parquet"}.get(file.suffix, "json")
-        data = load_dataset(kind, data_files=str(file), split="train")
+        try:
+            data = load_dataset(kind, data_files=str(file), split="train")
+        except DatasetGenerationError as problem:
+            raise InputError(f"{file} can't be read ({problem.__cause__ or problem}): mend it.") from problem
         with file.open("rb") as stream:
             source = {"file": file.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
     else:
@@ -407,6 +437,11 @@ def _rows(recipe: PackRecipe, adapter: AdapterRecipe) -> tuple[Any, dict[str, An
         data = data.filter(lambda row, c=column, v=value: row[c] == v)
     if adapter.rows is not None and len(data) > adapter.rows:
         data = data.shuffle(seed=recipe.seed).select(range(adapter.rows))
+    texts = [c for c in (adapter.prompt, adapter.answer, adapter.chosen, adapter.rejected) if c is not None]
+    for column in texts:
+        odd = next((k for k, value in enumerate(data[column][:]) if not isinstance(value, str)), None)
+        if odd is not None:
+            raise InputError(f"{adapter.data} has no text in the column '{column}' of row {odd + 1}: leave it out.")
     if not len(data):
         raise PackError(f"No row of {adapter.data} is left for training.")
     return data, source

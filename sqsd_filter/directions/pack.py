@@ -25,6 +25,8 @@ from sqsd_filter.errors import PackError
 PACK_FILE = "pack.json"
 FORMAT = 1
 PACKS_DIR = Path(__file__).resolve().parent.parent / "packs"  # the embedded ones
+PROBE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+RESERVED = ("risk", "status", "reason", "file", "line", "raw")  # other columns are called sqsd_ and this
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -195,6 +197,6 @@ def _probe(entry: Any, path: Path) -> Probe:
         state=_field(entry, "state", str, path),
         state_scaling=None if scaling is None else float(scaling),
     )
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", probe.name) or probe.name in ("risk", "status"):
+    if not PROBE_NAME.fullmatch(probe.name) or probe.name in RESERVED:
         raise PackError(f"{path}: '{probe.name}' can't be a probe's name: it becomes the column sqsd_{probe.name}.")
     return probe

@@ -291,7 +291,8 @@ class Policy:
         why = f" ({scored.details[first]})" if scored.details.get(first) else ""
         raise RowErrorBudgetExceeded(
             f"{errors} of {total} rows could not be scored ({reasons}), more than {budget} allows; the first is "
-            f"{row.file}, line {row.line}{why}. Mend the rows, name the right columns, or allow more; the scores are kept."
+            f"{row.file}, line {row.line}{why}. Mend the rows, name the right columns, or allow more; the scores are "
+            "kept."
         )
 
 

@@ -70,8 +70,8 @@ class Cut:
         if kind == "drop_top":
             return cls(kind, parse_share(value))
         if kind == "max_risk":
-            if math.isnan(float(value)):
-                raise UsageError("--max-risk must be a number.")
+            if not math.isfinite(float(value)):
+                raise UsageError("--max-risk must be a finite number.")
             return cls(kind, float(value))
         if int(value) < 0:
             raise UsageError(f"--{kind.replace('_', '-')} must not be negative.")

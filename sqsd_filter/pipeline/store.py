@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sqsd_filter.errors import SQSDError
-from sqsd_filter.scoring.scorer import Scores
+from sqsd_filter.scoring.scorer import TRANSIENT, Scores
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ class ScoreStore:
             }
         ).replace_schema_metadata({SETTINGS: self._settings})
         path = self.folder / f"{self.id}-{name}.parquet"
+        if path.exists() and self._load(path) is not None:  # rows of that shard that are tried again, beside the others
+            path = path.with_stem(f"{path.stem}-again-{hashlib.blake2b(b''.join(keys), digest_size=8).hexdigest()}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda sink: pq.write_table(table, sink))
@@ -102,26 +104,35 @@ class ScoreStore:
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]
         for segment in self.segments():
-            try:
-                table = pq.read_table(segment, columns=["key", *self.probes, "status", "detail", "tokens"])
-                if (table.schema.metadata or {}).get(SETTINGS) != self._settings:
-                    raise KeyError("other settings")
-                stored = np.array(table["key"].to_pylist(), dtype=KEYS)
-            except (pa.ArrowException, OSError, KeyError) as problem:
-                log.warning("skipping %s, which is not a readable score segment (%s)", segment, problem)
+            table = self._load(segment)
+            if table is None:
                 continue
+            stored = np.array(table["key"].to_pylist(), dtype=KEYS)
             at = np.searchsorted(ordered, stored)
             hit = np.flatnonzero(at < n)
             hit = hit[ordered[at[hit]] == stored[hit]]
+            statuses = np.array(table["status"].to_pylist(), object)
             where = order[at[hit]]
+            better = ~(found.known[where] & np.isin(statuses[hit], TRANSIENT))  # a score is never given up again
+            hit, where = hit[better], where[better]
             found.known[where] = True
             found.own[where] = f"{self.id}-reused-" not in segment.name
             for probe in self.probes:
                 found.probes[probe][where] = table[probe].to_numpy()[hit]
-            found.status[where] = np.array(table["status"].to_pylist(), object)[hit]
+            found.status[where] = statuses[hit]
             found.detail[where] = np.array(table["detail"].to_pylist(), object)[hit]
             found.tokens[where] = table["tokens"].to_numpy()[hit]
         return found
+
+    def _load(self, segment: Path) -> pa.Table | None:
+        try:
+            table = pq.read_table(segment, columns=["key", *self.probes, "status", "detail", "tokens"])
+            if (table.schema.metadata or {}).get(SETTINGS) != self._settings:
+                raise KeyError("other settings")
+        except (pa.ArrowException, OSError, KeyError) as problem:
+            log.warning("skipping %s, which is not a readable score segment (%s)", segment, problem)
+            return None
+        return table
 
 
 def write_whole(path: Path, write: Any) -> None:

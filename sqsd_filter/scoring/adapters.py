@@ -124,6 +124,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise PackError(f"{folder} uses {name}, which is not plain LoRA on linear layers: train without it.")
     if config.get("bias", "none") != "none":
         raise PackError(f"{folder} has trained biases (bias={config['bias']!r}): train with bias='none'.")
+    patterns = config.get("alpha_pattern") or {}
+    numbers = [config.get("lora_alpha", 8), *(patterns.values() if isinstance(patterns, dict) else [None])]
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers):
+        raise PackError(f"{path} has no number for lora_alpha or in alpha_pattern: {_AGAIN}.")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as problem:
+            raise PackError(f"{path} has an alpha_pattern that is no pattern, '{pattern}' ({problem}).") from problem
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_MUTATING_INITS):
         raise PackError(

@@ -31,6 +31,7 @@ from sqsd_filter.scoring.conversation import (
 OUT_OF_MEMORY = "out_of_memory"  # a row too large for this device even alone
 CRASHED = "crashed"  # a row whose process died again and again
 FAILED = "failed"  # a row that makes the model fail; the detail has the error
+TRANSIENT = (OUT_OF_MEMORY, FAILED, CRASHED)  # reasons that may be gone at the next try
 DTYPES = ("float32", "bfloat16", "float64")
 
 

@@ -221,6 +221,21 @@ def test_a_senseless_config_is_a_usage_error(text: str, complaint: str, command:
 # ---------------------------------------------------------------------------------------------- exit codes
 
 
+def test_commands_share_a_config_file(command: Command, folder: Path) -> None:
+    (folder / "nightly.toml").write_text('drop-top = "5pct"\nlimit = 20\n')
+    assert command("score", "in.jsonl", "scored.parquet", "--config", "nightly.toml")[0] == 0
+    assert command("in.jsonl", "out", "--config", "nightly.toml")[0] == 0
+    assert read_report(Path("out"))["rows"]["dropped"] == 1
+
+
+def test_output_that_cannot_be_printed_is_a_failure_but_no_bug(folder: Path, tiny_pack: Path) -> None:
+    with open("/dev/full", "w") as full:
+        line = [sys.executable, "-m", "sqsd_filter", "in.jsonl", "out", *CUT, "--json"]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and "No space left" in one_sentence(done.stderr)
+    assert read_report(folder / "out")["status"] == "ok"
+
+
 def test_a_bare_number_is_a_usage_error_that_names_both_readings(command: Command) -> None:
     code, out, err = command("in.jsonl", "out", "--drop-top", "5")
     assert (code, out) == (2, "")
@@ -243,6 +258,10 @@ def test_a_bare_number_is_a_usage_error_that_names_both_readings(command: Comman
         ("empty.jsonl out --drop-top 5%", 3, "No readable row"),
         ("broken.jsonl out --drop-top 5%", 3, "No readable row"),
         ("no.parquet out --drop-top 5%", 3, "truncated or corrupt"),
+        ("in.jsonl out --drop-top 5% --format Alpaca", 2, "no row format 'Alpaca'"),
+        ("in.jsonl out --max-risk inf", 2, "finite"),
+        ("in.jsonl out --drop-top 5% --max-error-rate 7 --dry-run", 2, "7%"),
+        ("in.jsonl out --drop-top 5% --engine local --replicas 2", 2, "--engine ray"),
         ("in.jsonl out --drop-top 5% --format messages", 3, "does not fit the columns"),
         ("in.jsonl out --drop-top 5% --prompt-column q", 3, "--prompt-column names 'q'"),
         ("in.jsonl nowhere/out --drop-top 5%", 3, "The folder nowhere does not exist"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,13 +141,21 @@ def test_a_build_that_is_killed_goes_on_from_its_checkpoint_to_the_same_bytes(re
     assert files(out) == files(built)
 
 
+def test_a_finished_build_is_not_done_again(recipe: Path, built: Path) -> None:
+    out = recipe.parent / "pack"
+    shutil.copytree(built, out)
+    before = files(out)
+    assert build_pack(PackRecipe.load(recipe), out).fingerprint == load_pack(built).fingerprint
+    assert files(out) == before
+
+
 def test_another_seed_gives_another_pack(recipe: Path, built: Path) -> None:
     other = build_pack(replace(PackRecipe.load(recipe), seed=1), recipe.parent / "pack")
     assert other.fingerprint != load_pack(built).fingerprint
 
 
 def test_a_folder_with_something_else_is_left_alone(recipe: Path, built: Path, tmp_path: Path) -> None:
-    loaded = PackRecipe.load(recipe)
+    loaded = replace(PackRecipe.load(recipe), seed=3)
     before = files(built)
     with pytest.raises(DestinationExists, match="not an unfinished build"):
         build_pack(loaded, built)
@@ -164,6 +173,10 @@ BROKEN: dict[str, tuple[str, str, type[SQSDError], str]] = {
     "no column": ('answer = "output"', "", UsageError, "must name its columns: answer"),
     "no such column": ('chosen = "good"', 'chosen = "best"', InputError, "lacks the columns best"),
     "no such file": ('"answers.jsonl"', '"none.jsonl"', InputError, "none.jsonl"),
+    "no number": ("learning_rate = 1e-3", 'learning_rate = "fast"', UsageError, "'learning_rate' can't be 'fast'"),
+    "no whole number": ("rows = 16", "rows = 2.5", UsageError, r"'rows' can't be 2\.5"),
+    "no column's name": ('name = "danger"', 'name = "risk"', UsageError, "'risk' can't be a probe's name"),
+    "no text": ('answer = "output"', 'answer = "id"', InputError, "no text in the column 'id' of row 1"),
     "no rows": ("bad = true", 'instruction = "?"', SQSDError, "No row"),
     "no such adapter": ('state = "initial"', 'state = "begin"', UsageError, "begin"),
     "no such checkpoint": ("take_step = 2", "take_step = 3", UsageError, "multiple of save_steps"),
@@ -210,3 +223,9 @@ def test_progress_is_told_of_every_update(recipe: Path) -> None:
 
     build_pack(PackRecipe.load(recipe), recipe.parent / "pack", Listener())
     assert told == [["training initial", 16, 16], ["training danger", 24, 24], ["training safety", 24, 24]]
+
+
+def test_a_broken_data_file_is_an_input_error(recipe: Path) -> None:
+    (recipe.parent / "pairs.jsonl").write_text('{"prompt": "a", "good": "b"\n[')
+    with pytest.raises(InputError, match=r"pairs\.jsonl can't be read"):
+        build_pack(PackRecipe.load(recipe), recipe.parent / "pack")

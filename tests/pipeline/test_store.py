@@ -13,9 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sqsd_filter.errors import SQSDError
+from sqsd_filter.errors import RowErrorBudgetExceeded, SQSDError
+from sqsd_filter.pipeline.run import filter_dataset
 from sqsd_filter.pipeline.store import KEYS, ScoreStore, write_whole
-from sqsd_filter.scoring.scorer import Scores
+from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from tests.corpora import make_rows, write_jsonl
 
 SETTINGS = {"pack": "p", "dtype": "float32"}
 KEY = [bytes([k]) * 15 + b"\0" for k in range(1, 6)]  # a key may end in NUL
@@ -122,3 +124,30 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         write_whole(path, lambda sink: sink.write(b"new"))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_reason_that_may_pass_gives_way_to_a_score_and_never_the_other_way_round(tmp_path: Path) -> None:
+    store, lost = store_in(tmp_path), scores(float("nan"), 0.25)
+    lost.status[0] = "out_of_memory"
+    store.append("shard-000000", KEY[:2], lost)
+    store.append("shard-000000", KEY[:1], scores(0.5))  # tried again: the shard's other scores stay
+    assert known(store) == {KEY[0]: 0.5, KEY[1]: 0.25}
+    store.append("shard-000000", KEY[:2], lost)
+    assert known(store) == {KEY[0]: 0.5, KEY[1]: 0.25}
+
+
+def test_rows_that_did_not_fit_are_tried_again_by_the_next_run(
+    tmp_path: Path, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, scorer = write_jsonl(tmp_path / "in.jsonl", make_rows(8)), SQSDScorer(tiny_pack)
+    project = scorer.engine.project
+
+    def short_of_memory(rows: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(scorer.engine, "project", short_of_memory)
+    with pytest.raises(RowErrorBudgetExceeded, match=r"8 out_of_memory.*line 1 \(\d+ tokens don't fit"):
+        filter_dataset(source, tmp_path / "out", drop_count=1, scorer=scorer)
+    monkeypatch.setattr(scorer.engine, "project", project)
+    report = filter_dataset(source, tmp_path / "out", drop_count=1, scorer=scorer)
+    assert (report["rows"]["kept"], report["rows"]["dropped"], report["rows"]["scored"]) == (7, 1, 8)

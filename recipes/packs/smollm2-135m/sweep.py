@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--per-group", type=int, help="only this many rows of every group")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--save", type=Path, help="the scores and the cosines of every module, as .npz")
-    parser.add_argument("--out", type=Path, help="with --pack: write the AUCs there as JSON")
+    parser.add_argument("--out", type=Path, help="write the AUCs there as JSON")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
     if options.per_group:
@@ -92,7 +92,16 @@ def main() -> None:
             }
             options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     else:
-        _print_grid(measured)
+        table = _grid_table(measured)
+        for name, entry in table.items():
+            print(f"{name:60s}", *(f"{g} {value:.3f}" for g, value in entry.items()))
+        if options.out:
+            result = {
+                "rows": options.rows.name,
+                "settings": {"dtype": options.dtype, "max_length": options.max_length},
+                "auc_of_unsafe_against": {n: {g: round(v, 4) for g, v in e.items()} for n, e in table.items()},
+            }
+            options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(scorer: SQSDScorer, rows: Sequence[Mapping[str, Any]], answer_tokens: int | None = None) -> Measured:
@@ -247,25 +256,22 @@ def intervals(score: np.ndarray, groups: np.ndarray, draws: int = 1000, seed: in
     return found
 
 
-def _print_grid(measured: Measured, best: int = 25) -> None:
+def _grid_table(measured: Measured, best: int = 25) -> dict[str, dict[str, float]]:
+    """AUCs of the answer's length, of every direction at every state, and of the best differences of two."""
     groups = measured.groups
     print("n", {g: int((groups == g).sum()) for g in dict.fromkeys(groups.tolist())})
-
-    def line(name: str, score: np.ndarray) -> None:
-        print(f"{name:60s}", *(f"{g} {value:.3f}" for g, value in against(score, groups).items()))
-
-    line("answer length", measured.tokens.astype(float))
+    table = {"answer length": against(measured.tokens.astype(float), groups)}
     for name, score in measured.normalised.items():
-        line(name, score)
-        line(f"  {name}, not normalised", measured.unnormalised[name])
-    pairs = []
-    for plus, a in measured.normalised.items():
-        for minus, b in measured.normalised.items():
-            if plus.startswith("danger") and minus.startswith("safety"):
-                found = against(a - b, groups)
-                pairs.append((min(found.get("dolly", 1), found.get("gsm8k", 1)), f"{plus} - {minus}", a - b))
-    for _, name, score in sorted(pairs, key=lambda e: -e[0])[:best]:
-        line(name, score)
+        table[name] = against(score, groups)
+        table[f"{name}, not normalised"] = against(measured.unnormalised[name], groups)
+    pairs = {
+        f"{plus} - {minus}": against(a - b, groups)
+        for plus, a in measured.normalised.items()
+        for minus, b in measured.normalised.items()
+        if plus.startswith("danger") and minus.startswith("safety")
+    }
+    by_benign = sorted(pairs, key=lambda name: -min(pairs[name][g] for g in ("dolly", "gsm8k")))
+    return table | {name: pairs[name] for name in by_benign[:best]}
 
 
 if __name__ == "__main__":
