@@ -42,27 +42,25 @@ def session() -> Iterator[None]:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_jsonl(tmp_path / "in.jsonl", LINES)
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "in.jsonl", LINES)
+    return Path("in.jsonl")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_pack: Path) -> dict[str, Any]:
     """What this process makes of the rows."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    filter_dataset(write_jsonl(folder / "in.jsonl", LINES), folder / "out", drop_top="5%", pack=tiny_pack)
-    return outcome(folder / "out")
-
-
-def outcome(dest: Path) -> dict[str, Any]:
-    """All that a run left, but for the names of its inputs."""
-    found = content(dest)
-    del found["sqsd/report.json"]["inputs"], found["sqsd/run.json"]
-    return found
+    write_jsonl(folder / "in.jsonl", LINES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        filter_dataset("in.jsonl", "out", drop_top="5%", pack=tiny_pack)
+        return content(Path("out"))
 
 
 def run(source: Path, pack: Path, engine: Any, dest: str = "out") -> dict[str, Any]:
-    return filter_dataset(source, source.parent / dest, drop_top="5%", scorer=SQSDScorer(pack), engine=engine)
+    return filter_dataset(source, dest, drop_top="5%", scorer=SQSDScorer(pack), engine=engine)
 
 
 # ---------------------------------------------------------------------------------------------- the same bytes
@@ -73,7 +71,7 @@ def test_bytes_do_not_depend_on_the_number_of_replicas(
     session: None, source: Path, tiny_pack: Path, undisturbed: dict[str, Any], replicas: int
 ) -> None:
     report = run(source, tiny_pack, RayEngine(replicas))
-    assert outcome(source.parent / "out") == undisturbed
+    assert content(Path("out")) == undisturbed
     assert report["timing"]["engine"] == "ray" and report["timing"]["replicas"] == replicas
     assert ray.is_initialized()  # only sessions started by the tool are shut down
 
@@ -82,10 +80,10 @@ def test_a_killed_replica_costs_time_only(
     session: None, source: Path, tiny_pack: Path, undisturbed: dict[str, Any]
 ) -> None:
     scorer = SQSDScorer(tiny_pack)
-    scorer.__class__ = type("Deadly", (SQSDScorer,), {"_score": die_once(source.parent / "died", signal.SIGKILL)})
-    report = filter_dataset(source, source.parent / "out", drop_top="5%", scorer=scorer, engine=RayEngine(2))
-    assert (source.parent / "died").exists()
-    assert outcome(source.parent / "out") == undisturbed
+    scorer.__class__ = type("Deadly", (SQSDScorer,), {"_score": die_once(Path("died").absolute(), signal.SIGKILL)})
+    report = filter_dataset(source, Path("out"), drop_top="5%", scorer=scorer, engine=RayEngine(2))
+    assert (Path("died").absolute()).exists()
+    assert content(Path("out")) == undisturbed
     assert report["timing"]["shards_retried"] >= 1
 
 
@@ -127,7 +125,7 @@ def test_a_row_that_keeps_killing_its_replica_is_set_apart_and_the_rest_is_score
 
     scorer = SQSDScorer(tiny_pack)
     scorer.__class__ = type("Poisoned", (SQSDScorer,), {"_score": score})
-    report = filter_dataset(source, source.parent / "out", drop_top="5%", scorer=scorer, engine=RayEngine(2))
+    report = filter_dataset(source, Path("out"), drop_top="5%", scorer=scorer, engine=RayEngine(2))
     assert report["unscored"] == {"bad_json": 1, "no_answer": 1, "crashed": 1}
     assert report["rows"]["total"] == len(LINES) and report["timing"]["shards_retried"] >= 3
 
@@ -278,7 +276,7 @@ def test_a_node_that_goes_away_costs_time_only(source: Path, tiny_pack: Path, un
     finally:
         ray.shutdown()
         cluster.shutdown()
-    assert outcome(source.parent / "out") == undisturbed
+    assert content(Path("out")) == undisturbed
 
 
 def driver(folder: Path, pack: Path) -> subprocess.Popen[str]:
@@ -298,7 +296,7 @@ def wait_for_a_segment(process: subprocess.Popen[str], folder: Path) -> None:
 def test_a_killed_driver_is_followed_by_one_that_goes_on(
     source: Path, tiny_pack: Path, undisturbed: dict[str, Any]
 ) -> None:
-    folder = source.parent
+    folder = Path.cwd()
     process = driver(folder, tiny_pack)
     wait_for_a_segment(process, folder)
     process.send_signal(signal.SIGKILL)
@@ -309,13 +307,13 @@ def test_a_killed_driver_is_followed_by_one_that_goes_on(
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0 and "rows kept in out" in out and "ray" not in err.lower()
     assert before.items() <= {p: p.stat().st_mtime_ns for p in folder.glob("out/sqsd/scores/*.parquet")}.items()
-    assert outcome(folder / "out") == undisturbed
+    assert content(folder / "out") == undisturbed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-C", "SIGTERM"])
 def test_an_interrupted_driver_prints_the_command_that_goes_on(source: Path, tiny_pack: Path, kind: int) -> None:
-    folder = source.parent
+    folder = Path.cwd()
     process = driver(folder, tiny_pack)
     wait_for_a_segment(process, folder)
     process.send_signal(kind)
