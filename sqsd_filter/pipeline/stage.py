@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,13 @@ class ShardSource(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
         meta = BlockMetadata(num_rows=1, size_bytes=None, exec_stats=None, input_files=None)
-        return [ReadTask(partial(_read, self._corpus, self._form, shard), meta) for shard in self._shards]
+        return [ReadTask(partial(_read, self._corpus, self._form, os.getcwd(), shard), meta) for shard in self._shards]
 
 
-def _read(corpus: Any, form: RowFormat, shard: Shard) -> list[pa.Table]:
+def _read(corpus: Any, form: RowFormat, folder: str, shard: Shard) -> list[pa.Table]:
     try:
-        turns, problem = [json.dumps(t) for t in conversations(ray.get(corpus), form, shard)], None
+        with chdir(folder):  # the driver's, where relative paths lead: a session may be older than that
+            turns, problem = [json.dumps(t) for t in conversations(ray.get(corpus), form, shard)], None
     except SQSDError as failure:
         turns, problem = [], _as_data(failure)
     columns = {
