@@ -108,7 +108,8 @@ def _finish(context: click.Context, report: dict[str, Any], dest: Path) -> None:
 @click.pass_context
 def filter_command(context: click.Context, **params: Any) -> None:
     """Score every row of SRC... and write the rows to the folder DEST without the riskiest."""
-    from sqsd_filter.pipeline.run import Policy, estimate, filter_dataset
+    from sqsd_filter.pipeline.forecast import estimate
+    from sqsd_filter.pipeline.run import Policy, filter_dataset
     from sqsd_filter.pipeline.selection import Cut
 
     display, cut = _log(context), options.one_cut(context)
@@ -148,7 +149,8 @@ def filter_command(context: click.Context, **params: Any) -> None:
 @click.pass_context
 def score(context: click.Context, **params: Any) -> None:
     """Write all rows of SRC... to the file DEST.parquet with their score columns; drop none."""
-    from sqsd_filter.pipeline.run import estimate, score_dataset
+    from sqsd_filter.pipeline.forecast import estimate
+    from sqsd_filter.pipeline.run import score_dataset
 
     display = _log(context)
     common = {"columns": _columns(params), "limit": params["limit"], "progress": display}

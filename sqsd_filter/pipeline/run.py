@@ -23,7 +23,7 @@ from sqsd_filter.pipeline.shards import Index, plan
 from sqsd_filter.pipeline.sources import Corpus, matches, peek
 from sqsd_filter.pipeline.store import KEYS, ScoreStore
 from sqsd_filter.progress import Progress, Silent
-from sqsd_filter.scoring.conversation import BAD_JSON, RowError, RowFormat, choose_format
+from sqsd_filter.scoring.conversation import BAD_JSON, RowFormat, choose_format
 from sqsd_filter.scoring.scorer import TRANSIENT, SQSDScorer
 
 CARD_FILE = "README.md"
@@ -139,10 +139,10 @@ def filter_dataset(
     started = time.time()
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
     policy = Policy.of(on_error, max_error_rate)
-    paths, scorer, engine = _paths(sources), scorer or SQSDScorer(pack), engine or LocalEngine()
+    paths, scorer, engine = as_paths(sources), scorer or SQSDScorer(pack), engine or LocalEngine()
     place = _folder(Path(dest), overwrite)
     progress = progress or Silent()
-    scan = _Scan(place.others(matches(paths)), columns or Columns(), limit, progress)
+    scan = Scan(place.others(matches(paths)), columns or Columns(), limit, progress)
     scorer = engine.place(scorer)
     run = Run(
         place,
@@ -180,10 +180,10 @@ def score_dataset(
     policy = Policy.of("quarantine", max_error_rate)
     if dest.suffix != ".parquet":
         raise UsageError(f"Scores are written as parquet: name the file {dest.with_suffix('.parquet')}.")
-    paths, scorer, engine = _paths(sources), scorer or SQSDScorer(pack), engine or LocalEngine()
+    paths, scorer, engine = as_paths(sources), scorer or SQSDScorer(pack), engine or LocalEngine()
     place = Destination(dest, lambda root: root.with_name(root.name + ".sqsd"), [""], overwrite=overwrite)
     progress = progress or Silent()
-    scan = _Scan(place.others(matches(paths)), columns or Columns(), limit, progress)
+    scan = Scan(place.others(matches(paths)), columns or Columns(), limit, progress)
     scorer = engine.place(scorer)
     identity = {**scan.identity(), "scoring": scorer.settings()}
     run = Run(place, identity, progress, settings or {}, started, _about(scorer), engine)
@@ -217,7 +217,7 @@ def select_dataset(
     started = time.time()
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
     policy = Policy.of(on_error, "100%")
-    paths, place, progress = _paths(sources), _folder(Path(dest), overwrite), progress or Silent()
+    paths, place, progress = as_paths(sources), _folder(Path(dest), overwrite), progress or Silent()
     place.spare(paths)
     earlier = Path(paths[0]) / "sqsd" if len(paths) == 1 else None
     if earlier is not None and (earlier / RUN_FILE).is_file():
@@ -296,7 +296,7 @@ class Policy:
         )
 
 
-class _Scan:
+class Scan:
     """The inputs, looked at once: rows counted and keyed, files hashed, the format decided."""
 
     def __init__(self, paths: list[str], columns: Columns, limit: int | None, progress: Progress) -> None:
@@ -358,7 +358,7 @@ def _split(scored: Scored, cut: Cut, policy: Policy, place: Destination, progres
     return summarise(scored, selection, cut)
 
 
-def _paths(sources: str | Path | Sequence[str | Path]) -> list[str]:
+def as_paths(sources: str | Path | Sequence[str | Path]) -> list[str]:
     return [str(sources)] if isinstance(sources, str | Path) else [str(s) for s in sources]
 
 
@@ -388,51 +388,3 @@ def _counted(visit: Callable[[Any], None], progress: Progress) -> Callable[[Any]
         progress.advance(1)
 
     return both
-
-
-def estimate(
-    sources: str | Path | Sequence[str | Path],
-    scorer: SQSDScorer,
-    *,
-    columns: Columns | None = None,
-    limit: int | None = None,
-    progress: Progress | None = None,
-    sample: int = 200,
-    timed: int = 4,
-) -> dict[str, Any]:
-    """What a run would cost, without writing anything: tokens from `sample` rows, seconds from scoring `timed`."""
-    scan = _Scan(_paths(sources), columns or Columns(), limit, progress or Silent())
-    readable = np.flatnonzero(scan.index.codes == 0)
-    unique, first = np.unique(scan.index.keys[readable], return_index=True)
-    wanted = np.sort(readable[first])
-    chosen = set(wanted[np.linspace(0, len(wanted) - 1, min(sample, len(wanted))).astype(int)].tolist())
-    turns = [
-        scan.form.conversation(row.value)
-        for row in scan.corpus.read(0, scan.corpus.n_rows, scan.form.columns)
-        if row.index in chosen and row.value is not None
-    ]
-    lengths = [len(e) for e in scorer.encoder.encode(turns) if not isinstance(e, RowError)]
-    mean = float(np.mean(lengths)) if lengths else 0.0
-    scorer.check_device()
-    scan.progress.start("timing a few rows", None)
-    trial = turns[:: max(1, len(turns) // timed)][:timed]
-    scorer.score(trial[:1])  # loads the model
-    began = time.perf_counter()
-    tried = scorer.score(trial)
-    spent = time.perf_counter() - began
-    scan.progress.finish()
-    tokens = round(mean * len(wanted))
-    return {
-        "rows": scan.corpus.n_rows,
-        "format": str(scan.form),
-        "to_score": len(unique),
-        "duplicates": len(readable) - len(unique),
-        "unreadable": scan.corpus.n_rows - len(readable),
-        "tokens": tokens,
-        "passes": len({p.at for p in scorer.pack.probes}),
-        "seconds": round(spent * tokens / max(1, int(tried.tokens.sum())), 1),
-        "sampled": len(trial),
-        "dtype": scorer.dtype,
-        "device": scorer.device,
-        "inputs": scan.corpus.inputs,
-    }

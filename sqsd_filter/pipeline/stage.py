@@ -1,9 +1,7 @@
 """The Ray Data stage: one read task a shard, a pool of model replicas, scores back to the driver.
 
 A shard travels as one row, so that its rows stay together whatever Ray does with blocks: out go the conversations, back
-come the scores. Rows that can't be scored come back with their reason, and errors that end a run come back as data;
-nothing relies on Ray to drop or to tell. A `Ledger` actor hears how far the replicas are, and how often each shard was
-begun: a shard that keeps killing its replica is narrowed down to the row that does it.
+come the scores, or an error as data. Nothing relies on Ray to drop rows or to tell of them.
 """
 
 from __future__ import annotations
@@ -15,14 +13,11 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager, nullcontext, suppress
+from contextlib import chdir, contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -34,70 +29,18 @@ from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import sqsd_filter.errors as errors
-from sqsd_filter.directions.pack import ADAPTER_FILES, PACK_FILE, PACKS_DIR, Pack, load_pack
 from sqsd_filter.errors import SQSDError
 from sqsd_filter.pipeline.engines import ScoredShard
+from sqsd_filter.pipeline.replica import Ledger, Replica, as_data, from_bytes, pack_files_of, raise_from
 from sqsd_filter.pipeline.shards import Shard, conversations
 from sqsd_filter.pipeline.sources import Corpus
 from sqsd_filter.progress import Progress
-from sqsd_filter.scoring.conversation import RowFormat, conversation_key
-from sqsd_filter.scoring.scorer import Scores, SQSDScorer, Watch
+from sqsd_filter.scoring.conversation import RowFormat
+from sqsd_filter.scoring.scorer import SQSDScorer
 
 log = logging.getLogger(__name__)
 
-BEAT = 2.0  # seconds between a replica's signs of life
-SILENT_FOR = 20.0  # seconds after which a replica counts as gone
 STALLED_AFTER = 300.0  # seconds without a row after which the user is told
-WATCHED_FROM = 3  # the attempt at a shard from which each bin is noted before it runs
-LAST_ATTEMPT = 12
-
-
-class Ledger:
-    """What the replicas tell, and the pack's files for those that lack them: an actor, so that it outlives them."""
-
-    def __init__(self, pack: Mapping[str, bytes]) -> None:
-        self.pack = pack
-        self.attempts: dict[int, int] = {}
-        self.running: dict[int, set[int]] = {}  # shard -> rows noted as about to run and not done
-        self.apart: dict[int, set[int]] = {}
-        self.given_up: dict[int, set[int]] = {}
-        self.rows = self.tokens = 0
-        self.seen: dict[str, float] = {}
-
-    def pack_files(self) -> Mapping[str, bytes]:
-        return self.pack
-
-    def begin(self, shard: int) -> tuple[int, set[int], set[int]]:
-        """Another attempt at a shard: its number, the rows to run one by one, and those to give up."""
-        self.attempts[shard] = self.attempts.get(shard, 0) + 1
-        apart, given_up = self.apart.setdefault(shard, set()), self.given_up.setdefault(shard, set())
-        suspects = self.running.pop(shard, set())
-        given_up |= suspects & apart if len(suspects) == 1 else set()
-        apart |= suspects
-        if self.attempts[shard] >= LAST_ATTEMPT:
-            given_up |= apart
-        return self.attempts[shard], apart, given_up
-
-    def note(self, shard: int, rows: list[int]) -> None:
-        self.running.setdefault(shard, set()).update(rows)
-
-    def ran(self, shard: int, rows: list[int]) -> None:
-        self.running.get(shard, set()).difference_update(rows)
-
-    def told(self, replica: str, rows: int, tokens: int) -> None:
-        self.rows += rows
-        self.tokens += tokens
-        self.seen[replica] = time.time()
-
-    def state(self) -> dict[str, int]:
-        now = time.time()
-        return {
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "replicas": sum(now - seen < SILENT_FOR for seen in self.seen.values()),
-            "retried": sum(attempts - 1 for attempts in self.attempts.values()),
-        }
 
 
 class ShardSource(Datasource):
@@ -122,128 +65,13 @@ def _read(corpus: Any, form: RowFormat, folder: str, shard: Shard) -> list[pa.Ta
         with chdir(folder):  # the driver's, where relative paths lead: a session may be older than that
             turns, problem = [json.dumps(t) for t in conversations(ray.get(corpus), form, shard)], None
     except SQSDError as failure:
-        turns, problem = [], _as_data(failure)
+        turns, problem = [], as_data(failure)
     columns = {
         "shard": pa.array([shard.number], pa.int64()),
         "conversations": pa.array([turns], pa.large_list(pa.large_string())),
         "problem": pa.array([problem], pa.string()),
     }
     return [pa.table(columns)]
-
-
-def _as_data(problem: SQSDError) -> str:
-    return json.dumps([type(problem).__name__, str(problem)])
-
-
-def _raise(problem: str) -> None:
-    kind, message = json.loads(problem)
-    raise getattr(errors, kind, SQSDError)(message)
-
-
-class Replica:
-    """A model on a device of its own, scoring shards."""
-
-    def __init__(self, scorer: SQSDScorer, ledger: Any, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-        logging.getLogger("sqsd_filter").setLevel(logging.ERROR)
-        self.name = uuid.uuid4().hex
-        self.ledger = ledger
-        self.problem: str | None = None
-        threading.Thread(target=self._beat, daemon=True).start()
-        try:
-            self.scorer = scorer.with_pack(_at_hand(scorer.pack, ledger))
-            self.scorer.check_device()
-            self.scorer.engine  # noqa: B018  (loads the model)
-        except SQSDError as problem:
-            self.problem = _as_data(problem)
-
-    def _beat(self) -> None:
-        while True:
-            self.ledger.told.remote(self.name, 0, 0)
-            time.sleep(BEAT)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        shard = batch["shard"][0].as_py()
-        problem = batch["problem"][0].as_py() or self.problem
-        turns = [] if problem else [json.loads(text) for text in batch["conversations"][0].as_py()]
-        watch = _Reporting(self.ledger, self.name, shard)
-        try:
-            scores = self.scorer.score(turns, watch) if turns else None
-        except SQSDError as failure:
-            scores, problem = None, _as_data(failure)
-        except Exception as failure:  # the device is lost: only a new process can go on
-            log.error("a replica dies of %s: %s", type(failure).__name__, failure)
-            os._exit(1)
-        return _to_table(shard, [conversation_key(t) for t in turns], scores, problem)
-
-
-class _Reporting(Watch):
-    def __init__(self, ledger: Any, replica: str, shard: int) -> None:
-        self.ledger, self.replica, self.shard = ledger, replica, shard
-        attempt, apart, given_up = ray.get(ledger.begin.remote(shard))
-        self.apart, self.given_up = frozenset(apart), frozenset(given_up)
-        self.careful = attempt >= WATCHED_FROM
-
-    def starting(self, rows: Sequence[int]) -> None:
-        if self.careful:
-            ray.get(self.ledger.note.remote(self.shard, list(rows)))
-
-    def finished(self, rows: Sequence[int]) -> None:
-        if self.careful:
-            ray.get(self.ledger.ran.remote(self.shard, list(rows)))
-
-    def done(self, rows: int, tokens: int) -> None:
-        self.ledger.told.remote(self.replica, rows, tokens)
-
-
-def _to_table(shard: int, keys: list[bytes], scores: Scores | None, problem: str | None) -> pa.Table:
-    columns: dict[str, Any] = {}
-    if scores is not None:
-        columns = {f"probe:{name}": values for name, values in scores.probes.items()}
-        columns |= {"risk": scores.risk, "status": scores.status, "detail": scores.detail, "tokens": scores.tokens}
-    inner = pa.table({"key": pa.array(keys, pa.binary()), **columns})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, inner.schema) as writer:
-        writer.write_table(inner)
-    return pa.table(
-        {
-            "shard": pa.array([shard], pa.int64()),
-            "scores": pa.array([sink.getvalue().to_pybytes()], pa.large_binary()),
-            "problem": pa.array([problem], pa.string()),
-        }
-    )
-
-
-def _from_bytes(data: bytes) -> tuple[list[bytes], Scores]:
-    table = pa.ipc.open_stream(data).read_all()
-    probes = {n.removeprefix("probe:"): table[n].to_numpy() for n in table.column_names if n.startswith("probe:")}
-    return table["key"].to_pylist(), Scores(
-        probes,
-        table["risk"].to_numpy(),
-        table["status"].to_pylist(),
-        table["detail"].to_pylist(),
-        table["tokens"].to_numpy(),
-    )
-
-
-def _pack_files(pack: Pack) -> dict[str, bytes]:
-    names = [PACK_FILE, *(f"{adapter}/{file}" for adapter in pack.adapters for file in ADAPTER_FILES)]
-    return {name: (pack.path / name).read_bytes() for name in names}
-
-
-def _at_hand(pack: Pack, ledger: Any) -> Pack:
-    """The pack on this node: where the driver has it, if the same is there, else written from what the ledger keeps."""
-    with suppress(SQSDError):
-        found = load_pack(pack.path if pack.path.parent != PACKS_DIR else pack.name)
-        if found.fingerprint == pack.fingerprint:
-            return found
-    folder = Path(tempfile.mkdtemp(prefix="sqsd-pack-"))
-    for name, content in ray.get(ledger.pack_files.remote()).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return load_pack(folder)
 
 
 class RayEngine:
@@ -307,7 +135,7 @@ class RayEngine:
         if not expected:
             return
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        ledger = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote(_pack_files(scorer.pack))
+        ledger = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote(pack_files_of(scorer.pack))
         arguments = {
             "scorer": copy.copy(scorer),  # without its model
             "ledger": ledger,
@@ -333,11 +161,11 @@ class RayEngine:
             for batch in _batches(scored):
                 for row in batch.to_pylist():
                     if row["problem"]:
-                        _raise(row["problem"])
+                        raise_from(row["problem"])
                     shard = expected.pop(row["shard"], None)
                     if shard is None:
                         raise SQSDError(f"Shard {row['shard']} came back twice: please report this as a bug.")
-                    yield shard, *_from_bytes(row["scores"])
+                    yield shard, *from_bytes(row["scores"])
         if expected:
             raise SQSDError(f"{len(expected)} shards did not come back from Ray: run the same command again.")
 

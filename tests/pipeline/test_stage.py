@@ -20,8 +20,9 @@ import torch
 
 from sqsd_filter.errors import InputError, SQSDError, UsageError
 from sqsd_filter.pipeline.engines import LocalEngine, choose_engine
+from sqsd_filter.pipeline.replica import Ledger
 from sqsd_filter.pipeline.run import filter_dataset
-from sqsd_filter.pipeline.stage import Ledger, RayEngine
+from sqsd_filter.pipeline.stage import RayEngine
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import content, make_rows, read_report, write_jsonl
 from tests.tiny import CONVERSATIONS
