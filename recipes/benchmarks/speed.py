@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -138,7 +137,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     if arguments.only:
         run = plain(pack, dtype) if arguments.only == "b" else scored(one_state(pack), dtype)
         seconds(run, [[row] for row in sorted(rows, key=len)[-2:]])
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        # Not ru_maxrss: a process starts with that of the one that started it.
+        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        print(int(peak.split()[1]) / 1024)
         return
     runs = {"b": plain(pack, dtype), "a": scored(one_state(pack), dtype), "a2": scored(pack, dtype)}
     dense = ReferenceScorer(one_state(pack), dtype=dtype) if arguments.dense_rows else None

@@ -9,7 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,24 @@ def _engine(params: dict[str, Any]) -> Iterator[Any]:
 
     asked = {name: params[name] for name in ("replicas", "gpus_per_replica", "ray_address", "device")}
     engine = choose_engine(params["engine"], **asked)
-    try:
+    with ExitStack() as stack:
+        # Ray's driver prints what its processes complain of to stdout, which belongs to the results.
+        elsewhere = sys.stderr if params["verbose"] else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        stack.enter_context(redirect_stdout(elsewhere))
+        stack.callback(engine.close)
         yield engine
-    finally:
-        engine.close()
+
+
+def _foretold(params: dict[str, Any], common: dict[str, Any]) -> bool:
+    """With --dry-run, say what the run would cost instead of doing it."""
+    from sqsd_filter.pipeline.forecast import estimate
+    from sqsd_filter.pipeline.run import Policy
+
+    Policy.of(params.get("on_error", "quarantine"), params["max_error_rate"])
+    if params["dry_run"]:
+        guess = estimate(params["sources"], _scorer(params), **common)
+        output.show(guess, as_json=params["json_output"], quiet=False, text=output.forecast)
+    return bool(params["dry_run"])
 
 
 def _log(context: click.Context) -> output.Display:
@@ -108,17 +122,13 @@ def _finish(context: click.Context, report: dict[str, Any], dest: Path) -> None:
 @click.pass_context
 def filter_command(context: click.Context, **params: Any) -> None:
     """Score every row of SRC... and write the rows to the folder DEST without the riskiest."""
-    from sqsd_filter.pipeline.forecast import estimate
-    from sqsd_filter.pipeline.run import Policy, filter_dataset
+    from sqsd_filter.pipeline.run import filter_dataset
     from sqsd_filter.pipeline.selection import Cut
 
     display, cut = _log(context), options.one_cut(context)
     Cut.of(**cut)
-    Policy.of(params["on_error"], params["max_error_rate"])
     common = {"columns": _columns(params), "limit": params["limit"], "progress": display}
-    if params["dry_run"]:
-        guess = estimate(params["sources"], _scorer(params), **common)
-        output.show(guess, as_json=params["json_output"], quiet=False, text=output.forecast)
+    if _foretold(params, common):
         return
     with _engine(params) as engine:
         report = filter_dataset(
@@ -149,14 +159,11 @@ def filter_command(context: click.Context, **params: Any) -> None:
 @click.pass_context
 def score(context: click.Context, **params: Any) -> None:
     """Write all rows of SRC... to the file DEST.parquet with their score columns; drop none."""
-    from sqsd_filter.pipeline.forecast import estimate
     from sqsd_filter.pipeline.run import score_dataset
 
     display = _log(context)
     common = {"columns": _columns(params), "limit": params["limit"], "progress": display}
-    if params["dry_run"]:
-        guess = estimate(params["sources"], _scorer(params), **common)
-        output.show(guess, as_json=params["json_output"], quiet=False, text=output.forecast)
+    if _foretold(params, common):
         return
     with _engine(params) as engine:
         report = score_dataset(

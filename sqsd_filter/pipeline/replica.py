@@ -13,8 +13,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 BEAT = 2.0  # seconds between a replica's signs of life
 SILENT_FOR = 20.0  # seconds after which a replica counts as gone
 WATCHED_FROM = 3  # the attempt at a shard from which each bin is noted before it runs
-LAST_ATTEMPT = 12
+LAST_ATTEMPT = 12  # from here on all suspects are given up; after it the shard is
 
 
 class Ledger:
@@ -95,9 +95,10 @@ class Replica:
         self.problem: str | None = None
         threading.Thread(target=self._beat, daemon=True).start()
         try:
-            self.scorer = scorer.with_pack(_at_hand(scorer.pack, ledger))
-            self.scorer.check_device()
-            self.scorer.engine  # noqa: B018  (loads the model)
+            with _at_hand(scorer.pack, ledger) as pack:
+                self.scorer = scorer.with_pack(pack)
+                self.scorer.check_device()
+                self.scorer.engine  # noqa: B018  (loads the model and the pack's adapters)
         except SQSDError as problem:
             self.problem = as_data(problem)
 
@@ -111,6 +112,13 @@ class Replica:
         problem = batch["problem"][0].as_py() or self.problem
         turns = [] if problem else [json.loads(text) for text in batch["conversations"][0].as_py()]
         watch = _Reporting(self.ledger, self.name, shard)
+        if watch.attempt > LAST_ATTEMPT:  # not for ever: nothing that was noted is to blame
+            turns, problem = (
+                [],
+                as_data(
+                    SQSDError(f"Shard {shard} killed its replica {LAST_ATTEMPT} times, and no row of it is to blame.")
+                ),
+            )
         try:
             scores = self.scorer.score(turns, watch) if turns else None
         except SQSDError as failure:
@@ -124,9 +132,9 @@ class Replica:
 class _Reporting(Watch):
     def __init__(self, ledger: Any, replica: str, shard: int) -> None:
         self.ledger, self.replica, self.shard = ledger, replica, shard
-        attempt, apart, given_up = ray.get(ledger.begin.remote(shard))
+        self.attempt, apart, given_up = ray.get(ledger.begin.remote(shard))
         self.apart, self.given_up = frozenset(apart), frozenset(given_up)
-        self.careful = attempt >= WATCHED_FROM
+        self.careful = self.attempt >= WATCHED_FROM
 
     def starting(self, rows: Sequence[int]) -> None:
         if self.careful:
@@ -175,17 +183,22 @@ def pack_files_of(pack: Pack) -> dict[str, bytes]:
     return {name: (pack.path / name).read_bytes() for name in names}
 
 
-def _at_hand(pack: Pack, ledger: Any) -> Pack:
+@contextmanager
+def _at_hand(pack: Pack, ledger: Any) -> Iterator[Pack]:
     """The pack on this node: where the driver has it, if the same is there, else written from what the ledger keeps."""
+    same = False
     with suppress(SQSDError):
         found = load_pack(pack.path if pack.path.parent != PACKS_DIR else pack.name)
-        if found.fingerprint == pack.fingerprint:
-            return found
-    folder = Path(tempfile.mkdtemp(prefix="sqsd-pack-"))
-    for name, content in ray.get(ledger.pack_files.remote()).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return load_pack(folder)
+        same = found.fingerprint == pack.fingerprint
+    if same:
+        yield found
+        return
+    with tempfile.TemporaryDirectory(prefix="sqsd-pack-") as folder:
+        for name, content in ray.get(ledger.pack_files.remote()).items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        yield load_pack(folder)
 
 
 def as_data(problem: SQSDError) -> str:

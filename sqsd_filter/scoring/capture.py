@@ -149,11 +149,13 @@ class Capture:
         self.model = model
         wanted = {m: state.path for state, _ in states.values() for m in state.factors}
         linears = _find_linears(model, wanted)
-        self.groups = _group_by_input(model, linears, probe_input)
-        for group in self.groups:
-            for member, name in enumerate(group.names):
+        self.groups = []
+        for names in _sharing_input(model, linears, probe_input):
+            group = LinearGroup(names, [linears.pop(name) for name in names])
+            for member, name in enumerate(names):  # at once, so that no more than a group's weights are there twice
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, SideLinear(group, member))
+            self.groups.append(group)
         self._states = {key: self._place(state, directions) for key, (state, directions) in states.items()}
 
     def coverage(self, key: Any) -> list[int]:
@@ -293,7 +295,7 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def _group_by_input(model: nn.Module, linears: Mapping[str, nn.Module], probe_input: Any) -> list[LinearGroup]:
+def _sharing_input(model: nn.Module, linears: Mapping[str, nn.Module], probe_input: Any) -> list[list[str]]:
     """Run a few tokens through the model and see which linears are handed the very same tensor."""
     seen: list[tuple[torch.Tensor, list[str]]] = []
     calls: dict[str, int] = {}
@@ -319,4 +321,4 @@ def _group_by_input(model: nn.Module, linears: Mapping[str, nn.Module], probe_in
         raise ModelError(
             f"{repeated[0]} runs more than once in a forward pass: models that share layers are not scored."
         )
-    return [LinearGroup(names, [linears[n] for n in names]) for _, names in seen]
+    return [names for _, names in seen]
