@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -61,13 +62,20 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def write_card(path: Path, report: Mapping[str, Any]) -> None:
-    """The dataset card: configs for kept (the default), dropped and errors, and what was done in words."""
+    """The dataset card: configs for kept (the default), dropped and errors, and what was done in words.
+
+    The data files must be there.
+    """
     rows = report["rows"]
     pack = report.get("pack")
     header = ["---", "configs:"]
     for split in SPLITS:
         header += [f"- config_name: {'default' if split == 'kept' else split}", "  data_files:", "  - split: train"]
         header += [f"    path: data/{data_file(split)}"]
+        # datasets caches what it loaded by the folder's last name and this header alone: two runs' must differ
+        with (path.parent / "data" / data_file(split)).open("rb") as file:
+            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        header += [f"  description: {rows[split]} rows, BLAKE2b {content}"]
     header += ["tags:", "- sqsd-filter", "- safety", "---"]
     measured = (
         f"It was measured with the pack `{pack['name']}` ({pack['fingerprint']}) on `{pack['base_model']}`."

@@ -259,6 +259,18 @@ def test_features_of_a_dataset_survive(kind: str, folder: Path, scorer: SQSDScor
         assert loaded.features["sqsd_risk"] == datasets.Value("float64") and len(loaded) == count
 
 
+def test_load_dataset_never_answers_with_another_runs_rows(folder: Path, scorer: SQSDScorer) -> None:
+    for place in ("one", "two"):  # both called out, of the same shape
+        (folder / place).mkdir()
+        rows = [{**row, "output": f"{place} {row['output']}"} for row in make_rows(20)]
+        filter_dataset(write_jsonl(folder / f"{place}.jsonl", rows), f"{place}/out", drop_count=3, scorer=scorer)
+        for name, split in (("default", "kept"), ("dropped", "dropped")):
+            loaded = datasets.load_dataset(f"{place}/out", name, split="train", cache_dir="cache")
+            assert [{n: row[n] for n in rows[0]} for row in loaded] == [
+                {n: row[n] for n in rows[0]} for row in rows_of(folder / place / "out", split)
+            ]
+
+
 def test_columns_can_be_named(folder: Path, scorer: SQSDScorer) -> None:
     write_jsonl(folder / "odd.jsonl", [{"q": row["instruction"], "a": row["output"]} for row in make_rows(60)])
     report = filter_dataset("odd.jsonl", "out", drop_count=3, columns=Columns(prompt="q", answer="a"), scorer=scorer)
