@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sqsd_filter.errors import DestinationExists, InputError
-from sqsd_filter.pipeline.store import write_whole
+from sqsd_filter.pipeline.folder import TEMPORARY, sweep, write_whole
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
@@ -80,6 +80,8 @@ class Destination:
                 self._clear()
             if self.finished():
                 return True
+            for folder in (self.root, self.home, self.home / "scores"):
+                sweep(folder)
             content = json.dumps({**asked, BASE: os.path.relpath(".", self.home.resolve())}, indent=1, sort_keys=True)
             write_whole(self.home / RUN_FILE, lambda sink: sink.write(content.encode()))
         return False
@@ -164,8 +166,8 @@ class Destination:
     def _holds_work(self) -> bool:
         """Is there anything here that could be missed: more than an empty folder, or than a run left that never had a
         score to keep (a mistyped model, say)?"""
-        leavings = (LOCK_FILE, RUN_FILE, f".{RUN_FILE}.tmp", REPORT_FILE)
-        starting = {self.home, *(self.home / name for name in leavings)}
+        leavings = (LOCK_FILE, RUN_FILE, REPORT_FILE)
+        starting = {self.home, *(self.home / name for name in leavings), *self.home.glob(f".*{TEMPORARY}")}
         found = [path for place in (self.root, self.home) if place.is_dir() for path in place.iterdir()]
         return not starting.issuperset(found) or (self.root.exists() and not self.root.is_dir())
 

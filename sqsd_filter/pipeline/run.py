@@ -16,12 +16,13 @@ from sqsd_filter.errors import InputError, RowErrorBudgetExceeded, SQSDError, Us
 from sqsd_filter.pipeline.destination import REPORT_FILE, RUN_FILE, Destination, _read_json, input_paths, read_run
 from sqsd_filter.pipeline.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.export import SPLITS, data_file, export_scored, export_splits
+from sqsd_filter.pipeline.keys import KEYS
 from sqsd_filter.pipeline.report import summarise, versions, write_card, write_report
 from sqsd_filter.pipeline.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.selection import ERROR, KEPT, Cut, Selection, cut_rows, parse_share
 from sqsd_filter.pipeline.shards import Index, plan
 from sqsd_filter.pipeline.sources import Corpus, matches, peek
-from sqsd_filter.pipeline.store import KEYS, ScoreStore
+from sqsd_filter.pipeline.store import ScoreStore
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.conversation import BAD_JSON, RowFormat, choose_format
 from sqsd_filter.scoring.scorer import TRANSIENT, SQSDScorer

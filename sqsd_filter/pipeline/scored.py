@@ -76,33 +76,32 @@ def from_store(corpus: Corpus, index: Index, store: ScoreStore, weights: Mapping
     """Join every row with the stored score of its conversation. Raises `InputError` where one is missing."""
     codes = index.codes.copy()
     statuses = list(index.statuses)
-    rows = np.flatnonzero(codes == 0)
-    unique, first, inverse = np.unique(index.keys[rows], return_index=True, return_inverse=True)
-    found = store.lookup(unique)
+    all_of = index.conversations
+    rows, which = all_of.rows, all_of.which
+    found = store.lookup(all_of.keys)
     if not found.known.all():
         raise InputError(
             f"{int((~found.known).sum())} rows have no score in {store.folder}: finish the scoring run first."
         )
     n = len(codes)
-    tokens = np.zeros(n, np.int64)
-    tokens[rows] = found.tokens[inverse]
+    tokens = np.zeros(n, np.int32)
+    tokens[rows] = found.tokens[which]
     probes = {}
     for name, values in found.probes.items():
         probes[name] = np.full(n, np.nan)
-        probes[name][rows] = values[inverse]
+        probes[name][rows] = values[which]
     details = {}
-    good = found.status == SCORED
-    for at in np.flatnonzero(~good[inverse]).tolist():
-        row, status = int(rows[at]), str(found.status[inverse[at]])
+    good = found.has(SCORED)
+    for at in np.flatnonzero(~good[which]).tolist():
+        row, status = int(rows[at]), found.statuses[found.codes[which[at]]]
         if status not in statuses:
             statuses.append(status)
         codes[row] = statuses.index(status)
-        details[row] = str(found.detail[inverse[at]])
-    firsts_good = good[inverse[first]] if len(first) else np.zeros(0, bool)
+        details[row] = found.details.get(int(which[at]), "")
     counts = {
         "scored": int((good & found.own).sum()),
         "reused": int((good & ~found.own).sum()),
-        "duplicates": int(good[inverse].sum() - firsts_good.sum()),
+        "duplicates": int(good[which].sum() - good.sum()),
     }
     risk = np.sum([weights[name] * values for name, values in probes.items()], axis=0)
     return Scored(corpus, index.form, statuses, codes, probes, risk, tokens, counts, details)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from sqsd_filter.pipeline.keys import KEYS, distinct
 from sqsd_filter.pipeline.sources import Corpus, Row
-from sqsd_filter.pipeline.store import KEYS
 from sqsd_filter.scoring.conversation import BAD_JSON, SCORED, Message, RowError, RowFormat, conversation_key
 from sqsd_filter.scoring.scorer import Scorer, Scores, Watch
 
@@ -54,6 +55,25 @@ class Index:
     def codes(self) -> np.ndarray:
         """(n,) uint8 into `statuses`."""
         return np.frombuffer(self._codes, dtype=np.uint8)
+
+    @cached_property
+    def conversations(self) -> Conversations:
+        """Which conversations the corpus has, each once. Ask when the scan is over."""
+        rows = np.flatnonzero(self.codes == 0)
+        keys = self.keys[rows]
+        found = distinct(keys)
+        return Conversations(keys[found.first], rows[found.first], rows, found.inverse)
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """The u different conversations of a corpus: their keys (u,) S16 and the first row (u,) of each. `rows` (n,) have
+    one, and `which` (n,) says which."""
+
+    keys: np.ndarray
+    first: np.ndarray
+    rows: np.ndarray
+    which: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The score store: a folder of immutable segments that map conversations to their scores.
 
-A segment is a parquet file named after the settings its scores depend on; it is written under another name, synced
-and renamed, so a segment that has its name is whole. Resuming, and cutting again at another threshold, are look-ups.
+A segment is a parquet file named after the settings its scores depend on; it is written whole or not at all, and its
+pages carry checksums. Resuming, cutting again at another threshold, and scoring only what is new since last night are
+look-ups. A run's own store lies in its destination; one shared by runs may lie in any folder or bucket.
 """
 
 from __future__ import annotations
@@ -9,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sqsd_filter.errors import SQSDError
+from sqsd_filter.pipeline.folder import Folder
+from sqsd_filter.pipeline.keys import KEY_BYTES, KEYS, Lookup, distinct
 from sqsd_filter.scoring.scorer import TRANSIENT, Scores
 
 log = logging.getLogger(__name__)
 
-KEY_BYTES = 16
 SETTINGS = b"sqsd_settings"  # where a segment says what its scores depend on
-KEYS = np.dtype(f"S{KEY_BYTES}")  # compares and sorts as bytes
+REUSED = "reused"  # in the names of segments that were not scored by this run
+AT_ONCE = 1 << 20  # keys read or written at a time
 
 
 def settings_id(settings: Mapping[str, Any]) -> str:
@@ -36,119 +38,223 @@ def settings_id(settings: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """Stored scores of some keys, aligned with them; `known` is false where there are none."""
+    """Stored scores of n keys, aligned with them.
 
-    known: np.ndarray
-    own: np.ndarray  # from a shard of this run, not carried over from another one
+    `codes` (n,) uint8 into `statuses`, 0 where nothing is known; `own` is true where this run scored the row; `probes`
+    (n,) float64 each, `tokens` (n,) int32; `details` say more of rows without a score.
+    """
+
+    codes: np.ndarray
+    statuses: list[str]
+    own: np.ndarray
     probes: dict[str, np.ndarray]
-    status: np.ndarray
-    detail: np.ndarray
+    details: dict[int, str]
     tokens: np.ndarray
+
+    @classmethod
+    def none(cls, n: int, probes: Sequence[str]) -> Found:
+        values = {name: np.full(n, np.nan) for name in probes}
+        return cls(np.zeros(n, np.uint8), [""], np.zeros(n, bool), values, {}, np.zeros(n, np.int32))
+
+    @property
+    def known(self) -> np.ndarray:
+        """(n,) bool."""
+        return self.codes != 0
+
+    def has(self, *statuses: str) -> np.ndarray:
+        """(n,) bool: known, with one of these statuses."""
+        return np.isin(self.codes, [self.code(s) for s in statuses if s in self.statuses])
+
+    def code(self, status: str) -> int:
+        if status not in self.statuses:
+            self.statuses.append(status)
+        return self.statuses.index(status)
+
+    def scores(self, at: np.ndarray) -> Scores:
+        """The scores of some of the keys; their risk is left out."""
+        return Scores(
+            {name: values[at] for name, values in self.probes.items()},
+            np.zeros(0),
+            [self.statuses[c] for c in self.codes[at]],
+            [self.details.get(int(k), "") for k in at],
+            self.tokens[at],
+        )
 
 
 class ScoreStore:
-    """Segments of one folder that belong to the given settings."""
+    """The segments in a folder or at a URL that belong to the given settings."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], probes: Sequence[str]) -> None:
-        self.folder, self.settings, self.probes = folder, dict(settings), list(probes)
+    def __init__(self, where: str | Path, settings: Mapping[str, Any], probes: Sequence[str]) -> None:
+        """Raises `UsageError` for a URL of an unknown kind or with a secret in it."""
+        self.folder = Folder(where)
+        self.settings, self.probes = dict(settings), list(probes)
         self.id = settings_id(settings)
         self._settings = json.dumps(self.settings, sort_keys=True).encode()
 
-    def segments(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{self.id}-*.parquet"))
+    def segments(self) -> list[str]:
+        """Names of its files, sorted."""
+        return [name for name in self.folder.names() if name.startswith(f"{self.id}-")]
 
-    def append(self, name: str, keys: Sequence[bytes], scores: Scores) -> Path:
-        """Write one segment, whole or not at all. Raises `SQSDError` when the disk refuses."""
-        table = pa.table(
+    def append(self, name: str, keys: Sequence[bytes] | np.ndarray, scores: Scores) -> str:
+        """Write one segment, whole or not at all, and say what it is called. Raises `SQSDError` when the disk refuses.
+
+        Where there is one of that name the new one stands beside it: rows that are tried again, beside the others.
+        """
+        table = self._table(keys, scores)
+        file = f"{self.id}-{name}.parquet"
+        if file in self.folder.names() and self._readable(file):
+            file = f"{self.id}-{name}-again-{_digest(keys)}.parquet"
+        self._write(file, table)
+        return file
+
+    def publish(self, keys: Sequence[bytes] | np.ndarray, scores: Scores) -> None:
+        """Write a segment for others to find, named after its content. Raises `SQSDError` when the disk refuses.
+
+        Reasons that may be gone at the next try are nobody else's business and left out.
+        """
+        lasting = np.flatnonzero(~np.isin(np.array(scores.status, object), TRANSIENT))
+        if len(lasting):
+            table = self._table(keys, scores).take(pa.array(lasting))
+            self._write(f"{self.id}-{_digest(table['key'].to_pylist())}.parquet", table)
+
+    def adopt(self, keys: np.ndarray, other: ScoreStore) -> None:
+        """Carry over what another store knows of `keys` (n,) S16 and is not to be tried again."""
+        found = other.lookup(keys)
+        hits = np.flatnonzero(found.known & ~found.has(*TRANSIENT))
+        for start in range(0, len(hits), AT_ONCE):
+            at = hits[start : start + AT_ONCE]
+            self.append(f"{REUSED}-{_digest(keys[at])}", keys[at], found.scores(at))
+
+    def lookup(self, keys: np.ndarray) -> Found:
+        """Scores of `keys` (n,) S16, all different.
+
+        A segment that can't be read is skipped with a warning, never trusted. Takes about 50 bytes a key.
+        """
+        found, lookup = Found.none(len(keys), self.probes), Lookup(keys)
+        for name, batch in self._batches():
+            hit, where = lookup.find(_keys(batch))
+            codes = _codes(found, batch)
+            again = found.known[where] & np.isin(codes[hit], [found.code(s) for s in TRANSIENT])
+            hit, where = hit[~again], where[~again]  # a score is never given up again
+            found.codes[where] = codes[hit]
+            found.own[where] = not name.startswith(f"{self.id}-{REUSED}-")
+            found.tokens[where] = batch["tokens"].to_numpy()[hit]
+            for probe in self.probes:
+                found.probes[probe][where] = batch[probe].to_numpy()[hit]
+            for k in np.flatnonzero(found.codes[where] != found.code("scored")).tolist():
+                found.details[int(where[k])] = batch["detail"][int(hit[k])].as_py() or ""
+        return found
+
+    def compact(self) -> tuple[int, int]:
+        """Join all segments into as few as it takes: how many there were, and how many there are.
+
+        Safe beside runs that read or write: what is new is written before what is old is deleted, and a reader that
+        misses a file looks again. Raises `SQSDError` when the disk refuses.
+        """
+        old = self.segments()
+        keys = np.concatenate([np.zeros(0, KEYS), *(_keys(batch) for _, batch in self._batches())])
+        keys = keys[distinct(keys).first]
+        found, new = self.lookup(keys), set()
+        for start in range(0, len(keys), AT_ONCE):
+            at = np.arange(start, min(len(keys), start + AT_ONCE))
+            name = f"{self.id}-{_digest(keys[at])}.parquet"
+            self._write(name, self._table(keys[at], found.scores(at)))
+            new.add(name)
+        for name in set(old) - new:
+            if self._readable(name):  # what can't be read is left for someone to look at
+                self.folder.delete(name)
+        return len(old), len(self.segments())
+
+    def _batches(self) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """All stored rows, by segment; files that another process joins meanwhile are read as what they became."""
+        done: set[str] = set()
+        while waiting := [name for name in self.segments() if name not in done]:
+            for name in waiting:
+                done.add(name)
+                try:
+                    yield from ((name, batch) for batch in self._read(name))
+                except FileNotFoundError:
+                    break  # joined with others: look again
+                except (pa.ArrowException, OSError, KeyError) as problem:
+                    log.warning("skipping %s, which is not a readable score segment (%s)", self.folder.path(name), problem)
+
+    def _read(self, name: str) -> Iterator[pa.RecordBatch]:
+        with self.folder.open(name) as source:
+            file = pq.ParquetFile(source, read_dictionary=["status"], page_checksum_verification=True)
+            schema = file.schema_arrow
+            wanted = [(name, schema.field(name).type) for name in ("key", *self.probes, "tokens", "status", "detail")]
+            if (schema.metadata or {}).get(SETTINGS) != self._settings:
+                raise KeyError("other settings")
+            if wanted[0][1] != pa.binary(KEY_BYTES) or any(t != pa.float64() for _, t in wanted[1:-3]):
+                raise KeyError("other columns")
+            yield from file.iter_batches(AT_ONCE, columns=[name for name, _ in wanted])
+
+    def _readable(self, name: str) -> bool:
+        try:
+            for _ in self._read(name):
+                pass
+        except (pa.ArrowException, OSError, KeyError):
+            return False
+        return True
+
+    def _table(self, keys: Sequence[bytes] | np.ndarray, scores: Scores) -> pa.Table:
+        packed = pa.py_buffer(np.array(keys, dtype=KEYS).tobytes())
+        return pa.table(
             {
-                "key": pa.array(keys, pa.binary(KEY_BYTES)),
+                "key": pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, packed]),
                 **{p: pa.array(scores.probes[p], pa.float64()) for p in self.probes},
                 "status": pa.array(scores.status, pa.string()),
                 "detail": pa.array(scores.detail, pa.string()),
                 "tokens": pa.array(scores.tokens, pa.int32()),
             }
         ).replace_schema_metadata({SETTINGS: self._settings})
-        path = self.folder / f"{self.id}-{name}.parquet"
-        if path.exists() and self._load(path) is not None:  # rows of that shard that are tried again, beside the others
-            path = path.with_stem(f"{path.stem}-again-{hashlib.blake2b(b''.join(keys), digest_size=8).hexdigest()}")
+
+    def _write(self, name: str, table: pa.Table) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda sink: pq.write_table(table, sink))
-        except OSError as problem:
+            self.folder.write(name, lambda sink: pq.write_table(table, sink, write_page_checksum=True))
+        except (OSError, pa.ArrowException) as problem:
             raise SQSDError(
                 f"The scores can't be written to {self.folder} ({problem}): make room there and run the same command "
                 "again; what was scored so far is kept."
             ) from problem
-        return path
 
-    def adopt(self, other: Path) -> None:
-        """Carry over another store's segments for these settings."""
-        for number, segment in enumerate(ScoreStore(other, self.settings, self.probes).segments()):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            target = self.folder / f"{self.id}-reused-{number:05d}.parquet"
-            if not target.exists():
-                content = segment.read_bytes()
-                write_whole(target, lambda sink, content=content: sink.write(content))
 
-    def lookup(self, keys: np.ndarray) -> Found:
-        """Scores of `keys` (n,) S16. A segment that can't be read is skipped with a warning, never trusted."""
-        n = len(keys)
-        found = Found(
-            known=np.zeros(n, bool),
-            own=np.zeros(n, bool),
-            probes={p: np.full(n, np.nan) for p in self.probes},
-            status=np.full(n, "", object),
-            detail=np.full(n, "", object),
-            tokens=np.zeros(n, np.int64),
-        )
-        order = np.argsort(keys, kind="stable")
-        ordered = keys[order]
-        for segment in self.segments():
-            table = self._load(segment)
-            if table is None:
-                continue
-            stored = np.array(table["key"].to_pylist(), dtype=KEYS)
-            at = np.searchsorted(ordered, stored)
-            hit = np.flatnonzero(at < n)
-            hit = hit[ordered[at[hit]] == stored[hit]]
-            statuses = np.array(table["status"].to_pylist(), object)
-            where = order[at[hit]]
-            better = ~(found.known[where] & np.isin(statuses[hit], TRANSIENT))  # a score is never given up again
-            hit, where = hit[better], where[better]
-            found.known[where] = True
-            found.own[where] = f"{self.id}-reused-" not in segment.name
-            for probe in self.probes:
-                found.probes[probe][where] = table[probe].to_numpy()[hit]
-            found.status[where] = statuses[hit]
-            found.detail[where] = np.array(table["detail"].to_pylist(), object)[hit]
-            found.tokens[where] = table["tokens"].to_numpy()[hit]
-        return found
+def stores_at(where: str | Path) -> tuple[list[ScoreStore], list[str]]:
+    """The stores in a folder or at a URL, one for each settings, and the names of files there that are none's.
 
-    def _load(self, segment: Path) -> pa.Table | None:
+    Raises `InputError` where there is no such folder.
+    """
+    folder = Folder(where)
+    found: dict[str, ScoreStore] = {}
+    foreign = []
+    for name in folder.names(must_exist=True):
         try:
-            table = pq.read_table(segment, columns=["key", *self.probes, "status", "detail", "tokens"])
-            if (table.schema.metadata or {}).get(SETTINGS) != self._settings:
-                raise KeyError("other settings")
-        except (pa.ArrowException, OSError, KeyError) as problem:
-            log.warning("skipping %s, which is not a readable score segment (%s)", segment, problem)
-            return None
-        return table
+            with folder.open(name) as source:
+                schema = pq.read_schema(source)
+            settings = json.loads((schema.metadata or {})[SETTINGS])
+        except (pa.ArrowException, OSError, KeyError, ValueError):
+            foreign.append(name)
+            continue
+        if not name.startswith(f"{settings_id(settings)}-"):
+            foreign.append(name)
+            continue
+        probes = [field.name for field in schema if field.type == pa.float64()]
+        found.setdefault(settings_id(settings), ScoreStore(where, settings, probes))
+    return list(found.values()), foreign
 
 
-def write_whole(path: Path, write: Any) -> None:
-    """Call `write(file)` on a temporary neighbour, sync it and give it its name: the file is whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as sink:
-            write(sink)
-            sink.flush()
-            os.fsync(sink.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _keys(batch: pa.RecordBatch) -> np.ndarray:
+    """(n,) S16 without a copy."""
+    column = batch["key"]
+    return np.frombuffer(column.buffers()[1], dtype=KEYS)[column.offset : column.offset + len(column)]
+
+
+def _codes(found: Found, batch: pa.RecordBatch) -> np.ndarray:
+    """The statuses of a batch (n,) as codes of `found`."""
+    column = batch["status"]
+    codes = np.array([found.code(status) for status in column.dictionary.to_pylist()], np.uint8)
+    return codes[column.indices.to_numpy()]
+
+
+def _digest(keys: Sequence[bytes] | np.ndarray) -> str:
+    return hashlib.blake2b(np.array(keys, dtype=KEYS).tobytes(), digest_size=8).hexdigest()
