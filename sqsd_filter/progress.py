@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 
 class Progress(Protocol):
@@ -11,6 +13,9 @@ class Progress(Protocol):
     def start(self, phase: str, rows: int | None) -> None: ...
 
     def advance(self, rows: int, tokens: int = 0) -> None: ...
+
+    def replicas(self, alive: int, retried: int) -> None:
+        """How many models are at work, and how many shards had to be started again."""
 
     def finish(self) -> None: ...
 
@@ -27,8 +32,71 @@ class Silent:
     def advance(self, rows: int, tokens: int = 0) -> None:
         pass
 
+    def replicas(self, alive: int, retried: int) -> None:
+        pass
+
     def finish(self) -> None:
         pass
 
     def note(self, message: str) -> None:
         pass
+
+
+@dataclass
+class Phase:
+    """Rows and tokens done, of `expected` rows if that is known, and the clock's seconds at its start and end."""
+
+    expected: int | None
+    began: float = field(default_factory=time.monotonic)
+    ended: float | None = None
+    rows: int = 0
+    tokens: int = 0
+
+    def figures(self) -> dict[str, Any]:
+        seconds = max((self.ended or time.monotonic()) - self.began, 1e-9)
+        found = {"rows": self.rows, "expected": self.expected, "seconds": round(seconds, 3)}
+        found["rows_per_second"] = round(self.rows / seconds, 3)
+        if self.tokens:
+            found |= {"tokens": self.tokens, "tokens_per_second": round(self.tokens / seconds, 3)}
+        return found
+
+
+class Meter:
+    """Hands on to another `Progress` and keeps count. `alive` is None until replicas are heard of."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner = inner
+        self.phases: dict[str, Phase] = {}
+        self.alive: int | None = None
+        self.retried = 0
+
+    def start(self, phase: str, rows: int | None) -> None:
+        self._end()
+        self.phases[phase] = Phase(rows)
+        self._inner.start(phase, rows)
+
+    def advance(self, rows: int, tokens: int = 0) -> None:
+        phase = next(reversed(self.phases.values()))
+        phase.rows += rows
+        phase.tokens += tokens
+        self._inner.advance(rows, tokens)
+
+    def replicas(self, alive: int, retried: int) -> None:
+        self.alive, self.retried = alive, retried
+        self._inner.replicas(alive, retried)
+
+    def finish(self) -> None:
+        self._end()
+        self._inner.finish()
+
+    def note(self, message: str) -> None:
+        self._inner.note(message)
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """Every phase so far: rows, seconds, rows and tokens a second."""
+        return {name: phase.figures() for name, phase in self.phases.items()}
+
+    def _end(self) -> None:
+        if self.phases:
+            phase = next(reversed(self.phases.values()))
+            phase.ended = phase.ended or time.monotonic()

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from sqsd_filter.cli import options, output
+from sqsd_filter.cli.store import store
 from sqsd_filter.errors import SQSDError
 
 DEFAULT = "filter"
@@ -47,7 +48,7 @@ def cli() -> None:
 
 
 def _columns(params: dict[str, Any]) -> Any:
-    from sqsd_filter.pipeline.run import Columns
+    from sqsd_filter.pipeline.scan import Columns
 
     named = {name: params[f"{name}_column"] for name in ("messages", "prompt", "context", "answer")}
     return Columns(format=params["row_format"], **named)
@@ -84,7 +85,7 @@ def _engine(params: dict[str, Any]) -> Iterator[Any]:
 def _foretold(params: dict[str, Any], common: dict[str, Any]) -> bool:
     """With --dry-run, say what the run would cost instead of doing it."""
     from sqsd_filter.pipeline.forecast import estimate
-    from sqsd_filter.pipeline.run import Policy
+    from sqsd_filter.pipeline.policy import Policy
 
     Policy.of(params.get("on_error", "quarantine"), params["max_error_rate"])
     if params["dry_run"]:
@@ -113,6 +114,7 @@ def _finish(context: click.Context, report: dict[str, Any], dest: Path) -> None:
 @options.cuts
 @options.scoring
 @options.engine
+@options.stored
 @options.rows
 @options.errors
 @options.on_error
@@ -141,6 +143,8 @@ def filter_command(context: click.Context, **params: Any) -> None:
             on_error=params["on_error"],
             max_error_rate=params["max_error_rate"],
             overwrite=params["overwrite"],
+            score_store=params["score_store"],
+            metrics_file=params["metrics_file"],
             settings=options.settings(context),
         )
     _finish(context, report, params["dest"])
@@ -151,6 +155,7 @@ def filter_command(context: click.Context, **params: Any) -> None:
 @options.dest
 @options.scoring
 @options.engine
+@options.stored
 @options.rows
 @options.errors
 @options.overwrite
@@ -174,6 +179,8 @@ def score(context: click.Context, **params: Any) -> None:
             engine=engine,
             max_error_rate=params["max_error_rate"],
             overwrite=params["overwrite"],
+            score_store=params["score_store"],
+            metrics_file=params["metrics_file"],
             settings=options.settings(context),
         )
     _finish(context, report, params["dest"])
@@ -220,6 +227,9 @@ def build(recipe: Path, out: Path) -> None:
     warnings.simplefilter("ignore")
     built = build_pack(loaded, out, output.Display())
     click.echo(f"pack {built.name} ({built.fingerprint}) in {out}: use it with --pack {out}")
+
+
+cli.add_command(store)
 
 
 def _terminate(*_: object) -> None:

@@ -109,6 +109,10 @@ engine = together(
     option("--gpus-per-replica", type=float, metavar="X", help="A share of a GPU, or several for one large model."),
     option("--ray-address", metavar="HOST:PORT", help="Cluster to join; default: RAY_ADDRESS."),
 )
+stored = together(
+    option("--score-store", metavar="DIR|URL", help="Scores that runs share: rows known there need no model."),
+    option("--metrics-file", metavar="FILE", help="Keep the run's figures here in Prometheus' text format."),
+)
 rows = together(
     option(
         "--format",

@@ -24,11 +24,12 @@ class Display:
         self._phase = ""
         self._total: int | None = None
         self._rows = self._tokens = 0
+        self._stage = ""
         self._began = self._said = 0.0
 
     def start(self, phase: str, rows: int | None) -> None:
         self.finish()
-        self._phase, self._total, self._rows, self._tokens = phase, rows, 0, 0
+        self._phase, self._total, self._rows, self._tokens, self._stage = phase, rows, 0, 0, ""
         self._began = self._said = time.monotonic()
         if self.bars:
             from tqdm import tqdm
@@ -41,13 +42,16 @@ class Display:
         self._tokens += tokens
         now = time.monotonic()
         if self._bar is not None:
-            if self._tokens:
-                rate = self._tokens / max(now - self._began, 1e-9)
-                self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+            rate = f", {self._tokens / max(now - self._began, 1e-9):,.0f} tokens/s" if self._tokens else ""
+            self._bar.set_postfix_str((rate + self._stage).removeprefix(", "), refresh=False)
             self._bar.update(rows)
         elif not self.quiet and now - self._said >= LINE_EVERY:
             self._said = now
             self.note(self._line(now - self._began))
+
+    def replicas(self, alive: int, retried: int) -> None:
+        self._stage = f", {alive} replica{'s' * (alive != 1)}"
+        self._stage += f", {retried} shard{'s' * (retried != 1)} retried" if retried else ""
 
     def _line(self, seconds: float) -> str:
         pace = self._rows / seconds
@@ -60,7 +64,7 @@ class Display:
             line += f", {self._tokens / seconds:,.0f} tokens/s"
         if self._total and pace:
             line += f", {duration((self._total - self._rows) / pace)} left"
-        return line
+        return line + self._stage
 
     def finish(self) -> None:
         if self._bar is not None:
@@ -136,3 +140,23 @@ def forecast(guess: Mapping[str, Any]) -> str:
         f"  time      {took:>12}   estimated from {guess['sampled']} rows, {guess['dtype']} on {guess['device']}",
     ]
     return "\n".join([*lines, *(f"  file      {i['path']} ({i['rows']:,} rows)" for i in guess["inputs"])])
+
+
+def stored(found: Mapping[str, Any]) -> str:
+    """What `store info` says."""
+    lines = [f"{found['where']}: {_many(sum(s['rows'] for s in found['stores']), 'score')}"]
+    for s in found["stores"]:
+        lines.append(f"  {s['id']}  {_many(s['rows'], 'score')} in {_many(s['files'], 'file')}, {s['bytes']:,} bytes")
+        settings = (f"{k} {v}" for k, v in s["settings"].items() if v is not None)
+        lines.append(f"      {', '.join(settings)}")
+    return "\n".join([*lines, *(f"  not a score file, never read: {name}" for name in found["foreign"])])
+
+
+def compacted(found: Mapping[str, Any]) -> str:
+    """What `store compact` says."""
+    lines = [f"{found['where']}: {_many(found['files_before'], 'file')} joined into {found['files']:,}"]
+    return "\n".join([*lines, *(f"  not a score file, left alone: {name}" for name in found["foreign"])])
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -17,6 +17,7 @@ from sqsd_filter.errors import SQSDError
 from sqsd_filter.pipeline.scored import SCORE_PREFIX, Scored
 from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Selection
 from sqsd_filter.pipeline.sources import Chunk
+from sqsd_filter.progress import Progress
 
 SPLITS = {"kept": KEPT, "dropped": DROPPED, "errors": ERROR}
 
@@ -28,7 +29,7 @@ def data_file(split: str) -> str:
     return f"{split}-00000-of-00001.parquet"
 
 
-def export_splits(scored: Scored, selection: Selection, folder: Path) -> dict[str, int]:
+def export_splits(scored: Scored, selection: Selection, folder: Path, progress: Progress) -> dict[str, int]:
     """Write kept, dropped and errors into `folder`, and say how many rows each got.
 
     Kept and dropped rows carry the score columns; error rows their status, the reason in words and where they came
@@ -47,6 +48,7 @@ def export_splits(scored: Scored, selection: Selection, folder: Path) -> dict[st
                 where = np.flatnonzero(place == code)
                 sinks[split](_errors(scored, chunk, where) if code == ERROR else with_scores.take(where))
                 written[split] += len(where)
+            progress.advance(len(place))
     if sum(written.values()) != scored.corpus.n_rows:
         raise SQSDError(f"{scored.corpus.n_rows} rows came in, but {written} went out: please report this as a bug.")
     return written
@@ -58,13 +60,14 @@ def kept_schema(scored: Scored, selection: Selection | None) -> pa.Schema:
     return scored.corpus.schema if whole else scored.corpus.apt_schema
 
 
-def export_scored(scored: Scored, path: Path) -> None:
+def export_scored(scored: Scored, path: Path, progress: Progress) -> None:
     """Write every row, in order, with its score columns; where rows have no score, also the columns of `errors`."""
     errors = bool(scored.reasons())
     with _writer(path) as sink:
         for chunk in scored.corpus.chunks():
             table = _with_scores(scored, chunk.start, chunk.table)
             sink(_with_columns(table, _origin(scored, chunk, np.arange(table.num_rows))) if errors else table)
+            progress.advance(table.num_rows)
 
 
 def _with_scores(scored: Scored, start: int, table: pa.Table) -> pa.Table:

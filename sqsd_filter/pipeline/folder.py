@@ -47,7 +47,9 @@ class Folder:
         except NotADirectoryError as problem:
             raise InputError(f"{self} is not a folder; check the path.") from problem
         except OSError as problem:
-            raise InputError(f"{self} can't be reached ({_first_line(problem)}): check the address and rights.") from problem
+            raise InputError(
+                f"{self} can't be reached ({_first_line(problem)}): check the address and rights."
+            ) from problem
         return sorted(i.base_name for i in found if i.type == fs.FileType.File and not i.base_name.startswith("."))
 
     def size(self, name: str) -> int:
@@ -113,7 +115,9 @@ def _at_url(url: str) -> tuple[fs.FileSystem, str]:
 
         there, root = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as problem:
-        raise UsageError(f"{url} can't be used ({_first_line(problem)}): name a folder, or install what it needs.") from problem
+        raise UsageError(
+            f"{url} can't be used ({_first_line(problem)}): name a folder, or install what it needs."
+        ) from problem
     return fs.PyFileSystem(fs.FSSpecHandler(there)), root
 
 

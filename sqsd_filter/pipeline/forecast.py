@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sqsd_filter.pipeline.run import Columns, Scan, as_paths
+from sqsd_filter.pipeline.scan import Columns, Scan, as_paths
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.conversation import RowError
 from sqsd_filter.scoring.scorer import SQSDScorer
@@ -27,9 +27,8 @@ def estimate(
 ) -> dict[str, Any]:
     """What a run would cost, without writing anything: tokens from `sample` rows, seconds from scoring `timed`."""
     scan = Scan(as_paths(sources), columns or Columns(), limit, progress or Silent())
-    readable = np.flatnonzero(scan.index.codes == 0)
-    unique, first = np.unique(scan.index.keys[readable], return_index=True)
-    wanted = np.sort(readable[first])
+    all_of = scan.index.conversations
+    wanted = np.sort(all_of.first)
     chosen = set(wanted[np.linspace(0, len(wanted) - 1, min(sample, len(wanted))).astype(int)].tolist())
     turns = [
         scan.form.conversation(row.value)
@@ -50,9 +49,9 @@ def estimate(
     return {
         "rows": scan.corpus.n_rows,
         "format": str(scan.form),
-        "to_score": len(unique),
-        "duplicates": len(readable) - len(unique),
-        "unreadable": scan.corpus.n_rows - len(readable),
+        "to_score": len(wanted),
+        "duplicates": len(all_of.rows) - len(wanted),
+        "unreadable": scan.corpus.n_rows - len(all_of.rows),
         "tokens": tokens,
         "passes": len({p.at for p in scorer.pack.probes}),
         "seconds": round(spent * tokens / max(1, int(tried.tokens.sum())), 1),

@@ -44,7 +44,8 @@ class Ledger:
         self.running: dict[int, set[int]] = {}  # shard -> rows noted as about to run and not done
         self.apart: dict[int, set[int]] = {}
         self.given_up: dict[int, set[int]] = {}
-        self.rows = self.tokens = 0
+        self.rows: dict[int, int] = {}  # done, by shard, in its latest attempt
+        self.tokens = 0
         self.seen: dict[str, float] = {}
 
     def pack_files(self) -> Mapping[str, bytes]:
@@ -53,6 +54,7 @@ class Ledger:
     def begin(self, shard: int) -> tuple[int, set[int], set[int]]:
         """Another attempt at a shard: its number, the rows to run one by one, and those to give up."""
         self.attempts[shard] = self.attempts.get(shard, 0) + 1
+        self.rows[shard] = 0
         apart, given_up = self.apart.setdefault(shard, set()), self.given_up.setdefault(shard, set())
         suspects = self.running.pop(shard, set())
         given_up |= suspects & apart if len(suspects) == 1 else set()
@@ -67,15 +69,18 @@ class Ledger:
     def ran(self, shard: int, rows: list[int]) -> None:
         self.running.get(shard, set()).difference_update(rows)
 
-    def told(self, replica: str, rows: int, tokens: int) -> None:
-        self.rows += rows
-        self.tokens += tokens
+    def lives(self, replica: str) -> None:
         self.seen[replica] = time.time()
+
+    def done(self, replica: str, shard: int, rows: int, tokens: int) -> None:
+        self.rows[shard] += rows
+        self.tokens += tokens
+        self.lives(replica)
 
     def state(self) -> dict[str, int]:
         now = time.time()
         return {
-            "rows": self.rows,
+            "rows": sum(self.rows.values()),
             "tokens": self.tokens,
             "replicas": sum(now - seen < SILENT_FOR for seen in self.seen.values()),
             "retried": sum(attempts - 1 for attempts in self.attempts.values()),
@@ -104,7 +109,7 @@ class Replica:
 
     def _beat(self) -> None:
         while True:
-            self.ledger.told.remote(self.name, 0, 0)
+            self.ledger.lives.remote(self.name)
             time.sleep(BEAT)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -145,7 +150,7 @@ class _Reporting(Watch):
             ray.get(self.ledger.ran.remote(self.shard, list(rows)))
 
     def done(self, rows: int, tokens: int) -> None:
-        self.ledger.told.remote(self.replica, rows, tokens)
+        self.ledger.done.remote(self.replica, self.shard, rows, tokens)
 
 
 def _to_table(shard: int, keys: list[bytes], scores: Scores | None, problem: str | None) -> pa.Table:

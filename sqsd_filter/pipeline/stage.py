@@ -173,17 +173,19 @@ class RayEngine:
     def _told(self, ledger: Any, progress: Progress) -> Iterator[None]:
         """Hand on to `progress` what the ledger hears, and say so when nothing moves."""
         stop = threading.Event()
-        rows = tokens = 0
+        rows = tokens = retried = 0
         moved = time.monotonic()
 
         def look() -> None:
-            nonlocal rows, tokens, moved
+            nonlocal rows, tokens, retried, moved
             state = ray.get(ledger.state.remote(), timeout=30)
-            if state["rows"] > rows:
+            progress.replicas(state["replicas"], state["retried"])
+            if (state["rows"], state["tokens"]) != (rows, tokens):
                 progress.advance(state["rows"] - rows, state["tokens"] - tokens)
                 rows, tokens, moved = state["rows"], state["tokens"], time.monotonic()
-            if state["retried"] > self._state.get("retried", 0):
+            if state["retried"] > retried:
                 progress.note(f"{state['retried']} shards had to be started again; {state['replicas']} replicas alive")
+                retried = state["retried"]
             if time.monotonic() - moved > STALLED_AFTER:
                 progress.note(
                     f"no row was finished for {STALLED_AFTER / 60:.0f} minutes; {state['replicas']} of {self.replicas} "

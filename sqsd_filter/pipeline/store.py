@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sqsd_filter.errors import SQSDError
@@ -61,6 +62,11 @@ class Found:
         """(n,) bool."""
         return self.codes != 0
 
+    @property
+    def settled(self) -> np.ndarray:
+        """(n,) bool: known, and not for a reason that may be gone at the next try."""
+        return self.known & ~self.has(*TRANSIENT)
+
     def has(self, *statuses: str) -> np.ndarray:
         """(n,) bool: known, with one of these statuses."""
         return np.isin(self.codes, [self.code(s) for s in statuses if s in self.statuses])
@@ -84,12 +90,12 @@ class Found:
 class ScoreStore:
     """The segments in a folder or at a URL that belong to the given settings."""
 
-    def __init__(self, where: str | Path, settings: Mapping[str, Any], probes: Sequence[str]) -> None:
-        """Raises `UsageError` for a URL of an unknown kind or with a secret in it."""
-        self.folder = Folder(where)
+    def __init__(self, where: Folder | Path, settings: Mapping[str, Any], probes: Sequence[str]) -> None:
+        self.folder = where if isinstance(where, Folder) else Folder(where)
         self.settings, self.probes = dict(settings), list(probes)
         self.id = settings_id(settings)
         self._settings = json.dumps(self.settings, sort_keys=True).encode()
+        self._skipped: set[str] = set()
 
     def segments(self) -> list[str]:
         """Names of its files, sorted."""
@@ -107,23 +113,27 @@ class ScoreStore:
         self._write(file, table)
         return file
 
-    def publish(self, keys: Sequence[bytes] | np.ndarray, scores: Scores) -> None:
-        """Write a segment for others to find, named after its content. Raises `SQSDError` when the disk refuses.
+    def publish(self, segments: Sequence[tuple[Sequence[bytes], Scores]]) -> None:
+        """Write what several segments hold as one, named after its content. Raises `SQSDError` when the disk refuses.
 
         Reasons that may be gone at the next try are nobody else's business and left out.
         """
-        lasting = np.flatnonzero(~np.isin(np.array(scores.status, object), TRANSIENT))
-        if len(lasting):
-            table = self._table(keys, scores).take(pa.array(lasting))
+        table = pa.concat_tables([self._table(keys, scores) for keys, scores in segments])
+        table = table.filter(pc.invert(pc.is_in(table["status"], pa.array(TRANSIENT))))
+        if len(table):
             self._write(f"{self.id}-{_digest(table['key'].to_pylist())}.parquet", table)
 
-    def adopt(self, keys: np.ndarray, other: ScoreStore) -> None:
-        """Carry over what another store knows of `keys` (n,) S16 and is not to be tried again."""
-        found = other.lookup(keys)
-        hits = np.flatnonzero(found.known & ~found.has(*TRANSIENT))
+    def take(self, keys: np.ndarray, found: Found, wanted: np.ndarray) -> None:
+        """Carry over the `wanted` (n,) bool among scores found elsewhere. Raises `SQSDError` when the disk refuses."""
+        hits = np.flatnonzero(wanted)
         for start in range(0, len(hits), AT_ONCE):
             at = hits[start : start + AT_ONCE]
             self.append(f"{REUSED}-{_digest(keys[at])}", keys[at], found.scores(at))
+
+    def adopt(self, keys: np.ndarray, other: ScoreStore) -> None:
+        """Carry over what another store knows of `keys` (n,) S16, this one does not, and is not to be tried again."""
+        theirs = other.lookup(keys)
+        self.take(keys, theirs, theirs.settled & ~self.lookup(keys).settled)
 
     def lookup(self, keys: np.ndarray) -> Found:
         """Scores of `keys` (n,) S16, all different.
@@ -145,8 +155,8 @@ class ScoreStore:
                 found.details[int(where[k])] = batch["detail"][int(hit[k])].as_py() or ""
         return found
 
-    def compact(self) -> tuple[int, int]:
-        """Join all segments into as few as it takes: how many there were, and how many there are.
+    def compact(self) -> None:
+        """Join all segments into as few as it takes.
 
         Safe beside runs that read or write: what is new is written before what is old is deleted, and a reader that
         misses a file looks again. Raises `SQSDError` when the disk refuses.
@@ -163,7 +173,6 @@ class ScoreStore:
         for name in set(old) - new:
             if self._readable(name):  # what can't be read is left for someone to look at
                 self.folder.delete(name)
-        return len(old), len(self.segments())
 
     def _batches(self) -> Iterator[tuple[str, pa.RecordBatch]]:
         """All stored rows, by segment; files that another process joins meanwhile are read as what they became."""
@@ -176,7 +185,12 @@ class ScoreStore:
                 except FileNotFoundError:
                     break  # joined with others: look again
                 except (pa.ArrowException, OSError, KeyError) as problem:
-                    log.warning("skipping %s, which is not a readable score segment (%s)", self.folder.path(name), problem)
+                    self._skip(name, problem)
+
+    def _skip(self, name: str, problem: Exception) -> None:
+        if name not in self._skipped:
+            self._skipped.add(name)
+            log.warning("skipping %s, which is not a readable score segment (%s)", self.folder.path(name), problem)
 
     def _read(self, name: str) -> Iterator[pa.RecordBatch]:
         with self.folder.open(name) as source:
@@ -217,30 +231,6 @@ class ScoreStore:
                 f"The scores can't be written to {self.folder} ({problem}): make room there and run the same command "
                 "again; what was scored so far is kept."
             ) from problem
-
-
-def stores_at(where: str | Path) -> tuple[list[ScoreStore], list[str]]:
-    """The stores in a folder or at a URL, one for each settings, and the names of files there that are none's.
-
-    Raises `InputError` where there is no such folder.
-    """
-    folder = Folder(where)
-    found: dict[str, ScoreStore] = {}
-    foreign = []
-    for name in folder.names(must_exist=True):
-        try:
-            with folder.open(name) as source:
-                schema = pq.read_schema(source)
-            settings = json.loads((schema.metadata or {})[SETTINGS])
-        except (pa.ArrowException, OSError, KeyError, ValueError):
-            foreign.append(name)
-            continue
-        if not name.startswith(f"{settings_id(settings)}-"):
-            foreign.append(name)
-            continue
-        probes = [field.name for field in schema if field.type == pa.float64()]
-        found.setdefault(settings_id(settings), ScoreStore(where, settings, probes))
-    return list(found.values()), foreign
 
 
 def _keys(batch: pa.RecordBatch) -> np.ndarray:

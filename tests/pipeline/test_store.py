@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from sqsd_filter.errors import RowErrorBudgetExceeded, SQSDError
+from sqsd_filter.pipeline.folder import write_whole
+from sqsd_filter.pipeline.keys import KEYS
 from sqsd_filter.pipeline.run import filter_dataset
-from sqsd_filter.pipeline.store import KEYS, ScoreStore, write_whole
+from sqsd_filter.pipeline.store import ScoreStore
 from sqsd_filter.scoring.scorer import Scores, SQSDScorer
 from tests.corpora import make_rows, write_jsonl
 
@@ -33,6 +35,11 @@ def store_in(folder: Path, **settings: Any) -> ScoreStore:
     return ScoreStore(folder / "scores", {**SETTINGS, **settings}, ["danger"])
 
 
+def file_in(store: ScoreStore, name: str) -> Path:
+    assert store.folder.local is not None
+    return store.folder.local / name
+
+
 def known(store: ScoreStore) -> dict[bytes, float]:
     found = store.lookup(np.array(KEY, dtype=KEYS))
     return {key: value for key, value, k in zip(KEY, found.probes["danger"], found.known, strict=True) if k}
@@ -45,7 +52,7 @@ def test_what_is_appended_is_found_again_in_any_order(tmp_path: Path) -> None:
     found = store_in(tmp_path).lookup(np.array([KEY[3], KEY[4], KEY[0], KEY[2]], dtype=KEYS))
     assert found.known.tolist() == found.own.tolist() == [True, False, True, True]
     assert np.array_equal(found.probes["danger"], [np.nan, np.nan, 1 / 3, 0.1], equal_nan=True)
-    assert found.status.tolist() == ["scored", "", "scored", "scored"]
+    assert [found.statuses[c] for c in found.codes] == ["scored", "", "scored", "scored"]
     assert found.tokens.tolist() == [1, 0, 0, 0]
 
 
@@ -67,20 +74,34 @@ def replace_by_another_table(path: Path) -> None:
 
 
 def replace_by_scores_of_other_settings(path: Path) -> None:
-    path.write_bytes(
-        store_in(path.parent / "elsewhere", dtype="bfloat16").append("x", KEY, scores(*[9.0] * 5)).read_bytes()
-    )
+    other = store_in(path.parent / "elsewhere", dtype="bfloat16")
+    path.write_bytes(file_in(other, other.append("x", KEY, scores(*[9.0] * 5))).read_bytes())
+
+
+def flip_a_bit_of_the_scores(path: Path) -> None:
+    """Such that the file opens, and would give other scores."""
+    content = bytearray(path.read_bytes())
+    column = pq.read_metadata(path).row_group(0).column(1)
+    content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
-    "spoil", [truncate, replace_by_text, replace_by_another_table, replace_by_scores_of_other_settings]
+    "spoil",
+    [
+        truncate,
+        replace_by_text,
+        replace_by_another_table,
+        replace_by_scores_of_other_settings,
+        flip_a_bit_of_the_scores,
+    ],
 )
 def test_a_segment_that_is_not_what_its_name_says_is_skipped_with_a_warning(
     spoil: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = store_in(tmp_path)
     store.append("shard-000000", KEY[:2], scores(0.1, 0.2))
-    spoiled = store.append("shard-000001", KEY[2:4], scores(0.3, 0.4))
+    spoiled = file_in(store, store.append("shard-000001", KEY[2:4], scores(0.3, 0.4)))
     spoil(spoiled)
     with caplog.at_level(logging.WARNING):
         assert known(store) == {KEY[0]: 0.1, KEY[1]: 0.2}
@@ -97,15 +118,15 @@ def test_adopted_scores_are_known_but_not_its_own(tmp_path: Path) -> None:
     old, new = store_in(tmp_path / "old"), store_in(tmp_path / "new")
     old.append("shard-000000", KEY[:2], scores(0.1, 0.2))
     store_in(tmp_path / "old", dtype="bfloat16").append("shard-000000", KEY[2:3], scores(9.0))
-    new.adopt(old.folder)
-    new.adopt(old.folder)
+    for _ in range(2):
+        new.adopt(np.array(KEY, dtype=KEYS), old)
     assert len(new.segments()) == 1
     assert known(new) == {KEY[0]: 0.1, KEY[1]: 0.2}
     assert not new.lookup(np.array(KEY, dtype=KEYS)).own.any()
 
 
 def test_a_folder_that_takes_no_files_gives_one_clear_sentence(tmp_path: Path) -> None:
-    (tmp_path / "scores").write_text("in the way")
+    (tmp_path / "scores").symlink_to("/proc")
     with pytest.raises(SQSDError, match=r"can't be written to .*scores .*: make room there and run the same command"):
         store_in(tmp_path).append("shard-000000", KEY[:1], scores(0.1))
 

@@ -1,0 +1,117 @@
+"""The inputs of a run, looked at once, and their rows' scores: known ones looked up, others from an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqsd_filter.errors import InputError, SQSDError
+from sqsd_filter.pipeline.engines import Engine
+from sqsd_filter.pipeline.folder import Folder
+from sqsd_filter.pipeline.keys import KEYS
+from sqsd_filter.pipeline.scored import Scored, from_store
+from sqsd_filter.pipeline.shards import Index, plan
+from sqsd_filter.pipeline.sharing import Sharing
+from sqsd_filter.pipeline.sources import Corpus, peek
+from sqsd_filter.pipeline.store import ScoreStore
+from sqsd_filter.progress import Progress
+from sqsd_filter.scoring.conversation import RowFormat, choose_format
+from sqsd_filter.scoring.scorer import SQSDScorer
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the user fixed about the row format; None leaves it to detection."""
+
+    format: str | None = None
+    messages: str | None = None
+    prompt: str | None = None
+    context: str | None = None
+    answer: str | None = None
+
+    def choose(self, paths: Sequence[str]) -> RowFormat:
+        return choose_format(
+            peek(paths),
+            self.format,
+            messages=self.messages,
+            prompt=self.prompt,
+            context=self.context,
+            answer=self.answer,
+        )
+
+
+class Scan:
+    """The inputs, looked at once: rows counted and keyed, files hashed, the format decided."""
+
+    def __init__(self, paths: list[str], columns: Columns, limit: int | None, progress: Progress) -> None:
+        self.form = columns.choose(paths)
+        self.limit, self.progress = limit, progress
+        progress.note(f"reading rows as {self.form}")
+        progress.start("reading", None)
+        self.index = Index(self.form)
+        self.corpus = Corpus.scan(
+            paths,
+            limit=limit,
+            visit=counted(self.index.visit, progress),
+            columns=self.form.columns,
+            form=self.form,
+        )
+        not_empty(self.corpus)
+
+    def identity(self) -> dict[str, Any]:
+        return {"inputs": self.corpus.inputs, "row_format": vars(self.form), "limit": self.limit}
+
+    def score(
+        self,
+        home: Path,
+        scorer: SQSDScorer,
+        engine: Engine,
+        *,
+        old_home: Path | None = None,
+        shared: Folder | None = None,
+    ) -> Scored:
+        """Score what has no score yet in `home`, its predecessor or the shared store, shard by shard, and join."""
+        weights = {p.name: p.weight for p in scorer.pack.probes}
+
+        def store_in(where: Folder | Path) -> ScoreStore:
+            return ScoreStore(where, scorer.settings(), list(weights))
+
+        store, all_of = store_in(home / "scores"), self.index.conversations
+        if old_home is not None:
+            store.adopt(all_of.keys, store_in(old_home / "scores"))
+        sharing = Sharing(store, store_in(shared) if shared is not None else None)
+        settled = sharing.exchange(all_of.keys)
+        wanted = np.sort(all_of.first[~settled])
+        self.progress.start("scoring", len(wanted))
+        shards = list(plan(self.corpus.n_rows, wanted))
+        with sharing:
+            for shard, keys, scores in engine.score(self.corpus, self.form, scorer, shards, self.progress):
+                if not np.array_equal(np.array(keys, dtype=KEYS), self.index.keys[shard.wanted]):
+                    raise SQSDError(
+                        f"The rows of {shard.name} came back as others than went out: report this as a bug."
+                    )
+                store.append(shard.name, keys, scores)
+                sharing.add(keys, scores)
+        return from_store(self.corpus, self.index, store, weights)
+
+
+def not_empty(corpus: Corpus) -> Corpus:
+    if corpus.n_rows == 0:
+        raise InputError("The input has no rows.")
+    return corpus
+
+
+def as_paths(sources: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(sources)] if isinstance(sources, str | Path) else [str(s) for s in sources]
+
+
+def counted(visit: Callable[[Any], None], progress: Progress) -> Callable[[Any], None]:
+    def both(row: Any) -> None:
+        visit(row)
+        progress.advance(1)
+
+    return both

@@ -1,0 +1,281 @@
+"""Scores that runs share: the second night costs what changed, and nobody's mishap harms the others."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sqsd_filter.cli.main import main
+from sqsd_filter.errors import InputError, SQSDError, UsageError
+from sqsd_filter.pipeline import shards, sharing
+from sqsd_filter.pipeline.folder import Folder
+from sqsd_filter.pipeline.keys import KEYS
+from sqsd_filter.pipeline.run import filter_dataset, score_dataset
+from sqsd_filter.pipeline.store import ScoreStore
+from sqsd_filter.pipeline.upkeep import compact_all, describe
+from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from tests.corpora import SPLITS, make_rows, rows_of, write_jsonl
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with 40 rows in monday.jsonl, and two more in tuesday.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shards, "shard_size", lambda rows: 16)
+    rows = make_rows(42)
+    write_jsonl(tmp_path / "monday.jsonl", rows[:40])
+    write_jsonl(tmp_path / "tuesday.jsonl", [rows[41], *rows[:40], rows[40]])
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_pack: Path) -> SQSDScorer:
+    return SQSDScorer(tiny_pack)
+
+
+def run(source: str, dest: str, scorer: SQSDScorer, store: str | None = "store", **named: Any) -> dict[str, Any]:
+    return filter_dataset(source, dest, drop_top="5%", scorer=scorer, score_store=store, **named)
+
+
+def counts(report: dict[str, Any]) -> tuple[int, int]:
+    return report["rows"]["scored"], report["rows"]["reused"]
+
+
+def assert_same(dest: str, other: str) -> None:
+    """The same rows at the same places, and the same scores but for what a row's batch mates do to the last bits."""
+    for split in SPLITS:
+        ours, theirs = rows_of(Path(dest), split), rows_of(Path(other), split)
+        assert [row["id"] for row in ours] == [row["id"] for row in theirs]
+        for row, twin in zip(ours, theirs, strict=True):
+            assert row["sqsd_risk"] == pytest.approx(twin["sqsd_risk"], abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- what is shared
+
+
+def test_the_second_night_scores_only_the_new_rows_and_cuts_the_same(folder: Path, scorer: SQSDScorer) -> None:
+    assert counts(run("monday.jsonl", "monday", scorer)) == (40, 0)
+    assert counts(run("tuesday.jsonl", "tuesday", scorer)) == (2, 40)
+    run("tuesday.jsonl", "alone", scorer, None)
+    assert_same("tuesday", "alone")
+    assert counts(score_dataset("tuesday.jsonl", "t.parquet", scorer=scorer, score_store="store")) == (0, 42)
+
+
+def test_scores_for_other_settings_are_not_taken(folder: Path, scorer: SQSDScorer, tiny_pack: Path) -> None:
+    run("monday.jsonl", "monday", scorer)
+    shorter = SQSDScorer(tiny_pack, max_length=200)
+    assert counts(run("monday.jsonl", "shorter", shorter)) == (40, 0)
+    assert [store["rows"] for store in describe("store")["stores"]] == [40, 40]
+
+
+def test_any_url_that_fsspec_knows_can_hold_the_store(folder: Path, scorer: SQSDScorer) -> None:
+    url = "memory://scores/of/all"
+    assert counts(run("monday.jsonl", "monday", scorer, url)) == (40, 0)
+    assert counts(run("tuesday.jsonl", "tuesday", scorer, url)) == (2, 40)
+    before = describe(url)
+    compact_all(url)
+    assert [s["rows"] for s in before["stores"]] == [s["rows"] for s in describe(url)["stores"]] == [42]
+    assert counts(run("tuesday.jsonl", "again", scorer, url)) == (0, 42)
+
+
+def test_what_an_interrupted_run_scored_is_there_for_others(folder: Path, scorer: SQSDScorer) -> None:
+    class Impatient(SQSDScorer):
+        done = 0
+
+        def score(self, *arguments: Any) -> Scores:
+            Impatient.done += 1
+            if Impatient.done == 3:
+                raise KeyboardInterrupt
+            return super().score(*arguments)
+
+    impatient = Impatient(scorer.pack.path)
+    with pytest.raises(KeyboardInterrupt):
+        run("monday.jsonl", "monday", impatient)
+    assert counts(run("tuesday.jsonl", "tuesday", scorer)) == (10, 32)
+    # and the other way round: it goes on with what others scored meanwhile
+    assert counts(run("monday.jsonl", "monday", scorer)) == (32, 8)
+
+
+def test_what_a_killed_run_could_not_hand_on_is_handed_on_by_its_successor(
+    folder: Path, scorer: SQSDScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sharing.Sharing, "add", lambda *_: None)  # as if the kill came before
+        run("monday.jsonl", "out", scorer)
+    assert describe_rows("store") == 0
+    (folder / "out" / "README.md").unlink()  # not finished, then
+    assert counts(run("monday.jsonl", "out", scorer)) == (40, 0)
+    assert describe_rows("store") == 40
+
+
+def describe_rows(where: str) -> int:
+    return sum(store["rows"] for store in describe(where)["stores"]) if Path(where).exists() else 0
+
+
+def test_the_store_has_no_part_in_what_a_run_is(folder: Path, scorer: SQSDScorer) -> None:
+    run("monday.jsonl", "out", scorer, None)
+    assert run("monday.jsonl", "out", scorer)["already_done"]
+
+
+def test_overwriting_takes_scores_from_both_the_old_run_and_the_store(folder: Path, scorer: SQSDScorer) -> None:
+    rows = make_rows(60)
+    write_jsonl(folder / "a.jsonl", rows[:20])
+    write_jsonl(folder / "b.jsonl", rows[20:40])
+    write_jsonl(folder / "all.jsonl", rows)
+    run("a.jsonl", "out", scorer, None)
+    run("b.jsonl", "elsewhere", scorer)
+    assert counts(run("all.jsonl", "out", scorer, overwrite=True)) == (20, 40)
+    assert describe_rows("store") == 60
+
+
+# ---------------------------------------------------------------------------------------------- mishaps
+
+
+def test_a_store_that_takes_no_files_is_one_sentence_after_the_first_shard_and_no_score_is_lost(
+    folder: Path, scorer: SQSDScorer
+) -> None:
+    (folder / "store").write_text("in the way")
+    with pytest.raises(InputError, match=r"^store is not a folder; check the path\.$"):
+        run("monday.jsonl", "out", scorer)
+    (folder / "store").unlink()
+    (folder / "store").symlink_to("/proc")  # a folder that can be read and takes no file
+    with pytest.raises(SQSDError, match=r"^The scores can't be written to store \([^\n]*\): make room [^\n]*kept\.$"):
+        run("monday.jsonl", "out", scorer)
+    assert json.loads(Path("out/sqsd/report.json").read_text())["status"] == "failed"
+    assert len(list(Path("out/sqsd/scores").glob("*.parquet"))) == 1
+    assert counts(run("monday.jsonl", "out", scorer, None)) == (40, 0)
+
+
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [("s3://key:secret@bucket/scores", "must not hold a user name"), ("nonsense://x", "nonsense://x can't be used")],
+)
+def test_a_url_that_can_not_be_used_is_a_usage_error_that_shows_no_secret(
+    url: str, complaint: str, folder: Path, scorer: SQSDScorer
+) -> None:
+    with pytest.raises(UsageError, match=complaint) as problem:
+        run("monday.jsonl", "out", scorer, url)
+    assert "key:secret" not in str(problem.value)
+    assert not Path("out").exists()
+
+
+def test_a_damaged_file_costs_its_scores_only(
+    folder: Path, scorer: SQSDScorer, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("monday.jsonl", "monday", scorer)
+    first, second = sorted(Path("store").iterdir(), key=lambda p: p.stat().st_size)
+    second.write_bytes(second.read_bytes()[:-100])
+    Path("store/notes.txt").write_text("not ours")
+    with caplog.at_level(logging.WARNING):
+        scored, reused = counts(run("tuesday.jsonl", "tuesday", scorer))
+    assert scored + reused == 42 and 2 < scored < 42
+    assert caplog.text.count(f"skipping {second}") == 1
+    run("tuesday.jsonl", "alone", scorer, None)
+    assert_same("tuesday", "alone")
+    assert describe("store")["foreign"] == sorted([second.name, "notes.txt"])
+    compact_all("store")
+    assert second.exists() and Path("store/notes.txt").exists() and not first.exists()
+
+
+def test_two_runs_at_once_and_compactions_meanwhile_lose_nothing(folder: Path, tiny_pack: Path) -> None:
+    command = [sys.executable, "-m", "sqsd_filter", "--drop-top", "5%", "--score-store", "store"]
+    command += ["--pack", str(tiny_pack), "--quiet"]
+    write_jsonl(folder / "long.jsonl", make_rows(1500))
+    write_jsonl(folder / "other.jsonl", make_rows(1600)[300:])
+    processes = [subprocess.Popen([*command, f"{name}.jsonl", name]) for name in ("long", "other")]
+    while any(p.poll() is None for p in processes):
+        if Path("store").exists():
+            compact_all("store")
+    assert [p.wait() for p in processes] == [0, 0]
+    compact_all("store")
+    found = describe("store")
+    assert found["stores"][0]["rows"] == 1600 and found["stores"][0]["files"] == 1 and not found["foreign"]
+
+
+def test_lookups_beside_compactions_always_find_everything(tmp_path: Path) -> None:
+    store = ScoreStore(tmp_path, {"pack": "p"}, ["danger"])
+    keys = np.random.default_rng(0).integers(0, 2**63, 2 * 4000, dtype=np.uint64).view(KEYS)
+    values = np.arange(4000.0)
+
+    def scores(at: slice) -> Scores:
+        n = len(values[at])
+        return Scores({"danger": values[at]}, values[at], ["scored"] * n, [""] * n, np.zeros(n, np.int32))
+
+    stop = threading.Event()
+
+    def keep_compacting() -> None:
+        while not stop.is_set():
+            ScoreStore(tmp_path, {"pack": "p"}, ["danger"]).compact()
+
+    store.publish([(keys[:10], scores(slice(10)))])
+    thread = threading.Thread(target=keep_compacting)
+    thread.start()
+    try:
+        for start in range(10, 4000, 95):
+            store.publish([(keys[start : start + 95], scores(slice(start, start + 95)))])
+            found = store.lookup(keys)
+            assert np.array_equal(found.probes["danger"][: start + 95], values[: start + 95])
+    finally:
+        stop.set()
+        thread.join()
+
+
+# ---------------------------------------------------------------------------------------------- upkeep
+
+
+def test_compacting_keeps_every_score_and_no_temporary_file(folder: Path, scorer: SQSDScorer) -> None:
+    run("monday.jsonl", "monday", scorer)
+    run("tuesday.jsonl", "tuesday", scorer)
+    half = Path("store/.half.tmp")
+    half.write_bytes(b"left by a killed process")
+    fresh = Path("store/.fresh.tmp")
+    fresh.write_bytes(b"being written right now")
+    two_days_ago = half.stat().st_mtime - 2 * 86400
+    os.utime(half, (two_days_ago, two_days_ago))
+    done = compact_all("store")
+    assert done["files_before"] > done["files"] == 1
+    assert fresh.exists() and not half.exists()
+    assert counts(run("tuesday.jsonl", "again", scorer)) == (0, 42)
+    assert_same("again", "tuesday")
+
+
+def test_info_and_compact_from_the_command_line(
+    folder: Path, scorer: SQSDScorer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("monday.jsonl", "monday", scorer)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["store", *arguments])
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    code, out, err = call("info", "store", "--json")
+    assert (code, err) == (0, "") and json.loads(out)["stores"][0]["settings"] == scorer.settings()
+    code, out, _ = call("info", "store")
+    assert code == 0 and "40 scores in 2 files" in out and scorer.pack.fingerprint in out
+    code, out, _ = call("compact", "store")
+    assert (code, out) == (0, "store: 2 files joined into 1\n")
+    code, out, err = call("info", "nowhere")
+    assert (code, out) == (3, "") and err == "Error: nowhere does not exist; check the path.\n"
+
+
+def test_a_folder_names_its_files_and_no_others(tmp_path: Path) -> None:
+    place = Folder(tmp_path / "new")
+    assert place.names() == []
+    place.write("b", lambda sink: sink.write(b"22"))
+    place.write("a", lambda sink: sink.write(b"1"))
+    (tmp_path / "new" / ".hidden").touch()
+    (tmp_path / "new" / "folder").mkdir()
+    assert place.names() == ["a", "b"] and place.size("b") == 2
+    place.delete("a")
+    place.delete("a")
+    assert place.names() == ["b"]
