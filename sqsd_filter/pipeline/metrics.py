@@ -40,7 +40,7 @@ class Metrics:
         self.meter = Meter(progress)
         self.report: Mapping[str, Any] = {}
         self._path = Path(path) if path else None
-        self._started = time.time()
+        self.started = time.time()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep_writing, daemon=True)
 
@@ -85,9 +85,9 @@ class Metrics:
                     metric.labels(run, *([key] if label else [])).set(value)
 
         gauge("state", "1 for what the run is", {s: float(s == state) for s in STATES}, "state")
-        gauge("started_seconds", "When the run started, Unix time", {"": self._started})
+        gauge("started_seconds", "When the run started, Unix time", {"": self.started})
         gauge("updated_seconds", "When this file was written, Unix time", {"": now})
-        gauge("duration_seconds", "How long the run has taken so far", {"": now - self._started})
+        gauge("duration_seconds", "How long the run has taken so far", {"": now - self.started})
         phases = self.meter.figures()
         for name, help in PHASE_FIGURES.items():
             gauge(f"phase_{name}", f"{help}, by phase", {p: f.get(name) for p, f in phases.items()}, "phase")

@@ -208,7 +208,6 @@ def _score_and(
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Scan, score, then `finish` and `publish`. Returns the report."""
-    started = time.time()
     with Metrics(metrics_file, progress) as metrics:
         shared = Folder(score_store) if score_store else None
         scan = Scan(place.others(matches(as_paths(sources))), columns, limit, metrics.meter)
@@ -218,7 +217,7 @@ def _score_and(
             {**scan.identity(), "scoring": scorer.settings(), **identity},
             metrics.meter,
             settings,
-            started,
+            metrics.started,
             _about(scorer),
             engine,
         )

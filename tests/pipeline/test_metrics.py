@@ -1,0 +1,122 @@
+"""The figures of a run, in its report and in Prometheus' text format, whatever its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from sqsd_filter.errors import InputError, RowErrorBudgetExceeded
+from sqsd_filter.pipeline import metrics
+from sqsd_filter.pipeline.run import filter_dataset
+from sqsd_filter.progress import Silent
+from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from tests.corpora import make_rows, read_report, write_jsonl
+
+FILE = "nightly.prom"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "in.jsonl", [*make_rows(20), b"broken", make_rows(1)[0]])
+    return tmp_path
+
+
+def samples() -> dict[str, Any]:
+    """By name, or by name and the label besides `run`."""
+    found = {}
+    for family in text_string_to_metric_families(Path(FILE).read_text()):
+        for sample in family.samples:
+            assert sample.labels.pop("run") == "nightly"
+            name = sample.name.removeprefix("sqsd_filter_")
+            found["/".join([name, *sample.labels.values()])] = sample.value
+    return found
+
+
+def run(pack: Path, **named: Any) -> dict[str, Any]:
+    scorer = named.pop("scorer", None) or SQSDScorer(pack)
+    return filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer, metrics_file=FILE, **named)
+
+
+def test_a_finished_run_says_what_became_of_the_rows_and_how_fast(folder: Path, tiny_pack: Path) -> None:
+    report, found = run(tiny_pack), samples()
+    assert {k: v for k, v in found.items() if k.startswith("state/")} == {
+        "state/ok": 1,
+        "state/running": 0,
+        "state/failed": 0,
+        "state/interrupted": 0,
+    }
+    assert {f"rows/{fate}": n for fate, n in report["rows"].items()}.items() <= found.items()
+    assert (found["rows/scored"], found["rows/duplicates"], found["unscored_rows/bad_json"]) == (20, 1, 1)
+    assert found["threshold"] == report["threshold"]
+    phases = report["timing"]["phases"]
+    assert [(name, phase["rows"]) for name, phase in phases.items()] == [
+        ("reading", 22),
+        ("scoring", 20),
+        ("writing", 22),
+    ]
+    for name, phase in phases.items():
+        assert found[f"phase_rows/{name}"] == phase["rows"]
+        assert phase["rows_per_second"] == pytest.approx(phase["rows"] / phase["seconds"], rel=0.5)
+    assert 0 < found["phase_tokens/scoring"] == phases["scoring"]["tokens"] <= report["tokens"]
+    assert found["started_seconds"] <= found["updated_seconds"]
+    assert "replicas_alive" not in found and found["shards_retried"] == 0
+
+
+def test_a_run_that_fails_says_so_and_how_far_it_came(folder: Path, tiny_pack: Path) -> None:
+    with pytest.raises(RowErrorBudgetExceeded):
+        run(tiny_pack, on_error="fail")
+    found, report = samples(), read_report(folder / "out")
+    assert (found["state/failed"], report["status"]) == (1, "failed")
+    assert found["phase_rows/scoring"] == report["timing"]["phases"]["scoring"]["rows"] == 20
+    assert "rows/total" not in found
+
+
+def test_a_run_that_never_starts_says_so(folder: Path, tiny_pack: Path) -> None:
+    (folder / "in.jsonl").unlink()
+    with pytest.raises(InputError):
+        run(tiny_pack)
+    assert samples()["state/failed"] == 1
+
+
+def test_an_interrupted_run_says_so_and_was_running_before(
+    folder: Path, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(SQSDScorer):
+        def score(self, *arguments: Any) -> Scores:
+            found = super().score(*arguments)
+            assert samples()["state/running"] == 1
+            raise KeyboardInterrupt
+            return found
+
+    monkeypatch.setattr(metrics, "WRITE_EVERY", 0.01)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_pack, scorer=Interrupted(tiny_pack))
+    assert samples()["state/interrupted"] == 1
+    assert read_report(folder / "out")["timing"]["phases"]["scoring"]["rows"] == 20
+    assert [p.name for p in folder.glob("*.prom*")] == [FILE]
+
+
+def test_a_metrics_file_that_can_not_be_written_is_an_error_before_any_work(folder: Path, tiny_pack: Path) -> None:
+    with pytest.raises(InputError, match=r"^The metrics file can't be written \(.*no/where.*\): name another\.$"):
+        filter_dataset("in.jsonl", "out", drop_count=1, pack=tiny_pack, metrics_file="no/where.prom")
+    assert not Path("out").exists()
+
+
+def test_it_is_kept_up_to_date_and_a_failing_disk_does_not_end_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metrics, "WRITE_EVERY", 0.01)
+    with metrics.Metrics(FILE, Silent()) as watched:
+        watched.meter.start("scoring", 10)
+        watched.meter.replicas(3, 1)
+        watched.meter.advance(4, 100)
+        while samples().get("phase_rows/scoring") != 4:
+            pass
+        assert (samples()["replicas_alive"], samples()["shards_retried"]) == (3, 1)
+        Path(FILE).unlink()
+        Path(FILE).mkdir()
+    assert f"the metrics file {FILE} can't be written" in caplog.text
