@@ -100,6 +100,7 @@ def _log(context: click.Context) -> output.Display:
     logging.getLogger("sqsd_filter").setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
     if not verbose:
         warnings.simplefilter("ignore")
+        logging.raiseExceptions = False  # libraries' logs may lie on a disk that is full
     return output.Display(quiet=quiet)
 
 

@@ -6,7 +6,7 @@ Bytes don't depend on the choice: bins form inside a shard, and a bin's scores o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 from sqsd_filter.errors import UsageError
@@ -28,7 +28,7 @@ class Engine(Protocol):
 
     def score(
         self, corpus: Corpus, form: RowFormat, scorer: SQSDScorer, shards: Sequence[Shard], progress: Progress
-    ) -> Iterator[ScoredShard]:
+    ) -> Generator[ScoredShard]:
         """Keys and scores of every shard, as they are done."""
 
     def facts(self) -> Mapping[str, Any]:
@@ -47,7 +47,7 @@ class LocalEngine:
 
     def score(
         self, corpus: Corpus, form: RowFormat, scorer: SQSDScorer, shards: Sequence[Shard], progress: Progress
-    ) -> Iterator[ScoredShard]:
+    ) -> Generator[ScoredShard]:
         watch = Telling(progress)
         for shard in shards:
             yield shard, *score_shard(corpus, form, scorer, shard, watch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,9 @@ class Scan:
         wanted = np.sort(all_of.first[~settled])
         self.progress.start("scoring", len(wanted))
         shards = list(plan(self.corpus.n_rows, wanted))
-        with sharing:
-            for shard, keys, scores in engine.score(self.corpus, self.form, scorer, shards, self.progress):
+        done = engine.score(self.corpus, self.form, scorer, shards, self.progress)
+        with sharing, closing(done):
+            for shard, keys, scores in done:
                 if not np.array_equal(np.array(keys, dtype=KEYS), self.index.keys[shard.wanted]):
                     raise SQSDError(
                         f"The rows of {shard.name} came back as others than went out: report this as a bug."

@@ -15,8 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -130,7 +130,7 @@ class RayEngine:
 
     def score(
         self, corpus: Corpus, form: RowFormat, scorer: SQSDScorer, shards: Sequence[Shard], progress: Progress
-    ) -> Iterator[ScoredShard]:
+    ) -> Generator[ScoredShard]:
         expected = {shard.number: shard for shard in shards}
         if not expected:
             return
@@ -212,14 +212,19 @@ class RayEngine:
 
 
 def _batches(scored: Any) -> Iterator[pa.Table]:
+    batches = iter(scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     try:
-        yield from scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    except ray.exceptions.RayError as problem:
+        while (batch := next(batches, None)) is not None:
+            yield batch
+    except (ray.exceptions.RayError, OSError) as problem:
         lines = [line for line in str(problem).splitlines() if line.strip()]
         raise SQSDError(
             f"Ray gave up ({lines[-1].strip() if lines else type(problem).__name__}): run the same command again, "
             "what was scored is kept."
         ) from problem
+    finally:
+        with suppress(OSError):  # Ray's logs may lie on a disk that is full
+            batches.close()
 
 
 def _this_node() -> str:

@@ -641,14 +641,6 @@ def test_a_kill_between_two_swaps_leaves_nothing_that_counts_as_done(folder: Pat
 # ---------------------------------------------------------------------------------------------- disks that refuse
 
 
-@pytest.fixture
-def small_disk() -> Iterator[Callable[[int], None]]:
-    """Limits how large a file may grow; a write past it fails as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("size", [100, 3000, 4500], ids=["start", "scores", "export"])
 def test_a_full_disk_gives_one_clear_sentence_and_room_finishes_the_run(
     size: int, folder: Path, scorer: SQSDScorer, small_disk: Callable[[int], None], capfd: pytest.CaptureFixture[str]

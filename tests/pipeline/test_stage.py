@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from sqsd_filter.pipeline.engines import LocalEngine, choose_engine
 from sqsd_filter.pipeline.replica import Ledger
 from sqsd_filter.pipeline.run import filter_dataset
 from sqsd_filter.pipeline.stage import RayEngine
+from sqsd_filter.progress import Silent
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import content, make_rows, read_report, write_jsonl
 from tests.tiny import CONVERSATIONS
@@ -131,6 +134,88 @@ def test_a_row_that_keeps_killing_its_replica_is_set_apart_and_the_rest_is_score
     assert report["rows"]["total"] == len(LINES) and report["timing"]["shards_retried"] >= 3
 
 
+def short_of_memory(self: Any, members: Any) -> Any:
+    """A `project` for which three rows at once are too many."""
+    if len(members) > 2:
+        raise MemoryError
+    return type(self.engine).project(self.engine, members)
+
+
+def failing_row(self: Any, members: Any) -> Any:
+    """A `project` whose model can't do with one of the rows."""
+    if any(ROWS[515]["instruction"] in self.encoder.tokenizer.decode(m.ids) for m in members):
+        raise RuntimeError("no such shape")
+    return type(self.engine).project(self.engine, members)
+
+
+@pytest.mark.parametrize(("project", "unscored"), [(short_of_memory, {}), (failing_row, {"failed": 1})])
+def test_what_a_batch_can_not_do_its_rows_do_apart_on_any_engine(
+    session: None, source: Path, tiny_pack: Path, project: Any, unscored: dict[str, int]
+) -> None:
+    def score(self: Any, rows: Any, results: Any) -> None:
+        self.engine.project = partial(project, self)
+        SQSDScorer._score(self, rows, results)
+
+    for dest, engine in (("local", LocalEngine()), ("ray", RayEngine(2))):
+        scorer = SQSDScorer(tiny_pack)
+        scorer.__class__ = type("Troubled", (SQSDScorer,), {"_score": score})
+        report = filter_dataset(source, dest, drop_top="5%", scorer=scorer, engine=engine)
+        assert report["unscored"] == {"bad_json": 1, "no_answer": 1, **unscored}
+        assert report["rows"]["scored"] + report["rows"]["duplicates"] + report["rows"]["errors"] == len(LINES)
+    assert content(Path("ray")) == content(Path("local"))
+
+
+@pytest.mark.parametrize("where", ["destination", "shared store"])
+def test_a_disk_that_fills_up_is_one_sentence_and_room_finishes_the_run(
+    session: None,
+    source: Path,
+    tiny_pack: Path,
+    undisturbed: dict[str, Any],
+    where: str,
+    small_disk: Callable[[int], None],
+) -> None:
+    class Filling(RayEngine):
+        def score(self, *arguments: Any, **named: Any) -> Any:
+            for number, shard in enumerate(super().score(*arguments, **named)):
+                if number == 2 and where == "destination":
+                    small_disk(1000)
+                yield shard
+
+    shared = "full" if where == "shared store" else None
+    if shared:
+        Path(shared).symlink_to("/proc")
+    with pytest.raises(SQSDError, match=r"^The scores can't be written to [^\n]*make room there and run the same"):
+        scorer = SQSDScorer(tiny_pack)
+        filter_dataset(source, "out", drop_top="5%", scorer=scorer, engine=Filling(2), score_store=shared)
+    small_disk(resource.RLIM_INFINITY)
+    assert len(list(Path("out/sqsd/scores").iterdir())) == (1 if shared else 2)
+    assert not shared or read_report(Path("out"))["status"] == "failed"
+    run(source, tiny_pack, RayEngine(2))
+    assert content(Path("out")) == undisturbed
+
+
+def test_progress_tells_of_replicas_and_rows_once_each(session: None, source: Path, tiny_pack: Path) -> None:
+    class Told(Silent):
+        rows = tokens = alive = 0
+
+        def advance(self, rows: int, tokens: int = 0) -> None:
+            if self.phase == "scoring":
+                self.rows += rows
+                self.tokens += tokens
+
+        def start(self, phase: str, rows: int | None) -> None:
+            self.phase = phase
+
+        def replicas(self, alive: int, retried: int) -> None:
+            self.alive, self.retried = max(alive, self.alive), retried
+
+    told, scorer = Told(), SQSDScorer(tiny_pack)
+    scorer.__class__ = type("Deadly", (SQSDScorer,), {"_score": die_once(Path("died").absolute(), signal.SIGKILL)})
+    report = filter_dataset(source, "out", drop_top="5%", scorer=scorer, engine=RayEngine(2), progress=told)
+    assert told.rows == report["rows"]["scored"] < told.tokens
+    assert told.alive >= 2 and told.retried == report["timing"]["shards_retried"] >= 1
+
+
 def test_an_error_that_ends_the_run_is_one_sentence(
     session: None, source: Path, tiny_pack: Path, tmp_path: Path
 ) -> None:
@@ -204,9 +289,10 @@ def test_senseless_engines_are_usage_errors(asked: dict[str, Any], complaint: st
         choose_engine(**asked)
 
 
-def test_an_address_where_nobody_answers_is_one_sentence_at_once(tiny_pack: Path) -> None:
-    if ray.is_initialized():
-        pytest.skip("a session is open, which is used instead")
+def test_an_address_where_nobody_answers_is_one_sentence_at_once(
+    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # a session that is open would be used instead
     began = time.monotonic()
     with pytest.raises(SQSDError, match=r"No Ray cluster answers at 127\.0\.0\.1:9 .*--ray-address"):
         RayEngine(address="127.0.0.1:9").place(SQSDScorer(tiny_pack))
