@@ -11,7 +11,6 @@ or, with `1b`, three layers of a 1B model's widths with random weights. Row leng
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import subprocess
@@ -22,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import random_pack
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sqsd_filter.directions.pack import Pack, load_pack
 from sqsd_filter.scoring.batching import bins
@@ -57,10 +56,8 @@ def make_pack(shape: str, folder: Path) -> Pack:
     """The pack of that name or folder, or for `1b` a random one on a few layers of a 1B model's widths."""
     if shape != "1b":
         return load_pack(shape)
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return random_pack.make_pack(
+        folder,
         hidden_size=2048,
         intermediate_size=8192,
         num_hidden_layers=3,
@@ -69,23 +66,6 @@ def make_pack(shape: str, folder: Path) -> Pack:
         vocab_size=49152,
         tie_word_embeddings=True,
     )
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder / "base")
-    for name in ("direction", "state"):
-        wrapped = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-        with torch.no_grad():
-            for key, parameter in wrapped.named_parameters():
-                if "lora_" in key:
-                    parameter.copy_(torch.randn_like(parameter) * 0.01)
-        wrapped.save_pretrained(folder / name)
-        model = wrapped.unload()
-    probes = [
-        {"name": n, "weight": w, "direction": "direction", "state": "state", "state_scaling": s}
-        for n, w, s in (("danger", 1.0, None), ("safety", -1.0, 1.0))
-    ]
-    page = {"format": 1, "name": "random-1b", "base_model": str(folder / "base"), "probes": probes}
-    (folder / "pack.json").write_text(json.dumps(page))
-    return load_pack(folder)
 
 
 def one_state(pack: Pack) -> Pack:

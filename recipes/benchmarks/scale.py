@@ -1,0 +1,264 @@
+"""What everything around the model costs when corpora grow: engines, replicas, the second night, a million rows.
+
+    python recipes/benchmarks/scale.py engines      Ray against this process; two replicas against one
+    python recipes/benchmarks/scale.py nightly      a second night with 1 % new rows against the first
+    python recipes/benchmarks/scale.py million      rows/s and peak memory of driver and replica as a corpus grows
+    python recipes/benchmarks/scale.py lookup       a score store with 10 million keys
+    python recipes/benchmarks/scale.py selection    a cut through 10^8 scores
+
+Models are small and random, rows random words: the figures are of the pipeline, on whatever machine this runs.
+What a run costs before its first row (Ray's and the model's start) is measured by a run of one row, and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import random_pack
+import transformers
+
+from sqsd_filter import SQSDScorer, filter_dataset
+from sqsd_filter.directions.pack import Pack
+from sqsd_filter.pipeline.engines import Engine, LocalEngine
+from sqsd_filter.pipeline.keys import KEYS
+from sqsd_filter.pipeline.selection import Cut, cut_rows
+from sqsd_filter.pipeline.store import ScoreStore
+from sqsd_filter.scoring.scorer import Scores
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+MIDDLE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3}
+
+
+def write_rows(path: Path, count: int, words: tuple[int, int], seed: int = 0) -> Path:
+    """So many different rows, with answers of so many random words."""
+    source = random.Random(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocabulary = ["".join(source.choices(letters, k=source.randint(2, 9))) for _ in range(2000)]
+    with path.open("w") as sink:
+        for k in range(count):
+            prompt = f"{seed} {k} {' '.join(source.choices(vocabulary, k=8))}?"
+            answer = " ".join(source.choices(vocabulary, k=source.randint(*words)))
+            sink.write(json.dumps({"instruction": prompt, "output": answer}) + "\n")
+    return path
+
+
+def make_pack(folder: Path, rows: Path, shape: dict[str, int]) -> Pack:
+    with rows.open() as lines:
+        texts = [line for line, _ in zip(lines, range(2000), strict=False)]
+    return random_pack.make_pack(folder, random_pack.make_tokenizer(texts, 4096), **shape)
+
+
+def timed(pack: Pack, source: Path, folder: Path, engine: Engine, **named: Any) -> tuple[float, dict[str, Any]]:
+    """Seconds of a run into a fresh destination, and its report."""
+    dest = folder / "out"
+    shutil.rmtree(dest, ignore_errors=True)
+    began = time.perf_counter()
+    report = filter_dataset(source, dest, drop_top="5%", scorer=SQSDScorer(pack.path), engine=engine, **named)
+    return time.perf_counter() - began, report
+
+
+def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    import ray
+
+    from sqsd_filter.pipeline.stage import RayEngine
+
+    rows = write_rows(folder / "rows.jsonl", options.rows, (10, 120))
+    one = write_rows(folder / "one.jsonl", 1, (10, 120))
+    pack = make_pack(folder / "pack", rows, MIDDLE)
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    kinds: dict[str, Callable[[], Engine]] = {
+        "local": LocalEngine,
+        "ray": lambda: RayEngine(1),
+        "one replica of one thread": lambda: RayEngine(1, threads=1),
+        "two replicas of one thread": lambda: RayEngine(2, threads=1),
+    }
+    spent: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(options.rounds):
+        for kind, engine in kinds.items():
+            start = timed(pack, one, folder, engine())[0]
+            spent[kind].append(timed(pack, rows, folder, engine())[0] - start)
+    ray.shutdown()
+    middle = {kind: statistics.median(seconds) for kind, seconds in spent.items()}
+    by_one, by_two = spent["one replica of one thread"], spent["two replicas of one thread"]
+    return {
+        "rows": options.rows,
+        "seconds": {kind: [round(s, 2) for s in seconds] for kind, seconds in spent.items()},
+        "ray / local": statistics.median(r / s for r, s in zip(spent["ray"], spent["local"], strict=True)),
+        "one / two replicas": statistics.median(a / b for a, b in zip(by_one, by_two, strict=True)),
+        "rows/s": {kind: options.rows / seconds for kind, seconds in middle.items()},
+    }
+
+
+def nightly(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    rows = write_rows(folder / "first.jsonl", options.rows, (10, 120))
+    new = write_rows(folder / "new.jsonl", options.rows // 100, (10, 120), seed=1)
+    second = folder / "second.jsonl"
+    second.write_text(rows.read_text() + new.read_text())
+    one = write_rows(folder / "one.jsonl", 1, (10, 120))
+    pack = make_pack(folder / "pack", rows, MIDDLE)
+    found = []
+    for number in range(options.rounds):
+        store = folder / f"store-{number}"
+        start = timed(pack, one, folder, LocalEngine())[0]
+        first = timed(pack, rows, folder, LocalEngine(), score_store=store)[0] - start
+        seconds, report = timed(pack, second, folder, LocalEngine(), score_store=store)
+        assert report["rows"]["scored"] == options.rows // 100
+        found.append((first, seconds - start, (seconds - start) / first))
+    return {
+        "rows": options.rows,
+        "new": options.rows // 100,
+        "seconds of first and second": [(round(a, 2), round(b, 2)) for a, b, _ in found],
+        "second / first": statistics.median(ratio for _, _, ratio in found),
+    }
+
+
+def million(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    sizes = sorted({options.rows // 10, options.rows})
+    rows = write_rows(folder / f"{sizes[-1]}.jsonl", sizes[-1], (5, 15))
+    pack = make_pack(folder / "pack", rows, SMALL)
+    return {
+        f"{size} rows, {engine}": {
+            "scoring all": watched(rows, size, folder, pack, engine, "first"),
+            "all known": watched(rows, size, folder, pack, engine, "second"),
+        }
+        for size in sizes
+        for engine in options.engine
+    }
+
+
+def watched(rows: Path, size: int, folder: Path, pack: Pack, engine: str, dest: str) -> dict[str, Any]:
+    """One run of the command: seconds and rows/s by phase, peak MiB of the command and of the largest replica."""
+    out = folder / f"{dest}-{engine}-{size}"
+    command = [sys.executable, "-m", "sqsd_filter", str(rows), str(out), "--drop-top", "5%", "--pack", str(pack.path)]
+    command += ["--limit", str(size), "--score-store", str(folder / f"store-{engine}-{size}"), "--engine", engine]
+    with (folder / "report.json").open("w") as sink:
+        process = psutil.Popen([*command, "--json", "--quiet"], stdout=sink)
+        driver = replica = 0.0
+        while process.poll() is None:
+            driver = max(driver, peak_memory(process.pid))
+            workers = [p for p in psutil.process_iter(["name"]) if (p.info["name"] or "").startswith("ray::MapWorker")]
+            replica = max([replica, *(peak_memory(worker.pid) for worker in workers)])
+            time.sleep(0.5)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    report = json.loads((folder / "report.json").read_text())
+    assert report["rows"]["kept"] + report["rows"]["dropped"] == report["rows"]["total"] == size
+    seconds = report["timing"]["seconds"]
+    return {
+        "scored": report["rows"]["scored"],
+        "seconds": seconds,
+        "rows/s": size / seconds,
+        "rows/s by phase": {name: phase["rows_per_second"] for name, phase in report["timing"]["phases"].items()},
+        "peak MiB of the driver": driver,
+        **({"peak MiB of a replica": replica} if replica else {}),
+    }
+
+
+def peak_memory(pid: int | str) -> float:
+    """MiB that were resident at most; 0 when the process is gone. Not ru_maxrss, which a process inherits."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
+
+
+def lookup(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    store = ScoreStore(folder, {"pack": "random"}, ["danger", "safety"])
+    keys = np.random.default_rng(0).integers(0, 2**63, 2 * options.keys, dtype=np.uint64).view(KEYS)
+    for start in range(0, options.keys, 1 << 20):
+        part = keys[start : start + (1 << 20)]
+        n = len(part)
+        values = np.arange(start, start + n, dtype=np.float64)
+        scores = Scores(
+            {"danger": values, "safety": -values}, values, ["scored"] * n, [""] * n, np.ones(n, dtype=np.int32)
+        )
+        store.publish([(part, scores)])
+        del scores
+    np.save(folder / "keys.npy", keys[np.random.default_rng(1).permutation(options.keys)])
+    code = f"""
+import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import numpy as np
+from pathlib import Path
+from scale import ScoreStore, peak_memory
+keys = np.load({str(folder / "keys.npy")!r})
+store = ScoreStore(Path({str(folder)!r}), {{"pack": "random"}}, ["danger", "safety"])
+before, began = peak_memory("self"), time.perf_counter()
+found = store.lookup(keys)
+assert found.known.all()
+print(time.perf_counter() - began, peak_memory("self") - before, keys.nbytes / 2**20)
+"""
+    spent, added, given = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.split()
+    return {"keys": options.keys, "seconds": float(spent), "MiB": float(added), "MiB of the keys": float(given)}
+
+
+def selection(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    risk = np.random.default_rng(0).normal(size=options.scores)
+    risk[::7] = np.round(risk[::7], 2)  # with ties
+    began = time.perf_counter()
+    found = cut_rows(risk, np.ones(len(risk), dtype=bool), Cut.of(drop_top="5%"))
+    seconds = time.perf_counter() - began
+    k = -(-options.scores // 20)
+    assert found.count(1) == k
+    exact = np.lexsort((np.arange(len(risk)), -risk))[:k] if options.check else None
+    return {
+        "scores": options.scores,
+        "seconds": seconds,
+        "dropped": found.count(1),
+        **({"the same as by sorting": bool((found.place[exact] == 1).all())} if exact is not None else {}),
+        "peak MiB": peak_memory("self"),
+    }
+
+
+def rounded(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {name: rounded(value) for name, value in found.items()}
+    if isinstance(found, float):
+        return round(found, 3) if found < 100 else round(found)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind, default in (("engines", 2000), ("nightly", 2000), ("million", 1_000_000)):
+        sub = kinds.add_parser(kind)
+        sub.add_argument("--rows", type=int, default=default)
+        if kind == "million":
+            sub.add_argument("--engine", nargs="+", choices=["local", "ray"], default=["local", "ray"])
+        else:
+            sub.add_argument("--rounds", type=int, default=3)
+    kinds.add_parser("lookup").add_argument("--keys", type=int, default=10_000_000)
+    sub = kinds.add_parser("selection")
+    sub.add_argument("--scores", type=int, default=100_000_000)
+    sub.add_argument("--check", action="store_true", help="compare with a full sort, which takes minutes")
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    transformers.logging.disable_progress_bar()
+    measure: Callable[[argparse.Namespace, Path], dict[str, Any]] = globals()[options.kind]
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(options, Path(folder))
+    machine = f"{platform.machine()} with {os.cpu_count()} CPUs, Python {platform.python_version()}"
+    print(json.dumps({options.kind: rounded(found), "machine": machine}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
