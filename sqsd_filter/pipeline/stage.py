@@ -146,6 +146,7 @@ class RayEngine:
             source = ray.data.read_datasource(
                 ShardSource(ray.put(corpus), form, list(shards)),
                 override_num_blocks=len(shards),
+                concurrency=max(2, min(self.replicas or 1, os.cpu_count() or 1)),  # more would only hold memory
                 num_cpus=0,
                 resources={_this_node(): 0.0001},
             )
