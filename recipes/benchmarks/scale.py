@@ -41,7 +41,7 @@ from sqsd_filter.pipeline.selection import Cut, cut_rows
 from sqsd_filter.pipeline.store import ScoreStore
 from sqsd_filter.scoring.scorer import Scores
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 MIDDLE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3}
 
 
@@ -58,10 +58,10 @@ def write_rows(path: Path, count: int, words: tuple[int, int], seed: int = 0) ->
     return path
 
 
-def make_pack(folder: Path, rows: Path, shape: dict[str, int]) -> Pack:
+def make_pack(folder: Path, rows: Path, shape: dict[str, int], vocabulary: int = 4096) -> Pack:
     with rows.open() as lines:
         texts = [line for line, _ in zip(lines, range(2000), strict=False)]
-    return random_pack.make_pack(folder, random_pack.make_tokenizer(texts, 4096), **shape)
+    return random_pack.make_pack(folder, random_pack.make_tokenizer(texts, vocabulary), **shape)
 
 
 def timed(pack: Pack, source: Path, folder: Path, engine: Engine, **named: Any) -> tuple[float, dict[str, Any]]:
@@ -131,7 +131,7 @@ def nightly(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def million(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     sizes = sorted({options.rows // 10, options.rows})
     rows = write_rows(folder / f"{sizes[-1]}.jsonl", sizes[-1], (5, 15))
-    pack = make_pack(folder / "pack", rows, SMALL)
+    pack = make_pack(folder / "pack", rows, SMALL, vocabulary=512)
     return {
         f"{size} rows, {engine}": {
             "scoring all": watched(rows, size, folder, pack, engine, "first"),
