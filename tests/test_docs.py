@@ -10,6 +10,7 @@ import click
 import pytest
 
 from sqsd_filter.cli.main import cli
+from tests.commands import parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,12 +49,7 @@ def shown() -> list[list[str]]:
 
 @pytest.mark.parametrize("line", shown(), ids=" ".join)
 def test_the_command_lines_of_the_readme_parse(line: list[str]) -> None:
-    arguments = line[1:]
-    command = cli.commands.get(arguments[0], cli.commands["filter"])
-    arguments = arguments[1:] if arguments[0] in cli.commands else arguments
-    if isinstance(command, click.Group):
-        command, arguments = command.commands[arguments[0]], arguments[1:]
-    assert command.make_context("sqsd-filter", arguments).params
+    assert parse(line[1:]).params
 
 
 def test_the_test_command_of_the_readme_is_what_ci_calls() -> None:

@@ -1,0 +1,51 @@
+"""Command lines found in documents and scripts, read as the commands themselves would read them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+
+import click
+
+from sqsd_filter.cli.main import cli
+
+
+def parse(arguments: list[str], group: click.Group = cli, default: str | None = "filter") -> click.Context:
+    """What click makes of a command line, the program's name left out. Raises `click.UsageError`."""
+    if arguments[0] in group.commands:
+        command, arguments = group.commands[arguments[0]], arguments[1:]
+    else:
+        command = group.commands[default or arguments[0]]
+    if isinstance(command, click.Group):
+        return parse(arguments, command, None)
+    return command.make_context(command.name, list(arguments))
+
+
+def calls(program: str, shell: str) -> Iterator[list[str]]:
+    """The arguments of each call of `program` in a shell text, whatever starts it; a variable's value is taken as 0."""
+    for line in _without_substitutions(shell.replace("\\\n", " ")).splitlines():
+        words = shlex.shlex(line, posix=True, punctuation_chars="();&|<>")
+        words.whitespace_split = True
+        found: list[str] | None = None
+        before = ""
+        for word in words:
+            if set(word) <= set("();&|<>"):  # the end of a command
+                if found:
+                    yield found
+                found = None
+            elif found is not None:
+                found.append(word)
+            elif word.rpartition("/")[2] == program and not re.match(r"--?\w[^=]*$", before):  # not an option's value
+                found = []
+            before = word
+        if found:
+            yield found
+
+
+def _without_substitutions(shell: str) -> str:
+    inmost = re.compile(r"\$\(\([^()]*\)\)|\$\([^()]*\)|\$\{[^{}]*\}|\$[\w?@#]")
+    while True:
+        shell, count = inmost.subn("0", re.sub(r"\$[A-Za-z_]\w*", "0", shell))
+        if not count:
+            return shell
