@@ -2,7 +2,8 @@
 
     python recipes/benchmarks/scale.py engines      Ray against this process; two replicas against one
     python recipes/benchmarks/scale.py nightly      a second night with 1 % new rows against the first
-    python recipes/benchmarks/scale.py million      rows/s and peak memory of driver and replica as a corpus grows
+    python recipes/benchmarks/scale.py known        everything but the model: a million rows whose scores are known
+    python recipes/benchmarks/scale.py memory       peak memory of driver and replica at 10^5 and 10^6 rows
     python recipes/benchmarks/scale.py lookup       a score store with 10 million keys
     python recipes/benchmarks/scale.py selection    a cut through 10^8 scores
 
@@ -37,11 +38,14 @@ from sqsd_filter import SQSDScorer, filter_dataset
 from sqsd_filter.directions.pack import Pack
 from sqsd_filter.pipeline.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.keys import KEYS
+from sqsd_filter.pipeline.scan import Columns, Scan
 from sqsd_filter.pipeline.selection import Cut, cut_rows
 from sqsd_filter.pipeline.store import ScoreStore
+from sqsd_filter.progress import Silent
 from sqsd_filter.scoring.scorer import Scores
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+AT_ONCE = 1 << 20  # keys in a segment
 MIDDLE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3}
 
 
@@ -128,25 +132,43 @@ def nightly(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def million(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def known(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    rows = write_rows(folder / "rows.jsonl", options.rows, (5, 15))
+    pack = make_pack(folder / "pack", rows, SMALL, vocabulary=512)
+    keys = Scan([str(rows)], Columns(), None, Silent()).index.conversations.keys
+    fill(ScoreStore(folder / "store", SQSDScorer(pack.path).settings(), ["danger", "safety"]), keys)
+    found = [watched(rows, options.rows, folder, pack, "local", folder / "store") for _ in range(options.rounds)]
+    assert all(run["scored"] == 0 for run in found)
+    return {f"{options.rows} rows": sorted(found, key=lambda run: run["seconds"])[len(found) // 2]}
+
+
+def memory(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     sizes = sorted({options.rows // 10, options.rows})
-    rows = write_rows(folder / f"{sizes[-1]}.jsonl", sizes[-1], (5, 15))
+    rows = write_rows(folder / "rows.jsonl", sizes[-1], (5, 15))
     pack = make_pack(folder / "pack", rows, SMALL, vocabulary=512)
     return {
-        f"{size} rows, {engine}": {
-            "scoring all": watched(rows, size, folder, pack, engine, "first"),
-            "all known": watched(rows, size, folder, pack, engine, "second"),
-        }
+        f"{size} rows, {engine}": watched(rows, size, folder, pack, engine, folder / f"store-{engine}-{size}")
         for size in sizes
         for engine in options.engine
     }
 
 
-def watched(rows: Path, size: int, folder: Path, pack: Pack, engine: str, dest: str) -> dict[str, Any]:
+def fill(store: ScoreStore, keys: np.ndarray) -> None:
+    """Scores out of nowhere for these keys."""
+    for start in range(0, len(keys), AT_ONCE):
+        part = keys[start : start + AT_ONCE]
+        n = len(part)
+        values = np.random.default_rng(start).normal(size=n)
+        probes = {"danger": values, "safety": np.zeros(n)}
+        store.publish([(part, Scores(probes, values, ["scored"] * n, [""] * n, np.ones(n, dtype=np.int32)))])
+
+
+def watched(rows: Path, size: int, folder: Path, pack: Pack, engine: str, store: Path) -> dict[str, Any]:
     """One run of the command: seconds and rows/s by phase, peak MiB of the command and of the largest replica."""
-    out = folder / f"{dest}-{engine}-{size}"
+    out = folder / "watched"
+    shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "sqsd_filter", str(rows), str(out), "--drop-top", "5%", "--pack", str(pack.path)]
-    command += ["--limit", str(size), "--score-store", str(folder / f"store-{engine}-{size}"), "--engine", engine]
+    command += ["--limit", str(size), "--score-store", str(store), "--engine", engine, "--token-budget", "2048"]
     with (folder / "report.json").open("w") as sink:
         process = psutil.Popen([*command, "--json", "--quiet"], stdout=sink)
         driver = replica = 0.0
@@ -182,15 +204,7 @@ def peak_memory(pid: int | str) -> float:
 def lookup(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     store = ScoreStore(folder, {"pack": "random"}, ["danger", "safety"])
     keys = np.random.default_rng(0).integers(0, 2**63, 2 * options.keys, dtype=np.uint64).view(KEYS)
-    for start in range(0, options.keys, 1 << 20):
-        part = keys[start : start + (1 << 20)]
-        n = len(part)
-        values = np.arange(start, start + n, dtype=np.float64)
-        scores = Scores(
-            {"danger": values, "safety": -values}, values, ["scored"] * n, [""] * n, np.ones(n, dtype=np.int32)
-        )
-        store.publish([(part, scores)])
-        del scores
+    fill(store, keys)
     np.save(folder / "keys.npy", keys[np.random.default_rng(1).permutation(options.keys)])
     code = f"""
 import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -239,10 +253,10 @@ def rounded(found: Any) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind, default in (("engines", 2000), ("nightly", 2000), ("million", 1_000_000)):
+    for kind, default in (("engines", 2000), ("nightly", 2000), ("known", 10**6), ("memory", 10**6)):
         sub = kinds.add_parser(kind)
         sub.add_argument("--rows", type=int, default=default)
-        if kind == "million":
+        if kind == "memory":
             sub.add_argument("--engine", nargs="+", choices=["local", "ray"], default=["local", "ray"])
         else:
             sub.add_argument("--rounds", type=int, default=3)
