@@ -17,7 +17,7 @@ from sqsd_filter.pipeline.sources import Corpus, Row
 from sqsd_filter.scoring.conversation import BAD_JSON, SCORED, Message, RowError, RowFormat, conversation_key
 from sqsd_filter.scoring.scorer import Scorer, Scores, Watch
 
-SMALLEST, LARGEST, AIM = 512, 4096, 1000  # rows a shard at least and at most; shards a corpus, about
+SMALLEST, LARGEST, AIM = 128, 4096, 1000  # rows a shard at least and at most; shards a corpus, about
 
 
 def shard_size(rows: int) -> int:

@@ -14,17 +14,27 @@ _PER_HIDDEN = 16
 _PER_INTERMEDIATE = 5
 
 
+# A bin of so many tokens keeps a device busy; from there on it takes no row shorter than this share of its longest one.
+_FULL = 2048
+_ALIKE = 0.8
+
+
 def bins(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Indices of rows in bins, longest first: rows times the bin's longest length stays within `budget` tokens.
 
-    A row longer than the budget is a bin of its own. The order within equal lengths is the input's, so that the same
+    A row longer than the budget is a bin of its own, and a bin that is large enough ends where padding would become
+    dear. The order within equal lengths is the input's, so that the same
     rows always give the same bins.
     """
     order = sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))
     at = 0
     while at < len(order):
-        size = max(1, budget // max(1, lengths[order[at]]))
-        yield order[at : at + size]
+        longest = max(1, lengths[order[at]])
+        members = order[at : at + max(1, budget // longest)]
+        size = min(len(members), -(-_FULL // longest))
+        while size < len(members) and lengths[members[size]] >= _ALIKE * longest:
+            size += 1
+        yield members[:size]
         at += size
 
 

@@ -30,9 +30,9 @@ from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import content, make_rows, read_report, write_jsonl
 from tests.tiny import CONVERSATIONS
 
-# 2,600 rows are six shards, each with a few conversations of its own
-ROWS = [row if k % 512 < 8 else {**make_rows(1)[0], "id": k} for k, row in enumerate(make_rows(2600))]
-LINES = [*ROWS[:700], b"broken", {"id": -1, "instruction": "?", "output": ""}, *ROWS[700:]]
+# 660 rows are six shards, each with a few conversations of its own
+ROWS = [row if k % 128 < 8 else {**make_rows(1)[0], "id": k} for k, row in enumerate(make_rows(660))]
+LINES = [*ROWS[:200], b"broken", {"id": -1, "instruction": "?", "output": ""}, *ROWS[200:]]
 SHARDS = 6
 
 
@@ -113,7 +113,7 @@ def die_once(mark: Path, how: int) -> Callable[..., None]:
 def test_a_row_that_keeps_killing_its_replica_is_set_apart_and_the_rest_is_scored(
     session: None, source: Path, tiny_pack: Path, undisturbed: dict[str, Any]
 ) -> None:
-    poison = ROWS[515]["instruction"]
+    poison = ROWS[131]["instruction"]
 
     def score(self: Any, rows: Any, results: Any) -> None:
         project = self.engine.project
@@ -143,7 +143,7 @@ def short_of_memory(self: Any, members: Any) -> Any:
 
 def failing_row(self: Any, members: Any) -> Any:
     """A `project` whose model can't do with one of the rows."""
-    if any(ROWS[515]["instruction"] in self.encoder.tokenizer.decode(m.ids) for m in members):
+    if any(ROWS[131]["instruction"] in self.encoder.tokenizer.decode(m.ids) for m in members):
         raise RuntimeError("no such shape")
     return type(self.engine).project(self.engine, members)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sqsd_filter.scoring.scorer import SQSDScorer, Watch
 from tests.tiny import CONVERSATIONS
 
 lengths_of_rows = st.lists(st.integers(1, 300), max_size=60)
-budgets = st.integers(1, 2000)
+budgets = st.integers(1, 9000)
 
 
 @given(lengths_of_rows, budgets)
@@ -42,8 +43,18 @@ def test_bins_run_from_the_longest_row_to_the_shortest(lengths: list[int], budge
 @given(lengths_of_rows, budgets)
 def test_no_bin_could_take_the_next_row(lengths: list[int], budget: int) -> None:
     found = list(bins(lengths, budget))
-    for here in found[:-1]:
-        assert (len(here) + 1) * lengths[here[0]] > budget
+    for here, after in pairwise(found):
+        longest, following = lengths[here[0]], lengths[after[0]]
+        full = len(here) * longest >= 2048 and following < 0.8 * longest
+        assert full or (len(here) + 1) * longest > budget
+
+
+@given(lengths_of_rows, budgets)
+def test_padding_is_bounded_whatever_the_budget(lengths: list[int], budget: int) -> None:
+    for found in bins(lengths, budget):
+        longest = lengths[found[0]]
+        padding = sum(longest - lengths[k] for k in found)
+        assert padding <= 2048 + longest + 0.2 * longest * len(found)
 
 
 @given(lengths_of_rows, budgets)
