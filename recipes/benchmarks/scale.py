@@ -160,7 +160,7 @@ def fill(store: ScoreStore, keys: np.ndarray) -> None:
         n = len(part)
         values = np.random.default_rng(start).normal(size=n)
         probes = {"danger": values, "safety": np.zeros(n)}
-        store.publish([(part, Scores(probes, values, ["scored"] * n, [""] * n, np.ones(n, dtype=np.int32)))])
+        store.append(f"part-{start}", part, Scores(probes, values, ["scored"] * n, [""] * n, np.ones(n, np.int32)))
 
 
 def watched(rows: Path, size: int, folder: Path, pack: Pack, engine: str, store: Path) -> dict[str, Any]:

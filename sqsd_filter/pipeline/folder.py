@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -18,19 +19,31 @@ from pyarrow import fs
 from sqsd_filter.errors import InputError, UsageError
 
 TEMPORARY = ".tmp"
+# Where an object appears at once, when all of it is there; elsewhere a file is written under another name first.
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf", "memory", "r2", "oss")
+TRIES = 3  # at reading a file from a server
+_SECRET = re.compile(r"secret|token|sig|pass|key", re.IGNORECASE)
 
 
 class Folder:
-    """The files directly in one folder. Their names never start with a dot."""
+    """The files directly in one folder. Their names never start with a dot.
+
+    Whatever a file system raises comes out as an `OSError` with one line, or as the errors named here.
+    """
 
     def __init__(self, where: str | Path) -> None:
-        """A path, or a URL of a kind that pyarrow or an installed fsspec package knows. Raises `UsageError`."""
+        """A path, or a URL of a kind that pyarrow or an installed fsspec package knows.
+
+        Raises `UsageError` for a URL of no such kind or with a secret in it, `InputError` where it can't be reached.
+        """
         self._where = str(where)
-        self.local = None if "://" in self._where else Path(where)
-        if self.local is None:
-            self._fs, self._root = _at_url(self._where)
+        self._scheme = urlsplit(self._where).scheme if "://" in self._where else ""
+        self._forget: Callable[[], Any] = lambda: None
+        if self._scheme:
+            self._connect()
         else:
-            self._fs, self._root = fs.LocalFileSystem(), str(self.local)
+            self._fs, self._root = fs.LocalFileSystem(), self._where
+        self.local = Path(self._root) if isinstance(self._fs, fs.LocalFileSystem) else None
 
     def __str__(self) -> str:
         return self._where
@@ -41,26 +54,41 @@ class Folder:
     def names(self, *, must_exist: bool = False) -> list[str]:
         """Sorted. Raises `InputError` where there has to be a folder and is none, or where it can't be reached."""
         try:
-            found = self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=not must_exist))
+            with self._plainly():
+                self._forget()
+                found = self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=not must_exist))
         except FileNotFoundError as problem:
             raise InputError(f"{self} does not exist; check the path.") from problem
         except NotADirectoryError as problem:
             raise InputError(f"{self} is not a folder; check the path.") from problem
         except OSError as problem:
-            raise InputError(
-                f"{self} can't be reached ({_first_line(problem)}): check the address and rights."
-            ) from problem
+            raise self._unreachable(problem) from problem
         return sorted(i.base_name for i in found if i.type == fs.FileType.File and not i.base_name.startswith("."))
 
-    def size(self, name: str) -> int:
-        return int(self._fs.get_file_info(self.path(name)).size)
+    def has(self, name: str) -> bool:
+        with self._plainly():
+            return bool(self._fs.get_file_info(self.path(name)).type == fs.FileType.File)
 
-    def open(self, name: str) -> pa.NativeFile:
-        return self._fs.open_input_file(self.path(name))
+    def read(self, name: str) -> pa.Buffer:
+        """The whole file. Raises `FileNotFoundError`, or `InputError` where it can't be read at several tries."""
+        for left in reversed(range(TRIES)):
+            try:
+                with self._plainly(), self._fs.open_input_file(self.path(name)) as source:
+                    return source.read_buffer()
+            except FileNotFoundError:
+                raise
+            except OSError as problem:
+                if not left:
+                    raise InputError(
+                        f"{self.path(name)} can't be read ({problem}): check the connection and your rights."
+                    ) from problem
+                if self.local is None:
+                    time.sleep(1.0)
+        raise AssertionError
 
     def delete(self, name: str) -> None:
-        """Also where it is gone already."""
-        with suppress(FileNotFoundError):
+        """Also where it is gone already. Raises `OSError`."""
+        with suppress(FileNotFoundError), self._plainly():
             self._fs.delete_file(self.path(name))
 
     def write(self, name: str, write: Callable[[Any], Any]) -> None:
@@ -69,11 +97,52 @@ class Folder:
             self.local.mkdir(parents=True, exist_ok=True)
             write_whole(self.local / name, write)
             return
-        content = io.BytesIO()  # a bucket takes an object at once; a stream that breaks off might leave half of one
+        content = io.BytesIO()
         write(content)
-        self._fs.create_dir(self._root, recursive=True)
-        with self._fs.open_output_stream(self.path(name)) as sink:
-            sink.write(content.getbuffer())
+        direct = self._scheme in OBJECT_STORES
+        path = self.path(name if direct else f".{name}.{uuid.uuid4().hex}{TEMPORARY}")
+        with self._plainly():
+            self._fs.create_dir(self._root, recursive=True)
+            with self._fs.open_output_stream(path) as sink:
+                sink.write(content.getbuffer())
+            if not direct:
+                self._fs.move(path, self.path(name))
+
+    def _connect(self) -> None:
+        parts = urlsplit(self._where)
+        if parts.password or any(_SECRET.search(name) for name, _ in parse_qsl(parts.query)):
+            raise UsageError("A URL must not hold a password or a key: give those in the environment.")
+        try:
+            self._fs, self._root = fs.FileSystem.from_uri(self._where)
+            return
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ImportError, ValueError):
+            pass  # not one of pyarrow's own
+        except OSError as problem:
+            raise self._unreachable(problem) from problem
+        try:
+            import fsspec
+
+            there, self._root = fsspec.core.url_to_fs(self._where)
+        except (ImportError, ValueError) as problem:
+            raise UsageError(
+                f"{self} can't be used ({_first_line(problem)}): name a folder, or install what it needs."
+            ) from problem
+        except Exception as problem:  # whatever the service's library raises
+            raise self._unreachable(problem) from problem
+        self._fs, self._forget = fs.PyFileSystem(fs.FSSpecHandler(there)), there.invalidate_cache
+
+    def _unreachable(self, problem: BaseException) -> InputError:
+        return InputError(f"{self} can't be reached ({_first_line(problem)}): check the address and your rights.")
+
+    @contextmanager
+    def _plainly(self) -> Iterator[None]:
+        """The libraries of services raise errors of their own: hand them on as `OSError`."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as problem:
+            raise OSError(_first_line(problem)) from problem
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -101,24 +170,6 @@ def sweep(folder: Path, older_than: float = 0.0) -> None:
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime >= older_than:
                 path.unlink()
-
-
-def _at_url(url: str) -> tuple[fs.FileSystem, str]:
-    if "@" in urlsplit(url).netloc:
-        raise UsageError("A URL must not hold a user name or a secret: give those in the environment.")
-    try:
-        return fs.FileSystem.from_uri(url)
-    except pa.ArrowException:
-        pass  # not one of pyarrow's own
-    try:
-        import fsspec
-
-        there, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as problem:
-        raise UsageError(
-            f"{url} can't be used ({_first_line(problem)}): name a folder, or install what it needs."
-        ) from problem
-    return fs.PyFileSystem(fs.FSSpecHandler(there)), root
 
 
 def _first_line(problem: BaseException) -> str:

@@ -97,7 +97,7 @@ class Scan:
                         f"The rows of {shard.name} came back as others than went out: report this as a bug."
                     )
                 store.append(shard.name, keys, scores)
-                sharing.add(keys, scores)
+                sharing.add(self.index.keys[shard.wanted])
         return from_store(self.corpus, self.index, store, weights)
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sqsd_filter.errors import SQSDError
@@ -108,20 +107,10 @@ class ScoreStore:
         """
         table = self._table(keys, scores)
         file = f"{self.id}-{name}.parquet"
-        if file in self.folder.names() and self._readable(file):
+        if self.folder.has(file) and self._readable(file):
             file = f"{self.id}-{name}-again-{_digest(keys)}.parquet"
         self._write(file, table)
         return file
-
-    def publish(self, segments: Sequence[tuple[Sequence[bytes], Scores]]) -> None:
-        """Write what several segments hold as one, named after its content. Raises `SQSDError` when the disk refuses.
-
-        Reasons that may be gone at the next try are nobody else's business and left out.
-        """
-        table = pa.concat_tables([self._table(keys, scores) for keys, scores in segments])
-        table = table.filter(pc.invert(pc.is_in(table["status"], pa.array(TRANSIENT))))
-        if len(table):
-            self._write(f"{self.id}-{_digest(table['key'].to_pylist())}.parquet", table)
 
     def take(self, keys: np.ndarray, found: Found, wanted: np.ndarray) -> None:
         """Carry over the `wanted` (n,) bool among scores found elsewhere. Raises `SQSDError` when the disk refuses."""
@@ -144,7 +133,8 @@ class ScoreStore:
         for name, batch in self._batches():
             hit, where = lookup.find(_keys(batch))
             codes = _codes(found, batch)
-            again = found.known[where] & np.isin(codes[hit], [found.code(s) for s in TRANSIENT])
+            worse = [found.code(status) for status in ("", *TRANSIENT)]
+            again = found.known[where] & np.isin(codes[hit], worse)
             hit, where = hit[~again], where[~again]  # a score is never given up again
             found.codes[where] = codes[hit]
             found.own[where] = not name.startswith(f"{self.id}-{REUSED}-")
@@ -158,54 +148,69 @@ class ScoreStore:
     def compact(self) -> None:
         """Join all segments into as few as it takes.
 
-        Safe beside runs that read or write: what is new is written before what is old is deleted, and a reader that
-        misses a file looks again. Raises `SQSDError` when the disk refuses.
+        Safe beside runs that read or write: what is new is written before what is old is deleted, a reader that misses
+        a file looks again, and what could not be read is left for someone to look at. Raises `SQSDError`.
         """
-        old = self.segments()
-        keys = np.concatenate([np.zeros(0, KEYS), *(_keys(batch) for _, batch in self._batches())])
+        old: set[str] = set()
+        keys = np.concatenate([np.zeros(0, KEYS), *(_keys(batch) for name, batch in self._batches(old))])
         keys = keys[distinct(keys).first]
         found, new = self.lookup(keys), set()
+        if not found.known.all():
+            raise SQSDError(f"{self.folder} gave less at a second reading: nothing was joined; try again.")
         for start in range(0, len(keys), AT_ONCE):
             at = np.arange(start, min(len(keys), start + AT_ONCE))
             name = f"{self.id}-{_digest(keys[at])}.parquet"
             self._write(name, self._table(keys[at], found.scores(at)))
             new.add(name)
-        for name in set(old) - new:
-            if self._readable(name):  # what can't be read is left for someone to look at
+        for name in sorted(old - new):
+            try:
                 self.folder.delete(name)
+            except OSError as problem:
+                raise SQSDError(
+                    f"{self.folder.path(name)} can't be deleted ({problem}): see to your rights there; nothing is lost."
+                ) from problem
 
-    def _batches(self) -> Iterator[tuple[str, pa.RecordBatch]]:
-        """All stored rows, by segment; files that another process joins meanwhile are read as what they became."""
-        done: set[str] = set()
-        while waiting := [name for name in self.segments() if name not in done]:
+    def _batches(self, whole: set[str] | None = None) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """All stored rows, by segment; files that another process joins meanwhile are read as what they became.
+
+        The names of segments that were read to their end are put into `whole`. Raises `InputError` for one that may be
+        sound and can't be had.
+        """
+        tried: set[str] = set()
+        while waiting := [name for name in self.segments() if name not in tried]:
             for name in waiting:
-                done.add(name)
+                tried.add(name)
                 try:
-                    yield from ((name, batch) for batch in self._read(name))
+                    content = self.folder.read(name)
                 except FileNotFoundError:
                     break  # joined with others: look again
+                try:
+                    yield from ((name, batch) for batch in self._parse(content))
                 except (pa.ArrowException, OSError, KeyError) as problem:
                     self._skip(name, problem)
+                else:
+                    if whole is not None:
+                        whole.add(name)
 
     def _skip(self, name: str, problem: Exception) -> None:
         if name not in self._skipped:
             self._skipped.add(name)
             log.warning("skipping %s, which is not a readable score segment (%s)", self.folder.path(name), problem)
 
-    def _read(self, name: str) -> Iterator[pa.RecordBatch]:
-        with self.folder.open(name) as source:
-            file = pq.ParquetFile(source, read_dictionary=["status"], page_checksum_verification=True)
-            schema = file.schema_arrow
-            wanted = [(name, schema.field(name).type) for name in ("key", *self.probes, "tokens", "status", "detail")]
-            if (schema.metadata or {}).get(SETTINGS) != self._settings:
-                raise KeyError("other settings")
-            if wanted[0][1] != pa.binary(KEY_BYTES) or any(t != pa.float64() for _, t in wanted[1:-3]):
-                raise KeyError("other columns")
-            yield from file.iter_batches(AT_ONCE, columns=[name for name, _ in wanted])
+    def _parse(self, content: pa.Buffer) -> Iterator[pa.RecordBatch]:
+        """The rows of a segment. Raises `ArrowException`, `OSError` (pyarrow's for bad pages) or `KeyError`."""
+        file = pq.ParquetFile(pa.BufferReader(content), read_dictionary=["status"], page_checksum_verification=True)
+        schema = file.schema_arrow
+        wanted = [(name, schema.field(name).type) for name in ("key", *self.probes, "tokens", "status", "detail")]
+        if (schema.metadata or {}).get(SETTINGS) != self._settings:
+            raise KeyError("other settings")
+        if wanted[0][1] != pa.binary(KEY_BYTES) or any(t != pa.float64() for _, t in wanted[1:-3]):
+            raise KeyError("other columns")
+        yield from file.iter_batches(AT_ONCE, columns=[name for name, _ in wanted])
 
     def _readable(self, name: str) -> bool:
         try:
-            for _ in self._read(name):
+            for _ in self._parse(self.folder.read(name)):
                 pass
         except (pa.ArrowException, OSError, KeyError):
             return False
@@ -228,8 +233,8 @@ class ScoreStore:
             self.folder.write(name, lambda sink: pq.write_table(table, sink, write_page_checksum=True))
         except (OSError, pa.ArrowException) as problem:
             raise SQSDError(
-                f"The scores can't be written to {self.folder} ({problem}): make room there and run the same command "
-                "again; what was scored so far is kept."
+                f"The scores can't be written to {self.folder} ({problem}): see to room and rights there and run the "
+                "same command again; what was scored so far is kept."
             ) from problem
 
 

@@ -148,7 +148,7 @@ def test_a_store_that_takes_no_files_is_one_sentence_after_the_first_shard_and_n
         run("monday.jsonl", "out", scorer)
     (folder / "store").unlink()
     (folder / "store").symlink_to("/proc")  # a folder that can be read and takes no file
-    with pytest.raises(SQSDError, match=r"^The scores can't be written to store \([^\n]*\): make room [^\n]*kept\.$"):
+    with pytest.raises(SQSDError, match=r"^The scores can't be written to store \([^\n]*\): see to room [^\n]*kept\.$"):
         run("monday.jsonl", "out", scorer)
     assert json.loads(Path("out/sqsd/report.json").read_text())["status"] == "failed"
     assert len(list(Path("out/sqsd/scores").glob("*.parquet"))) == 1
@@ -157,7 +157,7 @@ def test_a_store_that_takes_no_files_is_one_sentence_after_the_first_shard_and_n
 
 @pytest.mark.parametrize(
     ("url", "complaint"),
-    [("s3://key:secret@bucket/scores", "must not hold a user name"), ("nonsense://x", "nonsense://x can't be used")],
+    [("s3://key:secret@bucket/scores", "must not hold a password"), ("nonsense://x", "nonsense://x can't be used")],
 )
 def test_a_url_that_can_not_be_used_is_a_usage_error_that_shows_no_secret(
     url: str, complaint: str, folder: Path, scorer: SQSDScorer
@@ -216,12 +216,12 @@ def test_lookups_beside_compactions_always_find_everything(tmp_path: Path) -> No
         while not stop.is_set():
             ScoreStore(tmp_path, {"pack": "p"}, ["danger"]).compact()
 
-    store.publish([(keys[:10], scores(slice(10)))])
+    store.append("first", keys[:10], scores(slice(10)))
     thread = threading.Thread(target=keep_compacting)
     thread.start()
     try:
         for start in range(10, 4000, 95):
-            store.publish([(keys[start : start + 95], scores(slice(start, start + 95)))])
+            store.append(f"from-{start}", keys[start : start + 95], scores(slice(start, start + 95)))
             found = store.lookup(keys)
             assert np.array_equal(found.probes["danger"][: start + 95], values[: start + 95])
     finally:
@@ -275,7 +275,7 @@ def test_a_folder_names_its_files_and_no_others(tmp_path: Path) -> None:
     place.write("a", lambda sink: sink.write(b"1"))
     (tmp_path / "new" / ".hidden").touch()
     (tmp_path / "new" / "folder").mkdir()
-    assert place.names() == ["a", "b"] and place.size("b") == 2
+    assert place.names() == ["a", "b"] and place.read("b").to_pybytes() == b"22"
     place.delete("a")
     place.delete("a")
     assert place.names() == ["b"]

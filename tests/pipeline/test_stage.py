@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ import ray
 import torch
 
 from sqsd_filter.errors import InputError, SQSDError, UsageError
+from sqsd_filter.pipeline import stage
 from sqsd_filter.pipeline.engines import LocalEngine, choose_engine
 from sqsd_filter.pipeline.replica import Ledger
 from sqsd_filter.pipeline.run import filter_dataset
@@ -184,7 +185,9 @@ def test_a_disk_that_fills_up_is_one_sentence_and_room_finishes_the_run(
     shared = "full" if where == "shared store" else None
     if shared:
         Path(shared).symlink_to("/proc")
-    with pytest.raises(SQSDError, match=r"^The scores can't be written to [^\n]*make room there and run the same"):
+    with pytest.raises(
+        SQSDError, match=r"^The scores can't be written to [^\n]*see to room and rights there and run the same"
+    ):
         scorer = SQSDScorer(tiny_pack)
         filter_dataset(source, "out", drop_top="5%", scorer=scorer, engine=Filling(2), score_store=shared)
     small_disk(resource.RLIM_INFINITY)
@@ -214,6 +217,25 @@ def test_progress_tells_of_replicas_and_rows_once_each(session: None, source: Pa
     report = filter_dataset(source, "out", drop_top="5%", scorer=scorer, engine=RayEngine(2), progress=told)
     assert told.rows == report["rows"]["scored"] < told.tokens
     assert told.alive >= 2 and told.retried == report["timing"]["shards_retried"] >= 1
+
+
+def test_a_stall_is_told(session: None, source: Path, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(Silent):
+        notes: ClassVar[list[str]] = []
+
+        def note(self, message: str) -> None:
+            self.notes.append(message)
+
+    def score(self: Any, rows: Any, results: Any) -> None:
+        time.sleep(8)
+        SQSDScorer._score(self, rows, results)
+
+    monkeypatch.setattr(stage, "STALLED_AFTER", 3.0)
+    scorer = SQSDScorer(tiny_pack)
+    scorer.__class__ = type("Slow", (SQSDScorer,), {"_score": score})
+    write_jsonl(source, LINES[:3])
+    filter_dataset(source, "out", drop_top="50%", scorer=scorer, engine=RayEngine(1), progress=Told())
+    assert any(re.search(r"no row was finished for .*; 1 of 1 replicas alive", note) for note in Told.notes)
 
 
 def test_an_error_that_ends_the_run_is_one_sentence(
@@ -363,6 +385,28 @@ def test_a_node_that_goes_away_costs_time_only(source: Path, tiny_pack: Path, un
     finally:
         ray.shutdown()
         cluster.shutdown()
+    assert content(Path("out")) == undisturbed
+
+
+def test_shares_of_a_gpu_hold_as_many_replicas_whatever_the_cpus(
+    source: Path, tiny_pack: Path, undisturbed: dict[str, Any]
+) -> None:
+    """With a GPU that is only declared: the model runs on the CPU, but is placed where the GPU is said to be."""
+
+    def on_device(self: Any, device: str, *, spread: bool) -> Any:
+        assert (device, spread) == ("cuda", False)
+        return self
+
+    ray.shutdown()
+    ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        scorer = SQSDScorer(tiny_pack)
+        scorer.__class__ = type("OnCPU", (SQSDScorer,), {"on_device": on_device})
+        engine = RayEngine(gpus_per_replica=0.5)
+        report = filter_dataset(source, "out", drop_top="5%", scorer=scorer, engine=engine)
+    finally:
+        ray.shutdown()
+    assert (report["timing"]["replicas"], report["timing"]["gpus_per_replica"]) == (2, 0.5)
     assert content(Path("out")) == undisturbed
 
 

@@ -127,7 +127,9 @@ def test_adopted_scores_are_known_but_not_its_own(tmp_path: Path) -> None:
 
 def test_a_folder_that_takes_no_files_gives_one_clear_sentence(tmp_path: Path) -> None:
     (tmp_path / "scores").symlink_to("/proc")
-    with pytest.raises(SQSDError, match=r"can't be written to .*scores .*: make room there and run the same command"):
+    with pytest.raises(
+        SQSDError, match=r"can't be written to .*scores .*: see to room and rights there and run the same command"
+    ):
         store_in(tmp_path).append("shard-000000", KEY[:1], scores(0.1))
 
 
