@@ -94,7 +94,7 @@ class Meter:
 
     def figures(self) -> dict[str, dict[str, Any]]:
         """Every phase so far: rows, seconds, rows and tokens a second."""
-        return {name: phase.figures() for name, phase in self.phases.items()}
+        return {name: phase.figures() for name, phase in list(self.phases.items())}
 
     def _end(self) -> None:
         if self.phases:

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -82,18 +82,6 @@ def _engine(params: dict[str, Any]) -> Iterator[Any]:
         yield engine
 
 
-def _foretold(params: dict[str, Any], common: dict[str, Any]) -> bool:
-    """With --dry-run, say what the run would cost instead of doing it."""
-    from sqsd_filter.pipeline.forecast import estimate
-    from sqsd_filter.pipeline.policy import Policy
-
-    Policy.of(params.get("on_error", "quarantine"), params["max_error_rate"])
-    if params["dry_run"]:
-        guess = estimate(params["sources"], _scorer(params), **common)
-        output.show(guess, as_json=params["json_output"], quiet=False, text=output.forecast)
-    return bool(params["dry_run"])
-
-
 def _log(context: click.Context) -> output.Display:
     verbose, quiet = context.params["verbose"], context.params["quiet"]
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
@@ -107,6 +95,38 @@ def _log(context: click.Context) -> output.Display:
 def _finish(context: click.Context, report: dict[str, Any], dest: Path) -> None:
     params = context.params
     output.show(report, as_json=params["json_output"], quiet=params["quiet"], text=lambda r: output.summary(r, dest))
+
+
+def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]], **more: Any) -> None:
+    """What the commands that score have in common: `run` is the API's function, `more` what only it takes.
+
+    With --dry-run, say what it would cost instead of doing it.
+    """
+    from sqsd_filter.pipeline.forecast import estimate
+    from sqsd_filter.pipeline.metrics import Metrics
+    from sqsd_filter.pipeline.policy import Policy
+
+    params, display = context.params, _log(context)
+    with Metrics(None if params["dry_run"] else params["metrics_file"], display) as metrics:
+        Policy.of(params.get("on_error", "quarantine"), params["max_error_rate"])
+        common = {name: params[name] for name in ("limit", "score_store")}
+        common |= {"columns": _columns(params), "scorer": _scorer(params), "progress": metrics.meter}
+        if params["dry_run"]:
+            guess = estimate(params["sources"], params["dest"], **common)
+            output.show(guess, as_json=params["json_output"], quiet=False, text=output.forecast)
+            return
+        with _engine(params) as engine:
+            metrics.report = run(
+                params["sources"],
+                params["dest"],
+                **common,
+                engine=engine,
+                max_error_rate=params["max_error_rate"],
+                overwrite=params["overwrite"],
+                settings=options.settings(context),
+                **more,
+            )
+    _finish(context, metrics.report, params["dest"])
 
 
 @cli.command(DEFAULT)
@@ -128,27 +148,9 @@ def filter_command(context: click.Context, **params: Any) -> None:
     from sqsd_filter.pipeline.run import filter_dataset
     from sqsd_filter.pipeline.selection import Cut
 
-    display, cut = _log(context), options.one_cut(context)
+    cut = options.one_cut(context)
     Cut.of(**cut)
-    common = {"columns": _columns(params), "limit": params["limit"], "progress": display}
-    if _foretold(params, common):
-        return
-    with _engine(params) as engine:
-        report = filter_dataset(
-            params["sources"],
-            params["dest"],
-            **cut,
-            **common,
-            scorer=_scorer(params),
-            engine=engine,
-            on_error=params["on_error"],
-            max_error_rate=params["max_error_rate"],
-            overwrite=params["overwrite"],
-            score_store=params["score_store"],
-            metrics_file=params["metrics_file"],
-            settings=options.settings(context),
-        )
-    _finish(context, report, params["dest"])
+    _score_and_report(context, filter_dataset, **cut, on_error=params["on_error"])
 
 
 @cli.command()
@@ -167,24 +169,7 @@ def score(context: click.Context, **params: Any) -> None:
     """Write all rows of SRC... to the file DEST.parquet with their score columns; drop none."""
     from sqsd_filter.pipeline.run import score_dataset
 
-    display = _log(context)
-    common = {"columns": _columns(params), "limit": params["limit"], "progress": display}
-    if _foretold(params, common):
-        return
-    with _engine(params) as engine:
-        report = score_dataset(
-            params["sources"],
-            params["dest"],
-            **common,
-            scorer=_scorer(params),
-            engine=engine,
-            max_error_rate=params["max_error_rate"],
-            overwrite=params["overwrite"],
-            score_store=params["score_store"],
-            metrics_file=params["metrics_file"],
-            settings=options.settings(context),
-        )
-    _finish(context, report, params["dest"])
+    _score_and_report(context, score_dataset)
 
 
 @cli.command()

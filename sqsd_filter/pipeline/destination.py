@@ -14,7 +14,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sqsd_filter.errors import DestinationExists, InputError
+from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.folder import TEMPORARY, sweep, write_whole
 
 RUN_FILE = "run.json"
@@ -100,6 +100,12 @@ class Destination:
                 raise DestinationExists(
                     f"{self.target} holds the input {path}, which --overwrite would delete: choose another destination."
                 )
+
+    def keep_out(self, folder: Path) -> None:
+        """Raise `UsageError` for a score store in what this run writes, or a later one replaces."""
+        for own in (self.target, self._home_of(self.target)):
+            if folder.resolve().is_relative_to(own.resolve()):
+                raise UsageError(f"The score store {folder} lies in {own}, which belongs to one run: put it elsewhere.")
 
     @contextmanager
     def _access(self) -> Iterator[None]:

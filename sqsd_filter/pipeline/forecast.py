@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from sqsd_filter.pipeline.folder import Folder
 from sqsd_filter.pipeline.scan import Columns, Scan, as_paths
+from sqsd_filter.pipeline.store import ScoreStore
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.conversation import RowError
 from sqsd_filter.scoring.scorer import SQSDScorer
@@ -17,18 +19,26 @@ from sqsd_filter.scoring.scorer import SQSDScorer
 
 def estimate(
     sources: str | Path | Sequence[str | Path],
+    dest: str | Path,
     scorer: SQSDScorer,
     *,
+    score_store: str | Path | None = None,
     columns: Columns | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
     sample: int = 200,
     timed: int = 4,
 ) -> dict[str, Any]:
-    """What a run would cost, without writing anything: tokens from `sample` rows, seconds from scoring `timed`."""
+    """What a run into `dest` would cost, without writing anything: tokens from `sample` of the rows that have no score
+    yet, there or in `score_store`, and seconds from scoring `timed` of them."""
     scan = Scan(as_paths(sources), columns or Columns(), limit, progress or Silent())
     all_of = scan.index.conversations
-    wanted = np.sort(all_of.first)
+    settled = np.zeros(len(all_of.keys), dtype=bool)
+    for place in (Path(dest, "sqsd", "scores"), Path(f"{dest}.sqsd", "scores"), score_store):
+        if place is not None:
+            store = ScoreStore(Folder(place), scorer.settings(), [p.name for p in scorer.pack.probes])
+            settled |= store.lookup(all_of.keys).settled
+    wanted = np.sort(all_of.first[~settled])
     chosen = set(wanted[np.linspace(0, len(wanted) - 1, min(sample, len(wanted))).astype(int)].tolist())
     turns = [
         scan.form.conversation(row.value)
@@ -38,23 +48,26 @@ def estimate(
     lengths = [len(e) for e in scorer.encoder.encode(turns) if not isinstance(e, RowError)]
     mean = float(np.mean(lengths)) if lengths else 0.0
     scorer.check_device()
-    scan.progress.start("timing a few rows", None)
     trial = turns[:: max(1, len(turns) // timed)][:timed]
-    scorer.score(trial[:1])  # loads the model
-    began = time.perf_counter()
-    tried = scorer.score(trial)
-    spent = time.perf_counter() - began
-    scan.progress.finish()
+    spent, tried = 0.0, 0
+    if trial:
+        scan.progress.start("timing a few rows", None)
+        scorer.score(trial[:1])  # loads the model
+        began = time.perf_counter()
+        tried = int(scorer.score(trial).tokens.sum())
+        spent = time.perf_counter() - began
+        scan.progress.finish()
     tokens = round(mean * len(wanted))
     return {
         "rows": scan.corpus.n_rows,
         "format": str(scan.form),
         "to_score": len(wanted),
-        "duplicates": len(all_of.rows) - len(wanted),
+        "reused": int(settled.sum()),
+        "duplicates": len(all_of.rows) - len(all_of.keys),
         "unreadable": scan.corpus.n_rows - len(all_of.rows),
         "tokens": tokens,
         "passes": len({p.at for p in scorer.pack.probes}),
-        "seconds": round(spent * tokens / max(1, int(tried.tokens.sum())), 1),
+        "seconds": round(spent * tokens / max(1, tried), 1),
         "sampled": len(trial),
         "dtype": scorer.dtype,
         "device": scorer.device,

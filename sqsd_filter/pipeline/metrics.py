@@ -40,7 +40,7 @@ class Metrics:
         self.meter = Meter(progress)
         self.report: Mapping[str, Any] = {}
         self._path = Path(path) if path else None
-        self.started = time.time()
+        self._started = time.time()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep_writing, daemon=True)
 
@@ -58,6 +58,7 @@ class Metrics:
             return
         self._over.set()
         self._thread.join()
+        self.meter.alive = self.meter.alive and 0
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         self._try_to_write("ok" if kind is None else "interrupted" if interrupted else "failed")
 
@@ -68,7 +69,7 @@ class Metrics:
     def _try_to_write(self, state: str) -> None:
         try:
             self._write(state)
-        except OSError as problem:
+        except Exception as problem:  # no reason to end a run, nor the thread that tells of it
             log.warning("the metrics file %s can't be written (%s)", self._path, problem)
 
     def _write(self, state: str) -> None:
@@ -85,9 +86,9 @@ class Metrics:
                     metric.labels(run, *([key] if label else [])).set(value)
 
         gauge("state", "1 for what the run is", {s: float(s == state) for s in STATES}, "state")
-        gauge("started_seconds", "When the run started, Unix time", {"": self.started})
+        gauge("started_seconds", "When the run started, Unix time", {"": self._started})
         gauge("updated_seconds", "When this file was written, Unix time", {"": now})
-        gauge("duration_seconds", "How long the run has taken so far", {"": now - self.started})
+        gauge("duration_seconds", "How long the run has taken so far", {"": now - self._started})
         phases = self.meter.figures()
         for name, help in PHASE_FIGURES.items():
             gauge(f"phase_{name}", f"{help}, by phase", {p: f.get(name) for p, f in phases.items()}, "phase")

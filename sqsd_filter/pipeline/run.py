@@ -14,7 +14,6 @@ from sqsd_filter.pipeline.destination import REPORT_FILE, RUN_FILE, Destination,
 from sqsd_filter.pipeline.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.export import SPLITS, data_file, export_scored, export_splits
 from sqsd_filter.pipeline.folder import Folder
-from sqsd_filter.pipeline.metrics import Metrics
 from sqsd_filter.pipeline.policy import Policy
 from sqsd_filter.pipeline.report import summarise, versions, write_card, write_report
 from sqsd_filter.pipeline.scan import Columns, Scan, as_paths, counted, not_empty
@@ -108,16 +107,15 @@ def filter_dataset(
     max_error_rate: str | float = 0.5,
     overwrite: bool = False,
     score_store: str | Path | None = None,
-    metrics_file: str | Path | None = None,
     progress: Progress | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Score every row of the sources and write them to the folder `dest` without the riskiest ones.
 
     Exactly one cut is given. `scorer` takes the place of `SQSDScorer(pack)`. `score_store` is a folder or URL with
-    scores that runs share; `metrics_file` is kept in Prometheus' text format. Returns the report (also
-    `dest/sqsd/report.json`). The same call finishes an interrupted run. Raises `SQSDError`s: `UsageError`,
-    `InputError`, `RowErrorBudgetExceeded`, `DestinationExists`, `PackError`, `ModelError`.
+    scores that runs share. Returns the report (also `dest/sqsd/report.json`). The same call finishes an interrupted
+    run. Raises `SQSDError`s: `UsageError`, `InputError`, `RowErrorBudgetExceeded`, `DestinationExists`, `PackError`,
+    `ModelError`.
     """
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
     policy = Policy.of(on_error, max_error_rate)
@@ -137,7 +135,6 @@ def filter_dataset(
         columns or Columns(),
         limit,
         score_store,
-        metrics_file,
         progress or Silent(),
         settings or {},
     )
@@ -155,7 +152,6 @@ def score_dataset(
     max_error_rate: str | float = 0.5,
     overwrite: bool = False,
     score_store: str | Path | None = None,
-    metrics_file: str | Path | None = None,
     progress: Progress | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -186,7 +182,6 @@ def score_dataset(
         columns or Columns(),
         limit,
         score_store,
-        metrics_file,
         progress or Silent(),
         settings or {},
     )
@@ -203,31 +198,23 @@ def _score_and(
     columns: Columns,
     limit: int | None,
     score_store: str | Path | None,
-    metrics_file: str | Path | None,
     progress: Progress,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Scan, score, then `finish` and `publish`. Returns the report."""
-    with Metrics(metrics_file, progress) as metrics:
-        shared = Folder(score_store) if score_store else None
-        scan = Scan(place.others(matches(as_paths(sources))), columns, limit, metrics.meter)
-        scorer = engine.place(scorer)
-        run = Run(
-            place,
-            {**scan.identity(), "scoring": scorer.settings(), **identity},
-            metrics.meter,
-            settings,
-            metrics.started,
-            _about(scorer),
-            engine,
-        )
+    started, meter = time.time(), Meter(progress)
+    shared = Folder(score_store) if score_store else None
+    if shared is not None and shared.local is not None:
+        place.keep_out(shared.local)
+    scan = Scan(place.others(matches(as_paths(sources))), columns, limit, meter)
+    scorer = engine.place(scorer)
+    identity = {**scan.identity(), "scoring": scorer.settings(), **identity}
+    run = Run(place, identity, meter, settings, started, _about(scorer), engine)
 
-        def work() -> dict[str, Any]:
-            scored = scan.score(place.home, scorer, engine, old_home=place.old_home, shared=shared)
-            return finish(scored, metrics.meter)
+    def work() -> dict[str, Any]:
+        return finish(scan.score(place.home, scorer, engine, old_home=place.old_home, shared=shared), meter)
 
-        metrics.report = run.carry_out(work, publish)
-        return metrics.report
+    return run.carry_out(work, publish)
 
 
 def select_dataset(

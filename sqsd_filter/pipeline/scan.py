@@ -62,6 +62,7 @@ class Scan:
             form=self.form,
         )
         not_empty(self.corpus)
+        progress.finish()
 
     def identity(self) -> dict[str, Any]:
         return {"inputs": self.corpus.inputs, "row_format": vars(self.form), "limit": self.limit}
@@ -84,6 +85,7 @@ class Scan:
         store, all_of = store_in(home / "scores"), self.index.conversations
         if old_home is not None:
             store.adopt(all_of.keys, store_in(old_home / "scores"))
+        self.progress.start("lookup", None)
         sharing = Sharing(store, store_in(shared) if shared is not None else None)
         settled = sharing.exchange(all_of.keys)
         wanted = np.sort(all_of.first[~settled])

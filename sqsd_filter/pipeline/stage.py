@@ -195,12 +195,15 @@ class RayEngine:
                 moved = time.monotonic()
             self._state = state
 
+        def try_to_look() -> None:
+            try:
+                look()
+            except (ray.exceptions.RayError, OSError) as problem:
+                log.info("the replicas' ledger doesn't answer: %s", problem)
+
         def keep_looking() -> None:
             while not stop.wait(1.0):
-                try:
-                    look()
-                except (ray.exceptions.RayError, OSError) as problem:
-                    log.info("the replicas' ledger doesn't answer: %s", problem)
+                try_to_look()
 
         thread = threading.Thread(target=keep_looking, daemon=True)
         thread.start()
@@ -208,8 +211,8 @@ class RayEngine:
             yield
         finally:
             stop.set()
-            thread.join(5)
-        look()
+            thread.join(30)
+        try_to_look()
 
 
 def _batches(scored: Any) -> Iterator[pa.Table]:

@@ -32,6 +32,7 @@ OUT_OF_MEMORY = "out_of_memory"  # a row too large for this device even alone
 CRASHED = "crashed"  # a row whose process died again and again
 FAILED = "failed"  # a row that makes the model fail; the detail has the error
 TRANSIENT = (OUT_OF_MEMORY, FAILED, CRASHED)  # reasons that may be gone at the next try
+SCORING = 1  # to be raised whenever a change gives a row another score or reason
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -138,6 +139,7 @@ class Scorer:
         self.max_length = max_length or self.pack.max_length
         self.trust_remote_code = trust_remote_code
         self._device, self._dtype = device, dtype or self.default_dtype
+        self._content: tuple[str | None] | None = None
         self._encoder: ChatEncoder | None = None
         self._form: RowFormat | None = None
 
@@ -179,12 +181,23 @@ class Scorer:
             self._encoder = ChatEncoder(tokenizer, longest, self.pack.chat_template_kwargs)
         return self._encoder
 
+    @property
+    def _base_content(self) -> str | None:
+        if self._content is None:
+            from sqsd_filter.scoring.weights import content_id
+
+            where: Any = {"revision": self.base_revision, "trust_remote_code": self.trust_remote_code}
+            self._content = (content_id(self.base_model, **where),)
+        return self._content[0]
+
     def settings(self) -> dict[str, Any]:
         """Everything besides the conversation that a score depends on."""
         return {
             "pack": self.pack.fingerprint,
             "base_model": self.base_model,
             "base_revision": self.base_revision,
+            "base_content": self._base_content,
+            "scoring": SCORING,
             "dtype": self.dtype,
             "max_length": self.max_length,
         }
@@ -327,4 +340,4 @@ class SQSDScorer(Scorer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Configuration only: hashing and pickling never see a loaded model."""
-        return {**vars(self), "_engine": None, "_encoder": None, "_form": None}
+        return {**vars(self), "_engine": None, "_encoder": None, "_form": None, "_content": None}

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MIB = 1 << 20
+_MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin", ".py")
+
 
 @dataclass(frozen=True)
 class EmbeddedModel:
@@ -85,6 +88,38 @@ def locate(base_model: str) -> str:
                 "SQSD_FILTER_CACHE to another folder."
             ) from problem
     return str(target)
+
+
+def content_id(base_model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> str | None:
+    """What tells the weights behind a name from others that it may stand for at another time or place.
+
+    For an embedded model its known hash, for a Hub id the commit, for a folder a hash of its files: of small ones
+    whole, of large ones the size and 4 KiB of each MiB, which no retraining leaves as they were. None where it can't be
+    told here; loading the model will say why.
+    """
+    if base_model in EMBEDDED:
+        return EMBEDDED[base_model].sha256[:16]
+    folder = Path(base_model)
+    if folder.is_dir():
+        hashed = hashlib.blake2b(digest_size=8)
+        for path in sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES):
+            size = path.stat().st_size
+            hashed.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                for at in range(0, size, _MIB) if size > 16 * _MIB else [0]:
+                    file.seek(at)
+                    hashed.update(file.read(4096 if size > 16 * _MIB else -1))
+        return hashed.hexdigest()
+    from transformers import AutoConfig
+
+    try:
+        with _quiet_transformers(), _as_model_error(base_model, "configuration"):
+            config = AutoConfig.from_pretrained(base_model, revision=revision, trust_remote_code=trust_remote_code)
+    except ModelError as problem:
+        log.info("%s", problem)
+        return None
+    commit: str | None = getattr(config, "_commit_hash", None)
+    return commit
 
 
 def _fetch_gguf(embedded: EmbeddedModel, folder: Path) -> Path:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from sqsd_filter.cli.main import main
 from sqsd_filter.errors import InputError, RowErrorBudgetExceeded
 from sqsd_filter.pipeline import metrics
 from sqsd_filter.pipeline.run import filter_dataset
@@ -37,8 +39,11 @@ def samples() -> dict[str, Any]:
 
 
 def run(pack: Path, **named: Any) -> dict[str, Any]:
-    scorer = named.pop("scorer", None) or SQSDScorer(pack)
-    return filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer, metrics_file=FILE, **named)
+    with metrics.Metrics(FILE, Silent()) as watched:
+        scorer = named.pop("scorer", None) or SQSDScorer(pack)
+        report = filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer, progress=watched.meter, **named)
+        watched.report = report
+    return report
 
 
 def test_a_finished_run_says_what_became_of_the_rows_and_how_fast(folder: Path, tiny_pack: Path) -> None:
@@ -55,12 +60,13 @@ def test_a_finished_run_says_what_became_of_the_rows_and_how_fast(folder: Path, 
     phases = report["timing"]["phases"]
     assert [(name, phase["rows"]) for name, phase in phases.items()] == [
         ("reading", 22),
+        ("lookup", 0),
         ("scoring", 20),
         ("writing", 22),
     ]
     for name, phase in phases.items():
         assert found[f"phase_rows/{name}"] == phase["rows"]
-        assert phase["rows_per_second"] == pytest.approx(phase["rows"] / phase["seconds"], rel=0.5)
+        assert phase["rows_per_second"] * phase["seconds"] == pytest.approx(phase["rows"], rel=0.5)
     assert 0 < found["phase_tokens/scoring"] == phases["scoring"]["tokens"] <= report["tokens"]
     assert found["started_seconds"] <= found["updated_seconds"]
     assert "replicas_alive" not in found and found["shards_retried"] == 0
@@ -100,10 +106,23 @@ def test_an_interrupted_run_says_so_and_was_running_before(
     assert [p.name for p in folder.glob("*.prom*")] == [FILE]
 
 
-def test_a_metrics_file_that_can_not_be_written_is_an_error_before_any_work(folder: Path, tiny_pack: Path) -> None:
-    with pytest.raises(InputError, match=r"^The metrics file can't be written \(.*no/where.*\): name another\.$"):
-        filter_dataset("in.jsonl", "out", drop_count=1, pack=tiny_pack, metrics_file="no/where.prom")
+def test_a_metrics_file_that_can_not_be_written_is_an_error_before_any_work_and_one_that_can_tells_the_end(
+    folder: Path, tiny_pack: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["in.jsonl", "out", "--drop-count", "1", "--pack", str(tiny_pack), "--metrics-file"]
+    code, _, err = call(capsys, *arguments, "no/where.prom")
+    assert code == 3 and re.search(r"^Error: The metrics file can't be written \(.*no/where.*\): name another\.$", err)
     assert not Path("out").exists()
+    assert call(capsys, *arguments, FILE, "--dry-run")[0] == 0 and not Path(FILE).exists()
+    assert call(capsys, *arguments, FILE)[0] == 0 and samples()["state/ok"] == 1
+    assert call(capsys, *arguments, FILE, "--replicas", "0")[0] == 2 and samples()["state/failed"] == 1
+    assert call(capsys, *arguments[:-2], "no/pack", "--metrics-file", FILE)[0] == 1 and samples()["state/failed"] == 1
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    return int(end.value.code or 0), *capsys.readouterr()
 
 
 def test_it_is_kept_up_to_date_and_a_failing_disk_does_not_end_the_run(

@@ -352,7 +352,7 @@ def test_the_time_of_reading_counts(folder: Path, scorer: SQSDScorer, monkeypatc
         Columns, "choose", lambda self, paths, choose=Columns.choose: (next(clock), choose(self, paths))[1]
     )
     timing = filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)["timing"]
-    assert list(timing.pop("phases")) == ["reading", "scoring", "writing"]
+    assert list(timing.pop("phases")) == ["reading", "lookup", "scoring", "writing"]
     assert timing == {"seconds": 2, "started": 0, "engine": "local"}
 
 
