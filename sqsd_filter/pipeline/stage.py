@@ -114,7 +114,7 @@ class RayEngine:
         if self.threads is None:  # the largest equal share of the nodes' CPUs that all replicas find room for
             shares = range(max(1, sum(cpus) // self.replicas), 0, -1)
             self.threads = next((t for t in shares if sum(n // t for n in cpus) >= self.replicas), 1)
-        return scorer.on_device("cuda" if share else "cpu", spread=share > 1)
+        return scorer.on_device("cuda" if share else "cpu", gpus=share or 1.0)
 
     def facts(self) -> Mapping[str, Any]:
         return {

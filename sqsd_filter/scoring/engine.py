@@ -163,6 +163,13 @@ def side_by_side(run: Callable[[list[int]], None], bins: Iterable[list[int]], wo
         torch.set_num_threads(outside)
 
 
+def _room(model: Any, device: torch.device, gpus: float) -> int:
+    """Bytes that a model leaves of its share of a GPU. Not what happens to be free: a replica's neighbours must not
+    change its bins, and with them the last bits of scores."""
+    held = sum(p.numel() * p.element_size() for p in model.parameters() if p.device == device)
+    return max(0, int(torch.cuda.get_device_properties(device).total_memory * min(1.0, gpus)) - held)
+
+
 class Engine:
     """A loaded model and its states. `project` is all a scorer needs."""
 
@@ -195,7 +202,7 @@ class Engine:
         stateful = isinstance(rope, dict) and any(k in str(rope) for k in ("dynamic", "longrope"))
         self.workers = 0 if device.type != "cpu" else 1 if stateful else torch.get_num_threads()
         self.default_budget = default_budget(
-            free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+            free_bytes=_room(model, device, scorer.gpus) if device.type == "cuda" else None,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
@@ -209,7 +216,7 @@ class Engine:
             scorer.base_model,
             scorer.base_revision,
             dtype=getattr(torch, scorer.dtype),
-            device=None if scorer.spread else scorer.device,
+            device=None if scorer.gpus > 1 else scorer.device,
             attention=scorer.attention,
             trust_remote_code=scorer.trust_remote_code,
         )

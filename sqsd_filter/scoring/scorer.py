@@ -279,7 +279,7 @@ class SQSDScorer(Scorer):
         super().__init__(*args, **kwargs)
         if token_budget is not None and token_budget < 1:
             raise UsageError("token_budget must be at least 1.")
-        self.token_budget, self.attention, self.spread = token_budget, attention, False
+        self.token_budget, self.attention, self.gpus = token_budget, attention, 1.0
         self._engine: Any = None
 
     @property
@@ -322,14 +322,15 @@ class SQSDScorer(Scorer):
         rest = [row for row in alone if row[0] not in watch.given_up]
         side_by_side(lambda row: halving(run, row, give_up), rest, min(1, engine.workers))
 
-    def on_device(self, device: str, *, spread: bool = False) -> SQSDScorer:
-        """The same scorer for a device that may be another process's; `spread` lays the model over all GPUs there.
+    def on_device(self, device: str, *, gpus: float = 1.0) -> SQSDScorer:
+        """The same scorer for a device that may be another process's: for a share of a GPU, or with the model laid over
+        several.
 
         A device that was named stays, as does a dtype.
         """
         placed = copy.copy(self)
         placed._device = self._device or device
-        placed.spread = spread
+        placed.gpus = gpus
         return placed
 
     def with_pack(self, pack: Pack) -> SQSDScorer:

@@ -9,14 +9,17 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import InputError, SQSDError, UsageError
 from sqsd_filter.pipeline import shards, sharing
+from sqsd_filter.pipeline.engines import LocalEngine
 from sqsd_filter.pipeline.folder import Folder
 from sqsd_filter.pipeline.keys import KEYS
 from sqsd_filter.pipeline.run import filter_dataset, score_dataset
@@ -157,14 +160,18 @@ def test_a_store_that_takes_no_files_is_one_sentence_after_the_first_shard_and_n
 
 @pytest.mark.parametrize(
     ("url", "complaint"),
-    [("s3://key:secret@bucket/scores", "must not hold a password"), ("nonsense://x", "nonsense://x can't be used")],
+    [
+        ("s3://key:secret@bucket/scores", "must not hold a password"),
+        ("abfs://container@account/x?client_secret=secret", "must not hold a password"),
+        ("nonsense://x", "nonsense://x can't be used"),
+    ],
 )
 def test_a_url_that_can_not_be_used_is_a_usage_error_that_shows_no_secret(
     url: str, complaint: str, folder: Path, scorer: SQSDScorer
 ) -> None:
     with pytest.raises(UsageError, match=complaint) as problem:
         run("monday.jsonl", "out", scorer, url)
-    assert "key:secret" not in str(problem.value)
+    assert "=secret" not in str(problem.value) and ":secret" not in str(problem.value)
     assert not Path("out").exists()
 
 
@@ -229,6 +236,87 @@ def test_lookups_beside_compactions_always_find_everything(tmp_path: Path) -> No
         thread.join()
 
 
+def test_a_store_that_refuses_later_on_costs_no_run(
+    folder: Path, scorer: SQSDScorer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Filling(LocalEngine):
+        def score(self, *arguments: Any) -> Any:
+            for number, shard in enumerate(super().score(*arguments)):
+                if number == 1:
+                    Path("store").rename("full")
+                    Path("store").symlink_to("/proc")
+                yield shard
+
+    monkeypatch.setattr(sharing, "SHARE_EVERY", 0.0)
+    assert counts(run("monday.jsonl", "monday", scorer, engine=Filling())) == (40, 0)
+    assert "The scores can't be written to store" in caplog.text
+    Path("store").unlink()
+    Path("full").rename("store")
+    assert describe_rows("store") == 16
+    assert counts(run("tuesday.jsonl", "tuesday", scorer)) == (26, 16)
+
+
+def test_a_store_that_has_just_refused_does_not_hold_up_an_interrupted_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, shared = (ScoreStore(tmp_path / name, {"pack": "p"}, ["danger"]) for name in ("own", "shared"))
+    tries: list[str] = []
+
+    def refuse(self: Any, name: str, write: Any) -> None:
+        tries.append(name)
+        raise OSError(28, "No space left on device")
+
+    keys = np.arange(1, 9, dtype=np.uint64).view(KEYS)
+    monkeypatch.setattr(sharing, "SHARE_EVERY", 0.0)
+    with pytest.raises(KeyboardInterrupt), sharing.Sharing(own, shared) as exchange:
+        for number in range(2):
+            at = slice(2 * number, 2 * number + 2)
+            own.append(
+                f"shard-{number}",
+                keys[at],
+                Scores({"danger": np.ones(2)}, np.ones(2), ["scored"] * 2, [""] * 2, np.ones(2)),
+            )
+            exchange.add(keys[at])
+            monkeypatch.setattr(shared.folder, "write", refuse.__get__(shared.folder))
+        raise KeyboardInterrupt
+    assert len(tries) == 1 and len(shared.segments()) == 1
+
+
+@pytest.mark.parametrize("dest", ["out/scores", "out", "out/sqsd/scores"])
+def test_a_store_inside_the_destination_is_refused(folder: Path, scorer: SQSDScorer, dest: str) -> None:
+    with pytest.raises(
+        UsageError, match=r"^The score store .* lies in out, which belongs to one run: put it elsewhere"
+    ):
+        run("monday.jsonl", "out", scorer, dest)
+    assert not Path("out").exists()
+
+
+def test_what_can_not_be_read_is_neither_deleted_nor_taken_for_damage(
+    folder: Path, scorer: SQSDScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("monday.jsonl", "monday", scorer)
+    before = sorted(Path("store").iterdir())
+    lost, read = before[0].name, Folder.read
+
+    def stumble(self: Folder, name: str) -> Any:
+        if name == lost:
+            raise InputError("the connection was lost")
+        return read(self, name)
+
+    for times in (0, 1, 2):  # at the first, second, third reading
+        left = iter(range(times))
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Folder,
+                "read",
+                lambda s, n, left=left: read(s, n) if n != lost or next(left, None) is not None else stumble(s, n),
+            )
+            with pytest.raises(InputError, match="connection was lost"):
+                compact_all("store")
+        assert sorted(Path("store").iterdir()) == before
+    assert counts(run("monday.jsonl", "again", scorer)) == (0, 40)
+
+
 # ---------------------------------------------------------------------------------------------- upkeep
 
 
@@ -266,6 +354,50 @@ def test_info_and_compact_from_the_command_line(
     assert (code, out) == (0, "store: 2 files joined into 1\n")
     code, out, err = call("info", "nowhere")
     assert (code, out) == (3, "") and err == "Error: nowhere does not exist; check the path.\n"
+
+
+def test_a_dry_run_counts_on_what_is_known(
+    folder: Path, scorer: SQSDScorer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("monday.jsonl", "monday", scorer)
+
+    def forecast(*arguments: str) -> dict[str, Any]:
+        with pytest.raises(SystemExit):
+            main([*arguments, "--drop-top", "5%", "--pack", str(scorer.pack.path), "--dry-run", "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    found = forecast("tuesday.jsonl", "out", "--score-store", "store")
+    assert (found["to_score"], found["reused"]) == (2, 40) and found["tokens"] > 0
+    found = forecast("monday.jsonl", "monday")
+    assert (found["to_score"], found["reused"], found["tokens"], found["seconds"]) == (0, 40, 0, 0)
+    assert forecast("tuesday.jsonl", "out")["to_score"] == 42
+
+
+def test_a_file_url_is_a_folder_and_other_servers_get_files_by_renaming(tmp_path: Path) -> None:
+    place = Folder(f"file://{tmp_path}/scores")
+    assert place.local == tmp_path / "scores"
+    place.write("a", lambda sink: sink.write(b"1"))
+    assert Folder(tmp_path / "scores").names() == ["a"]
+
+    class Server(MemoryFileSystem):
+        protocol = "server"
+        moved: ClassVar[list[str]] = []
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return "/" + path.removeprefix("server://").strip("/")
+
+        def mv(self, source: str, target: str, **named: Any) -> None:
+            self.moved.append(target)
+            super().mv(source, target, **named)
+
+    fsspec.register_implementation("server", Server, clobber=True)
+    plain = Folder("server://host/scores")
+    plain.write("b", lambda sink: sink.write(b"2"))
+    assert plain.names() == ["b"] and plain.has("b") and not plain.has("c") and plain.read("b").to_pybytes() == b"2"
+    assert [name.rsplit("/")[-1] for name in Server.moved] == ["b"]
+    with pytest.raises(FileNotFoundError):
+        plain.read("c")
 
 
 def test_a_folder_names_its_files_and_no_others(tmp_path: Path) -> None:

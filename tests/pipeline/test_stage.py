@@ -393,8 +393,8 @@ def test_shares_of_a_gpu_hold_as_many_replicas_whatever_the_cpus(
 ) -> None:
     """With a GPU that is only declared: the model runs on the CPU, but is placed where the GPU is said to be."""
 
-    def on_device(self: Any, device: str, *, spread: bool) -> Any:
-        assert (device, spread) == ("cuda", False)
+    def on_device(self: Any, device: str, *, gpus: float) -> Any:
+        assert (device, gpus) == ("cuda", 0.5)
         return self
 
     ray.shutdown()

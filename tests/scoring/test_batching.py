@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from sqsd_filter.errors import ModelError
 from sqsd_filter.scoring.batching import bins, default_budget, halving, is_out_of_memory
 from sqsd_filter.scoring.conversation import Encoded
+from sqsd_filter.scoring.engine import _room
 from sqsd_filter.scoring.scorer import SQSDScorer, Watch
 from tests.tiny import CONVERSATIONS
 
@@ -227,3 +229,12 @@ def test_a_row_that_never_fits_is_out_of_memory_and_the_others_are_scored(
     assert str(expected.tokens[longest]) in scores.detail[longest]
     assert np.isnan(scores.risk[longest])
     assert np.nanmax(np.abs(scores.risk - expected.risk)) <= 1e-5
+
+
+def test_the_room_on_a_gpu_depends_on_the_share_and_the_model_not_on_what_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = torch.nn.Linear(100, 10, bias=False)  # 4,000 bytes
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=100_000))
+    here = torch.device("cpu")
+    assert [_room(model, here, gpus) for gpus in (1.0, 2.0, 0.5, 0.01)] == [96_000, 96_000, 46_000, 0]

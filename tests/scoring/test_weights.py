@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from sqsd_filter.errors import ModelError
-from sqsd_filter.scoring.weights import EMBEDDED, cache_dir, load_model, load_tokenizer, locate
+from sqsd_filter.scoring.weights import EMBEDDED, cache_dir, content_id, load_model, load_tokenizer, locate
+from tests.tiny import make_model
 
 NAME = "smollm2-135m-instruct"
 
@@ -85,3 +87,33 @@ def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=r"of '.*nowhere' can't be loaded \(.*\): check the name") as problem:
             load(str(tmp_path / "nowhere"))
         assert "\n" not in str(problem.value)
+
+
+def test_other_weights_under_the_same_path_are_told_apart(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    before = content_id(str(model))
+    assert before == content_id(str(model))
+    assert before != content_id(str(make_model(tmp_path / "other", seed=1)))
+    (model / "optimizer.pt").write_bytes(b"not the model's")
+    assert content_id(str(model)) == before
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    assert content_id(str(model)) != before
+
+
+def test_large_files_are_told_apart_by_samples_of_every_part(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(20 << 20))
+    before = content_id(str(tmp_path))
+    with path.open("r+b") as file:
+        file.seek(7 << 20)
+        file.write(b"x" * (1 << 20))
+    assert content_id(str(tmp_path)) != before
+
+
+def test_a_model_that_can_not_be_had_has_no_content(tmp_path: Path) -> None:
+    assert content_id(str(tmp_path / "nowhere")) is None
+    assert content_id("smollm2-135m-instruct")
