@@ -49,16 +49,16 @@ AT_ONCE = 1 << 20  # keys in a segment
 MIDDLE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3}
 
 
-def write_rows(path: Path, count: int, words: tuple[int, int], seed: int = 0) -> Path:
-    """So many different rows, with answers of so many random words."""
+def write_rows(path: Path, count: int, words: tuple[int, int], *, prompt: int = 8, seed: int = 0) -> Path:
+    """So many different rows, with prompts and answers of so many random words."""
     source = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz"
     vocabulary = ["".join(source.choices(letters, k=source.randint(2, 9))) for _ in range(2000)]
     with path.open("w") as sink:
         for k in range(count):
-            prompt = f"{seed} {k} {' '.join(source.choices(vocabulary, k=8))}?"
+            question = f"{seed} {k} {' '.join(source.choices(vocabulary, k=prompt))}?"
             answer = " ".join(source.choices(vocabulary, k=source.randint(*words)))
-            sink.write(json.dumps({"instruction": prompt, "output": answer}) + "\n")
+            sink.write(json.dumps({"instruction": question, "output": answer}) + "\n")
     return path
 
 
@@ -144,7 +144,7 @@ def known(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def memory(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     sizes = sorted({options.rows // 10, options.rows})
-    rows = write_rows(folder / "rows.jsonl", sizes[-1], (5, 15))
+    rows = write_rows(folder / "rows.jsonl", sizes[-1], (1, 3), prompt=2)
     pack = make_pack(folder / "pack", rows, SMALL, vocabulary=512)
     return {
         f"{size} rows, {engine}": watched(rows, size, folder, pack, engine, folder / f"store-{engine}-{size}")

@@ -149,9 +149,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"{arguments.shape}, {dtype}, {len(rows)} rows, {useful} tokens, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}, {platform.machine()} with {os.cpu_count()} CPUs")  # fmt: skip
     pace = {name: f"{useful / spent:.0f}" for name, spent in times.items()}
-    shard = [len(row) for row in rows_of_real_lengths(512, 49152)]
-    whole = sum(len(members) * shard[members[0]] for members in bins(shard, arguments.budget))
-    print(f"padding efficiency {useful / padded:.3f} in these blocks, {sum(shard) / whole:.3f} in a shard of 512 rows")
+    print(f"useful among padded tokens: {useful / padded:.3f} in these blocks")
+    for size in (128, 512, 4096):
+        shard = [len(row) for row in rows_of_real_lengths(size, 49152)]
+        for budget in (arguments.budget, 65536):
+            whole = sum(len(members) * shard[members[0]] for members in bins(shard, budget))
+            print(f"  {sum(shard) / whole:.3f} in a shard of {size} rows with bins of at most {budget} tokens")
     print(f"tokens/s (b) {pace['b']}, (a) {pace['a']}, (a2) {pace['a2']}")
     for name, values in ratios.items():
         if values:

@@ -23,7 +23,7 @@ import ray
 
 import sqsd_filter.errors as errors
 from sqsd_filter.directions.pack import ADAPTER_FILES, PACK_FILE, PACKS_DIR, Pack, load_pack
-from sqsd_filter.errors import SQSDError
+from sqsd_filter.errors import ModelError, SQSDError
 from sqsd_filter.scoring.conversation import conversation_key
 from sqsd_filter.scoring.scorer import Scores, SQSDScorer, Watch
 
@@ -90,7 +90,7 @@ class Ledger:
 class Replica:
     """A model on a device of its own, scoring shards."""
 
-    def __init__(self, scorer: SQSDScorer, ledger: Any, threads: int) -> None:
+    def __init__(self, scorer: SQSDScorer, ledger: Any, threads: int, content: str | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
@@ -103,6 +103,11 @@ class Replica:
             with _at_hand(scorer.pack, ledger) as pack:
                 self.scorer = scorer.with_pack(pack)
                 self.scorer.check_device()
+                if None not in (content, here := self.scorer.base_content) and here != content:
+                    raise ModelError(
+                        f"The node {os.uname().nodename} has other weights at {scorer.base_model} than the node where "
+                        "the command runs: copy the same model to all nodes."
+                    )
                 self.scorer.engine  # noqa: B018  (loads the model and the pack's adapters)
         except SQSDError as problem:
             self.problem = as_data(problem)

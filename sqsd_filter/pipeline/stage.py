@@ -140,6 +140,7 @@ class RayEngine:
             "scorer": copy.copy(scorer),  # without its model
             "ledger": ledger,
             "threads": self.threads,
+            "content": scorer.base_content,
         }
         with _quiet_data(), self._told(ledger, progress):
             # The files are the driver's: they are read where it runs, without a claim to a CPU that a replica may hold.

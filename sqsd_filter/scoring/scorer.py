@@ -182,7 +182,8 @@ class Scorer:
         return self._encoder
 
     @property
-    def _base_content(self) -> str | None:
+    def base_content(self) -> str | None:
+        """What tells the base model's weights from others under the same name; see `weights.content_id`."""
         if self._content is None:
             from sqsd_filter.scoring.weights import content_id
 
@@ -196,7 +197,7 @@ class Scorer:
             "pack": self.pack.fingerprint,
             "base_model": self.base_model,
             "base_revision": self.base_revision,
-            "base_content": self._base_content,
+            "base_content": self.base_content,
             "scoring": SCORING,
             "dtype": self.dtype,
             "max_length": self.max_length,

@@ -20,7 +20,7 @@ import pytest
 import ray
 import torch
 
-from sqsd_filter.errors import InputError, SQSDError, UsageError
+from sqsd_filter.errors import InputError, ModelError, SQSDError, UsageError
 from sqsd_filter.pipeline import stage
 from sqsd_filter.pipeline.engines import LocalEngine, choose_engine
 from sqsd_filter.pipeline.replica import Ledger
@@ -246,6 +246,16 @@ def test_an_error_that_ends_the_run_is_one_sentence(
         filter_dataset(source, tmp_path / "out", drop_top="5%", scorer=scorer, engine=RayEngine(1))
     assert "\n" not in str(problem.value)
     assert read_report(tmp_path / "out")["status"] == "failed"
+
+
+def test_a_node_with_another_model_under_the_same_name_is_refused(session: None, source: Path, tiny_pack: Path) -> None:
+    def elsewhere(self: Any) -> str:
+        return f"as process {os.getpid()} sees it"
+
+    scorer = SQSDScorer(tiny_pack)
+    scorer.__class__ = type("Elsewhere", (SQSDScorer,), {"base_content": property(elsewhere)})
+    with pytest.raises(ModelError, match=r"^The node \S+ has other weights at .* copy the same model to all nodes\.$"):
+        filter_dataset(source, "out", drop_top="5%", scorer=scorer, engine=RayEngine(1))
 
 
 def test_a_file_that_changes_under_the_run_is_an_input_error(session: None, source: Path, tiny_pack: Path) -> None:
