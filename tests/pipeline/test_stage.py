@@ -166,6 +166,7 @@ def test_what_a_batch_can_not_do_its_rows_do_apart_on_any_engine(
     assert content(Path("ray")) == content(Path("local"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["destination", "shared store"])
 def test_a_disk_that_fills_up_is_one_sentence_and_room_finishes_the_run(
     session: None,
@@ -219,6 +220,7 @@ def test_progress_tells_of_replicas_and_rows_once_each(session: None, source: Pa
     assert told.alive >= 2 and told.retried == report["timing"]["shards_retried"] >= 1
 
 
+@pytest.mark.slow
 def test_a_stall_is_told(session: None, source: Path, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Told(Silent):
         notes: ClassVar[list[str]] = []
@@ -398,6 +400,7 @@ def test_a_node_that_goes_away_costs_time_only(source: Path, tiny_pack: Path, un
     assert content(Path("out")) == undisturbed
 
 
+@pytest.mark.slow
 def test_shares_of_a_gpu_hold_as_many_replicas_whatever_the_cpus(
     source: Path, tiny_pack: Path, undisturbed: dict[str, Any]
 ) -> None:
