@@ -186,7 +186,7 @@ class RayEngine:
                 progress.advance(state["rows"] - rows, state["tokens"] - tokens)
                 rows, tokens, moved = state["rows"], state["tokens"], time.monotonic()
             if state["retried"] > retried:
-                progress.note(f"{state['retried']} shards had to be started again; {state['replicas']} replicas alive")
+                progress.note(f"a shard had to be started again, since its replica died ({state['retried']} so far)")
                 retried = state["retried"]
             if time.monotonic() - moved > STALLED_AFTER:
                 progress.note(
