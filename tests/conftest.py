@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tests.tiny import ARCHITECTURES, make_pack
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, tests would ignore it for all
 torch.set_num_threads(1)  # the models here are too small to share among threads
 
 

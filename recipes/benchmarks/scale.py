@@ -188,7 +188,7 @@ def watched(rows: Path, size: int, folder: Path, pack: Pack, engine: str, store:
         "rows/s": size / seconds,
         "rows/s by phase": {name: phase["rows_per_second"] for name, phase in report["timing"]["phases"].items()},
         "peak MiB of the driver": driver,
-        **({"peak MiB of a replica": replica} if replica else {}),
+        **({"peak MiB of a replica": replica} if engine == "ray" else {}),
     }
 
 
