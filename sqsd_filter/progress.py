@@ -54,7 +54,7 @@ class Phase:
 
     def figures(self) -> dict[str, Any]:
         seconds = max((self.ended or time.monotonic()) - self.began, 1e-9)
-        found = {"rows": self.rows, "expected": self.expected, "seconds": round(seconds, 3)}
+        found = {"rows": self.rows, "expected": self.expected, "seconds": round(seconds, 6)}
         found["rows_per_second"] = round(self.rows / seconds, 3)
         if self.tokens:
             found |= {"tokens": self.tokens, "tokens_per_second": round(self.tokens / seconds, 3)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_a_finished_run_says_what_became_of_the_rows_and_how_fast(folder: Path, 
     ]
     for name, phase in phases.items():
         assert found[f"phase_rows/{name}"] == phase["rows"]
-        assert phase["rows_per_second"] * phase["seconds"] == pytest.approx(phase["rows"], rel=0.5)
+        assert phase["rows_per_second"] * phase["seconds"] == pytest.approx(phase["rows"], rel=0.05)
     assert 0 < found["phase_tokens/scoring"] == phases["scoring"]["tokens"] <= report["tokens"]
     assert found["started_seconds"] <= found["updated_seconds"]
     assert "replicas_alive" not in found and found["shards_retried"] == 0
@@ -136,6 +137,8 @@ def test_it_is_kept_up_to_date_and_a_failing_disk_does_not_end_the_run(
         while samples().get("phase_rows/scoring") != 4:
             pass
         assert (samples()["replicas_alive"], samples()["shards_retried"]) == (3, 1)
-        Path(FILE).unlink()
-        Path(FILE).mkdir()
+        while not Path(FILE).is_dir():  # the file may be written again at any moment
+            Path(FILE).unlink(missing_ok=True)
+            with suppress(FileExistsError):
+                Path(FILE).mkdir()
     assert f"the metrics file {FILE} can't be written" in caplog.text
