@@ -109,8 +109,20 @@ def test_a_night_never_meets_the_next_one_nor_midnight() -> None:
     assert (hour * 60 + minute) * 60 + latest < 24 * 3600  # the destination's date stays the same
 
 
+def refused(manifest: dict[str, Any]) -> str:
+    """What Kubernetes has against a manifest, or nothing."""
+    try:
+        kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+    except kubernetes_validate.ValidationError as problem:
+        return str(problem)
+    return ""
+
+
 def test_the_cron_job_is_what_kubernetes_takes() -> None:
-    kubernetes_validate.validate(yaml.safe_load(CRONJOB.read_text()), kubernetes_validate.latest_version(), strict=True)
+    job = yaml.safe_load(CRONJOB.read_text())
+    assert refused(job) == ""
+    job["spec"]["schedul"] = job["spec"].pop("schedule")
+    assert "schedul" in refused(job)
 
 
 def template(found: dict[str, Any]) -> dict[str, Any]:
@@ -160,8 +172,7 @@ def test_the_ray_job_has_fields_that_kuberay_knows_and_pods_that_kubernetes_take
     job = yaml.safe_load(RAYJOB.read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     jsonschema.validate(job["spec"], JOB)
-    for pod in pods().values():
-        kubernetes_validate.validate(template(pod), kubernetes_validate.latest_version(), strict=True)
+    assert {name: refused(template(pod)) for name, pod in pods().items()} == {"head": "", "gpu": ""}
 
 
 def lint(*command: str, given: str | None = None) -> None:

@@ -135,7 +135,7 @@ def forecast(guess: Mapping[str, Any]) -> str:
     took = duration(guess["seconds"])
     other = ", ".join(f"{guess[kind]:,} {kind}" for kind in ("reused", "duplicates", "unreadable") if guess[kind])
     lines = [
-        f"{guess['rows']:,} rows of {len(guess['inputs'])} files, read as {guess['format']}",
+        f"{_many(guess['rows'], 'row')} of {_many(len(guess['inputs']), 'file')}, read as {guess['format']}",
         f"  to score  {guess['to_score']:>12,}   {other}".rstrip(),
         f"  tokens    {guess['tokens']:>12,}   estimated; {guess['passes']} forward and backward passes over each",
         f"  time      {took:>12}   estimated from {guess['sampled']} rows, {guess['dtype']} on {guess['device']}",

@@ -90,6 +90,20 @@ class Run:
         return report
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is to be scored, by whom and how it is told; None leaves a choice to the default."""
+
+    sources: str | Path | Sequence[str | Path]
+    scorer: SQSDScorer
+    engine: Engine | None
+    columns: Columns | None
+    limit: int | None
+    score_store: str | Path | None
+    progress: Progress | None
+    settings: Mapping[str, Any] | None
+
+
 def filter_dataset(
     sources: str | Path | Sequence[str | Path],
     dest: str | Path,
@@ -128,15 +142,8 @@ def filter_dataset(
         finish,
         lambda report: write_card(place.root / CARD_FILE, report),
         place,
-        sources,
         {"cut": str(cut), "on_error": on_error},
-        scorer or SQSDScorer(pack),
-        engine or LocalEngine(),
-        columns or Columns(),
-        limit,
-        score_store,
-        progress or Silent(),
-        settings or {},
+        Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, progress, settings),
     )
 
 
@@ -175,15 +182,8 @@ def score_dataset(
         finish,
         lambda report: None,
         place,
-        sources,
         {},
-        scorer or SQSDScorer(pack),
-        engine or LocalEngine(),
-        columns or Columns(),
-        limit,
-        score_store,
-        progress or Silent(),
-        settings or {},
+        Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, progress, settings),
     )
 
 
@@ -191,30 +191,24 @@ def _score_and(
     finish: Callable[[Scored, Meter], dict[str, Any]],
     publish: Callable[[dict[str, Any]], None],
     place: Destination,
-    sources: str | Path | Sequence[str | Path],
     identity: Mapping[str, Any],
-    scorer: SQSDScorer,
-    engine: Engine,
-    columns: Columns,
-    limit: int | None,
-    score_store: str | Path | None,
-    progress: Progress,
-    settings: Mapping[str, Any],
+    work: Work,
 ) -> dict[str, Any]:
     """Scan, score, then `finish` and `publish`. Returns the report."""
-    started, meter = time.time(), Meter(progress)
-    shared = Folder(score_store) if score_store else None
+    started, meter, engine = time.time(), Meter(work.progress or Silent()), work.engine or LocalEngine()
+    shared = Folder(work.score_store) if work.score_store else None
     if shared is not None and shared.local is not None:
         place.keep_out(shared.local)
-    scan = Scan(place.others(matches(as_paths(sources))), columns, limit, meter)
-    scorer = engine.place(scorer)
+    paths = place.others(matches(as_paths(work.sources)))
+    scan = Scan(paths, work.columns or Columns(), work.limit, meter)
+    scorer = engine.place(work.scorer)
     identity = {**scan.identity(), "scoring": scorer.settings(), **identity}
-    run = Run(place, identity, meter, settings, started, _about(scorer), engine)
+    run = Run(place, identity, meter, work.settings or {}, started, _about(scorer), engine)
 
-    def work() -> dict[str, Any]:
+    def carry_out() -> dict[str, Any]:
         return finish(scan.score(place.home, scorer, engine, old_home=place.old_home, shared=shared), meter)
 
-    return run.carry_out(work, publish)
+    return run.carry_out(carry_out, publish)
 
 
 def select_dataset(

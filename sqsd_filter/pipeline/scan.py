@@ -82,10 +82,10 @@ class Scan:
         def store_in(where: Folder | Path) -> ScoreStore:
             return ScoreStore(where, scorer.settings(), list(weights))
 
+        self.progress.start("lookup", None)
         store, all_of = store_in(home / "scores"), self.index.conversations
         if old_home is not None:
             store.adopt(all_of.keys, store_in(old_home / "scores"))
-        self.progress.start("lookup", None)
         sharing = Sharing(store, store_in(shared) if shared is not None else None)
         settled = sharing.exchange(all_of.keys)
         wanted = np.sort(all_of.first[~settled])

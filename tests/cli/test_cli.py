@@ -170,7 +170,7 @@ def test_off_a_terminal_a_line_now_and_then_tells_pace_and_time_left(
 
 def test_a_dry_run_tells_the_cost_and_writes_nothing(command: Command, folder: Path) -> None:
     code, out, _ = command("in.jsonl", "out", *CUT, "--dry-run")
-    assert code == 0 and "60 rows of 1 files, read as alpaca (instruction, output)" in out
+    assert code == 0 and "60 rows of 1 file, read as alpaca (instruction, output)" in out
     assert "tokens" in out and "in.jsonl (60 rows)" in out
     guess = json.loads(command("score", "in.jsonl", "out.parquet", "--dry-run", "--json")[1])
     assert guess["to_score"] == 60 and guess["passes"] == 2
