@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from sqsd_filter.pipeline.json_schema import to_rows
+from sqsd_filter.pipeline.reading.json_schema import to_rows
 
 SPLITS = ("kept", "dropped", "errors")
 

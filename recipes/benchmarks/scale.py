@@ -37,11 +37,12 @@ import transformers
 from sqsd_filter import SQSDScorer, filter_dataset
 from sqsd_filter.directions.pack import Pack
 from sqsd_filter.pipeline.engines import Engine, LocalEngine
-from sqsd_filter.pipeline.keys import KEYS
-from sqsd_filter.pipeline.scan import Columns, Scan
+from sqsd_filter.pipeline.scan import Scan
+from sqsd_filter.pipeline.scores.keys import KEYS
+from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.selection import Cut, cut_rows
-from sqsd_filter.pipeline.store import ScoreStore
 from sqsd_filter.progress import Silent
+from sqsd_filter.scoring.conversation import Columns
 from sqsd_filter.scoring.scorer import Scores
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -48,7 +48,7 @@ def cli() -> None:
 
 
 def _columns(params: dict[str, Any]) -> Any:
-    from sqsd_filter.pipeline.scan import Columns
+    from sqsd_filter.scoring.conversation import Columns
 
     named = {name: params[f"{name}_column"] for name in ("messages", "prompt", "context", "answer")}
     return Columns(format=params["row_format"], **named)

@@ -20,7 +20,7 @@ def store() -> None:
 @as_json
 def info(place: str, json_output: bool) -> None:
     """Say which scores there are: by pack, model and settings."""
-    from sqsd_filter.pipeline.upkeep import describe
+    from sqsd_filter.pipeline.scores.upkeep import describe
 
     output.show(describe(place), as_json=json_output, quiet=False, text=output.stored)
 
@@ -30,6 +30,6 @@ def info(place: str, json_output: bool) -> None:
 @as_json
 def compact(place: str, json_output: bool) -> None:
     """Join many small files into few; safe while runs read and write."""
-    from sqsd_filter.pipeline.upkeep import compact_all
+    from sqsd_filter.pipeline.scores.upkeep import compact_all
 
     output.show(compact_all(place), as_json=json_output, quiet=False, text=output.compacted)

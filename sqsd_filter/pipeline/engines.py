@@ -10,8 +10,8 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 from sqsd_filter.errors import UsageError
+from sqsd_filter.pipeline.reading.sources import Corpus
 from sqsd_filter.pipeline.shards import Shard, score_shard
-from sqsd_filter.pipeline.sources import Corpus
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.conversation import RowFormat
 from sqsd_filter.scoring.scorer import Scores, SQSDScorer, Watch

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from sqsd_filter.pipeline.folder import Folder
-from sqsd_filter.pipeline.scan import Columns, Scan, as_paths
-from sqsd_filter.pipeline.store import ScoreStore
+from sqsd_filter.pipeline.scan import Scan, as_paths
+from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.progress import Progress, Silent
-from sqsd_filter.scoring.conversation import RowError
+from sqsd_filter.scoring.conversation import Columns, RowError
 from sqsd_filter.scoring.scorer import SQSDScorer
 
 

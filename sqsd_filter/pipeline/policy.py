@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 
 from sqsd_filter.errors import RowErrorBudgetExceeded, UsageError
-from sqsd_filter.pipeline.scored import Scored
+from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.pipeline.selection import ERROR, KEPT, Selection, parse_share
 from sqsd_filter.scoring.conversation import BAD_JSON
 

@@ -10,20 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from sqsd_filter.errors import InputError, SQSDError, UsageError
-from sqsd_filter.pipeline.destination import REPORT_FILE, RUN_FILE, Destination, _read_json, input_paths, read_run
 from sqsd_filter.pipeline.engines import Engine, LocalEngine
-from sqsd_filter.pipeline.export import SPLITS, data_file, export_scored, export_splits
 from sqsd_filter.pipeline.folder import Folder
 from sqsd_filter.pipeline.policy import Policy
-from sqsd_filter.pipeline.report import summarise, versions, write_card, write_report
-from sqsd_filter.pipeline.scan import Columns, Scan, as_paths, counted, not_empty
-from sqsd_filter.pipeline.scored import ColumnIndex, Scored, from_store
+from sqsd_filter.pipeline.reading.sources import Corpus, matches
+from sqsd_filter.pipeline.scan import Scan, as_paths, counted, not_empty
+from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
+from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.selection import Cut, cut_rows
 from sqsd_filter.pipeline.shards import Index
-from sqsd_filter.pipeline.sources import Corpus, matches
-from sqsd_filter.pipeline.store import ScoreStore
+from sqsd_filter.pipeline.writing.destination import (
+    REPORT_FILE,
+    RUN_FILE,
+    Destination,
+    _read_json,
+    input_paths,
+    read_run,
+)
+from sqsd_filter.pipeline.writing.export import SPLITS, data_file, export_scored, export_splits
+from sqsd_filter.pipeline.writing.report import summarise, versions, write_card, write_report
 from sqsd_filter.progress import Meter, Progress, Silent
-from sqsd_filter.scoring.conversation import RowFormat
+from sqsd_filter.scoring.conversation import Columns, RowFormat
 from sqsd_filter.scoring.scorer import SQSDScorer
 
 CARD_FILE = "README.md"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +12,22 @@ import numpy as np
 from sqsd_filter.errors import InputError, SQSDError
 from sqsd_filter.pipeline.engines import Engine
 from sqsd_filter.pipeline.folder import Folder
-from sqsd_filter.pipeline.keys import KEYS
-from sqsd_filter.pipeline.scored import Scored, from_store
+from sqsd_filter.pipeline.reading.sources import Corpus, peek
+from sqsd_filter.pipeline.scores.keys import KEYS
+from sqsd_filter.pipeline.scores.scored import Scored, from_store
+from sqsd_filter.pipeline.scores.sharing import Sharing
+from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.shards import Index, plan
-from sqsd_filter.pipeline.sharing import Sharing
-from sqsd_filter.pipeline.sources import Corpus, peek
-from sqsd_filter.pipeline.store import ScoreStore
 from sqsd_filter.progress import Progress
-from sqsd_filter.scoring.conversation import RowFormat, choose_format
+from sqsd_filter.scoring.conversation import Columns
 from sqsd_filter.scoring.scorer import SQSDScorer
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What the user fixed about the row format; None leaves it to detection."""
-
-    format: str | None = None
-    messages: str | None = None
-    prompt: str | None = None
-    context: str | None = None
-    answer: str | None = None
-
-    def choose(self, paths: Sequence[str]) -> RowFormat:
-        return choose_format(
-            peek(paths),
-            self.format,
-            messages=self.messages,
-            prompt=self.prompt,
-            context=self.context,
-            answer=self.answer,
-        )
 
 
 class Scan:
     """The inputs, looked at once: rows counted and keyed, files hashed, the format decided."""
 
     def __init__(self, paths: list[str], columns: Columns, limit: int | None, progress: Progress) -> None:
-        self.form = columns.choose(paths)
+        self.form = columns.choose(peek(paths))
         self.limit, self.progress = limit, progress
         progress.note(f"reading rows as {self.form}")
         progress.start("reading", None)

@@ -12,8 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
-from sqsd_filter.pipeline.keys import KEYS, distinct
-from sqsd_filter.pipeline.sources import Corpus, Row
+from sqsd_filter.pipeline.reading.sources import Corpus, Row
+from sqsd_filter.pipeline.scores.keys import KEYS, distinct
 from sqsd_filter.scoring.conversation import BAD_JSON, SCORED, Message, RowError, RowFormat, conversation_key
 from sqsd_filter.scoring.scorer import Scorer, Scores, Watch
 

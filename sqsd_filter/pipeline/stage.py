@@ -31,9 +31,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sqsd_filter.errors import SQSDError
 from sqsd_filter.pipeline.engines import ScoredShard
+from sqsd_filter.pipeline.reading.sources import Corpus
 from sqsd_filter.pipeline.replica import Ledger, Replica, as_data, from_bytes, pack_files_of, raise_from
 from sqsd_filter.pipeline.shards import Shard, conversations
-from sqsd_filter.pipeline.sources import Corpus
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.conversation import RowFormat
 from sqsd_filter.scoring.scorer import SQSDScorer

@@ -194,6 +194,28 @@ def choose_format(
     )
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What the user fixed about the row format; None leaves it to detection."""
+
+    format: str | None = None
+    messages: str | None = None
+    prompt: str | None = None
+    context: str | None = None
+    answer: str | None = None
+
+    def choose(self, sample: Iterable[Mapping[str, Any]]) -> RowFormat:
+        """See `choose_format`."""
+        return choose_format(
+            sample,
+            self.format,
+            messages=self.messages,
+            prompt=self.prompt,
+            context=self.context,
+            answer=self.answer,
+        )
+
+
 def _has_lists(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
     values = [row.get(column) for row in rows]
     return any(isinstance(value, list | tuple) for value in values) or all(value is None for value in values)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from sqsd_filter.errors import SQSDError
 from sqsd_filter.pipeline.folder import Folder
-from sqsd_filter.pipeline.keys import KEY_BYTES, KEYS, Lookup, distinct
+from sqsd_filter.pipeline.scores.keys import KEY_BYTES, KEYS, Lookup, distinct
 from sqsd_filter.scoring.scorer import TRANSIENT, Scores
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.json_schema import to_rows
+from sqsd_filter.pipeline.reading.json_schema import to_rows
+from sqsd_filter.pipeline.reading.sources import Chunk, Corpus, Row
+from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.shards import Index
-from sqsd_filter.pipeline.sources import Chunk, Corpus, Row
-from sqsd_filter.pipeline.store import ScoreStore
 from sqsd_filter.scoring.conversation import BAD_JSON, NONFINITE, SCORED, RowError, RowFormat
 
 SCORE_PREFIX = "sqsd_"

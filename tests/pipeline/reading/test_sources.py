@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline import text_formats
-from sqsd_filter.pipeline.json_schema import is_json_text, to_table
-from sqsd_filter.pipeline.sources import Corpus, Row, expand, peek
-from sqsd_filter.pipeline.text_formats import JsonArray, Window
+from sqsd_filter.pipeline.reading import text_formats
+from sqsd_filter.pipeline.reading.json_schema import is_json_text, to_table
+from sqsd_filter.pipeline.reading.sources import Corpus, Row, expand, peek
+from sqsd_filter.pipeline.reading.text_formats import JsonArray, Window
 
 datasets.disable_progress_bars()
 
@@ -524,7 +524,7 @@ def test_chunks_gather_small_files_and_split_large_rows(tmp_path: Path, monkeypa
     paths = [write(tmp_path / f"{i:02}.jsonl", jsonl(ROWS[i : i + 1])) for i in range(20)]
     corpus = Corpus.scan(paths)
     assert [(chunk.start, chunk.table.num_rows) for chunk in corpus.chunks(8)] == [(0, 8), (8, 8), (16, 4)]
-    monkeypatch.setattr("sqsd_filter.pipeline.sources.BATCH_BYTES", 1000)
+    monkeypatch.setattr("sqsd_filter.pipeline.reading.sources.BATCH_BYTES", 1000)
     sizes = [chunk.table.num_rows for chunk in Corpus.scan([write(tmp_path / "a.jsonl", jsonl(ROWS))]).chunks()]
     assert sum(sizes) == len(ROWS)
     assert max(sizes) < 20
@@ -585,6 +585,6 @@ def test_a_label_column_that_meets_plain_numbers_loses_only_its_names(tmp_path: 
 
 def test_importing_the_module_imports_no_heavy_library() -> None:
     heavy = "{'datasets', 'pandas', 'torch', 'zstandard'}"
-    code = f"import sys, sqsd_filter.pipeline.sources; print({heavy} & set(sys.modules))"
+    code = f"import sys, sqsd_filter.pipeline.reading.sources; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sqsd_filter.pipeline.folder import Folder, sweep
-from sqsd_filter.pipeline.store import SETTINGS, ScoreStore, settings_id
+from sqsd_filter.pipeline.scores.store import SETTINGS, ScoreStore, settings_id
 
 DAY = 86400.0  # seconds after which an unfinished file was left by a process that was killed
 

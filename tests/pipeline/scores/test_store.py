@@ -15,9 +15,9 @@ import pytest
 
 from sqsd_filter.errors import RowErrorBudgetExceeded, SQSDError
 from sqsd_filter.pipeline.folder import write_whole
-from sqsd_filter.pipeline.keys import KEYS
 from sqsd_filter.pipeline.run import filter_dataset
-from sqsd_filter.pipeline.store import ScoreStore
+from sqsd_filter.pipeline.scores.keys import KEYS
+from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.scoring.scorer import Scores, SQSDScorer
 from tests.corpora import make_rows, write_jsonl
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqsd_filter.pipeline.keys import KEYS, Lookup, distinct
+from sqsd_filter.pipeline.scores.keys import KEYS, Lookup, distinct
 
 # few different words, so that keys often share the first or the second one, and may end in NUL
 word = st.sampled_from([b"\0" * 8, b"a" * 8, b"b" * 7 + b"\0", b"\xff" * 8])

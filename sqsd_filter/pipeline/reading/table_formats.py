@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.json_schema import to_rows
+from sqsd_filter.pipeline.reading.json_schema import to_rows
 
 BATCH_BYTES = 1 << 26
 UNDECODABLE = (pa.ArrowException, OverflowError, ValueError)  # the year 10000, an unknown time zone, text not in UTF-8

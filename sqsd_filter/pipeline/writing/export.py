@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sqsd_filter.errors import SQSDError
-from sqsd_filter.pipeline.scored import SCORE_PREFIX, Scored
+from sqsd_filter.pipeline.reading.sources import Chunk
+from sqsd_filter.pipeline.scores.scored import SCORE_PREFIX, Scored
 from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Selection
-from sqsd_filter.pipeline.sources import Chunk
 from sqsd_filter.progress import Progress
 
 SPLITS = {"kept": KEPT, "dropped": DROPPED, "errors": ERROR}

@@ -17,10 +17,10 @@ from typing import Any
 import pyarrow as pa
 
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.formats import open_source
-from sqsd_filter.pipeline.json_schema import Shape, to_table, unify, with_features, without_nulls
-from sqsd_filter.pipeline.table_formats import BATCH_BYTES, Table
-from sqsd_filter.pipeline.text_formats import Record, TextFile
+from sqsd_filter.pipeline.reading.formats import open_source
+from sqsd_filter.pipeline.reading.json_schema import Shape, to_table, unify, with_features, without_nulls
+from sqsd_filter.pipeline.reading.table_formats import BATCH_BYTES, Table
+from sqsd_filter.pipeline.reading.text_formats import Record, TextFile
 from sqsd_filter.scoring.conversation import RowError, RowFormat
 
 MARK_EVERY = 512  # rows between the places in a text file that `read` can seek to

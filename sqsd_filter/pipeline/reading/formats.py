@@ -6,8 +6,16 @@ from itertools import islice
 from pathlib import Path
 
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.table_formats import Parquet, SavedDataset, Table
-from sqsd_filter.pipeline.text_formats import COMPRESSED, Csv, JsonArray, JsonLines, TextFile, parse_line, split_lines
+from sqsd_filter.pipeline.reading.table_formats import Parquet, SavedDataset, Table
+from sqsd_filter.pipeline.reading.text_formats import (
+    COMPRESSED,
+    Csv,
+    JsonArray,
+    JsonLines,
+    TextFile,
+    parse_line,
+    split_lines,
+)
 
 TEXT_FORMATS = {".jsonl": JsonLines, ".ndjson": JsonLines, ".csv": Csv, ".tsv": Csv}
 READABLE = ".jsonl, .ndjson, .json, .csv, .tsv (each also .gz or .zst), .parquet, or a folder from save_to_disk"

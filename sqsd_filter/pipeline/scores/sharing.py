@@ -8,8 +8,8 @@ import time
 import numpy as np
 
 from sqsd_filter.errors import SQSDError
-from sqsd_filter.pipeline.keys import KEYS
-from sqsd_filter.pipeline.store import ScoreStore
+from sqsd_filter.pipeline.scores.keys import KEYS
+from sqsd_filter.pipeline.scores.store import ScoreStore
 
 log = logging.getLogger(__name__)
 

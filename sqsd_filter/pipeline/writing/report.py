@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from sqsd_filter.pipeline.export import SPLITS, data_file, kept_schema
 from sqsd_filter.pipeline.folder import write_whole
-from sqsd_filter.pipeline.json_schema import json_columns
-from sqsd_filter.pipeline.scored import Scored
+from sqsd_filter.pipeline.reading.json_schema import json_columns
+from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.pipeline.selection import Cut, Selection
+from sqsd_filter.pipeline.writing.export import SPLITS, data_file, kept_schema
 
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 

@@ -1,0 +1,1 @@
+"""Scores by conversation: kept as they come, shared between runs, joined with the rows."""
