@@ -23,6 +23,7 @@ from sqsd_filter.pipeline.reading.table_formats import BATCH_BYTES, Table
 from sqsd_filter.pipeline.reading.text_formats import Record, TextFile
 from sqsd_filter.scoring.conversation import RowError, RowFormat
 
+SPLIT = "train"  # of rows that have no split of their own
 MARK_EVERY = 512  # rows between the places in a text file that `read` can seek to
 
 
@@ -40,9 +41,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows as a table; an unreadable row is all null in it."""
+    """Consecutive rows of one split as a table; an unreadable row is all null in it."""
 
     start: int
+    split: str
     table: pa.Table
     apt: pa.Table  # the same under the corpus's `apt_schema`; a row without a conversation may be all null in it
     files: list[str]
@@ -60,6 +62,7 @@ class Part:
     rows: int
     size: int
     marks: list[tuple[int, int]]  # of every MARK_EVERY-th record
+    split: str = SPLIT
 
     def records(self, start: int, stop: int) -> Iterator[Record]:
         """Records of a text file, counted within it."""
@@ -175,6 +178,11 @@ class Corpus:
             apt = schema if apt.equals(schema, check_metadata=True) else apt
         return cls(start, schema, apt, inputs, parts, form)
 
+    @property
+    def splits(self) -> list[str]:
+        """The names of all splits, in the order in which they come first."""
+        return list(dict.fromkeys(part.split for part in self.parts)) or [SPLIT]
+
     def read(self, start: int, stop: int, columns: Sequence[str] | None = None) -> Iterator[Row]:
         """Rows start..stop. `columns` spares parquet files and saved datasets the others; text is read whole."""
         for part in self.parts:
@@ -197,7 +205,8 @@ class Corpus:
         held: list[Chunk] = []
         n = size = 0
         for piece in self._pieces(rows):
-            if held and (n + piece.table.num_rows > rows or size + piece.table.nbytes > BATCH_BYTES):
+            full = n + piece.table.num_rows > rows or size + piece.table.nbytes > BATCH_BYTES
+            if held and (full or piece.split != held[0].split):
                 yield _join(held)
                 held, n, size = [], 0, 0
             held.append(piece)
@@ -215,7 +224,7 @@ class Corpus:
                     n = table.num_rows
                     lines = list(range(done + 1, done + n + 1))
                     both = _conform(table, self.schema), _conform(table, self.apt_schema)
-                    yield Chunk(part.start + done, *both, [file] * n, lines, [""] * n, [None] * n)
+                    yield Chunk(part.start + done, part.split, *both, [file] * n, lines, [""] * n, [None] * n)
                     done += n
                 continue
             for batch in _batches(part.records(0, part.rows), rows):
@@ -225,7 +234,7 @@ class Corpus:
                 table = apt = to_table(values, self.schema)
                 if self.apt_schema is not self.schema:
                     apt = to_table([value if _is_apt(value, self.form) else None for value in values], self.apt_schema)
-                yield Chunk(part.start + done, table, apt, [file] * len(batch), lines, problems, raws)
+                yield Chunk(part.start + done, part.split, table, apt, [file] * len(batch), lines, problems, raws)
                 done += len(batch)
 
 
@@ -313,6 +322,7 @@ def _join(chunks: list[Chunk]) -> Chunk:
         return chunks[0]
     return Chunk(
         chunks[0].start,
+        chunks[0].split,
         pa.concat_tables([chunk.table for chunk in chunks]),
         pa.concat_tables([chunk.apt for chunk in chunks]),
         [file for chunk in chunks for file in chunk.files],
