@@ -109,7 +109,7 @@ def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]]
     params, display = context.params, _log(context)
     with Metrics(None if params["dry_run"] else params["metrics_file"], display) as metrics:
         Policy.of(params.get("on_error", "quarantine"), params["max_error_rate"])
-        common = {name: params[name] for name in ("limit", "score_store")}
+        common = {name: params[name] for name in ("limit", "score_store", "streaming")}
         common |= {"columns": _columns(params), "scorer": _scorer(params), "progress": metrics.meter}
         if params["dry_run"]:
             guess = estimate(params["sources"], params["dest"], **common)

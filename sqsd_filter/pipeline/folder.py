@@ -38,11 +38,8 @@ class Folder:
         """
         self._where = str(where)
         self._scheme = urlsplit(self._where).scheme if "://" in self._where else ""
-        self._forget: Callable[[], Any] = lambda: None
-        if self._scheme:
-            self._connect()
-        else:
-            self._fs, self._root = fs.LocalFileSystem(), self._where
+        here: tuple[Any, str, Callable[[], Any]] = (fs.LocalFileSystem(), self._where, lambda: None)
+        self._fs, self._root, self._forget = _connect(self._where) if self._scheme else here
         self.local = Path(self._root) if isinstance(self._fs, fs.LocalFileSystem) else None
 
     def __str__(self) -> str:
@@ -62,7 +59,7 @@ class Folder:
         except NotADirectoryError as problem:
             raise InputError(f"{self} is not a folder; check the path.") from problem
         except OSError as problem:
-            raise self._unreachable(problem) from problem
+            raise _unreachable(self._where, problem) from problem
         return sorted(i.base_name for i in found if i.type == fs.FileType.File and not i.base_name.startswith("."))
 
     def has(self, name: str) -> bool:
@@ -108,32 +105,6 @@ class Folder:
             if not direct:
                 self._fs.move(path, self.path(name))
 
-    def _connect(self) -> None:
-        parts = urlsplit(self._where)
-        if parts.password or any(_SECRET.search(name) for name, _ in parse_qsl(parts.query)):
-            raise UsageError("A URL must not hold a password or a key: give those in the environment.")
-        try:
-            self._fs, self._root = fs.FileSystem.from_uri(self._where)
-            return
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ImportError, ValueError):
-            pass  # not one of pyarrow's own
-        except OSError as problem:
-            raise self._unreachable(problem) from problem
-        try:
-            import fsspec
-
-            there, self._root = fsspec.core.url_to_fs(self._where)
-        except (ImportError, ValueError) as problem:
-            raise UsageError(
-                f"{self} can't be used ({_first_line(problem)}): name a folder, or install what it needs."
-            ) from problem
-        except Exception as problem:  # whatever the service's library raises
-            raise self._unreachable(problem) from problem
-        self._fs, self._forget = fs.PyFileSystem(fs.FSSpecHandler(there)), there.invalidate_cache
-
-    def _unreachable(self, problem: BaseException) -> InputError:
-        return InputError(f"{self} can't be reached ({_first_line(problem)}): check the address and your rights.")
-
     @contextmanager
     def _plainly(self) -> Iterator[None]:
         """The libraries of services raise errors of their own: hand them on as `OSError`."""
@@ -142,7 +113,43 @@ class Folder:
         except OSError:
             raise
         except Exception as problem:
-            raise OSError(_first_line(problem)) from problem
+            raise OSError(first_line(problem)) from problem
+
+
+def connect(url: str) -> tuple[Any, str]:
+    """The pyarrow file system that a URL names, and the path there.
+
+    Raises `UsageError` for a URL of no kind that pyarrow or an installed fsspec package knows, or with a secret in it,
+    `InputError` where it can't be reached.
+    """
+    return _connect(url)[:2]
+
+
+def _connect(url: str) -> tuple[Any, str, Callable[[], Any]]:
+    parts = urlsplit(url)
+    if parts.password or any(_SECRET.search(name) for name, _ in parse_qsl(parts.query)):
+        raise UsageError("A URL must not hold a password or a key: give those in the environment.")
+    try:
+        return *fs.FileSystem.from_uri(url), lambda: None
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ImportError, ValueError):
+        pass  # not one of pyarrow's own
+    except OSError as problem:
+        raise _unreachable(url, problem) from problem
+    try:
+        import fsspec
+
+        there, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as problem:
+        raise UsageError(
+            f"{url} can't be used ({first_line(problem)}): name a folder, or install what it needs."
+        ) from problem
+    except Exception as problem:  # whatever the service's library raises
+        raise _unreachable(url, problem) from problem
+    return fs.PyFileSystem(fs.FSSpecHandler(there)), root, there.invalidate_cache
+
+
+def _unreachable(url: str, problem: BaseException) -> InputError:
+    return InputError(f"{url} can't be reached ({first_line(problem)}): check the address and your rights.")
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -172,5 +179,5 @@ def sweep(folder: Path, older_than: float = 0.0) -> None:
                 path.unlink()
 
 
-def _first_line(problem: BaseException) -> str:
+def first_line(problem: BaseException) -> str:
     return next(iter(str(problem).strip().splitlines()), type(problem).__name__)

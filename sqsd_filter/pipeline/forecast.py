@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sqsd_filter.pipeline.folder import Folder
-from sqsd_filter.pipeline.scan import Scan, as_paths
+from sqsd_filter.pipeline.reading.addresses import Opener, expand
+from sqsd_filter.pipeline.scan import Scan, as_list
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.conversation import Columns, RowError
@@ -18,12 +19,13 @@ from sqsd_filter.scoring.scorer import SQSDScorer
 
 
 def estimate(
-    sources: str | Path | Sequence[str | Path],
+    sources: Any,
     dest: str | Path,
     scorer: SQSDScorer,
     *,
     score_store: str | Path | None = None,
     columns: Columns | None = None,
+    streaming: bool = False,
     limit: int | None = None,
     progress: Progress | None = None,
     sample: int = 200,
@@ -31,7 +33,14 @@ def estimate(
 ) -> dict[str, Any]:
     """What a run into `dest` would cost, without writing anything: tokens from `sample` of the rows that have no score
     yet, there or in `score_store`, and seconds from scoring `timed` of them."""
-    scan = Scan(as_paths(sources), columns or Columns(), limit, progress or Silent())
+    with closing(Opener(streaming=streaming)) as opener:
+        scan = Scan(opener.open(expand(as_list(sources))), columns or Columns(), limit, progress or Silent())
+        return _estimate(scan, dest, scorer, score_store, sample, timed)
+
+
+def _estimate(
+    scan: Scan, dest: str | Path, scorer: SQSDScorer, score_store: str | Path | None, sample: int, timed: int
+) -> dict[str, Any]:
     all_of = scan.index.conversations
     settled = np.zeros(len(all_of.keys), dtype=bool)
     for place in (Path(dest, "sqsd", "scores"), Path(f"{dest}.sqsd", "scores"), score_store):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from sqsd_filter.errors import InputError, SQSDError, UsageError
 from sqsd_filter.pipeline.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.folder import Folder
 from sqsd_filter.pipeline.policy import Policy
-from sqsd_filter.pipeline.reading.sources import Corpus, matches
-from sqsd_filter.pipeline.scan import Scan, as_paths, counted, not_empty
+from sqsd_filter.pipeline.reading.addresses import Opener, Source, expand
+from sqsd_filter.pipeline.reading.sources import Corpus
+from sqsd_filter.pipeline.scan import Scan, as_list, counted, not_empty
 from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.selection import Cut, cut_rows
@@ -24,7 +25,7 @@ from sqsd_filter.pipeline.writing.destination import (
     RUN_FILE,
     Destination,
     _read_json,
-    input_paths,
+    input_specs,
     read_run,
 )
 from sqsd_filter.pipeline.writing.export import SPLITS, data_file, export_scored, export_splits
@@ -34,6 +35,7 @@ from sqsd_filter.scoring.conversation import Columns, RowFormat
 from sqsd_filter.scoring.scorer import SQSDScorer
 
 CARD_FILE = "README.md"
+Sources = Any  # a path, URL or Hub id (see `reading.addresses`), a dataset of `datasets`, or a sequence of these
 
 
 @dataclass
@@ -101,18 +103,19 @@ class Run:
 class Work:
     """What is to be scored, by whom and how it is told; None leaves a choice to the default."""
 
-    sources: str | Path | Sequence[str | Path]
+    sources: Sources
     scorer: SQSDScorer
     engine: Engine | None
     columns: Columns | None
     limit: int | None
     score_store: str | Path | None
+    streaming: bool
     progress: Progress | None
     settings: Mapping[str, Any] | None
 
 
 def filter_dataset(
-    sources: str | Path | Sequence[str | Path],
+    sources: Sources,
     dest: str | Path,
     *,
     drop_top: str | float | None = None,
@@ -128,6 +131,7 @@ def filter_dataset(
     max_error_rate: str | float = 0.5,
     overwrite: bool = False,
     score_store: str | Path | None = None,
+    streaming: bool = False,
     progress: Progress | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -150,12 +154,12 @@ def filter_dataset(
         lambda report: write_card(place.root / CARD_FILE, report),
         place,
         {"cut": str(cut), "on_error": on_error},
-        Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, progress, settings),
+        Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, streaming, progress, settings),
     )
 
 
 def score_dataset(
-    sources: str | Path | Sequence[str | Path],
+    sources: Sources,
     dest: str | Path,
     *,
     pack: str | Path = "smollm2-135m",
@@ -166,6 +170,7 @@ def score_dataset(
     max_error_rate: str | float = 0.5,
     overwrite: bool = False,
     score_store: str | Path | None = None,
+    streaming: bool = False,
     progress: Progress | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -190,7 +195,7 @@ def score_dataset(
         lambda report: None,
         place,
         {},
-        Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, progress, settings),
+        Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, streaming, progress, settings),
     )
 
 
@@ -206,20 +211,21 @@ def _score_and(
     shared = Folder(work.score_store) if work.score_store else None
     if shared is not None and shared.local is not None:
         place.keep_out(shared.local)
-    paths = place.others(matches(as_paths(work.sources)))
-    scan = Scan(paths, work.columns or Columns(), work.limit, meter)
-    scorer = engine.place(work.scorer)
-    identity = {**scan.identity(), "scoring": scorer.settings(), **identity}
-    run = Run(place, identity, meter, work.settings or {}, started, _about(scorer), engine)
+    with closing(Opener(streaming=work.streaming)) as opener:
+        sources = opener.open(place.others(expand(as_list(work.sources))))
+        scan = Scan(sources, work.columns or Columns(), work.limit, meter)
+        scorer = engine.place(work.scorer)
+        identity = {**scan.identity(), "scoring": scorer.settings(), **identity}
+        run = Run(place, identity, meter, work.settings or {}, started, {**_about(scorer), **_origin(sources)}, engine)
 
-    def carry_out() -> dict[str, Any]:
-        return finish(scan.score(place.home, scorer, engine, old_home=place.old_home, shared=shared), meter)
+        def carry_out() -> dict[str, Any]:
+            return finish(scan.score(place.home, scorer, engine, old_home=place.old_home, shared=shared), meter)
 
-    return run.carry_out(carry_out, publish)
+        return run.carry_out(carry_out, publish)
 
 
 def select_dataset(
-    sources: str | Path | Sequence[str | Path],
+    sources: Sources,
     dest: str | Path,
     *,
     drop_top: str | float | None = None,
@@ -228,6 +234,7 @@ def select_dataset(
     keep_lowest: int | None = None,
     on_error: str = "quarantine",
     overwrite: bool = False,
+    streaming: bool = False,
     progress: Progress | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -238,24 +245,28 @@ def select_dataset(
     started = time.time()
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
     policy = Policy.of(on_error, "100%")
-    paths, place, meter = as_paths(sources), _folder(Path(dest), overwrite), Meter(progress or Silent())
-    place.spare(paths)
-    earlier = Path(paths[0]) / "sqsd" if len(paths) == 1 else None
-    if earlier is not None and (earlier / RUN_FILE).is_file():
-        scored, identity, facts = _earlier_run(earlier, meter)
-    else:
-        meter.start("reading", None)
-        index = ColumnIndex()
-        corpus = Corpus.scan(paths, visit=counted(index.visit, meter), columns=["sqsd_risk", "sqsd_status"])
-        scored, identity, facts = index.scored(not_empty(corpus)), {"inputs": corpus.inputs}, {}
-    identity = {**identity, "cut": str(cut), "on_error": on_error}
-    run = Run(place, identity, meter, settings or {}, started, facts)
-    return run.carry_out(
-        lambda: _split(scored, cut, policy, place, meter), lambda report: write_card(place.root / CARD_FILE, report)
-    )
+    given, place, meter = expand(as_list(sources)), _folder(Path(dest), overwrite), Meter(progress or Silent())
+    place.spare(given)
+    earlier = Path(given[0]) / "sqsd" if len(given) == 1 and isinstance(given[0], str | Path) else None
+    with closing(Opener(streaming=streaming)) as opener:
+        if earlier is not None and (earlier / RUN_FILE).is_file():
+            opened, scored, identity, facts = _earlier_run(earlier, opener, meter)
+        else:
+            opened = opener.open(given)
+            meter.start("reading", None)
+            index = ColumnIndex()
+            corpus = Corpus.scan(opened, visit=counted(index.visit, meter), columns=["sqsd_risk", "sqsd_status"])
+            scored, identity, facts = index.scored(not_empty(corpus)), {"inputs": corpus.inputs}, {}
+        identity = {**identity, "cut": str(cut), "on_error": on_error}
+        run = Run(place, identity, meter, settings or {}, started, {**facts, **_origin(opened)})
+        return run.carry_out(
+            lambda: _split(scored, cut, policy, place, meter), lambda report: write_card(place.root / CARD_FILE, report)
+        )
 
 
-def _earlier_run(home: Path, progress: Progress) -> tuple[Scored, dict[str, Any], dict[str, Any]]:
+def _earlier_run(
+    home: Path, opener: Opener, progress: Progress
+) -> tuple[list[Source], Scored, dict[str, Any], dict[str, Any]]:
     """The inputs of an earlier run joined with its score store."""
     known = read_run(home)
     assert known is not None
@@ -266,9 +277,10 @@ def _earlier_run(home: Path, progress: Progress) -> tuple[Scored, dict[str, Any]
         raise InputError(f"{home.parent} holds a run that was never finished: finish it first.")
     form = RowFormat(**known["row_format"])
     index = Index(form)
+    sources = opener.open(input_specs(home))
     progress.start("reading", None)
     corpus = Corpus.scan(
-        input_paths(home),
+        sources,
         limit=known["limit"],
         visit=counted(index.visit, progress),
         columns=form.columns,
@@ -281,7 +293,7 @@ def _earlier_run(home: Path, progress: Progress) -> tuple[Scored, dict[str, Any]
     weights = report["pack"]["weights"]
     store = ScoreStore(home / "scores", known["scoring"], list(weights))
     identity = {**known, "inputs": corpus.inputs}
-    return from_store(corpus, index, store, weights), identity, {"pack": report["pack"]}
+    return sources, from_store(corpus, index, store, weights), identity, {"pack": report["pack"]}
 
 
 def _split(scored: Scored, cut: Cut, policy: Policy, place: Destination, progress: Progress) -> dict[str, Any]:
@@ -295,6 +307,12 @@ def _split(scored: Scored, cut: Cut, policy: Policy, place: Destination, progres
 def _folder(dest: Path, overwrite: bool) -> Destination:
     products = [CARD_FILE, *(f"data/{data_file(split)}" for split in SPLITS)]
     return Destination(dest, lambda root: root / "sqsd", products, overwrite=overwrite)
+
+
+def _origin(sources: Sequence[Source]) -> dict[str, Any]:
+    """The Hub's datasets among the sources, each with its commit."""
+    found = [dict(source.dataset) for source in sources if source.dataset is not None]
+    return {"datasets": [about for k, about in enumerate(found) if about not in found[:k]]}
 
 
 def _about(scorer: SQSDScorer) -> dict[str, Any]:

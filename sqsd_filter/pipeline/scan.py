@@ -12,7 +12,8 @@ import numpy as np
 from sqsd_filter.errors import InputError, SQSDError
 from sqsd_filter.pipeline.engines import Engine
 from sqsd_filter.pipeline.folder import Folder
-from sqsd_filter.pipeline.reading.sources import Corpus, peek
+from sqsd_filter.pipeline.reading.addresses import Source, peek
+from sqsd_filter.pipeline.reading.sources import Corpus
 from sqsd_filter.pipeline.scores.keys import KEYS
 from sqsd_filter.pipeline.scores.scored import Scored, from_store
 from sqsd_filter.pipeline.scores.sharing import Sharing
@@ -26,14 +27,15 @@ from sqsd_filter.scoring.scorer import SQSDScorer
 class Scan:
     """The inputs, looked at once: rows counted and keyed, files hashed, the format decided."""
 
-    def __init__(self, paths: list[str], columns: Columns, limit: int | None, progress: Progress) -> None:
-        self.form = columns.choose(peek(paths))
+    def __init__(self, sources: Sequence[Source], columns: Columns, limit: int | None, progress: Progress) -> None:
+        self.specs = [source.spec for source in sources]
+        self.form = columns.choose(peek(sources))
         self.limit, self.progress = limit, progress
         progress.note(f"reading rows as {self.form}")
         progress.start("reading", None)
         self.index = Index(self.form)
         self.corpus = Corpus.scan(
-            paths,
+            sources,
             limit=limit,
             visit=counted(self.index.visit, progress),
             columns=self.form.columns,
@@ -43,7 +45,7 @@ class Scan:
         progress.finish()
 
     def identity(self) -> dict[str, Any]:
-        return {"inputs": self.corpus.inputs, "row_format": vars(self.form), "limit": self.limit}
+        return {"sources": self.specs, "inputs": self.corpus.inputs, "row_format": vars(self.form), "limit": self.limit}
 
     def score(
         self,
@@ -87,8 +89,9 @@ def not_empty(corpus: Corpus) -> Corpus:
     return corpus
 
 
-def as_paths(sources: str | Path | Sequence[str | Path]) -> list[str]:
-    return [str(sources)] if isinstance(sources, str | Path) else [str(s) for s in sources]
+def as_list(sources: Any) -> list[Any]:
+    """One source or several, as a list."""
+    return list(sources) if isinstance(sources, list | tuple) else [sources]
 
 
 def counted(visit: Callable[[Any], None], progress: Progress) -> Callable[[Any], None]:

@@ -1,12 +1,13 @@
-"""Which reader opens a path: told by its name, and for .json by what is in it."""
+"""Which reader opens a file: told by its name, and for .json by what is in it."""
+
+from __future__ import annotations
 
 import codecs
-import json
 from itertools import islice
-from pathlib import Path
 
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.reading.table_formats import Parquet, SavedDataset, Table
+from sqsd_filter.pipeline.reading.files import File
+from sqsd_filter.pipeline.reading.table_formats import ArrowFile, Parquet, Table
 from sqsd_filter.pipeline.reading.text_formats import (
     COMPRESSED,
     Csv,
@@ -17,56 +18,46 @@ from sqsd_filter.pipeline.reading.text_formats import (
     split_lines,
 )
 
+Reader = TextFile | Table
+
+TABLE_FORMATS = {".parquet": Parquet, ".arrow": ArrowFile}
 TEXT_FORMATS = {".jsonl": JsonLines, ".ndjson": JsonLines, ".csv": Csv, ".tsv": Csv}
-READABLE = ".jsonl, .ndjson, .json, .csv, .tsv (each also .gz or .zst), .parquet, or a folder from save_to_disk"
+READABLE = ".jsonl, .ndjson, .json, .csv, .tsv (each also .gz or .zst), .parquet or .arrow"
 
 
-def open_source(path: Path) -> TextFile | Table:
-    """The reader for a path, by its name; a .json file's first bytes tell an array from JSON Lines."""
-    if path.is_dir():
-        return _open_folder(path)
-    kind = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
-    if path.suffix == ".parquet":
-        return Parquet(path)
-    if kind in TEXT_FORMATS:
-        return TEXT_FORMATS[kind](path)
-    if kind == ".json":
-        return _open_json(path)
-    raise InputError(f"{path} has no extension that says what it holds; readable are {READABLE}.")
+def kind(file: File) -> str | None:
+    """The suffix that says what the file holds; None where none does."""
+    *before, last = ["", *file.suffixes]
+    if last in TABLE_FORMATS:
+        return last
+    told = before[-1] if last in COMPRESSED and before else last
+    return told if told in TEXT_FORMATS or told == ".json" else None
 
 
-def _open_folder(path: Path) -> SavedDataset:
-    if (path / "state.json").exists():
-        return SavedDataset(path)
-    if (path / "sqsd" / "run.json").exists():
-        raise InputError(
-            f"{path} holds what was filtered before; name what to read of it: '{path}/data/kept-*.parquet'."
-        )
-    splits = path / "dataset_dict.json"
-    if splits.exists():
-        try:
-            names = [str(name) for name in json.loads(splits.read_bytes())["splits"]]
-            first = names[0]
-        except (ValueError, LookupError, TypeError) as error:
-            raise InputError(f"{splits} names no splits; save the dataset again.") from error
-        raise InputError(f"{path} holds the splits {', '.join(names)}; name one of them: {path / first}.")
-    raise InputError(f"{path} is a folder, but not one that save_to_disk left; name its files, as in '{path}/*.jsonl'.")
+def open_file(file: File) -> Reader:
+    """The reader for a file, by its name; a .json file's first bytes tell an array from JSON Lines."""
+    told = kind(file)
+    if told is None:
+        raise InputError(f"{file} has no extension that says what it holds; readable are {READABLE}.")
+    if told in TABLE_FORMATS:
+        return TABLE_FORMATS[told](file)
+    return TEXT_FORMATS[told](file) if told in TEXT_FORMATS else _open_json(file)
 
 
-def _open_json(path: Path) -> JsonArray | JsonLines:
-    file = JsonLines(path)
+def _open_json(file: File) -> JsonArray | JsonLines:
+    reader = JsonLines(file)
     first = b""
-    for block in file.blocks():
+    for block in reader.blocks():
         first = (first + block).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
         if first:
             break
     if first == b"[":
-        return JsonArray(path)
+        return JsonArray(file)
     # JSON Lines have a whole object, unindented, on one of the first lines; an object spread over lines has not
-    filled = (line.removeprefix(codecs.BOM_UTF8) for line in split_lines(file.blocks()) if line.strip())
+    filled = (line.removeprefix(codecs.BOM_UTF8) for line in split_lines(reader.blocks()) if line.strip())
     lines = islice(filled, 1000)
     if first == b"{" and not any(line.startswith(b"{") and parse_line(line)[0] is not None for line in lines):
         raise InputError(
-            f"{path} holds a single JSON object, not rows; save its rows as an array, or one to a line as .jsonl."
+            f"{file} holds a single JSON object, not rows; save its rows as an array, or one to a line as .jsonl."
         )
-    return file
+    return reader

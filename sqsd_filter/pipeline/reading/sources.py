@@ -5,25 +5,24 @@ rows can be read again, as Python values for scoring or as Arrow tables for writ
 """
 
 import copy
-import glob
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.reading.formats import open_source
+from sqsd_filter.pipeline.reading.addresses import SPLIT, Source
+from sqsd_filter.pipeline.reading.files import unreadable
+from sqsd_filter.pipeline.reading.formats import Reader
 from sqsd_filter.pipeline.reading.json_schema import Shape, to_table, unify, with_features, without_nulls
 from sqsd_filter.pipeline.reading.table_formats import BATCH_BYTES, Table
 from sqsd_filter.pipeline.reading.text_formats import Record, TextFile
 from sqsd_filter.scoring.conversation import RowError, RowFormat
 
-SPLIT = "train"  # of rows that have no split of their own
 MARK_EVERY = 512  # rows between the places in a text file that `read` can seek to
 
 
@@ -57,7 +56,7 @@ class Chunk:
 class Part:
     """One input and its rows: start, start + 1, ... of the corpus."""
 
-    source: TextFile | Table
+    source: Reader
     start: int
     rows: int
     size: int
@@ -67,61 +66,18 @@ class Part:
     def records(self, start: int, stop: int) -> Iterator[Record]:
         """Records of a text file, counted within it."""
         assert isinstance(self.source, TextFile)
-        path = self.source.path
-        if not path.exists() or path.stat().st_size != self.size:
-            raise InputError(f"{path} has changed since it was scanned; start again with the file as it is now.")
+        file = self.source.file
+        try:
+            same = file.size() == self.size
+        except FileNotFoundError:
+            same = False
+        except OSError as problem:
+            raise unreadable(file, problem) from problem
+        if not same:
+            raise InputError(f"{file} has changed since it was scanned; start again with the file as it is now.")
         skipped = start // MARK_EVERY if self.marks else 0
         records = self.source.records(self.marks[skipped] if self.marks else (0, 1))
         return islice(records, start - skipped * MARK_EVERY, stop - skipped * MARK_EVERY)
-
-
-def expand(paths: Sequence[str]) -> list[Path]:
-    """The inputs that these paths and globs name, each glob's sorted; what exists is taken as it is written.
-
-    Raises InputError for a path that is missing or not of a readable kind, and for a glob that matches nothing.
-    """
-    return [source.path for source in _open(paths)]
-
-
-def _open(paths: Sequence[str]) -> list[TextFile | Table]:
-    try:
-        return [open_source(Path(found)) for found in matches(paths)]
-    except OSError as error:
-        raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from error
-
-
-def matches(paths: Sequence[str]) -> list[str]:
-    """What these paths and globs name, each glob's sorted. Raises InputError for one that names nothing."""
-    try:
-        return [found for path in paths for found in _matches(path)]
-    except OSError as error:
-        raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from error
-
-
-def _matches(path: str) -> list[str]:
-    if Path(path).exists():
-        return [path]
-    if not glob.has_magic(path):
-        raise InputError(f"{path} does not exist; check the path.")
-    found = sorted(glob.glob(path, recursive=True))
-    if not found:
-        raise InputError(f"No file matches {path}; check the pattern.")
-    return found
-
-
-def peek(paths: Sequence[str], n: int = 1000) -> list[dict[str, Any]]:
-    """About `n` readable rows: the first ones of each file, or of `n` files spread over the list."""
-    sources = _open(paths)
-    sources = sources[:: max(1, -(-len(sources) // n))]
-    share = -(-n // max(1, len(sources)))
-    rows: list[dict[str, Any]] = []
-    for source in sources:
-        if isinstance(source, TextFile):
-            readable = (value for _, _, value, _, _ in source.records() if value is not None)
-            rows += islice(readable, share)
-        else:
-            rows += source.glimpse(share)
-    return rows[:n]
 
 
 @dataclass(frozen=True)
@@ -138,7 +94,7 @@ class Corpus:
     @classmethod
     def scan(
         cls,
-        paths: Sequence[str],
+        sources: Sequence[Source],
         *,
         limit: int | None = None,
         visit: Callable[[Row], None] | None = None,
@@ -155,13 +111,17 @@ class Corpus:
         inputs = []
         shapes = _Shapes(form)
         start = 0
-        for source in _open(paths):
+        for opened in sources:
             if limit is not None and start >= limit:
                 break
             room = None if limit is None else limit - start
             digest = hashlib.blake2b(digest_size=32)
+            source = opened.reader
             if isinstance(source, TextFile):
-                size = source.path.stat().st_size
+                try:
+                    size = source.file.size()
+                except OSError as problem:
+                    raise unreadable(source.file, problem) from problem
                 rows, marks = _scan_text(source, start, room, digest.update, shapes, visit)
             else:
                 size = source.fingerprint(digest.update)
@@ -169,8 +129,8 @@ class Corpus:
                 if visit:
                     for row in _read_table(source, 0, rows, start, columns):
                         visit(row)
-            parts.append(Part(source, start, rows, size, marks))
-            inputs.append({"path": str(source.path), "bytes": size, "rows": rows, "blake2b": digest.hexdigest()})
+            parts.append(Part(source, start, rows, size, marks, opened.split))
+            inputs.append({"path": source.name, "bytes": size, "rows": rows, "blake2b": digest.hexdigest()})
             start += rows
         schema = apt = _schema(parts, shapes.all)
         if shapes.apt is not shapes.all:
@@ -192,7 +152,7 @@ class Corpus:
             if isinstance(part.source, Table):
                 yield from _read_table(part.source, first, last, part.start, columns)
                 continue
-            file = str(part.source.path)
+            file = part.source.name
             for index, record in enumerate(part.records(first, last), part.start + first):
                 _, line, value, problem, raw = record
                 yield Row(index, value, file, line, problem, raw if problem else None)
@@ -217,7 +177,7 @@ class Corpus:
 
     def _pieces(self, rows: int) -> Iterator[Chunk]:
         for part in self.parts:
-            file = str(part.source.path)
+            file = part.source.name
             done = 0
             if isinstance(part.source, Table):
                 for table in part.source.tables(0, part.rows, None, rows):
@@ -284,7 +244,7 @@ def _scan_text(
     """Count a text file's rows and take its marks; what its values are goes into `shapes`."""
     marks: list[tuple[int, int]] = []
     rows = 0
-    file = str(source.path)
+    file = source.name
     for offset, line, value, problem, raw in islice(source.records(absorb=absorb), room):
         if rows % MARK_EVERY == 0 and source.seekable:
             marks.append((offset, line))
@@ -300,7 +260,7 @@ def _read_table(source: Table, start: int, stop: int, base: int, columns: Sequen
     at = start
     for table in source.tables(start, stop, columns, MARK_EVERY):
         for value in source.decode(table):
-            yield Row(base + at, value, str(source.path), at + 1, "", None)
+            yield Row(base + at, value, source.name, at + 1, "", None)
             at += 1
 
 
@@ -334,29 +294,30 @@ def _join(chunks: list[Chunk]) -> Chunk:
 
 def _schema(parts: list[Part], columns: dict[str, Shape]) -> pa.Schema:
     """The one schema that holds all inputs' values unchanged; InputError names the column where there is none."""
-    text = next((part.source.path for part in parts if isinstance(part.source, TextFile)), None)
+    text = next((part.source.name for part in parts if isinstance(part.source, TextFile)), None)
     inferred = pa.schema([shape.field(name) for name, shape in columns.items()])
-    found: dict[Path, pa.Schema] = {}  # in the order of the inputs; all text shares one schema
+    found: list[tuple[str, pa.Schema]] = []  # in the order of the inputs; all text shares one schema
     for part in parts:
         if isinstance(part.source, Table):
-            found[part.source.path] = part.source.schema
-        elif part.source.path == text:
-            found[text] = inferred
-    schemas = list(found.values())
+            found.append((part.source.name, part.source.schema))
+        elif part.source.name == text:
+            found.append((text, inferred))
+            text = None
+    schemas = [schema for _, schema in found]
     if not schemas:
         return inferred
-    if len(found) == 1 and text:
+    if len(found) == 1 and isinstance(parts[0].source, TextFile):
         return with_features(pa.schema([without_nulls(field) for field in inferred]))
     if all(schema.equals(schemas[0], check_metadata=True) for schema in schemas):
         return schemas[0]
     return _merge(found)
 
 
-def _merge(found: dict[Path, pa.Schema]) -> pa.Schema:
+def _merge(found: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
     fields: dict[str, pa.Field] = {}
     features: dict[str, Any] = {}  # a Hugging Face feature lives on where all inputs with its column agree on it
-    origin: dict[str, Path] = {}
-    for path, schema in found.items():
+    origin: dict[str, str] = {}
+    for path, schema in found:
         own = _features(schema)
         for field in schema:
             name = field.name
@@ -374,7 +335,7 @@ def _merge(found: dict[Path, pa.Schema]) -> pa.Schema:
                 )
             fields[name] = both
             features[name] = feature if feature == known else None
-    schemas = found.values()
+    schemas = [schema for _, schema in found]
     merged = [
         without_nulls(field if all(name in schema.names for schema in schemas) else field.with_nullable(True))
         for name, field in fields.items()

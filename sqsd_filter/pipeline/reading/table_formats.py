@@ -1,7 +1,8 @@
-"""Corpora that are Arrow already: parquet files and folders that `datasets` saved. Their schema, with its metadata, is
-taken as it is; a batch is read at a time.
+"""Corpora that are Arrow already: parquet and Arrow files, folders that `datasets` saved, and its datasets themselves.
+Their schema, with its metadata, is taken as it is; a batch is read at a time.
 """
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.reading.files import File, LocalFile, unreadable
 from sqsd_filter.pipeline.reading.json_schema import to_rows
 
 BATCH_BYTES = 1 << 26
@@ -28,8 +30,8 @@ class Table:
     schema: pa.Schema
     n_rows: int
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
         """Rows start..stop in tables of at most `rows` rows, with those of `columns` that exist."""
@@ -45,7 +47,7 @@ class Table:
                     table.column(name).to_pylist()
                 except UNDECODABLE as reason:
                     raise InputError(
-                        f"Column {name!r} of {self.path} holds a value that can't be read ({reason}); correct it."
+                        f"Column {name!r} of {self.name} holds a value that can't be read ({reason}); correct it."
                     ) from error
             raise
 
@@ -67,45 +69,67 @@ class Table:
                 pa.nulls(0, field.type).take(pa.array([], pa.int64()))
             except pa.ArrowNotImplementedError as error:
                 raise InputError(
-                    f"Column {field.name!r} of {self.path} is of the type {field.type}, which can't be filtered; "
+                    f"Column {field.name!r} of {self.name} is of the type {field.type}, which can't be filtered; "
                     "cast it to a plain one."
                 ) from error
 
     def fingerprint(self, absorb: Callable[[bytes], None]) -> int:
-        """Give every byte of its files to `absorb`; how many there were."""
+        """Give every byte that its rows are stored in to `absorb`; how many there were."""
         size = 0
-        for path in self.files():
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
+        for file in self.files():
+            with self.errors(), file.open() as opened:
+                while block := opened.read(1 << 20):
                     absorb(block)
                     size += len(block)
         return size
 
-    def files(self) -> list[Path]:
-        return [self.path]
+    def files(self) -> Sequence[File]:
+        raise NotImplementedError
 
     @contextmanager
     def errors(self) -> Iterator[None]:
         """What goes wrong in reading, as an error the user can act on."""
         try:
             yield
+        except FileNotFoundError as error:
+            raise unreadable(self.name, error) from error
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            raise InputError(f"{self.path} is truncated or corrupt ({reason}); write or fetch it again.") from error
+            raise InputError(f"{self.name} is truncated or corrupt ({reason}); write or fetch it again.") from error
 
 
-class Parquet(Table):
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        with self.errors(), pq.ParquetFile(path) as file:
-            self.schema, self.n_rows = file.schema_arrow, file.metadata.num_rows
+class FileTable(Table):
+    """A table that is one file."""
+
+    def __init__(self, file: File) -> None:
+        super().__init__(file.name)
+        self.file = file
+        self._look()
         names = self.schema.names
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise InputError(f"{path} has two columns named {twice[0]!r}; rename one.")
+            raise InputError(f"{file} has two columns named {twice[0]!r}; rename one.")
         self.check_types()
 
+    def _look(self) -> None:
+        """Set `schema` and `n_rows`."""
+        raise NotImplementedError
+
+    def files(self) -> Sequence[File]:
+        return [self.file]
+
+
+class Parquet(FileTable):
+    def _look(self) -> None:
+        with self.errors(), self._opened() as file:
+            self.schema, self.n_rows = file.schema_arrow, file.metadata.num_rows
+
+    @contextmanager
+    def _opened(self) -> Iterator[pq.ParquetFile]:
+        with self.file.open() as opened, pq.ParquetFile(opened) as file:
+            yield file
+
     def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
-        with self.errors(), pq.ParquetFile(self.path) as file:
+        with self.errors(), self._opened() as file:
             names = None if columns is None else [name for name in self.schema.names if name in columns]
             groups, at, skipped, size = [], 0, 0, 0
             for index in range(file.num_row_groups):
@@ -127,20 +151,60 @@ class Parquet(Table):
                     return
 
 
-class SavedDataset(Table):
-    """A folder that `datasets.Dataset.save_to_disk` left, read as Arrow: images and audio are never decoded."""
+class ArrowFile(FileTable):
+    """A file in Arrow's IPC format: as a stream, which `datasets` writes, or with the footer of its file format."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        dataset = self._open()
+    def _look(self) -> None:
+        self.n_rows = 0
+        with self._batches() as (self.schema, batches):
+            for batch in batches:
+                self.n_rows += batch.num_rows
+
+    @contextmanager
+    def _batches(self) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+        with self.errors(), self._opened() as opened:
+            footer = bytes(opened.read(len(_FOOTED))) == _FOOTED
+            opened.seek(0)
+            if footer:
+                file = pa.ipc.open_file(opened)
+                yield file.schema, (file.get_batch(k) for k in range(file.num_record_batches))
+            else:
+                stream = pa.ipc.open_stream(opened)
+                yield stream.schema, iter(stream)
+
+    def _opened(self) -> Any:
+        if isinstance(self.file, LocalFile):
+            return pa.memory_map(str(self.file.path))  # passing over rows costs nothing
+        return self.file.open()
+
+    def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
+        with self._batches() as (schema, batches):
+            names = schema.names if columns is None else [name for name in schema.names if name in columns]
+            at = 0
+            for batch in batches:
+                if at >= stop:
+                    return
+                first, last = max(start - at, 0), min(stop - at, batch.num_rows)
+                step = _within_bytes(rows, batch.nbytes // max(batch.num_rows, 1))
+                for k in range(first, last, step):
+                    yield pa.Table.from_batches([batch.slice(k, min(step, last - k)).select(names)])
+                at += batch.num_rows
+
+
+_FOOTED = b"ARROW1"
+
+
+class DatasetTable(Table):
+    """A `datasets.Dataset`, read as Arrow: images and audio are never decoded."""
+
+    def __init__(self, name: str, dataset: Any) -> None:
+        super().__init__(name)
+        self._dataset = dataset
         self.schema, self.n_rows = dataset.features.arrow_schema, len(dataset)
         self.check_types()
 
     def _open(self) -> Any:
-        from datasets import load_from_disk
-
-        with self.errors():
-            return load_from_disk(str(self.path)).with_format("arrow")
+        return self._dataset.with_format("arrow")
 
     def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
         dataset = self._open()
@@ -151,5 +215,68 @@ class SavedDataset(Table):
             for at in range(start, min(stop, self.n_rows), rows):
                 yield dataset[at : min(at + rows, stop)]
 
-    def files(self) -> list[Path]:
-        return sorted(file for file in self.path.iterdir() if file.is_file())
+    def fingerprint(self, absorb: Callable[[bytes], None]) -> int:
+        """Its rows as an Arrow stream, in tables of a fixed size."""
+        sink = _Absorbing(absorb)
+        with self.errors(), pa.ipc.new_stream(pa.PythonFile(sink, "w"), self.schema) as stream:
+            for table in self.tables(0, self.n_rows, None, 1000):
+                stream.write_table(table.combine_chunks().cast(self.schema))
+        return sink.size
+
+
+class _Absorbing(io.RawIOBase):
+    def __init__(self, absorb: Callable[[bytes], None]) -> None:
+        self._absorb, self.size = absorb, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._absorb(data)
+        self.size += len(data)
+        return len(data)
+
+
+class SavedDataset(DatasetTable):
+    """A folder that `datasets.Dataset.save_to_disk` left."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name, self._folder = str(folder), folder
+        super().__init__(str(folder), self._load())
+        del self._dataset  # opened again at each use, so that this stays small
+
+    def _load(self) -> Any:
+        from datasets import load_from_disk
+
+        with self.errors():
+            return load_from_disk(str(self._folder))
+
+    def _open(self) -> Any:
+        return self._load().with_format("arrow")
+
+    def fingerprint(self, absorb: Callable[[bytes], None]) -> int:
+        return Table.fingerprint(self, absorb)
+
+    def files(self) -> Sequence[File]:
+        return [LocalFile(file) for file in sorted(self._folder.iterdir()) if file.is_file()]
+
+
+class Recast(Table):
+    """Another table with the features that its dataset declares, as `datasets` itself casts it."""
+
+    def __init__(self, inner: FileTable, features: Any) -> None:
+        super().__init__(inner.name)
+        self._inner, self._features = inner, features
+        self.schema, self.n_rows = features.arrow_schema, inner.n_rows
+
+    def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
+        from datasets.table import table_cast
+
+        names = [name for name in self.schema.names if columns is None or name in columns]
+        schema = type(self._features)({name: self._features[name] for name in names}).arrow_schema
+        for table in self._inner.tables(start, stop, names, rows):
+            with self.errors():
+                yield table_cast(table.select(names), schema)
+
+    def files(self) -> Sequence[File]:
+        return self._inner.files()

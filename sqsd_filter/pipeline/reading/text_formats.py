@@ -9,10 +9,10 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.reading.files import File, unreadable
 
 # offset of its first byte, line it starts on, value or None, why it is None, its bytes without the newline
 Record = tuple[int, int, dict[str, Any] | None, str, bytes]
@@ -53,12 +53,12 @@ class TextFile:
 
     verbatim: ClassVar[bool] = False  # a record's bytes are a JSON line
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, file: File) -> None:
+        self.file, self.name = file, file.name
 
     @property
     def seekable(self) -> bool:
-        return self.path.suffix not in COMPRESSED
+        return self.file.compression not in COMPRESSED
 
     def records(self, mark: tuple[int, int] = (0, 1), absorb: Absorb | None = None) -> Iterator[Record]:
         raise NotImplementedError
@@ -66,12 +66,12 @@ class TextFile:
     def blocks(self, offset: int = 0, absorb: Absorb | None = None) -> Iterator[bytes]:
         """The file's bytes from `offset` on, decompressed."""
         try:
-            with self.path.open("rb") as file:
-                file.seek(offset)
-                stored = iter(lambda: file.read(BLOCK), b"")
-                yield from _decompress(self.path, _tee(stored, absorb) if absorb else stored)
+            with self.file.open() as opened:
+                opened.seek(offset)
+                stored = iter(lambda: opened.read(BLOCK), b"")
+                yield from _decompress(self.file, _tee(stored, absorb) if absorb else stored)
         except OSError as error:
-            raise InputError(f"Cannot read {self.path}: {error.strerror or error}.") from error
+            raise unreadable(self.file, error) from error
 
 
 def _tee(blocks: Iterable[bytes], absorb: Absorb) -> Iterator[bytes]:
@@ -93,9 +93,9 @@ def _zstd_stream() -> Any:
 COMPRESSED = {".gz": _gzip_stream, ".zst": _zstd_stream}
 
 
-def _decompress(path: Path, blocks: Iterable[bytes]) -> Iterator[bytes]:
+def _decompress(file: File, blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Stream after stream, as `cat a.gz b.gz` leaves them; zstandard's own reader takes a truncated one for whole."""
-    new_stream = COMPRESSED.get(path.suffix)
+    new_stream = COMPRESSED.get(file.compression)
     if new_stream is None:
         yield from blocks
         return
@@ -113,7 +113,7 @@ def _decompress(path: Path, blocks: Iterable[bytes]) -> Iterator[bytes]:
                 data = stream.decompress(rest)
             except Exception as error:  # zlib.error and zstandard.ZstdError share no base
                 raise InputError(
-                    f"{path} is corrupt: {path.suffix} data breaks between bytes {position} and "
+                    f"{file} is corrupt: {file.compression} data breaks between bytes {position} and "
                     f"{position + len(block)} ({error}); fetch or compress it again."
                 ) from error
             if data:
@@ -124,7 +124,7 @@ def _decompress(path: Path, blocks: Iterable[bytes]) -> Iterator[bytes]:
         position += len(block)
     if stream is not None:
         raise InputError(
-            f"{path} is truncated: its {path.suffix} data ends in the middle, at byte {position}; fetch it again."
+            f"{file} is truncated: its {file.compression} data ends in the middle, at byte {position}; fetch it again."
         )
 
 
@@ -211,7 +211,7 @@ class JsonArray(TextFile):
 
     def records(self, mark: tuple[int, int] = (0, 1), absorb: Absorb | None = None) -> Iterator[Record]:
         offset, line = mark
-        window = Window(self.path, self.blocks(offset, absorb), offset, line)
+        window = Window(self.name, self.blocks(offset, absorb), offset, line)
         if offset == 0:
             window.next_char()
             window.advance()  # the opening bracket, which told the format
@@ -245,8 +245,8 @@ class Window:
     _space = re.compile(r"[ \t\n\r]*")
     _token = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
-    def __init__(self, path: Path, blocks: Iterator[bytes], offset: int, row: int) -> None:
-        self.path, self.offset, self.row = path, offset, row
+    def __init__(self, name: str, blocks: Iterator[bytes], offset: int, row: int) -> None:
+        self.name, self.offset, self.row = name, offset, row
         self.text, self.at = "", 0
         self._blocks = blocks
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
@@ -324,7 +324,7 @@ class Window:
 
     def fail(self, complaint: str) -> NoReturn:
         raise InputError(
-            f"{self.path} is a broken JSON array: {complaint}, in or after element {self.row} at byte {self.offset}; "
+            f"{self.name} is a broken JSON array: {complaint}, in or after element {self.row} at byte {self.offset}; "
             "repair it, or save the rows as JSON Lines, where a bad row costs only itself."
         )
 
@@ -349,9 +349,9 @@ class Csv(TextFile):
             return []
         _, _, names, problem, _ = row
         if problem:
-            raise InputError(f"{self.path} has an unreadable header row ({problem}); correct its first line.")
+            raise InputError(f"{self.name} has an unreadable header row ({problem}); correct its first line.")
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise InputError(f"{self.path} has two columns named {twice[0]!r}; rename one in its first line.")
+            raise InputError(f"{self.name} has two columns named {twice[0]!r}; rename one in its first line.")
         return names
 
     def _rows(self, offset: int, line: int, absorb: Absorb | None) -> Iterator[tuple[int, int, list[str], str, bytes]]:
@@ -366,7 +366,7 @@ class Csv(TextFile):
 
         position = offset
         # strict: a stray quote is an error, not a changed value
-        reader = csv.reader(feed(), delimiter="\t" if ".tsv" in self.path.suffixes else ",", strict=True)
+        reader = csv.reader(feed(), delimiter="\t" if ".tsv" in self.file.suffixes else ",", strict=True)
         while True:
             taken.clear()
             fields, problem = [], ""

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -86,17 +86,17 @@ class Destination:
             write_whole(self.home / RUN_FILE, lambda sink: sink.write(content.encode()))
         return False
 
-    def others(self, paths: Iterable[str]) -> list[str]:
-        """These paths without what an earlier run left here, as when a glob finds it; all of them if that is all."""
-        paths = list(paths)
+    def others(self, given: Sequence[Any]) -> list[Any]:
+        """These sources without what an earlier run left here, as when a glob finds it; all of them if that is all."""
         own = (self.target.resolve(), self._home_of(self.target).resolve())
-        return [path for path in paths if Path(path).resolve() not in own] or paths
+        there = [None if not isinstance(item, str | Path) else Path(item).resolve() for item in given]
+        return [item for item, path in zip(given, there, strict=True) if path not in own] or list(given)
 
-    def spare(self, paths: Iterable[str]) -> None:
+    def spare(self, given: Iterable[Any]) -> None:
         """Raise `DestinationExists` if one of these would be lost with what --overwrite replaces."""
         target = self.target.resolve()
-        for path in paths:
-            if self._overwrite and Path(path).resolve().is_relative_to(target):
+        for path in given:
+            if self._overwrite and isinstance(path, str | Path) and Path(path).resolve().is_relative_to(target):
                 raise DestinationExists(
                     f"{self.target} holds the input {path}, which --overwrite would delete: choose another destination."
                 )
@@ -190,18 +190,29 @@ def read_run(home: Path) -> dict[str, Any] | None:
     return known and {key: value for key, value in known.items() if key != BASE}
 
 
-def input_paths(home: Path) -> list[str]:
-    """The inputs of the run in this home, as they are reached from here: as typed, where that names the same."""
+def input_specs(home: Path) -> list[str]:
+    """The sources of the run in this home, as they are reached from here: as given, where that names the same.
+
+    Raises `InputError` where one was no file.
+    """
     known = _read_json(home / RUN_FILE)
     base = home.resolve() / known.get(BASE, "")
-    return [_from_here(i["path"], base) for i in known["inputs"]]
+    if not all(known["sources"]):
+        raise InputError(
+            f"{home.parent} was made from standard input or from a dataset in memory, which can't be read again: "
+            "write all rows with their scores by 'sqsd-filter score', and select from that file."
+        )
+    return [_from_here(spec, base) for spec in known["sources"]]
 
 
-def _from_here(path: str, base: Path) -> str:
+def _from_here(spec: str, base: Path) -> str:
+    if "://" in spec:
+        return spec
+    path, part = (spec, "") if (base / spec).exists() else spec.rpartition(":")[::2]
     there = base / path
     if not there.exists() or (Path(path).exists() and there.samefile(path)):
-        return path
-    return os.path.relpath(there)
+        return spec
+    return os.path.relpath(there) + (f":{part}" if part else "")
 
 
 def _read_json(path: Path) -> Any:

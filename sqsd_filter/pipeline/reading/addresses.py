@@ -1,0 +1,259 @@
+"""What a user may name as a source, and the readers that it stands for.
+
+in.jsonl  'corpus/*.parquet'  folder/  saved/            files, globs, folders as load_dataset or load_from_disk read
+folder:config/split  saved:split                         them, with a configuration, splits (a+b) or both
+org/name  org/name@revision:config/split                 a dataset of the Hub
+s3://bucket/part-*.jsonl  hf://datasets/org/name@rev/*   files behind URLs
+-                                                        JSON Lines on standard input
+a Dataset, DatasetDict, IterableDataset ...              from Python
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.folder import connect, first_line
+from sqsd_filter.pipeline.patience import patiently
+from sqsd_filter.pipeline.reading.files import LocalFile, RemoteFile, unreadable
+from sqsd_filter.pipeline.reading.formats import Reader, kind, open_file
+from sqsd_filter.pipeline.reading.repositories import HUB, Repository, hub_errors, quiet_datasets
+from sqsd_filter.pipeline.reading.table_formats import DatasetTable, Parquet, SavedDataset
+from sqsd_filter.pipeline.reading.text_formats import JsonLines, TextFile
+
+SPLIT = "train"  # of rows that have no split of their own
+STDIN = "-"
+_ON_HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^:@]+))?(:(?P<part>.+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One reader and what its rows belong to."""
+
+    reader: Reader
+    spec: str  # opens just this again, with the revision fixed; "" where nothing does
+    split: str = SPLIT
+    dataset: Mapping[str, Any] | None = None  # of the Hub: {"id", "revision", "config", "split"}
+    card: str | None = None  # the text of its dataset's README.md
+
+
+class Opener:
+    """Opens sources. What had to be stored for it (standard input, iterables) is gone after `close`."""
+
+    def __init__(self, *, streaming: bool = False) -> None:
+        """With `streaming`, files of the Hub are read from there at each pass instead of being kept in its cache."""
+        self._streaming = streaming
+        self._stack = ExitStack()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def open(self, given: Sequence[Any]) -> list[Source]:
+        """The sources in order, globs sorted. Raises `InputError` for one that is missing or can't be read."""
+        try:
+            with quiet_datasets():
+                return [source for item in given for source in self._one(item)]
+        except OSError as problem:
+            raise unreadable(problem.filename, problem) from problem
+
+    def _one(self, given: Any) -> Iterator[Source]:
+        if not isinstance(given, str | Path):
+            yield from self._object(given)
+        elif str(given) == STDIN:
+            yield Source(self._stdin(), "")
+        elif "://" in str(given):
+            yield from self._url(str(given))
+        else:
+            yield from self._path(str(given))
+
+    def _path(self, text: str) -> Iterator[Source]:
+        if Path(text).exists():
+            yield from self._local(Path(text), "")
+            return
+        folder, _, part = text.rpartition(":")
+        if folder and Path(folder).is_dir():
+            yield from self._local(Path(folder), part)
+        elif glob.has_magic(text):
+            for found in expand([text]):
+                yield from self._local(Path(found), "")
+        elif (there := _ON_HUB.fullmatch(text)) and kind(LocalFile(text)) is None:
+            yield from self._on_hub(**there.groupdict())
+        else:
+            raise InputError(f"{text} does not exist; check the path. A dataset of the Hub is written org/name.")
+
+    def _local(self, path: Path, part: str) -> Iterator[Source]:
+        if not path.is_dir():
+            yield Source(open_file(LocalFile(path)), str(path))
+        elif (path / "state.json").exists():
+            if part:
+                raise InputError(f"{path} is one split that was saved alone: leave out ':{part}'.")
+            yield Source(SavedDataset(path), str(path), card=_card(path))
+        elif (path / "dataset_dict.json").exists():
+            for split in _saved_splits(path, part):
+                yield Source(SavedDataset(path / split), str(path / split), split, card=_card(path))
+        elif (path / "sqsd" / "run.json").exists() and not part:
+            raise InputError(
+                f"{path} holds what was filtered before; name what to read of it: '{path}:default' for the kept rows."
+            )
+        else:
+            yield from _of_repository(Repository(str(path)), part)
+
+    def _on_hub(self, name: str, revision: str | None, part: str | None) -> Iterator[Source]:
+        return _of_repository(Repository.on_hub(name, revision, streaming=self._streaming), part or "")
+
+    def _url(self, url: str) -> Iterator[Source]:
+        if not url.startswith(HUB):
+            yield from (Source(open_file(RemoteFile(found)), found) for found in _expand_url(url))
+            return
+        first, _, rest = url.removeprefix(HUB).partition("/")
+        second, _, path = rest.partition("/") if ":" not in rest.partition("/")[0] else (rest, "", "")
+        there = _ON_HUB.fullmatch(f"{first}/{unquote(second)}")
+        if there is None:
+            raise InputError(f"{url} names no dataset: write {HUB}org/name.")
+        if not path:
+            yield from self._on_hub(**there.groupdict())
+            return
+        repository = Repository.on_hub(there["name"], there["revision"], streaming=self._streaming)
+        about = {"id": repository.where, "revision": repository.commit, "config": None, "split": None}
+        card = repository.card()
+        for found in _matching(path, repository.paths(), url):
+            with hub_errors(url):
+                reader = open_file(repository.file(found))
+            yield Source(reader, f"{repository.spec}/{found}", dataset=about, card=card)
+
+    def _stdin(self) -> JsonLines:
+        stored = self._room() / "stdin.jsonl"
+        with stored.open("wb") as sink:
+            shutil.copyfileobj(sys.stdin.buffer, sink, 1 << 20)
+        return JsonLines(LocalFile(stored, STDIN))
+
+    def _room(self) -> Path:
+        return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sqsd-filter-")))
+
+    def _object(self, given: Any) -> Iterator[Source]:
+        from datasets import Dataset, IterableDataset
+
+        if isinstance(given, Mapping):
+            for split, dataset in given.items():
+                yield from (Source(source.reader, "", str(split)) for source in self._object(dataset))
+            return
+        if not isinstance(given, Dataset | IterableDataset):
+            raise InputError(f"A {type(given).__name__} can't be filtered: give paths, or a dataset of `datasets`.")
+        split = str(given.split) if given.split is not None else SPLIT
+        stored = DatasetTable("the dataset", given) if isinstance(given, Dataset) else self._stored(given)
+        yield Source(stored, "", split if re.fullmatch(r"\w+", split) else SPLIT)
+
+    def _stored(self, dataset: Any) -> Reader:
+        """An iterable's rows in a file: they are gone through more than once."""
+        import pyarrow.parquet as pq
+        from datasets import Dataset
+
+        if dataset.features is None:  # then `datasets` finds the types out
+            room = {"cache_dir": str(self._room()), "split": str(dataset.split or SPLIT)}
+            return DatasetTable("the dataset", Dataset.from_generator(dataset.__iter__, **room))
+        path, schema = self._room() / "rows.parquet", dataset.features.arrow_schema
+        with pq.ParquetWriter(path, schema) as sink:
+            for table in dataset.with_format("arrow").iter(batch_size=1000):
+                sink.write_table(table.select(schema.names).cast(schema))
+        return Parquet(LocalFile(path, "the dataset"))
+
+
+def _of_repository(repository: Repository, part: str) -> Iterator[Source]:
+    card = None
+    for number, (config, split, reader) in enumerate(repository.readers(part)):
+        if number == 0:
+            card = repository.card()
+        about = {"id": repository.where, "revision": repository.commit, "config": config, "split": split}
+        yield Source(
+            reader, f"{repository.spec}:{config}/{split}", split, about if repository.commit is not None else None, card
+        )
+
+
+def expand(paths: Sequence[Any]) -> list[Any]:
+    """The sources with each local glob in the place of what it finds, sorted. Raises `InputError` for one that finds
+    nothing."""
+    found: list[Any] = []
+    for path in paths:
+        text = str(path) if isinstance(path, str | Path) else ""
+        if not glob.has_magic(text) or "://" in text or Path(text).exists():
+            found.append(path)
+            continue
+        matching = sorted(glob.glob(text, recursive=True))
+        if not matching:
+            raise InputError(f"No file matches {text}; check the pattern.")
+        found += matching
+    return found
+
+
+def _expand_url(url: str) -> list[str]:
+    """The files that a URL names, with * and [...] in its path; sorted."""
+    from pyarrow import fs
+
+    path, mark, query = url.partition("?")
+    there, _ = connect(url)
+    if not re.search(r"[*\[]", path):
+        return [url]
+    base = re.split(r"[*\[]", path, maxsplit=1)[0].rpartition("/")[0]
+    _, root = connect(base + mark + query)
+    try:
+        infos = patiently(lambda: there.get_file_info(fs.FileSelector(root, recursive=True)))
+    except OSError as problem:
+        raise InputError(
+            f"{base} can't be listed ({first_line(problem)}): check the address and your rights."
+        ) from problem
+    names = [info.path.removeprefix(root).lstrip("/") for info in infos if info.type == fs.FileType.File]
+    return [f"{base}/{name}{mark}{query}" for name in _matching(path[len(base) + 1 :], sorted(names), url)]
+
+
+def _matching(pattern: str, names: Sequence[str], asked: str) -> list[str]:
+    from fsspec.utils import glob_translate
+
+    regex = re.compile(glob_translate(pattern))
+    found = [name for name in names if name == pattern or regex.match(name)]
+    if not found:
+        raise InputError(f"No file matches {asked}; check the address.")
+    return found
+
+
+def _saved_splits(folder: Path, part: str) -> list[str]:
+    path = folder / "dataset_dict.json"
+    try:
+        names = [str(name) for name in json.loads(path.read_bytes())["splits"]]
+        first = names[0]
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path} names no splits; save the dataset again.") from error
+    wanted = part.split("+") if part else names
+    if unknown := [name for name in wanted if name not in names]:
+        raise InputError(f"{folder} has no split '{unknown[0]}'; it has {', '.join(names)}: {folder}:{first}.")
+    return wanted
+
+
+def _card(folder: Path) -> str | None:
+    readme = folder / "README.md"
+    return readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
+
+
+def peek(sources: Sequence[Source], n: int = 1000) -> list[dict[str, Any]]:
+    """About `n` readable rows: the first ones of each source, or of `n` sources spread over the list."""
+    sources = sources[:: max(1, -(-len(sources) // n))]
+    share = -(-n // max(1, len(sources)))
+    rows: list[dict[str, Any]] = []
+    for source in sources:
+        if isinstance(source.reader, TextFile):
+            readable = (value for _, _, value, _, _ in source.reader.records() if value is not None)
+            rows += islice(readable, share)
+        else:
+            rows += source.reader.glimpse(share)
+    return rows[:n]

@@ -1,0 +1,148 @@
+"""One file to read, wherever it is: on a disk, behind a URL, or in a repository of the Hub."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.folder import connect, first_line
+from sqsd_filter.pipeline.patience import patiently
+
+BUFFER = 1 << 20
+
+
+class File:
+    """A file with a name to be told by. Small and picklable: nothing is open."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def suffixes(self) -> list[str]:
+        return PurePosixPath(urlsplit(self.name).path).suffixes
+
+    @property
+    def compression(self) -> str:
+        """The last suffix, which tells how the file is compressed if it is."""
+        return self.suffixes[-1] if self.suffixes else ""
+
+    def open(self) -> IO[bytes]:
+        """For reading, seekable. Raises `OSError`."""
+        raise NotImplementedError
+
+    def size(self) -> int:
+        """In bytes. Raises `OSError`."""
+        raise NotImplementedError
+
+
+class LocalFile(File):
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        super().__init__(name or str(path))
+        self.path = Path(path)
+
+    @property
+    def suffixes(self) -> list[str]:
+        return self.path.suffixes
+
+    def open(self) -> IO[bytes]:
+        return self.path.open("rb")
+
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+
+class RemoteFile(File):
+    """Behind a URL that pyarrow or an fsspec package knows: only what is asked for is fetched, nothing is stored."""
+
+    def open(self) -> IO[bytes]:
+        return io.BufferedReader(_Patient(self.name), BUFFER)
+
+    def size(self) -> int:
+        there, path = connect(self.name)
+        found = patiently(lambda: there.get_file_info(path))
+        if not found.is_file:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name)
+        return int(found.size)
+
+
+class HubFile(File):
+    """In a dataset repository, at a commit: fetched whole into the Hub's cache when it is first opened."""
+
+    def __init__(self, repo: str, commit: str, path: str) -> None:
+        super().__init__(f"hf://datasets/{repo}@{commit}/{path}")
+        self._repo, self._commit, self._path = repo, commit, path
+
+    def open(self) -> IO[bytes]:
+        return self._local().open("rb")
+
+    def size(self) -> int:
+        return self._local().stat().st_size
+
+    def _local(self) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        def fetch() -> str:
+            return hf_hub_download(self._repo, self._path, repo_type="dataset", revision=self._commit)
+
+        return Path(patiently(fetch))
+
+
+class _Patient(io.RawIOBase):
+    """A remote file that survives dropped connections: it is opened again where reading stopped."""
+
+    def __init__(self, url: str) -> None:
+        self._there, self._path = connect(url)
+        self._file: Any = None
+        self._at = 0
+        self._size = patiently(self._open).size()
+
+    def _open(self) -> Any:
+        if self._file is None:
+            self._file = self._there.open_input_file(self._path)
+        return self._file
+
+    def _read(self, count: int) -> bytes:
+        try:
+            file = self._open()
+            if file.tell() != self._at:
+                file.seek(self._at)
+            data: bytes = file.read(min(count, self._size - self._at))
+            if not data and count and self._at < self._size:
+                raise ConnectionError(f"{self._path} ended at byte {self._at} of {self._size}")
+            return data
+        except Exception:
+            self._file = None
+            raise
+
+    def readinto(self, buffer: Any) -> int:
+        data = patiently(lambda: self._read(len(buffer)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def unreadable(file: object, problem: BaseException) -> InputError:
+    """What is said of a file that can't be read."""
+    reason = getattr(problem, "strerror", None) or first_line(problem)
+    return InputError(f"Cannot read {file}: {reason}.")

@@ -1,0 +1,208 @@
+"""Datasets as `datasets` names them: a repository of the Hub, or a folder laid out like one, with its configurations
+and splits. `datasets` finds the data files; those of a kind that is read here are read from there, exactly, and what
+else it can open is taken as it opens it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.folder import first_line
+from sqsd_filter.pipeline.patience import patiently
+from sqsd_filter.pipeline.reading.files import File, HubFile, LocalFile, RemoteFile
+from sqsd_filter.pipeline.reading.formats import Reader, kind, open_file
+from sqsd_filter.pipeline.reading.table_formats import DatasetTable, FileTable, Recast
+
+HUB = "hf://datasets/"
+_OURS = ("json", "csv", "parquet", "arrow")  # of datasets' own modules, those whose files are read here
+_NEUTRAL = ("name", "version", "data_dir", "data_files", "description")  # settings that change no value
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A dataset at one commit, or a local folder that is laid out as one."""
+
+    where: str  # org/name, or the folder
+    commit: str | None = None
+    streaming: bool = False
+
+    @classmethod
+    def on_hub(cls, name: str, revision: str | None, *, streaming: bool = False) -> Repository:
+        """The dataset org/name at a branch, tag or commit. Raises `InputError` where it can't be had."""
+        from huggingface_hub import HfApi
+
+        with hub_errors(name, revision):
+            commit = patiently(lambda: HfApi().dataset_info(name, revision=revision)).sha
+        return cls(name, commit, streaming)
+
+    @property
+    def spec(self) -> str:
+        return f"{HUB}{self.where}@{self.commit}" if self.commit else self.where
+
+    def card(self) -> str | None:
+        """The text of its README.md, if it has one."""
+        try:
+            with self.file("README.md").open() as opened:
+                return opened.read().decode(errors="replace")
+        except FileNotFoundError:
+            return None
+
+    def file(self, path: str) -> File:
+        """One of its files."""
+        if self.commit is None:
+            return LocalFile(Path(self.where) / path)
+        if self.streaming:
+            return RemoteFile(f"{self.spec}/{path}")
+        return HubFile(self.where, self.commit, path)
+
+    def paths(self) -> list[str]:
+        """Of all its files at this commit, sorted."""
+        from huggingface_hub import HfApi
+
+        with hub_errors(self.where, self.commit):
+            where: Any = {"revision": self.commit, "repo_type": "dataset"}
+            return sorted(patiently(lambda: HfApi().list_repo_files(self.where, **where)))
+
+    def readers(self, part: str) -> Iterator[tuple[str, str, Reader]]:
+        """Configuration, split and reader of each data file; `part` is "", "config", "split" or "config/split", where
+        several splits are joined by +. Raises `InputError` for what the dataset does not have."""
+        builder, wanted = self._builder(part)
+        files = builder.config.data_files or {}
+        splits = {str(name): list(found) for name, found in files.items()}
+        names = wanted.split("+") if wanted else list(splits)
+        for name in names:
+            if name not in splits:
+                raise InputError(f"{self.where} has no split '{name}'; it has {', '.join(splits) or 'none'}.")
+        config = str(builder.config.name)
+        features = builder.info.features
+        if not self._is_ours(builder, [path for name in names for path in splits[name]]):
+            yield from ((config, name, reader) for name, reader in self._prepared(builder, names))
+            return
+        for name in names:
+            for path in splits[name]:
+                reader = open_file(self._data_file(path))
+                if isinstance(reader, FileTable) and features is not None:
+                    reader = reader if features.arrow_schema.equals(reader.schema, True) else Recast(reader, features)
+                yield config, name, reader
+
+    def _builder(self, part: str) -> tuple[Any, str]:
+        """The builder of a configuration, and the splits asked for."""
+        from datasets import get_dataset_config_names, load_dataset_builder
+
+        where = str(Path(self.where).resolve()) if self.commit is None else self.where
+        config, _, splits = part.partition("/")
+
+        def load(name: str) -> Any:
+            return patiently(lambda: load_dataset_builder(where, name=name or None, revision=self.commit))
+
+        with hub_errors(self.where, self.commit):
+            try:
+                return load(config), splits
+            except ValueError as problem:
+                names = patiently(lambda: get_dataset_config_names(where, revision=self.commit))
+                if config in names:
+                    raise InputError(
+                        f"{self.where} can't be opened ({first_line(problem)}): check its files."
+                    ) from problem
+                if config and not splits and len(names) == 1:
+                    return load(""), config  # the split of the only configuration
+                known = ", ".join(names)
+                if config:
+                    raise InputError(f"{self.where} has no configuration '{config}'; it has {known}.") from problem
+                raise InputError(
+                    f"{self.where} has the configurations {known}; name one of them: {self.where}:{names[0]}."
+                ) from problem
+
+    def _is_ours(self, builder: Any, paths: list[str]) -> bool:
+        """Are these files read here as `datasets` would read them: no settings, and no types declared for text?"""
+        modules = {
+            cls.__module__.rpartition(".")[2] for cls in type(builder).__mro__ if "packaged_modules" in cls.__module__
+        }
+        settings, default = builder.config, type(builder.config)()
+        plain = all(
+            getattr(settings, f.name) == getattr(default, f.name)
+            for f in dataclasses.fields(settings)
+            if f.name not in _NEUTRAL
+        )
+        kinds = {kind(self._data_file(path)) for path in paths if "::" not in path}
+        text = bool(kinds - {".parquet", ".arrow"})
+        readable = None not in kinds and not any("::" in path for path in paths)
+        return bool(modules & set(_OURS)) and plain and readable and not (text and builder.info.features is not None)
+
+    def _data_file(self, path: str) -> File:
+        if self.commit is not None and path.startswith(HUB):
+            return self.file(unquote(path.removeprefix(HUB).partition("@")[2].partition("/")[2]))
+        if "://" in path:
+            return RemoteFile(path)
+        return LocalFile(os.path.join(self.where, os.path.relpath(path, Path(self.where).resolve())))
+
+    def _prepared(self, builder: Any, splits: list[str]) -> Iterator[tuple[str, Reader]]:
+        """The splits as `datasets` prepares them in its cache."""
+        if self.streaming:
+            raise InputError(
+                f"{self.where} holds files that only `datasets` can read, as a whole: leave out --streaming."
+            )
+        with hub_errors(self.where, self.commit):
+            patiently(builder.download_and_prepare)
+            for name in splits:
+                yield name, DatasetTable(f"{self.spec}:{builder.config.name}/{name}", builder.as_dataset(split=name))
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """No bars of `datasets` and the Hub's client: what happens is told by the run."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not silent:
+            enable_progress_bars()
+
+
+@contextmanager
+def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
+    """What the Hub refuses, as one sentence with the way out."""
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from huggingface_hub import errors as hub
+
+    at = f" at {revision}" if revision else ""
+    try:
+        yield
+    except hub.GatedRepoError as problem:
+        raise InputError(
+            f"{name} is gated: accept its terms on its page of the Hub, and give your token in HF_TOKEN or by "
+            "'hf auth login'."
+        ) from problem
+    except hub.RevisionNotFoundError as problem:
+        raise InputError(f"{name} has no revision '{revision}': name a branch, a tag or a commit.") from problem
+    except (hub.RepositoryNotFoundError, DatasetNotFoundError) as problem:
+        raise InputError(
+            f"There is no file or folder '{name}' here, and no such dataset on the Hub that this token may read: check "
+            "the name, and for a private dataset the token in HF_TOKEN."
+        ) from problem
+    except hub.OfflineModeIsEnabled as problem:
+        raise InputError(f"{name} can't be fetched, since HF_HUB_OFFLINE is set: unset it.") from problem
+    except InputError:
+        raise
+    except (hub.HfHubHTTPError, hub.HFValidationError, DatasetGenerationError, OSError, ValueError) as problem:
+        status = getattr(getattr(problem, "response", None), "status_code", None)
+        if status == 429:
+            raise InputError(
+                f"The Hub still refuses to give {name} for too many requests: wait a few minutes, and set HF_TOKEN, "
+                "which allows more of them."
+            ) from problem
+        raise InputError(
+            f"{name}{at} can't be read ({first_line(problem.__cause__ or problem)}): check the network, the dataset "
+            "and, for a private one, the token in HF_TOKEN."
+        ) from problem
