@@ -14,6 +14,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from tests.hub import Hub
 from tests.tiny import ARCHITECTURES, make_pack
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, tests would ignore it for all
@@ -30,6 +31,14 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def tiny_pack(packs: dict[str, Path]) -> Path:
     return packs["llama"]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that this process talks to, as its member, with an empty cache."""
+    with Hub() as hub:
+        hub.connect(tmp_path / "huggingface", monkeypatch)
+        yield hub
 
 
 @pytest.fixture
