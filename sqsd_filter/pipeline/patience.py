@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 log = logging.getLogger(__name__)
@@ -39,16 +39,27 @@ def patiently(call: Callable[[], T], tries: int = TRIES, also: tuple[int, ...] =
 
 def _wait(problem: Exception, number: int, also: tuple[int, ...]) -> float | None:
     """Seconds until the next try; None where none would help."""
-    response = getattr(problem, "response", None)
     backoff = FIRST_WAIT * 2 ** (number - 1)
-    if response is not None:
-        if response.status_code not in (*_BUSY, *also):
-            return None
-        asked = response.headers.get("Retry-After", "")
-        return min(LONGEST_WAIT, float(asked) if asked.isdigit() else backoff)
+    for cause in _causes(problem):
+        response = getattr(cause, "response", None)
+        if response is not None:
+            asked = response.headers.get("Retry-After", "")
+            wait = float(asked) if asked.isdigit() else backoff
+            return min(LONGEST_WAIT, wait) if response.status_code in (*_BUSY, *also) else None
+        if _transient(cause):
+            return backoff
+    return None
+
+
+def _causes(problem: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it: libraries wrap what a connection or a server said."""
+    while problem is not None:
+        yield problem
+        problem = problem.__cause__ or problem.__context__
+
+
+def _transient(problem: BaseException) -> bool:
     if isinstance(problem, OSError) and type(problem).__module__ == "builtins":
         untold = problem.errno is None and type(problem) is OSError  # as pyarrow's file systems raise
-        transient = untold or isinstance(problem, ConnectionError | TimeoutError) or problem.errno in _UNREACHED
-    else:
-        transient = isinstance(problem, EOFError) or type(problem).__module__.split(".")[0] in _CLIENTS
-    return backoff if transient else None
+        return untold or isinstance(problem, ConnectionError | TimeoutError) or problem.errno in _UNREACHED
+    return isinstance(problem, EOFError) or type(problem).__module__.split(".")[0] in _CLIENTS

@@ -29,7 +29,7 @@ from sqsd_filter.pipeline.folder import connect, first_line
 from sqsd_filter.pipeline.patience import patiently
 from sqsd_filter.pipeline.reading.files import LocalFile, RemoteFile, unreadable
 from sqsd_filter.pipeline.reading.formats import Reader, kind, open_file
-from sqsd_filter.pipeline.reading.repositories import HUB, Repository, hub_errors, quiet_datasets
+from sqsd_filter.pipeline.reading.repositories import HUB, Repository, quiet_datasets
 from sqsd_filter.pipeline.reading.table_formats import DatasetTable, Parquet, SavedDataset
 from sqsd_filter.pipeline.reading.text_formats import JsonLines, TextFile
 
@@ -129,9 +129,7 @@ class Opener:
         about = {"id": repository.where, "revision": repository.commit, "config": None, "split": None}
         card = repository.card()
         for found in _matching(path, repository.paths(), url):
-            with hub_errors(url):
-                reader = open_file(repository.file(found))
-            yield Source(reader, f"{repository.spec}/{found}", dataset=about, card=card)
+            yield Source(open_file(repository.file(found)), f"{repository.spec}/{found}", dataset=about, card=card)
 
     def _stdin(self) -> JsonLines:
         stored = self._room() / "stdin.jsonl"

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from sqsd_filter.errors import InputError
 from sqsd_filter.pipeline.folder import connect, first_line
 from sqsd_filter.pipeline.patience import patiently
+from sqsd_filter.pipeline.reading.hub_errors import hub_errors
 
 BUFFER = 1 << 20
 
@@ -92,7 +93,8 @@ class HubFile(File):
         def fetch() -> str:
             return hf_hub_download(self._repo, self._path, repo_type="dataset", revision=self._commit)
 
-        return Path(patiently(fetch))
+        with hub_errors(self._repo, self._commit):
+            return Path(patiently(fetch))
 
 
 class _Patient(io.RawIOBase):

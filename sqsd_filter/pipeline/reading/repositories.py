@@ -19,6 +19,7 @@ from sqsd_filter.pipeline.folder import first_line
 from sqsd_filter.pipeline.patience import patiently
 from sqsd_filter.pipeline.reading.files import File, HubFile, LocalFile, RemoteFile
 from sqsd_filter.pipeline.reading.formats import Reader, kind, open_file
+from sqsd_filter.pipeline.reading.hub_errors import hub_errors
 from sqsd_filter.pipeline.reading.table_formats import DatasetTable, FileTable, Recast
 
 HUB = "hf://datasets/"
@@ -49,10 +50,13 @@ class Repository:
 
     def card(self) -> str | None:
         """The text of its README.md, if it has one."""
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        file = LocalFile(Path(self.where) / "README.md")
         try:
-            with self.file("README.md").open() as opened:
+            with (HubFile(self.where, self.commit, "README.md") if self.commit else file).open() as opened:
                 return opened.read().decode(errors="replace")
-        except FileNotFoundError:
+        except (FileNotFoundError, RemoteEntryNotFoundError):
             return None
 
     def file(self, path: str) -> File:
@@ -168,41 +172,3 @@ def quiet_datasets() -> Iterator[None]:
     finally:
         if not silent:
             enable_progress_bars()
-
-
-@contextmanager
-def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
-    """What the Hub refuses, as one sentence with the way out."""
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-    from huggingface_hub import errors as hub
-
-    at = f" at {revision}" if revision else ""
-    try:
-        yield
-    except hub.GatedRepoError as problem:
-        raise InputError(
-            f"{name} is gated: accept its terms on its page of the Hub, and give your token in HF_TOKEN or by "
-            "'hf auth login'."
-        ) from problem
-    except hub.RevisionNotFoundError as problem:
-        raise InputError(f"{name} has no revision '{revision}': name a branch, a tag or a commit.") from problem
-    except (hub.RepositoryNotFoundError, DatasetNotFoundError) as problem:
-        raise InputError(
-            f"There is no file or folder '{name}' here, and no such dataset on the Hub that this token may read: check "
-            "the name, and for a private dataset the token in HF_TOKEN."
-        ) from problem
-    except hub.OfflineModeIsEnabled as problem:
-        raise InputError(f"{name} can't be fetched, since HF_HUB_OFFLINE is set: unset it.") from problem
-    except InputError:
-        raise
-    except (hub.HfHubHTTPError, hub.HFValidationError, DatasetGenerationError, OSError, ValueError) as problem:
-        status = getattr(getattr(problem, "response", None), "status_code", None)
-        if status == 429:
-            raise InputError(
-                f"The Hub still refuses to give {name} for too many requests: wait a few minutes, and set HF_TOKEN, "
-                "which allows more of them."
-            ) from problem
-        raise InputError(
-            f"{name}{at} can't be read ({first_line(problem.__cause__ or problem)}): check the network, the dataset "
-            "and, for a private one, the token in HF_TOKEN."
-        ) from problem

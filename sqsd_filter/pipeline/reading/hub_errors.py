@@ -1,0 +1,53 @@
+"""What the Hub refuses, as one sentence with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.folder import first_line
+
+
+@contextmanager
+def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
+    """Turns what its client and `datasets` raise into `InputError`; a missing file goes through."""
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from huggingface_hub import errors as hub
+
+    at = f" at {revision}" if revision else ""
+    try:
+        yield
+    except (hub.GatedRepoError, DatasetNotFoundError) as problem:
+        if "gated" not in str(problem):
+            raise _unknown(name) from problem
+        raise InputError(
+            f"{name} is gated: accept its terms on its page of the Hub, and give your token in HF_TOKEN or by "
+            "'hf auth login'."
+        ) from problem
+    except hub.RevisionNotFoundError as problem:
+        raise InputError(f"{name} has no revision '{revision}': name a branch, a tag or a commit.") from problem
+    except hub.RepositoryNotFoundError as problem:
+        raise _unknown(name) from problem
+    except hub.OfflineModeIsEnabled as problem:
+        raise InputError(f"{name} can't be fetched, since HF_HUB_OFFLINE is set: unset it.") from problem
+    except (InputError, hub.RemoteEntryNotFoundError):
+        raise
+    except (hub.HTTPError, hub.HFValidationError, DatasetGenerationError, OSError, ValueError) as problem:
+        status = getattr(getattr(problem, "response", None), "status_code", None)
+        if status == 429:
+            raise InputError(
+                f"The Hub still refuses to give {name} for too many requests: wait a few minutes, and set HF_TOKEN, "
+                "which allows more of them."
+            ) from problem
+        raise InputError(
+            f"{name}{at} can't be read ({first_line(problem.__cause__ or problem)}): check the network, the dataset "
+            "and, for a private one, the token in HF_TOKEN."
+        ) from problem
+
+
+def _unknown(name: str) -> InputError:
+    return InputError(
+        f"There is no file or folder '{name}' here, and no such dataset on the Hub that this token may read: check the "
+        "name, and for a private dataset the token in HF_TOKEN."
+    )
