@@ -124,9 +124,7 @@ rows = together(
     option("--prompt-column", metavar="NAME", help="Column with the prompt."),
     option("--context-column", metavar="NAME", help="Column that joins the prompt on a line of its own."),
     option("--answer-column", metavar="NAME", help="Column with the answer."),
-    option(
-        "--streaming", is_flag=True, help="Read files of the Hub from there at each pass; keep none here."
-    ),
+    option("--streaming", is_flag=True, help="Read files of the Hub from there at each pass; keep none here."),
     option("--limit", type=click.IntRange(min=1), metavar="N", help="Take the first N rows only."),
 )
 errors = together(
