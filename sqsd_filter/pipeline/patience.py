@@ -18,19 +18,19 @@ _UNREACHED = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EIO)
 _CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp", "botocore")
 
 
-def patiently(call: Callable[[], T], tries: int = TRIES, also: tuple[int, ...] = ()) -> T:
+def patiently(call: Callable[[], T], also: tuple[int, ...] = ()) -> T:
     """What `call` returns at the first try that succeeds; the last try's error goes through.
 
     Tried again is what may pass: a connection that broke, a server that was busy; not a missing file or right, a full
     disk, or an answer that would be the same again. A server's Retry-After is kept to. `also` are further
     status codes that may pass.
     """
-    for number in range(1, tries + 1):
+    for number in range(1, TRIES + 1):
         try:
             return call()
         except Exception as problem:
             wait = _wait(problem, number, also)
-            if wait is None or number == tries:
+            if wait is None or number == TRIES:
                 raise
             log.info("%s; trying again in %.0f s", problem, wait)
             time.sleep(wait)

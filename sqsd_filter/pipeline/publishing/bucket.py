@@ -1,0 +1,94 @@
+"""A folder behind a URL, of any kind that pyarrow or an installed fsspec package knows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from sqsd_filter.errors import SQSDError
+from sqsd_filter.pipeline.folder import connect, first_line
+from sqsd_filter.pipeline.patience import patiently
+from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished, judge, marker
+
+
+class Bucket:
+    """The marker is written first and again at the end, so that a half published run is known as such."""
+
+    def __init__(self, url: str, *, overwrite: bool = False) -> None:
+        """Raises `UsageError` for a URL of no known kind or with a secret in it, `InputError` if out of reach."""
+        self.url, self._overwrite = url, overwrite
+        self._fs, root = connect(url)
+        self._root = root.rstrip("/")
+
+    def check(self) -> None:
+        self._judge(None)
+
+    def published(self, run: str) -> dict[str, Any] | None:
+        known = self._judge(run)
+        if known.get("run") != run or not known.get("complete"):
+            return None
+        report: dict[str, Any] = json.loads(self._read(REPORT))
+        return report
+
+    def publish(self, finished: Finished) -> dict[str, Any]:
+        known = self._judge(finished.run)
+        there = self._sizes()
+        begun = known.get("run") == finished.run
+        rows = [str(file["config"]) for file in finished.report["files"]]
+        self._write(MARKER, marker(finished.run, rows, complete=False))
+        for name, path in finished.files.items():
+            # a report has times in it: the same run leaves other bytes
+            if not (begun and name != REPORT and there.get(name) == path.stat().st_size):
+                self._write(name, path)
+        for name in there.keys() - finished.files.keys() - {MARKER}:
+            self._patiently(lambda name=name: self._fs.delete_file(f"{self._root}/{name}"))
+        self._write(MARKER, marker(finished.run, rows, complete=True))
+        return {"url": self.url}
+
+    def _judge(self, run: str | None) -> dict[str, Any]:
+        sizes = self._sizes()
+        return judge(self.url, sizes, self._read(MARKER) if MARKER in sizes else None, run, overwrite=self._overwrite)
+
+    def _sizes(self) -> dict[str, int]:
+        """Of all files below the URL."""
+        selector = fs.FileSelector(self._root, recursive=True, allow_not_found=True)
+        infos = self._patiently(lambda: self._fs.get_file_info(selector))
+        return {
+            info.path.removeprefix(self._root).lstrip("/"): info.size for info in infos if info.type == fs.FileType.File
+        }
+
+    def _read(self, name: str) -> bytes:
+        def read() -> bytes:
+            with self._fs.open_input_file(f"{self._root}/{name}") as source:
+                content: bytes = source.read()
+                return content
+
+        found: bytes = self._patiently(read)
+        return found
+
+    def _write(self, name: str, content: bytes | Path) -> None:
+        path = f"{self._root}/{name}"
+
+        def write() -> None:
+            self._fs.create_dir(path.rpartition("/")[0], recursive=True)
+            with self._fs.open_output_stream(path) as sink:
+                if isinstance(content, bytes):
+                    sink.write(content)
+                else:
+                    with content.open("rb") as source:
+                        shutil.copyfileobj(source, sink, 1 << 22)
+
+        self._patiently(write)
+
+    def _patiently(self, call: Any) -> Any:
+        try:
+            return patiently(call)
+        except Exception as problem:
+            raise SQSDError(
+                f"{self.url} can't be written ({first_line(problem)}): mend that and run the same command again; what "
+                "was scored and what has arrived there is kept."
+            ) from problem
