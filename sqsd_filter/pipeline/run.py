@@ -12,9 +12,10 @@ from typing import Any
 from sqsd_filter.errors import InputError, SQSDError, UsageError
 from sqsd_filter.pipeline.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.folder import Folder
+from sqsd_filter.pipeline.groups import by_split
 from sqsd_filter.pipeline.policy import Policy
-from sqsd_filter.pipeline.reading.sources import Corpus, matches
-from sqsd_filter.pipeline.scan import Scan, as_paths, counted, not_empty
+from sqsd_filter.pipeline.reading.sources import matches
+from sqsd_filter.pipeline.scan import Scan, as_paths, read_once
 from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.selection import Cut, cut_rows
@@ -109,6 +110,7 @@ class Work:
     score_store: str | Path | None
     progress: Progress | None
     settings: Mapping[str, Any] | None
+    per_group: str | None = None
 
 
 def filter_dataset(
@@ -119,6 +121,9 @@ def filter_dataset(
     drop_count: int | None = None,
     max_risk: float | None = None,
     keep_lowest: int | None = None,
+    per_group: str | None = None,
+    per_split: bool = False,
+    weights: bool = False,
     pack: str | Path = "smollm2-135m",
     scorer: SQSDScorer | None = None,
     engine: Engine | None = None,
@@ -133,12 +138,17 @@ def filter_dataset(
 ) -> dict[str, Any]:
     """Score every row of the sources and write them to the folder `dest` without the riskiest ones.
 
-    Exactly one cut is given. `scorer` takes the place of `SQSDScorer(pack)`. `score_store` is a folder or URL with
-    scores that runs share. Returns the report (also `dest/sqsd/report.json`). The same call finishes an interrupted
-    run. Raises `SQSDError`s: `UsageError`, `InputError`, `RowErrorBudgetExceeded`, `DestinationExists`, `PackError`,
-    `ModelError`.
+    Exactly one cut is given. With `per_group`, groups of equal values in that column share what it drops, and none is
+    emptied; with `per_split`, each split is cut on its own; with `weights` nothing is dropped: each row gets a weight
+    `sqsd_weight` instead, 1 / (1 + exp((risk - threshold) / scale)), where the threshold is the lowest risk that would
+    be dropped (for `max_risk` its value) and the scale a quarter of the risks' interquartile range, both of the rows
+    that are cut together.
+
+    `scorer` takes the place of `SQSDScorer(pack)`. `score_store` is a folder or URL with scores that runs share.
+    Returns the report (also `dest/sqsd/report.json`). The same call finishes an interrupted run. Raises `SQSDError`s:
+    `UsageError`, `InputError`, `RowErrorBudgetExceeded`, `DestinationExists`, `PackError`, `ModelError`.
     """
-    cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
+    cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest, per_group=per_group, per_split=per_split, weights=weights)
     policy = Policy.of(on_error, max_error_rate)
     place = _folder(Path(dest), overwrite)
 
@@ -150,7 +160,7 @@ def filter_dataset(
         lambda report: write_card(place.root / CARD_FILE, report),
         place,
         {"cut": str(cut), "on_error": on_error},
-        Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, progress, settings),
+        Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, progress, settings, per_group),
     )
 
 
@@ -207,7 +217,7 @@ def _score_and(
     if shared is not None and shared.local is not None:
         place.keep_out(shared.local)
     paths = place.others(matches(as_paths(work.sources)))
-    scan = Scan(paths, work.columns or Columns(), work.limit, meter)
+    scan = Scan(paths, work.columns or Columns(), work.limit, meter, work.per_group)
     scorer = engine.place(work.scorer)
     identity = {**scan.identity(), "scoring": scorer.settings(), **identity}
     run = Run(place, identity, meter, work.settings or {}, started, _about(scorer), engine)
@@ -226,6 +236,9 @@ def select_dataset(
     drop_count: int | None = None,
     max_risk: float | None = None,
     keep_lowest: int | None = None,
+    per_group: str | None = None,
+    per_split: bool = False,
+    weights: bool = False,
     on_error: str = "quarantine",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -233,21 +246,21 @@ def select_dataset(
 ) -> dict[str, Any]:
     """Cut at another place, with the scores that are there: of scored files, or of an earlier run's folder.
 
-    No model is loaded. Raises `InputError` where rows have no scores yet.
+    The cut is given as to `filter_dataset`. No model is loaded. Raises `InputError` where rows have no scores yet.
     """
     started = time.time()
-    cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
+    cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest, per_group=per_group, per_split=per_split, weights=weights)
     policy = Policy.of(on_error, "100%")
     paths, place, meter = as_paths(sources), _folder(Path(dest), overwrite), Meter(progress or Silent())
     place.spare(paths)
     earlier = Path(paths[0]) / "sqsd" if len(paths) == 1 else None
     if earlier is not None and (earlier / RUN_FILE).is_file():
-        scored, identity, facts = _earlier_run(earlier, meter)
+        scored, identity, facts = _earlier_run(earlier, per_group, meter)
     else:
         meter.start("reading", None)
         index = ColumnIndex()
-        corpus = Corpus.scan(paths, visit=counted(index.visit, meter), columns=["sqsd_risk", "sqsd_status"])
-        scored, identity, facts = index.scored(not_empty(corpus)), {"inputs": corpus.inputs}, {}
+        corpus, groups = read_once(paths, index.visit, ["sqsd_risk", "sqsd_status"], per_group, meter)
+        scored, identity, facts = index.scored(corpus, groups), {"inputs": corpus.inputs}, {}
     identity = {**identity, "cut": str(cut), "on_error": on_error}
     run = Run(place, identity, meter, settings or {}, started, facts)
     return run.carry_out(
@@ -255,7 +268,9 @@ def select_dataset(
     )
 
 
-def _earlier_run(home: Path, progress: Progress) -> tuple[Scored, dict[str, Any], dict[str, Any]]:
+def _earlier_run(
+    home: Path, per_group: str | None, progress: Progress
+) -> tuple[Scored, dict[str, Any], dict[str, Any]]:
     """The inputs of an earlier run joined with its score store."""
     known = read_run(home)
     assert known is not None
@@ -267,12 +282,8 @@ def _earlier_run(home: Path, progress: Progress) -> tuple[Scored, dict[str, Any]
     form = RowFormat(**known["row_format"])
     index = Index(form)
     progress.start("reading", None)
-    corpus = Corpus.scan(
-        input_paths(home),
-        limit=known["limit"],
-        visit=counted(index.visit, progress),
-        columns=form.columns,
-        form=form,
+    corpus, groups = read_once(
+        input_paths(home), index.visit, form.columns, per_group, progress, limit=known["limit"], form=form
     )
     if [{**i, "path": ""} for i in corpus.inputs] != [{**i, "path": ""} for i in known["inputs"]]:
         raise InputError(
@@ -281,12 +292,13 @@ def _earlier_run(home: Path, progress: Progress) -> tuple[Scored, dict[str, Any]
     weights = report["pack"]["weights"]
     store = ScoreStore(home / "scores", known["scoring"], list(weights))
     identity = {**known, "inputs": corpus.inputs}
-    return from_store(corpus, index, store, weights), identity, {"pack": report["pack"]}
+    return from_store(corpus, index, store, weights, groups), identity, {"pack": report["pack"]}
 
 
 def _split(scored: Scored, cut: Cut, policy: Policy, place: Destination, progress: Progress) -> dict[str, Any]:
     policy.check(scored)
-    selection = policy.apply(scored, cut_rows(scored.risk, scored.scored, cut))
+    splits = by_split(scored.corpus.parts) if cut.per_split else None
+    selection = policy.apply(scored, cut_rows(scored.risk, scored.scored, cut, splits, scored.groups))
     progress.start("writing", scored.corpus.n_rows)
     export_splits(scored, selection, place.root / "data", progress)
     return summarise(scored, selection, cut)
