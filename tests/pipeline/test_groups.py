@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
@@ -77,6 +77,7 @@ RISKS = st.integers(-3, 3).map(lambda k: k / 7) | st.just(math.nan)
 ROWS = st.lists(st.tuples(RISKS, st.sampled_from(["train", "test"]), st.sampled_from("abcdef")), max_size=60)
 
 
+@settings(deadline=None)
 @given(rows=ROWS, share=st.none() | st.integers(0, 1000).map(lambda k: Fraction(k, 1000)), count=st.integers(0, 60))
 @example(rows=[(0.1 * k, "train", "abcdef"[min(k, 5)]) for k in range(20)], share=Fraction(1, 2), count=0)
 @example(rows=[(0.1 * k, "train", "abcdef"[k % 6]) for k in range(7)], share=Fraction(999, 1000), count=0)
@@ -104,6 +105,7 @@ CUTS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12),
     seed=st.integers(0, 99),
@@ -133,6 +135,7 @@ def test_a_shared_cut_keeps_its_total_empties_no_group_and_takes_each_groups_ris
             assert abs(piece.dropped - Fraction(k * piece.scored, n)) < 1
 
 
+@settings(deadline=None)
 @given(rows=ROWS, thousandths=st.integers(0, 1000), per_group=st.booleans())
 def test_splits_cut_apart_fare_as_if_each_were_alone(
     rows: list[tuple[float, str, str]], thousandths: int, per_group: bool
@@ -202,6 +205,7 @@ def same(a: Any, b: Any) -> bool:
     return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 
+@settings(deadline=None)
 @given(values=st.lists(JSON, max_size=8))
 def test_values_are_one_group_just_when_they_are_equal(values: list[Any]) -> None:
     index = GroupIndex("g")

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
@@ -48,6 +48,7 @@ def exact(risks: list[float], threshold: float) -> tuple[list[Decimal], Decimal]
         return [Decimal(int(x < 0)) if abs(x) > 10**6 else 1 / (1 + x.exp()) for x in z], scale
 
 
+@settings(deadline=None)
 @given(
     risks=st.lists(st.floats(-2, 2) | st.integers(-2, 2).map(float), min_size=1, max_size=30),
     at=st.integers(0, 29),
@@ -64,6 +65,7 @@ def test_weights_follow_the_formula_as_in_sixty_digits(risks: list[float], at: i
     assert weights[at % len(risks)] == 0.5
 
 
+@settings(deadline=None)
 @given(risks=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=30), at=st.integers(0, 29))
 @example(risks=[-LARGEST, LARGEST, -LARGEST, LARGEST], at=0)
 @example(risks=[-LARGEST, 0.0, 5e-324, LARGEST], at=1)
@@ -106,6 +108,7 @@ def test_where_nothing_would_be_dropped_every_weight_is_one(how: dict[str, Any])
     assert [(piece.threshold, piece.scale, piece.total) for piece in found.pieces] == [(None, None, 6.0)]
 
 
+@settings(deadline=None)
 @given(codes=st.lists(st.integers(0, 3), min_size=1, max_size=40), seed=st.integers(0, 99), drop=st.integers(0, 40))
 def test_groups_are_weighted_by_the_threshold_and_the_scale_of_their_own_rows(
     codes: list[int], seed: int, drop: int
