@@ -5,7 +5,7 @@
     python recipes/benchmarks/scale.py known        everything but the model: a million rows whose scores are known
     python recipes/benchmarks/scale.py memory       peak memory of driver and replica at 10^5 and 10^6 rows
     python recipes/benchmarks/scale.py lookup       a score store with 10 million keys
-    python recipes/benchmarks/scale.py selection    a cut through 10^8 scores
+    python recipes/benchmarks/scale.py selection    a cut through 10^8 scores; with --groups, within groups
 
 Models are small and random, rows random words: the figures are of the pipeline, on whatever machine this runs.
 What a run costs before its first row (Ray's and the model's start) is measured by a run of one row, and left out.
@@ -37,6 +37,7 @@ import transformers
 from sqsd_filter import SQSDScorer, filter_dataset
 from sqsd_filter.directions.pack import Pack
 from sqsd_filter.pipeline.engines import Engine, LocalEngine
+from sqsd_filter.pipeline.groups import Groups
 from sqsd_filter.pipeline.scan import Scan
 from sqsd_filter.pipeline.scores.keys import KEYS
 from sqsd_filter.pipeline.scores.store import ScoreStore
@@ -228,14 +229,19 @@ print(time.perf_counter() - began, peak_memory("self") - before, keys.nbytes / 2
 def selection(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     risk = np.random.default_rng(0).normal(size=options.scores)
     risk[::7] = np.round(risk[::7], 2)  # with ties
+    cut, groups = Cut.of(drop_top="5%"), None
+    if options.groups:
+        codes = np.random.default_rng(1).integers(0, options.groups, options.scores, dtype=np.int32)
+        cut, groups = Cut.of(drop_top="5%", per_group="group"), Groups(codes, list(range(options.groups)))
     began = time.perf_counter()
-    found = cut_rows(risk, np.ones(len(risk), dtype=bool), Cut.of(drop_top="5%"))
+    found = cut_rows(risk, np.ones(len(risk), dtype=bool), cut, groups=groups)
     seconds = time.perf_counter() - began
     k = -(-options.scores // 20)
     assert found.count(1) == k
     exact = np.lexsort((np.arange(len(risk)), -risk))[:k] if options.check else None
     return {
         "scores": options.scores,
+        "groups": options.groups,
         "seconds": seconds,
         "dropped": found.count(1),
         **({"the same as by sorting": bool((found.place[exact] == 1).all())} if exact is not None else {}),
@@ -264,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kinds.add_parser("lookup").add_argument("--keys", type=int, default=10_000_000)
     sub = kinds.add_parser("selection")
     sub.add_argument("--scores", type=int, default=100_000_000)
-    sub.add_argument("--check", action="store_true", help="compare with a full sort, which takes minutes")
+    sub.add_argument("--groups", type=int, default=0, help="cut within so many groups")
+    sub.add_argument("--check", action="store_true", help="compare a cut without groups with a full sort, for minutes")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     transformers.logging.disable_progress_bar()

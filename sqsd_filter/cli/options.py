@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from sqsd_filter.errors import UsageError
 
 CUTS = ("drop_top", "drop_count", "max_risk", "keep_lowest")
+CUT_HOW = ("per_group", "per_split", "weights")
 _ORIGINS = {
     ParameterSource.COMMANDLINE: "flag",
     ParameterSource.ENVIRONMENT: "environment",
@@ -72,11 +73,12 @@ def settings(context: click.Context) -> dict[str, dict[str, Any]]:
 
 def one_cut(context: click.Context) -> dict[str, Any]:
     """The cut options to use: a flag's cut sets aside the environment's, and that the config file's."""
+    how = {name: context.params[name] for name in CUT_HOW}
     for source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP):
         given = {c: context.params[c] for c in CUTS if context.get_parameter_source(c) is source}
         if given:
-            return given
-    return {}
+            return given | how
+    return how
 
 
 sources = click.argument("sources", nargs=-1, required=True, metavar="SRC...")
@@ -87,6 +89,9 @@ cuts = together(
     option("--drop-count", type=int, metavar="N", help="Drop the N riskiest rows."),
     option("--max-risk", type=float, metavar="X", help="Drop every row with a risk above X."),
     option("--keep-lowest", type=int, metavar="N", help="Keep the N rows with the lowest risk."),
+    option("--per-group", metavar="COLUMN", help="Share the cut among groups of equal values there; empty none."),
+    option("--per-split", is_flag=True, help="Cut each split on its own."),
+    option("--weights", is_flag=True, help="Drop nothing: add sqsd_weight, from 1 down to 0 as risk grows."),
 )
 scoring = together(
     option("--pack", default="smollm2-135m", show_default=True, metavar="NAME|DIR|HUB", help="Direction pack."),

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
+SHOWN = 10  # groups in a summary
 
 
 class Display:
@@ -99,7 +100,7 @@ def show(report: Mapping[str, Any], *, as_json: bool, quiet: bool, text: Callabl
 
 
 def summary(report: Mapping[str, Any], dest: object) -> str:
-    """A dozen lines about a finished run."""
+    """A dozen lines about a finished run, and as many about its groups."""
     rows, q, seconds = report["rows"], report["risk_quantiles"], report["timing"]["seconds"]
     lines = []
     if "kept" in rows:
@@ -109,6 +110,7 @@ def summary(report: Mapping[str, Any], dest: object) -> str:
         kept, dropped = (f"load_dataset({str(dest)!r}{name})" for name in ("", ", 'dropped'"))
         lines.append(f"  kept     {rows['kept']:>9,}" + (f"   {kept}" if rows["kept"] else ""))
         lines.append(f"  dropped  {rows['dropped']:>9,}" + (f"   {dropped}{cut}" if rows["dropped"] else ""))
+        lines += _weights(report["weights"]) if "weights" in report else []
     else:
         lines.append(f"{rows['total']:,} rows with their scores in {dest}")
     why = ", ".join(f"{count:,} {status}" for status, count in report["unscored"].items())
@@ -127,7 +129,39 @@ def summary(report: Mapping[str, Any], dest: object) -> str:
     else:
         pace = f", {report['tokens'] / seconds:,.0f} tokens/s over all" if rows["scored"] and seconds else ""
         lines.append(f"  time     {duration(seconds)} for {report['tokens']:,} tokens{pace}")
-    return "\n".join(lines)
+    return "\n".join(lines + (_groups(report["groups"]) if "groups" in report else []))
+
+
+def _weights(weights: Mapping[str, Any]) -> list[str]:
+    half = f"; 0.5 at risk {weights['threshold']:.4f}" if weights["threshold"] is not None else ""
+    return [f"  weights  {weights['sum']:>9,.1f}   is the sum of sqsd_weight{half}"]
+
+
+def _groups(found: Mapping[str, Any]) -> list[str]:
+    """What became of the largest groups or splits."""
+    groups = sorted(found["groups"], key=lambda group: -group["scored"])
+    what = "splits" if found["column"] is None else "groups"
+    lines = [f"  {what}   {len(groups):>9,}   " + (f"by {found['column']!r}" if found["column"] is not None else "")]
+    if found["spared"]:
+        lines.append(f"  spared   {found['spared']:>9,}   rows fewer than the cut says, so that no group is emptied")
+    cells = []
+    for group in groups[:SHOWN]:
+        weighted, level = "sum" in group, group["threshold"]
+        fate = f"weights {group['sum']:,.1f}" if weighted else f"{group['dropped']:,} dropped"
+        risk = "" if level is None else f"{'0.5 at' if weighted else 'from'} risk {level:.4f}"
+        cells.append((_label(group), f"{group['scored']:,} rows", fate, risk))
+    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for label, rows, fate, risk in cells:
+        lines.append(f"    {label:<{wide[0]}}   {rows:>{wide[1]}}   {fate:>{wide[2]}}   {risk}")
+    return [line.rstrip() for line in lines] + [f"    ... and {len(groups) - SHOWN:,} more"] * (len(groups) > SHOWN)
+
+
+def _label(group: Mapping[str, Any]) -> str:
+    """A group's split and value on one line of at most 40 characters."""
+    names = [group[key] for key in ("split", "value") if key in group]
+    texts = [name if isinstance(name, str) and name else json.dumps(name, ensure_ascii=False) for name in names]
+    label = ": ".join(text if text.isprintable() else json.dumps(text) for text in texts)
+    return label if len(label) <= 40 else label[:39] + "…"
 
 
 def forecast(guess: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -56,4 +56,4 @@ class Policy:
         if BAD_JSON in scored.statuses:
             unreadable = scored.codes == scored.statuses.index(BAD_JSON)
         place[(place == ERROR) & ~unreadable] = KEPT
-        return Selection(place, selection.threshold, selection.ties)
+        return replace(selection, place=place)

@@ -12,10 +12,10 @@ from typing import Any
 from sqsd_filter.errors import InputError, SQSDError, UsageError
 from sqsd_filter.pipeline.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.folder import Folder
+from sqsd_filter.pipeline.groups import by_split
 from sqsd_filter.pipeline.policy import Policy
 from sqsd_filter.pipeline.reading.addresses import Opener, Source, expand
-from sqsd_filter.pipeline.reading.sources import Corpus
-from sqsd_filter.pipeline.scan import Scan, as_list, counted, not_empty
+from sqsd_filter.pipeline.scan import Scan, as_list, read_once
 from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.selection import Cut, cut_rows
@@ -112,6 +112,7 @@ class Work:
     streaming: bool
     progress: Progress | None
     settings: Mapping[str, Any] | None
+    per_group: str | None = None
 
 
 def filter_dataset(
@@ -122,6 +123,9 @@ def filter_dataset(
     drop_count: int | None = None,
     max_risk: float | None = None,
     keep_lowest: int | None = None,
+    per_group: str | None = None,
+    per_split: bool = False,
+    weights: bool = False,
     pack: str | Path = "smollm2-135m",
     scorer: SQSDScorer | None = None,
     engine: Engine | None = None,
@@ -137,12 +141,17 @@ def filter_dataset(
 ) -> dict[str, Any]:
     """Score every row of the sources and write them to the folder `dest` without the riskiest ones.
 
-    Exactly one cut is given. `scorer` takes the place of `SQSDScorer(pack)`. `score_store` is a folder or URL with
-    scores that runs share. Returns the report (also `dest/sqsd/report.json`). The same call finishes an interrupted
-    run. Raises `SQSDError`s: `UsageError`, `InputError`, `RowErrorBudgetExceeded`, `DestinationExists`, `PackError`,
-    `ModelError`.
+    Exactly one cut is given. With `per_group`, groups of equal values in that column share what it drops, and none is
+    emptied; with `per_split`, each split is cut on its own; with `weights` nothing is dropped: each row gets a weight
+    `sqsd_weight` instead, 1 / (1 + exp((risk - threshold) / scale)), where the threshold is the lowest risk that would
+    be dropped (for `max_risk` its value) and the scale a quarter of the risks' interquartile range, both of the rows
+    that are cut together.
+
+    `scorer` takes the place of `SQSDScorer(pack)`. `score_store` is a folder or URL with scores that runs share.
+    Returns the report (also `dest/sqsd/report.json`). The same call finishes an interrupted run. Raises `SQSDError`s:
+    `UsageError`, `InputError`, `RowErrorBudgetExceeded`, `DestinationExists`, `PackError`, `ModelError`.
     """
-    cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
+    cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest, per_group=per_group, per_split=per_split, weights=weights)
     policy = Policy.of(on_error, max_error_rate)
     place = _folder(Path(dest), overwrite)
 
@@ -154,7 +163,18 @@ def filter_dataset(
         lambda report: write_card(place.root / CARD_FILE, report),
         place,
         {"cut": str(cut), "on_error": on_error},
-        Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, streaming, progress, settings),
+        Work(
+            sources,
+            scorer or SQSDScorer(pack),
+            engine,
+            columns,
+            limit,
+            score_store,
+            streaming,
+            progress,
+            settings,
+            per_group,
+        ),  # fmt: skip
     )
 
 
@@ -213,7 +233,7 @@ def _score_and(
         place.keep_out(shared.local)
     with closing(Opener(streaming=work.streaming)) as opener:
         sources = opener.open(place.others(expand(as_list(work.sources))))
-        scan = Scan(sources, work.columns or Columns(), work.limit, meter)
+        scan = Scan(sources, work.columns or Columns(), work.limit, meter, work.per_group)
         scorer = engine.place(work.scorer)
         identity = {**scan.identity(), "scoring": scorer.settings(), **identity}
         run = Run(place, identity, meter, work.settings or {}, started, {**_about(scorer), **_origin(sources)}, engine)
@@ -232,6 +252,9 @@ def select_dataset(
     drop_count: int | None = None,
     max_risk: float | None = None,
     keep_lowest: int | None = None,
+    per_group: str | None = None,
+    per_split: bool = False,
+    weights: bool = False,
     on_error: str = "quarantine",
     overwrite: bool = False,
     streaming: bool = False,
@@ -240,23 +263,23 @@ def select_dataset(
 ) -> dict[str, Any]:
     """Cut at another place, with the scores that are there: of scored files, or of an earlier run's folder.
 
-    No model is loaded. Raises `InputError` where rows have no scores yet.
+    The cut is given as to `filter_dataset`. No model is loaded. Raises `InputError` where rows have no scores yet.
     """
     started = time.time()
-    cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
+    cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest, per_group=per_group, per_split=per_split, weights=weights)
     policy = Policy.of(on_error, "100%")
     given, place, meter = expand(as_list(sources)), _folder(Path(dest), overwrite), Meter(progress or Silent())
     place.spare(given)
     earlier = Path(given[0]) / "sqsd" if len(given) == 1 and isinstance(given[0], str | Path) else None
     with closing(Opener(streaming=streaming)) as opener:
         if earlier is not None and (earlier / RUN_FILE).is_file():
-            opened, scored, identity, facts = _earlier_run(earlier, opener, meter)
+            opened, scored, identity, facts = _earlier_run(earlier, opener, per_group, meter)
         else:
             opened = opener.open(given)
             meter.start("reading", None)
             index = ColumnIndex()
-            corpus = Corpus.scan(opened, visit=counted(index.visit, meter), columns=["sqsd_risk", "sqsd_status"])
-            scored, identity, facts = index.scored(not_empty(corpus)), {"inputs": corpus.inputs}, {}
+            corpus, groups = read_once(opened, index.visit, ["sqsd_risk", "sqsd_status"], per_group, meter)
+            scored, identity, facts = index.scored(corpus, groups), {"inputs": corpus.inputs}, {}
         identity = {**identity, "cut": str(cut), "on_error": on_error}
         run = Run(place, identity, meter, settings or {}, started, {**facts, **_origin(opened)})
         return run.carry_out(
@@ -265,7 +288,7 @@ def select_dataset(
 
 
 def _earlier_run(
-    home: Path, opener: Opener, progress: Progress
+    home: Path, opener: Opener, per_group: str | None, progress: Progress
 ) -> tuple[list[Source], Scored, dict[str, Any], dict[str, Any]]:
     """The inputs of an earlier run joined with its score store."""
     known = read_run(home)
@@ -279,13 +302,7 @@ def _earlier_run(
     index = Index(form)
     sources = opener.open(input_specs(home))
     progress.start("reading", None)
-    corpus = Corpus.scan(
-        sources,
-        limit=known["limit"],
-        visit=counted(index.visit, progress),
-        columns=form.columns,
-        form=form,
-    )
+    corpus, groups = read_once(sources, index.visit, form.columns, per_group, progress, limit=known["limit"], form=form)
     if [{**i, "path": ""} for i in corpus.inputs] != [{**i, "path": ""} for i in known["inputs"]]:
         raise InputError(
             f"The inputs of {home.parent} have changed since it was scored: run sqsd-filter on them again."
@@ -293,12 +310,13 @@ def _earlier_run(
     weights = report["pack"]["weights"]
     store = ScoreStore(home / "scores", known["scoring"], list(weights))
     identity = {**known, "inputs": corpus.inputs}
-    return sources, from_store(corpus, index, store, weights), identity, {"pack": report["pack"]}
+    return sources, from_store(corpus, index, store, weights, groups), identity, {"pack": report["pack"]}
 
 
 def _split(scored: Scored, cut: Cut, policy: Policy, place: Destination, progress: Progress) -> dict[str, Any]:
     policy.check(scored)
-    selection = policy.apply(scored, cut_rows(scored.risk, scored.scored, cut))
+    splits = by_split(scored.corpus.parts) if cut.per_split else None
+    selection = policy.apply(scored, cut_rows(scored.risk, scored.scored, cut, splits, scored.groups))
     progress.start("writing", scored.corpus.n_rows)
     export_splits(scored, selection, place.root / "data", progress)
     return summarise(scored, selection, cut)

@@ -12,36 +12,39 @@ import numpy as np
 from sqsd_filter.errors import InputError, SQSDError
 from sqsd_filter.pipeline.engines import Engine
 from sqsd_filter.pipeline.folder import Folder
+from sqsd_filter.pipeline.groups import GroupIndex, Groups
 from sqsd_filter.pipeline.reading.addresses import Source, peek
-from sqsd_filter.pipeline.reading.sources import Corpus
+from sqsd_filter.pipeline.reading.sources import Corpus, Row
 from sqsd_filter.pipeline.scores.keys import KEYS
 from sqsd_filter.pipeline.scores.scored import Scored, from_store
 from sqsd_filter.pipeline.scores.sharing import Sharing
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.shards import Index, plan
 from sqsd_filter.progress import Progress
-from sqsd_filter.scoring.conversation import Columns
+from sqsd_filter.scoring.conversation import Columns, RowFormat
 from sqsd_filter.scoring.scorer import SQSDScorer
 
 
 class Scan:
-    """The inputs, looked at once: rows counted and keyed, files hashed, the format decided."""
+    """The inputs, looked at once: rows counted, keyed and grouped, files hashed, the format decided."""
 
-    def __init__(self, sources: Sequence[Source], columns: Columns, limit: int | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        columns: Columns,
+        limit: int | None,
+        progress: Progress,
+        per_group: str | None = None,
+    ) -> None:
         self.specs = [source.spec for source in sources]
         self.form = columns.choose(peek(sources))
         self.limit, self.progress = limit, progress
         progress.note(f"reading rows as {self.form}")
         progress.start("reading", None)
         self.index = Index(self.form)
-        self.corpus = Corpus.scan(
-            sources,
-            limit=limit,
-            visit=counted(self.index.visit, progress),
-            columns=self.form.columns,
-            form=self.form,
+        self.corpus, self.groups = read_once(
+            sources, self.index.visit, self.form.columns, per_group, progress, limit=limit, form=self.form
         )
-        not_empty(self.corpus)
         progress.finish()
 
     def identity(self) -> dict[str, Any]:
@@ -80,23 +83,36 @@ class Scan:
                     )
                 store.append(shard.name, keys, scores)
                 sharing.add(self.index.keys[shard.wanted])
-        return from_store(self.corpus, self.index, store, weights)
+        return from_store(self.corpus, self.index, store, weights, self.groups)
 
 
-def not_empty(corpus: Corpus) -> Corpus:
+def read_once(
+    sources: Sequence[Source],
+    visit: Callable[[Row], None],
+    columns: Sequence[str],
+    per_group: str | None,
+    progress: Progress,
+    *,
+    limit: int | None = None,
+    form: RowFormat | None = None,
+) -> tuple[Corpus, Groups | None]:
+    """Give every row of the inputs to `visit`, which needs these `columns`, and find its group on the way.
+
+    Raises `InputError` where there are no rows, or no groups.
+    """
+    grouping = GroupIndex(per_group)
+
+    def see(row: Row) -> None:
+        visit(row)
+        grouping.visit(row)
+        progress.advance(1)
+
+    corpus = Corpus.scan(sources, limit=limit, visit=see, columns=[*columns, *grouping.columns], form=form)
     if corpus.n_rows == 0:
         raise InputError("The input has no rows.")
-    return corpus
+    return corpus, grouping.groups(corpus.schema.names)
 
 
 def as_list(sources: Any) -> list[Any]:
     """One source or several, as a list."""
     return list(sources) if isinstance(sources, list | tuple) else [sources]
-
-
-def counted(visit: Callable[[Any], None], progress: Progress) -> Callable[[Any], None]:
-    def both(row: Any) -> None:
-        visit(row)
-        progress.advance(1)
-
-    return both

@@ -1,12 +1,15 @@
 """Where to cut: which of the scored rows are dropped, decided on the risk column alone and exactly.
 
 Rows are ordered by risk, highest first, equal risks in row order; the first k are dropped. A share p drops
-k = ceil(p·n) of the n rows that have a score. Rows without one are nobody's: they go to the errors.
+k = ceil(p·n) of the n rows that have a score. Rows without one are nobody's: they go to the errors. Splits may be cut
+each on its own, and groups of rows may share what is dropped. Instead of being dropped, rows may be weighted.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -14,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.pipeline.groups import Groups, apportion, nth_riskiest
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 KEPT, DROPPED, ERROR = 0, 1, 2
 KINDS = ("drop_top", "drop_count", "max_risk", "keep_lowest")
+FORMULA = "1 / (1 + exp((risk - threshold) / scale))"
 
 
 def parse_share(value: str | float | Fraction, flag: str = "--drop-top", rows_flag: str = "--drop-count") -> Fraction:
@@ -46,10 +51,17 @@ def parse_share(value: str | float | Fraction, flag: str = "--drop-top", rows_fl
 
 @dataclass(frozen=True)
 class Cut:
-    """One way to cut: `kind` is one of `KINDS`, `value` a share, a count of rows, or a risk."""
+    """One way to cut: `kind` is one of `KINDS`, `value` a share, a count of rows, or a risk.
+
+    `per_group` names the column whose groups share what is dropped; with `per_split` each split is cut on its own;
+    with `weights` rows are weighted and none is dropped.
+    """
 
     kind: str
     value: Fraction | int | float
+    per_group: str | None = None
+    per_split: bool = False
+    weights: bool = False
 
     @classmethod
     def of(
@@ -58,30 +70,44 @@ class Cut:
         drop_count: int | None = None,
         max_risk: float | None = None,
         keep_lowest: int | None = None,
+        *,
+        per_group: str | None = None,
+        per_split: bool = False,
+        weights: bool = False,
     ) -> Cut:
         """The one cut that was asked for. Raises `UsageError` for none, several, or a senseless value."""
+        value: Fraction | int | float
         given = {
             k: v for k, v in zip(KINDS, (drop_top, drop_count, max_risk, keep_lowest), strict=True) if v is not None
         }
         flags = ", ".join("--" + k.replace("_", "-") for k in KINDS)
         if len(given) != 1:
             raise UsageError(f"Say how to cut with exactly one of {flags} (for example --drop-top 5%).")
-        kind, value = next(iter(given.items()))
+        kind, number = next(iter(given.items()))
         if kind == "drop_top":
-            return cls(kind, parse_share(value))
-        if kind == "max_risk":
-            if not math.isfinite(float(value)):
+            value = parse_share(number)
+        elif kind == "max_risk":
+            value = float(number)
+            if not math.isfinite(value):
                 raise UsageError("--max-risk must be a finite number.")
-            return cls(kind, float(value))
-        if int(value) < 0:
-            raise UsageError(f"--{kind.replace('_', '-')} must not be negative.")
-        return cls(kind, int(value))
+            if per_group is not None or per_split:
+                apart = "split" if per_group is None else "group"
+                raise UsageError(
+                    f"--max-risk is the same cut in every {apart}: leave out --per-{apart}, or cut with --drop-top."
+                )
+        else:
+            value = int(number)
+            if value < 0:
+                raise UsageError(f"--{kind.replace('_', '-')} must not be negative.")
+        return cls(kind, value, per_group, per_split, weights)
 
     def __str__(self) -> str:
         """Tells any two cuts apart: it is part of what makes two runs the same."""
         number = float(self.value * 100) if self.kind == "drop_top" else self.value
         sign = "%" if self.kind == "drop_top" else ""
-        return f"{self.kind.replace('_', '-')} {str(number).removesuffix('.0')}{sign}"
+        text = f"{self.kind.replace('_', '-')} {str(number).removesuffix('.0')}{sign}"
+        text += f", per-group {json.dumps(self.per_group, ensure_ascii=False)}" if self.per_group is not None else ""
+        return text + ", per-split" * self.per_split + ", weights" * self.weights
 
     def count(self, risk: np.ndarray) -> int:
         """How many of n scored rows to drop."""
@@ -94,36 +120,125 @@ class Cut:
             return max(0, n - int(self.value))
         return int((risk > self.value).sum())
 
+    def takes_all(self, k: int, n: int) -> bool:
+        """Was it asked that all of n scored rows be dropped? A share below 100% that k = n rounds up to does not."""
+        return self.value == 1 if self.kind == "drop_top" else k == n
+
+    def threshold(self, risk: np.ndarray, k: int) -> float | None:
+        """Where the k riskiest rows begin; None for k = 0."""
+        if k == 0:
+            return None
+        return float(self.value) if self.kind == "max_risk" else nth_riskiest(risk, k - 1)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows that were cut together. `key` has their "split" and their group's "value", where these are cut apart.
+
+    `threshold` is the lowest risk that was dropped, None when nothing was; `ties` of the kept rows have that very risk.
+    With weights nothing is dropped: `threshold` and `scale` are the formula's, and `total` is the weights' sum.
+    """
+
+    key: dict[str, Any]
+    scored: int
+    dropped: int
+    threshold: float | None
+    ties: int
+    scale: float | None = None
+    total: float = 0.0
+
 
 @dataclass(frozen=True)
 class Selection:
-    """`place` (n,) is KEPT, DROPPED or ERROR for each row; `threshold` the lowest risk that was dropped (None when
-    nothing was); `ties` how many kept rows have that very risk."""
+    """`place` (n,) is KEPT, DROPPED or ERROR for each row, and `weights` (n,) in [0, 1], NaN for a row without score,
+    if they were asked for; `spared` of the rows that the cut would drop are not, since a group would be emptied."""
 
     place: np.ndarray
-    threshold: float | None
-    ties: int
+    pieces: list[Piece]
+    spared: int = 0
+    weights: np.ndarray | None = None
 
     def count(self, place: int) -> int:
         return int((self.place == place).sum())
 
+    @property
+    def threshold(self) -> float | None:
+        """The lowest risk that was dropped; None when nothing was, or when rows were cut apart."""
+        whole = self.weights is None and [piece.key for piece in self.pieces] == [{}]
+        return self.pieces[0].threshold if whole else None
 
-def cut_rows(risk: np.ndarray, scored: np.ndarray, cut: Cut) -> Selection:
-    """Place every row: `risk` (n,) float, `scored` (n,) bool, true where the risk is to be believed."""
+    @property
+    def ties(self) -> int:
+        return sum(piece.ties for piece in self.pieces)
+
+
+def cut_rows(
+    risk: np.ndarray, scored: np.ndarray, cut: Cut, splits: Groups | None = None, groups: Groups | None = None
+) -> Selection:
+    """Place every row: `risk` (n,) float, `scored` (n,) bool, true where the risk is to be believed.
+
+    Each of `splits` is cut on its own. `groups` share a cut as `apportion` says, and each keeps a row unless all rows
+    are to be dropped.
+    """
     place = np.full(len(risk), ERROR, dtype=np.uint8)
     place[scored] = KEPT
-    rows = np.flatnonzero(scored)
-    values = risk[rows]
-    k = cut.count(values)
+    weights = np.full(len(risk), np.nan) if cut.weights else None
+    pieces, spared = [], 0
+    for within, inside in _apart("split", splits, np.flatnonzero(scored)):
+        k = cut.count(risk[inside])
+        parts = [(within | key, rows, risk[rows]) for key, rows in _apart("value", groups, inside)]
+        keeps_one = groups is not None and not cut.takes_all(k, len(inside))
+        shares = apportion(k, [values for _, _, values in parts], leave=int(keeps_one))
+        spared += k - sum(shares)
+        for (key, rows, values), share in zip(parts, shares, strict=True):
+            if weights is None:
+                pieces.append(_drop(place, key, rows, values, share))
+            else:
+                threshold = cut.threshold(values, share)
+                weights[rows], scale = weigh(values, threshold)
+                pieces.append(Piece(key, len(rows), 0, threshold, 0, scale, float(weights[rows].sum())))
+    return Selection(place, pieces, spared, weights)
+
+
+def _apart(name: str, groups: Groups | None, rows: np.ndarray) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """The rows of each group under its name and value; all of them under none where there are no groups."""
+    if groups is None:
+        yield {}, rows
+        return
+    for value, members in groups.within(rows):
+        yield {name: value}, members
+
+
+def _drop(place: np.ndarray, key: dict[str, Any], rows: np.ndarray, risk: np.ndarray, k: int) -> Piece:
+    """Mark the k riskiest of these rows (n,), ascending, with these risks (n,)."""
     if k == 0:
-        return Selection(place, None, 0)
-    threshold = np.partition(values, len(values) - k)[len(values) - k]
-    above = values > threshold
-    level = rows[values == threshold]
+        return Piece(key, len(rows), 0, None, 0)
+    threshold = nth_riskiest(risk, k - 1)
+    above = risk > threshold
+    level = rows[risk == threshold]
     chosen = k - int(above.sum())
     place[rows[above]] = DROPPED
     place[level[:chosen]] = DROPPED
-    return Selection(place, float(threshold), len(level) - chosen)
+    return Piece(key, len(rows), k, threshold, len(level) - chosen)
+
+
+def weigh(risk: np.ndarray, threshold: float | None) -> tuple[np.ndarray, float | None]:
+    """Weights (n,) of rows with these risks (n,), and their scale: `FORMULA`, with a quarter of the risks'
+    interquartile range as the scale.
+
+    Where that is 0, weights are 1 below the threshold, 0.5 at it and 0 above. Without a threshold all are 1.
+    """
+    if threshold is None:
+        return np.ones(len(risk)), None
+    quarters = risk / 4  # whose differences are no larger than a float can be
+    low, high = np.quantile(quarters, [0.25, 0.75])
+    scale, distance = float(high - low), quarters - threshold / 4
+    if scale == 0:
+        return np.heaviside(-distance, 0.5), scale
+    with np.errstate(over="ignore"):  # infinitely many scales away the weight is 0 or 1
+        z = 4 * (distance / scale)
+    small = np.exp(-np.abs(z))  # at most 1
+    return np.where(z > 0, small, 1.0) / (1.0 + small), scale
 
 
 def select(

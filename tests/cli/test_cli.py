@@ -121,6 +121,27 @@ def test_the_summary_is_a_dozen_lines_on_stdout_and_no_bar_is_drawn_off_a_termin
     assert err == "reading rows as alpaca (instruction, output)\n"
 
 
+def test_the_summary_shows_the_largest_groups_in_aligned_lines(command: Command, folder: Path) -> None:
+    names = ["maths", "line\nbreak", "", None, {"of": 1}, "x" * 99, *"abcdefg"]
+    write_jsonl(folder / "in.jsonl", [{**row, "kind": names[row["id"] % 17 % 13]} for row in make_rows(60)])
+    code, out, _ = command("in.jsonl", "out", *CUT, "--per-group", "kind")
+    head, *lines = out[out.index("  groups ") :].splitlines()
+    assert code == 0 and head == "  groups          13   by 'kind'"
+    assert [line[:45].strip() for line in lines[:3]] == ["maths", '"line\\nbreak"', '""']
+    assert {"null", '{"of": 1}', "x" * 39 + "…"} < {line[:45].strip() for line in lines[:10]}
+    assert len(lines) == 11 and lines[10] == "    ... and 3 more"
+    found = sorted(read_report(folder / "out")["groups"]["groups"], key=lambda group: -group["scored"])
+    for line, group in zip(lines[:10], found[:10], strict=True):
+        tail = f"   from risk {group['threshold']:.4f}" if group["dropped"] else ""
+        assert line[44:] == f"   {group['scored']} rows   {group['dropped']} dropped{tail}"
+
+    _, out, _ = command("select", "out", "other", "--drop-top", "99%", "--per-group", "kind", "--per-split")
+    assert "\n  spared          13   rows fewer than the cut says" in out and "\n    train: maths " in out
+    _, out, _ = command("select", "out", "weights", *CUT, "--weights", "--per-split")
+    weights = read_report(folder / "weights")["weights"]["sum"]
+    assert f"  weights  {weights:>9,.1f}   is the sum" in out and "\n  splits           1\n    train   60 rows" in out
+
+
 def test_json_puts_the_report_and_nothing_else_on_stdout(command: Command) -> None:
     code, out, err = command("in.jsonl", "out", *CUT, "--json")
     assert code == 0 and json.loads(out) == read_report(Path("out"))
@@ -202,6 +223,18 @@ def test_a_flag_beats_the_environment_which_beats_the_config_and_the_report_says
     assert report["cut"] == "drop-count 3"
 
 
+def test_how_to_cut_can_be_set_apart_from_where(
+    command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "c.toml").write_text('drop-top = "50%"\nper-group = "id"\nper-split = true\n')
+    monkeypatch.setenv("SQSD_FILTER_WEIGHTS", "1")
+    assert command("in.jsonl", "out", "--config", "c.toml", "--drop-count", "3", "--per-group", "output")[0] == 0
+    report = read_report(Path("out"))
+    assert report["cut"] == 'drop-count 3, per-group "output", per-split, weights'
+    assert report["settings"]["per_group"] == {"value": "output", "origin": "flag"}
+    assert report["settings"]["weights"] == {"value": True, "origin": "environment"}
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -260,6 +293,8 @@ def test_a_bare_number_is_a_usage_error_that_names_both_readings(command: Comman
         ("no.parquet out --drop-top 5%", 3, "truncated or corrupt"),
         ("in.jsonl out --drop-top 5% --format Alpaca", 2, "no row format 'Alpaca'"),
         ("in.jsonl out --max-risk inf", 2, "finite"),
+        ("in.jsonl out --max-risk 1 --per-group id", 2, "leave out --per-group"),
+        ("in.jsonl out --drop-top 5% --per-group topic", 3, "the columns are 'id', 'instruction', 'output'"),
         ("in.jsonl out --drop-top 5% --max-error-rate 7 --dry-run", 2, "7%"),
         ("in.jsonl out --drop-top 5% --engine local --replicas 2", 2, "--engine ray"),
         ("in.jsonl out --drop-top 5% --format messages", 3, "does not fit the columns"),

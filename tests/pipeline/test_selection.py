@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sqsd_filter import select
 from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.pipeline.groups import Groups
 from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Cut, cut_rows, parse_share
 
 RISK = np.array([0.5, 0.1, 0.9, 0.5, np.nan, 0.5, -0.2])
@@ -97,6 +98,20 @@ def test_each_cut_drops_the_riskiest_and_of_equals_the_earlier(
     assert (selection.threshold, selection.ties) == (threshold, ties)
 
 
+@pytest.mark.parametrize("apart", [{}, {"per_group": "g"}, {"per_split": True}, {"weights": True}], ids=str)
+def test_where_no_row_has_a_score_nothing_is_cut(apart: dict[str, Any]) -> None:
+    groups = Groups(np.zeros(3, dtype=np.int32), ["a"])
+    found = cut_rows(
+        np.full(3, np.nan),
+        np.zeros(3, dtype=bool),
+        Cut.of(drop_top="50%", **apart),
+        groups if "per_split" in apart else None,
+        groups if "per_group" in apart else None,
+    )
+    assert found.place.tolist() == [ERROR] * 3
+    assert (found.threshold, found.ties, found.spared) == (None, 0, 0)
+
+
 @pytest.mark.parametrize(
     "cut",
     [{}, {"drop_top": "5%", "drop_count": 3}, {"max_risk": math.nan}, {"drop_count": -1}, {"keep_lowest": -1}],
@@ -115,6 +130,9 @@ def test_no_cut_two_cuts_and_senseless_ones_are_usage_errors(cut: dict[str, Any]
         ({"drop_count": 1234567}, "drop-count 1234567"),
         ({"keep_lowest": 0}, "keep-lowest 0"),
         ({"max_risk": 0.12345678}, "max-risk 0.12345678"),
+        ({"drop_count": 3, "per_split": True, "weights": True}, "drop-count 3, per-split, weights"),
+        ({"drop_count": 3, "per_group": "per-split"}, 'drop-count 3, per-group "per-split"'),
+        ({"drop_count": 3, "per_group": 'a", weights "é'}, 'drop-count 3, per-group "a\\", weights \\"é"'),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.groups import Groups
 from sqsd_filter.pipeline.reading.json_schema import to_rows
 from sqsd_filter.pipeline.reading.sources import Chunk, Corpus, Row
 from sqsd_filter.pipeline.scores.store import ScoreStore
@@ -37,6 +38,7 @@ class Scored:
     tokens: np.ndarray
     counts: dict[str, int]
     details: Mapping[int, str]  # of rows that the model's side refused
+    groups: Groups | None = None
 
     @property
     def scored(self) -> np.ndarray:
@@ -72,7 +74,9 @@ class Scored:
         }
 
 
-def from_store(corpus: Corpus, index: Index, store: ScoreStore, weights: Mapping[str, float]) -> Scored:
+def from_store(
+    corpus: Corpus, index: Index, store: ScoreStore, weights: Mapping[str, float], groups: Groups | None = None
+) -> Scored:
     """Join every row with the stored score of its conversation. Raises `InputError` where one is missing."""
     codes = index.codes.copy()
     statuses = list(index.statuses)
@@ -104,7 +108,7 @@ def from_store(corpus: Corpus, index: Index, store: ScoreStore, weights: Mapping
         "duplicates": int(good[which].sum() - good.sum()),
     }
     risk = np.sum([weights[name] * values for name, values in probes.items()], axis=0)
-    return Scored(corpus, index.form, statuses, codes, probes, risk, tokens, counts, details)
+    return Scored(corpus, index.form, statuses, codes, probes, risk, tokens, counts, details, groups)
 
 
 class ColumnIndex:
@@ -133,7 +137,8 @@ class ColumnIndex:
             self._statuses.append(status)
         self._codes.append(self._statuses.index(status))
 
-    def scored(self, corpus: Corpus) -> Scored:
+    def scored(self, corpus: Corpus, groups: Groups | None = None) -> Scored:
         codes, risk = np.frombuffer(bytes(self._codes), np.uint8), np.array(self._risk, dtype=np.float64)
         counts = {"scored": 0, "reused": int(((codes == 0) & np.isfinite(risk)).sum()), "duplicates": 0}
-        return Scored(corpus, None, self._statuses, codes, {}, risk, np.zeros(len(codes), np.int64), counts, {})
+        tokens = np.zeros(len(codes), np.int64)
+        return Scored(corpus, None, self._statuses, codes, {}, risk, tokens, counts, {}, groups)

@@ -23,6 +23,8 @@ SPLITS = {"kept": KEPT, "dropped": DROPPED, "errors": ERROR}
 
 RAW = "sqsd_raw"  # the bytes of a line that is no row
 ORIGIN = {"sqsd_reason": pa.string(), "sqsd_file": pa.string(), "sqsd_line": pa.int64(), RAW: pa.binary()}
+WEIGHT = "sqsd_weight"  # of a row for training, where rows are weighted
+OTHERS = {**ORIGIN, WEIGHT: pa.float64()}  # beside the scores
 
 
 def data_file(split: str) -> str:
@@ -43,7 +45,7 @@ def export_splits(scored: Scored, selection: Selection, folder: Path, progress: 
         sinks = {split: stack.enter_context(_writer(folder / data_file(split))) for split in SPLITS}
         for chunk in scored.corpus.chunks():
             place = selection.place[chunk.start : chunk.start + chunk.table.num_rows]
-            with_scores = _with_scores(scored, chunk.start, chunk.apt if apt else chunk.table)
+            with_scores = _with_scores(scored, chunk.start, chunk.apt if apt else chunk.table, selection.weights)
             for split, code in SPLITS.items():
                 where = np.flatnonzero(place == code)
                 sinks[split](_errors(scored, chunk, where) if code == ERROR else with_scores.take(where))
@@ -70,26 +72,27 @@ def export_scored(scored: Scored, path: Path, progress: Progress) -> None:
             progress.advance(table.num_rows)
 
 
-def _with_scores(scored: Scored, start: int, table: pa.Table) -> pa.Table:
-    """Rows start, start + 1, ... with score columns: those of an earlier run make way for new ones."""
-    scores, origin = _earlier_columns(table.schema)
-    if not scored.probes:
-        return _without(table, origin)
-    columns = scored.columns(start, start + table.num_rows)
-    return _with_columns(_without(table, [*scores, *origin]), columns)
+def _with_scores(scored: Scored, start: int, table: pa.Table, weights: np.ndarray | None = None) -> pa.Table:
+    """Rows start, start + 1, ... with score columns and weights: those of an earlier run make way for new ones."""
+    earlier, others = _earlier_columns(table.schema)
+    stop = start + table.num_rows
+    columns = scored.columns(start, stop) if scored.probes else {}
+    if weights is not None:
+        columns[WEIGHT] = pa.array(weights[start:stop], pa.float64(), from_pandas=True)
+    return _with_columns(_without(table, [*earlier, *others] if scored.probes else others), columns)
 
 
 def _earlier_columns(schema: pa.Schema) -> tuple[list[str], list[str]]:
-    """The columns that an earlier run added: its scores, which stand side by side from risk to status, and those of
-    rows without one. Whatever else begins with sqsd_ is the user's."""
+    """The columns that an earlier run added: its scores, which stand side by side from risk to status, and its weights
+    and those of rows without a score. Whatever else begins with sqsd_ is the user's."""
     names = schema.names
-    scores, origin = [], []
+    scores, others = [], []
     if "sqsd_status" in names:
         end = names.index("sqsd_status")
         start = names.index("sqsd_risk") if "sqsd_risk" in names[:end] else end
         scores = [name for name in names[start : end + 1] if name.startswith(SCORE_PREFIX)]
-        origin = [name for name, kind in ORIGIN.items() if name in names and schema.field(name).type == kind]
-    return scores, origin
+        others = [name for name, kind in OTHERS.items() if name in names and schema.field(name).type == kind]
+    return scores, others
 
 
 def _without(table: pa.Table, names: list[str]) -> pa.Table:
@@ -121,17 +124,19 @@ def _features(schema: pa.Schema, change: Any) -> dict[bytes, bytes] | None:
 
 
 def _errors(scored: Scored, chunk: Chunk, where: np.ndarray) -> pa.Table:
-    scores, origin = _earlier_columns(chunk.table.schema)
+    scores, others = _earlier_columns(chunk.table.schema)
     names = [scored.statuses[c] for c in scored.codes[chunk.start + where]]
     columns = {"sqsd_status": pa.array(names, pa.string()), **_origin(scored, chunk, where)}
-    return _with_columns(_without(chunk.table, [*scores, *origin]).take(where), columns)
+    return _with_columns(_without(chunk.table, [*scores, *others]).take(where), columns)
 
 
 def _origin(scored: Scored, chunk: Chunk, where: np.ndarray) -> dict[str, pa.Array]:
     """Why these rows of a chunk have no score, where they came from, and the bytes of those that could not be read:
     as their scores were written, or now. Null for rows with a score."""
     before = dict.fromkeys(ORIGIN, [None] * chunk.table.num_rows)
-    before |= {name: chunk.table[name].to_pylist() for name in _earlier_columns(chunk.table.schema)[1]}
+    before |= {
+        name: chunk.table[name].to_pylist() for name in _earlier_columns(chunk.table.schema)[1] if name in ORIGIN
+    }
     found: dict[str, list[Any]] = {name: [] for name in ORIGIN}
     good = scored.scored[chunk.start + where]
     for k, fine in zip(where.tolist(), good.tolist(), strict=True):

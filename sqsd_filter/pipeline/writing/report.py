@@ -15,7 +15,7 @@ import numpy as np
 from sqsd_filter.pipeline.folder import write_whole
 from sqsd_filter.pipeline.reading.json_schema import json_columns
 from sqsd_filter.pipeline.scores.scored import Scored
-from sqsd_filter.pipeline.selection import Cut, Selection
+from sqsd_filter.pipeline.selection import FORMULA, Cut, Selection
 from sqsd_filter.pipeline.writing.export import SPLITS, data_file, kept_schema
 
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -42,7 +42,7 @@ def summarise(scored: Scored, selection: Selection | None, cut: Cut | None) -> d
         rows |= {split: selection.count(place) for split, place in SPLITS.items()}
     else:
         rows |= {"errors": int((~scored.scored).sum())}
-    return {
+    found = {
         "rows": rows | scored.counts,
         "unscored": scored.reasons(),
         "format": str(scored.form) if scored.form else None,
@@ -54,6 +54,26 @@ def summarise(scored: Scored, selection: Selection | None, cut: Cut | None) -> d
         "risk_quantiles": {f"{q}%": float(v) for q, v in zip(QUANTILES, quantiles, strict=False)},
         "inputs": scored.corpus.inputs,
     }
+    if selection is not None and cut is not None:
+        found |= _pieces(selection, cut)
+    return found
+
+
+def _pieces(selection: Selection, cut: Cut) -> dict[str, Any]:
+    """The figures of groups and splits where they were cut apart, and of weights where there are any."""
+    found: dict[str, Any] = {}
+    figures: list[dict[str, Any]] = [
+        {**piece.key, "scored": piece.scored, "dropped": piece.dropped, "threshold": piece.threshold}
+        | ({"scale": piece.scale, "sum": piece.total} if cut.weights else {})
+        for piece in selection.pieces
+    ]
+    apart = cut.per_group is not None or cut.per_split
+    if apart:
+        found["groups"] = {"column": cut.per_group, "spared": selection.spared, "groups": figures}
+    if cut.weights:
+        level = {name: None if apart else figures[0][name] for name in ("threshold", "scale")}
+        found["weights"] = {"formula": FORMULA, **level, "sum": sum(piece.total for piece in selection.pieces)}
+    return found
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:

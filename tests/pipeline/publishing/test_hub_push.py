@@ -157,7 +157,7 @@ def test_an_answer_that_got_lost_makes_no_second_commit(hub: Hub, tmp_path: Path
 
 def test_a_failed_upload_goes_on_with_the_next_call(hub: Hub, tmp_path: Path) -> None:
     hub.fail("POST", "/commit/", status=500, headers={"Retry-After": "0"}, times=math.inf)
-    with pytest.raises(SQSDError, match="org/out can't be pushed to .*what has been uploaded is kept"):
+    with pytest.raises(SQSDError, match=r"org/out can't be pushed to .*what has been uploaded is kept"):
         PushTo("org/out").publish(finished(tmp_path))
     uploads = len(hub.seen("PUT", ""))
     hub._rules.clear()
