@@ -239,7 +239,7 @@ def test_what_json_has_no_form_for_is_named_as_text(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "a.parquet")
     for column, values in {"day": ["1970-01-01", "1970-01-02"], "x": ["NaN", "Infinity"], "raw": ["b'\\xff'"]}.items():
         index = GroupIndex(column)
-        Corpus.scan([str(tmp_path / "a.parquet")], visit=index.visit, columns=index.columns)
+        Corpus.scan(Opener().open([str(tmp_path / "a.parquet")]), visit=index.visit, columns=index.columns)
         groups = index.groups([column])
         assert groups is not None and groups.values == values
         assert json.loads(json.dumps(groups.values, allow_nan=False)) == values
@@ -382,7 +382,7 @@ def splits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_splits_are_cut_together_unless_each_is_to_be_cut_on_its_own(splits: list[str], scorer: SQSDScorer) -> None:
-    assert by_split(Corpus.scan(splits).parts).codes.tolist() == [0] * 10 + [1] * 25 + [0] * 5
+    assert by_split(Corpus.scan(Opener().open(splits)).parts).codes.tolist() == [0] * 10 + [1] * 25 + [0] * 5
     together = filter_dataset(splits, "together", drop_top="10%", scorer=scorer)
     apart = filter_dataset(splits, "apart", drop_top="10%", per_split=True, scorer=scorer)
     assert (together["rows"]["dropped"], apart["rows"]["dropped"]) == (4, 5)  # 2 of 15, 3 of 25
