@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.groups import MOST_GROUPS, GroupIndex, Groups, by_split
+from sqsd_filter.pipeline.reading.addresses import Opener
 from sqsd_filter.pipeline.reading.sources import Corpus, Row
 from sqsd_filter.pipeline.selection import DROPPED, Cut, cut_rows
 from tests.corpora import SPLITS, ids_of, make_rows, rows_of, write_jsonl
