@@ -118,12 +118,15 @@ rows = together(
         "--format",
         "row_format",
         metavar="NAME",
-        help="messages, conversations, alpaca, prompt-completion or question-answer; default: detected.",
+        help="messages, conversations, preference, alpaca, prompt-completion or question-answer; default: detected.",
     ),
     option("--messages-column", metavar="NAME", help="Column with the list of turns."),
-    option("--prompt-column", metavar="NAME", help="Column with the prompt."),
+    option("--prompt-column", metavar="NAME", help="Column with the prompt, as text or a list of turns."),
     option("--context-column", metavar="NAME", help="Column that joins the prompt on a line of its own."),
-    option("--answer-column", metavar="NAME", help="Column with the answer."),
+    option("--answer-column", metavar="NAME", help="Column with the answer, as text or a list of turns."),
+    option("--system-column", metavar="NAME", help="Column with the system prompt."),
+    option("--history-column", metavar="NAME", help="Column with pairs of earlier questions and answers."),
+    option("--tools-column", metavar="NAME", help="Column with the tools that the model may call."),
     option("--limit", type=click.IntRange(min=1), metavar="N", help="Take the first N rows only."),
 )
 errors = together(
