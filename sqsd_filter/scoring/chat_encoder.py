@@ -46,7 +46,7 @@ class ChatEncoder:
             )
         if not getattr(self.tokenizer, "is_fast", False):
             raise ModelError(f"The tokenizer of {name} can't map tokens to text: it needs a tokenizer.json.")
-        self._template = ChatTemplate(self.tokenizer, self.template_kwargs)
+        self.template = ChatTemplate(self.tokenizer, self.template_kwargs)
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | RowError]:
         """Tokens and answer mask of each conversation, or the reason why it has none."""
@@ -54,7 +54,7 @@ class ChatEncoder:
         rendered: list[tuple[int, str, list[Span]]] = []
         for number, turns in enumerate(conversations):
             try:
-                rendered.append((number, *self._template.render(turns)))
+                rendered.append((number, *self.template.render(turns)))
                 out.append(RowError(NO_ANSWER, ""))  # its place; filled below
             except RowError as problem:
                 out.append(problem)
@@ -77,7 +77,7 @@ class ChatEncoder:
         begins, ends = where[:, 0], where[:, 1]
         # Some tokenizers trim whitespace from their offsets: a token left with none stands right after the one before.
         fills = np.where(ends > begins, begins, np.concatenate(([0], ends[:-1]))[: len(ends)])
-        special = np.fromiter((i in self._template.special for i in kept), dtype=bool, count=len(kept))
+        special = np.fromiter((i in self.template.special for i in kept), dtype=bool, count=len(kept))
         answer = np.zeros(len(kept), dtype=bool)
         for start, stop in spans:
             # A token counts when it holds any of the answer's characters, but never a marker of the prompt (some

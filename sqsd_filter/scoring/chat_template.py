@@ -56,8 +56,8 @@ class ChatTemplate:
         self.special = set(self.tokenizer.all_special_ids) | {
             i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }
-        self._lead, self._end, self._trims = self._learn_turn()
-        self._calls = self._learn_calls()
+        self._learn_turn()
+        self.calls = self._learn_calls()
 
     def render(self, turns: Sequence[Message]) -> tuple[str, list[Span]]:
         """The text up to the end of the last answer, and the characters that each answer takes in it.
@@ -66,7 +66,7 @@ class ChatTemplate:
         """
         if any(not isinstance(t["content"], str) for t in turns if t["role"] != TOOLS):
             raise RowError(BAD_ROW, "a turn's content is not text")
-        if self._calls is None:
+        if self.calls is None:
             turns = [{name: value for name, value in t.items() if name != "tool_calls"} for t in turns]
         last = max((k for k, t in enumerate(turns) if speaks(t)), default=None)
         if last is None:
@@ -92,7 +92,7 @@ class ChatTemplate:
 
     def _locate(self, turns: Sequence[Message], text: str, *, asks: bool = False) -> list[tuple[int, int, str]]:
         """Where the answers stand in `text`, which is these turns rendered, and what ends each of their turns there."""
-        answers = [k for k, t in enumerate(turns) if t["role"] == "assistant"]
+        answers = [k for k, t in enumerate(turns) if speaks(t)]
         if not answers:
             return []
         salt = next(n for n in count() if _mark(0, n)[-9:] not in text)
@@ -109,9 +109,10 @@ class ChatTemplate:
                 raise RowError(TEMPLATE_ERROR, "the chat template leaves out an earlier assistant turn")
             if "tool_calls" in turns[k]:
                 rest = rest.rpartition(mark)[2]
-            if not (before.endswith(frame.opening) and rest.startswith(frame.closing)):
+            opening = next(filter(before.endswith, self._with_and_without_lead(frame.opening)), None)
+            if opening is None or not rest.startswith(frame.closing):
                 raise RowError(TEMPLATE_ERROR, "the chat template shows an earlier tool call in another way")
-            pieces.append(before.removesuffix(frame.opening))
+            pieces.append(before.removesuffix(opening))
             rest = rest.removeprefix(frame.closing)
             frames.append(frame)
         pieces.append(rest)
@@ -129,8 +130,9 @@ class ChatTemplate:
                 shown = text[at:stop]
             final = not asks and k == len(turns) - 1
             end = frame.end if final or following.startswith(frame.end) else ""
-            if shown.strip() and speaks(turns[k]):
-                spans.append((at, at + len(shown), end))
+            if shown.strip():
+                lead = self._lead if "tool_calls" in turns[k] and shown.startswith(self._lead) else ""
+                spans.append((at + len(lead), at + len(shown), end))
             at += len(shown)
         if at + len(pieces[-1]) != len(text):
             raise RowError(TEMPLATE_ERROR, "the chat template rewrites an earlier assistant turn")
@@ -139,34 +141,40 @@ class ChatTemplate:
     def _frame(self, turns: Sequence[Message], k: int, mark: str, before: str) -> _Frame:
         """How answer `k` is shown. `before` is another mark, for the turn before it.
 
-        A tool call is in the template's words. They begin where the turn, rendered as the last one, parts from a plain
-        answer in its place, and end where it has what follows a plain answer too, or else with its last special token.
+        A tool call is in the template's words. They begin after the generation prompt, or else where the turn, rendered
+        as the last one, parts from a plain answer in its place. They end where what follows a plain answer begins, or
+        else with their last special token.
         """
         turn = turns[k]
         if "tool_calls" not in turn:
             return _Frame("", "", self._end, (turn["content"], turn["content"].strip()))
         _something_before(turns, k)
 
-        def ending(turn: Message) -> str:
-            text = self._apply([*turns[: k - 1], {**turns[k - 1], "content": before}, turn])
+        def after_before(*more: Message) -> str:
+            text = self._apply([*turns[: k - 1], _marked(turns[k - 1], before), *more], asks=not more)
             _, found, rest = text.rpartition(before)
             if not found:
                 raise RowError(TEMPLATE_ERROR, "the chat template leaves out the turn before a tool call")
             return rest
 
-        marked, plain, shown = map(ending, (_marked(turn, mark), {"role": "assistant", "content": mark}, turn))
-        parted = (n for n, (a, b) in enumerate(zip(marked, plain, strict=False)) if a != b)
-        start = min(next(parted, len(marked)), plain.find(mark))
+        prompt, marked, shown = after_before(), after_before(_marked(turn, mark)), after_before(turn)
+        start = len(prompt)
+        if not marked.startswith(prompt if self._asks else prompt + self._lead):
+            plain = after_before({"role": "assistant", "content": mark})
+            parted = (n for n, (a, b) in enumerate(zip(marked, plain, strict=False)) if a != b)
+            start = min(next(parted, len(marked)), plain.find(mark))
         if start < 0 or mark not in marked[start:]:
             raise RowError(TEMPLATE_ERROR, "the chat template leaves out a tool call")
-        closing, end, after = marked.rpartition(mark)[2], self._end, plain.rpartition(mark)[2]
-        if not closing.endswith(after):
-            stop, end = max(self._specials(closing), default=len(closing)), ""
-            after = closing[stop:]
-        closing = closing.removesuffix(after)
-        fits = shown.startswith(marked[:start]) and shown.endswith(after)
-        whole = (shown[start : len(shown) - len(after)],) if fits else ()
+        closing, end, rest = marked.rpartition(mark)[2], self._end, self._tail
+        if not closing.endswith(rest):
+            end, rest = "", closing[max(self._specials(closing), default=len(closing)) :]
+        closing = closing.removesuffix(rest)
+        fits = shown.startswith(marked[:start]) and shown.endswith(rest)
+        whole = self._with_and_without_lead(shown[start : len(shown) - len(rest)]) if fits else ()
         return _Frame(marked[start : marked.index(mark)], closing, end, whole)
+
+    def _with_and_without_lead(self, text: str) -> tuple[str, str]:
+        return text, text.removeprefix(self._lead)
 
     def _apply(self, turns: Sequence[Message], *, asks: bool = False) -> str:
         """The turns rendered, and with `asks` the generation prompt."""
@@ -182,31 +190,32 @@ class ChatTemplate:
         """A turn as the template takes it."""
         turn = {name: value for name, value in turn.items() if name != "weight"}
         if "tool_calls" in turn:
-            assert self._calls is not None
-            empty, as_text = self._calls
+            assert self.calls is not None
+            empty, as_text = self.calls
             if not (turn["content"] or empty):
                 del turn["content"]
             if as_text:
                 turn["tool_calls"] = [_with_arguments(call, _json) for call in turn["tool_calls"]]
         return turn
 
-    def _learn_turn(self) -> tuple[str, str, bool]:
-        """What the template writes between its generation prompt and an answer (mostly nothing), what it writes from
-        the answer's end through the token that ends the turn, and whether it trims the answer."""
+    def _learn_turn(self) -> None:
+        """Is there a generation prompt? What stands between it and an answer (mostly nothing), what follows an answer
+        and the part of it through the token that ends the turn, and is the answer trimmed?"""
         mark = _mark()
         ask = {"role": "user", "content": "x"}
         try:
             prompt = self._apply([ask], asks=True)
+            self._asks = prompt != self._apply([ask])
             plain = self._apply([ask, {"role": "assistant", "content": mark}])
-            spaced = self._apply([ask, {"role": "assistant", "content": f" {mark} "}])
+            self._trims = plain == self._apply([ask, {"role": "assistant", "content": f" {mark} "}])
         except RowError as problem:
             raise ModelError(f"The chat template fails on a plain question and answer: {problem.detail}") from problem
-        before, found, tail = plain.partition(mark)
+        before, found, self._tail = plain.partition(mark)
         if not found:
             raise ModelError("The chat template leaves out the assistant's turn: give another one in the pack.")
-        lead = before[len(prompt) :] if before.startswith(prompt) else ""
-        stop = min(self._specials(tail), default=None)
-        return lead, tail[:stop] if stop else self.tokenizer.eos_token or "", spaced == plain
+        self._lead = before[len(prompt) :] if before.startswith(prompt) else ""
+        stop = min(self._specials(self._tail), default=None)
+        self._end = self._tail[:stop] if stop else self.tokenizer.eos_token or ""
 
     def _learn_calls(self) -> tuple[bool, bool] | None:
         """How the template takes tool calls: whether their turn has empty text rather than none, whether arguments are
@@ -215,13 +224,14 @@ class ChatTemplate:
         call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {mark: mark}}}
         turns: list[Message] = [{"role": "user", "content": "x"}]
         turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
-        for self._calls in product((True, False), (False, True)):
+        for way in product((True, False), (False, True)):
+            self.calls = way
             try:
                 text = self._apply(turns)
             except RowError:
                 continue
             if mark in text and repr({mark: mark}) not in text:
-                return self._calls
+                return way
         return None
 
     def _specials(self, text: str) -> list[int]:

@@ -114,7 +114,8 @@ def _read_turn(turn: Any, where: str) -> Message | None:
         return {"role": "assistant", "content": "", "tool_calls": _read_calls(content, where), **_weight(turn, where)}
     more: Message = {}
     if role == "assistant":
-        if calls := turn.get("tool_calls") or turn.get("function_call"):
+        given = (_plain(loaded(turn.get(key)), where) for key in ("tool_calls", "function_call"))
+        if calls := next(filter(None, given), None):
             more["tool_calls"] = _read_calls(calls, where)
         more |= _weight(turn, where)
     elif role == "tool":

@@ -55,7 +55,9 @@ class RowFormat:
         else:
             turns = self._prompt_and_answer(row)
         if not any(map(speaks, turns)):
-            raise RowError(NO_ANSWER, f"column '{self.messages or self.answer}' has no assistant turn with text")
+            raise RowError(
+                NO_ANSWER, f"column '{self.messages or self.answer}' has no assistant turn with anything to learn"
+            )
         system = _text(row, self.system)
         if system and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": system})

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from sqsd_filter.errors import InputError
-from sqsd_filter.scoring.conversation import RowError, conversation_key
-from sqsd_filter.scoring.row_formats import Columns, RowFormat
+from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.scoring.conversation import Message, RowError, conversation_key
+from sqsd_filter.scoring.row_formats import FORMATS, Columns, RowFormat
 from tests.tiny import chat
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+REJECTED = [TURNS[0], {"role": "assistant", "content": "b"}]
 SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 ROWS: dict[str, tuple[dict[str, Any], str, str]] = {  # row, the format's name, the prompt it makes
@@ -26,6 +28,28 @@ ROWS: dict[str, tuple[dict[str, Any], str, str]] = {  # row, the format's name, 
     "prompt-completion": ({"prompt": "q", "completion": "a"}, "prompt-completion", "q"),
     "prompt-response": ({"prompt": "q", "response": "a"}, "prompt-completion", "q"),
     "question-answer": ({"question": "q", "answer": "a"}, "question-answer", "q"),
+    "question-response": ({"question": "q", "response": "a"}, "question-answer", "q"),
+    "messages-as-json-text": ({"messages": json.dumps(TURNS)}, "messages", "q"),
+    "prompt-and-completion-turns": ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "prompt-completion", "q"),
+    "completion-turns": ({"prompt": "q", "completion": TURNS[1:]}, "prompt-completion", "q"),
+    "preference": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference", "q"),
+    "preference-question": ({"question": "q", "chosen": "a", "rejected": "b"}, "preference", "q"),
+    "preference-input": ({"instruction": "q", "input": "c", "chosen": "a", "rejected": "b"}, "preference", "q\nc"),
+    "preference-turns": ({"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": REJECTED[1:]}, "preference", "q"),
+    "preference-whole": ({"chosen": TURNS, "rejected": REJECTED}, "preference", "q"),
+    "preference-prompt-twice": ({"prompt": "q", "chosen": TURNS, "rejected": REJECTED}, "preference", "q"),
+    "preference-turns-twice": ({"prompt": TURNS[:1], "chosen": TURNS, "rejected": REJECTED}, "preference", "q"),
+    "preference-transcript": (
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        "preference",
+        "q",
+    ),
+    "history-and-system-empty": (
+        {"instruction": "q", "output": "a", "history": [], "system": ""},
+        "alpaca",
+        "q",
+    ),
+    "tools-empty": ({"messages": TURNS, "tools": "[]"}, "messages", "q"),
 }
 
 
@@ -82,6 +106,31 @@ OVERRIDES: dict[str, tuple[dict[str, Any], dict[str, str], RowFormat]] = {
         {"format": "conversations"},
         RowFormat("conversations", messages="conversations"),
     ),
+    "rejected": (
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"answer": "rejected"},
+        RowFormat("preference", prompt="prompt", answer="rejected"),
+    ),
+    "rejected-whole": (
+        {"chosen": TURNS, "rejected": REJECTED},
+        {"answer": "rejected"},
+        RowFormat("preference", answer="rejected"),
+    ),
+    "format-preference": (
+        {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": SHAREGPT[1]},
+        {"format": "preference"},
+        RowFormat("preference", prompt="conversations", answer="chosen"),
+    ),
+    "system-history-and-tools": (
+        {"q": "q", "a": "a", "before": [["q", "a"]], "persona": "s", "api": [], "system": "t"},
+        {"prompt": "q", "answer": "a", "history": "before", "system": "persona", "tools": "api"},
+        RowFormat("custom", prompt="q", answer="a", system="persona", history="before", tools="api"),
+    ),
+    "which-tools": (
+        {"messages": TURNS, "tools": [{"name": "f"}], "functions": [{"name": "g"}]},
+        {"tools": "functions"},
+        RowFormat("messages", messages="messages", tools="functions"),
+    ),
     "format-prompt-completion": (
         {"prompt": "q", "completion": "a", "messages": TURNS},
         {"format": "prompt-completion"},
@@ -111,6 +160,32 @@ BAD_CHOICES: dict[str, tuple[dict[str, Any], dict[str, str], tuple[str, ...]]] =
         {},
         ("'messages'", "'question'", "--format messages or question-answer"),
     ),
+    "two-systems": (
+        {"question": "q", "answer": "a", "system": "s", "system_prompt": "t"},
+        {},
+        ("'system'", "'system_prompt'", "--system-column"),
+    ),
+    "two-tools": (
+        {"messages": TURNS, "tools": [{"name": "f"}], "functions": [{"name": "g"}]},
+        {},
+        ("'tools'", "'functions'", "--tools-column"),
+    ),
+    "two-prompts": (
+        {"prompt": "q", "question": "q", "chosen": "a", "rejected": "b"},
+        {},
+        ("'prompt'", "'question'", "--prompt-column"),
+    ),
+    "preference-beside-messages": (
+        {"messages": TURNS, "prompt": "q", "chosen": TURNS, "rejected": REJECTED},
+        {},
+        ("'chosen'", "--format messages or preference"),
+    ),
+    "preference-without-prompt": (
+        {"input": "q", "chosen": "a", "rejected": "b"},
+        {},
+        ("'input'", "'chosen'", "--prompt-column"),
+    ),
+    "plain-text": ({"text": "Once upon a time", "url": "u"}, {}, ("'text'", "plain text", "no conversation")),
     "no-format": ({"text": "q", "label": 1}, {}, ("'text'", "'label'", "--prompt-column", "--messages-column")),
     "messages-that-are-text": ({"messages": "hello"}, {}, ("'messages'", "--prompt-column")),
     "no-column-at-all": ({}, {}, ("(none)",)),
@@ -122,6 +197,7 @@ BAD_CHOICES: dict[str, tuple[dict[str, Any], dict[str, str], tuple[str, ...]]] =
         {"messages": "chat", "answer": "a"},
         ("--messages-column", "--answer-column"),
     ),
+    "unknown-tools": ({"messages": TURNS}, {"tools": "api"}, ("--tools-column", "'api'")),
 }
 
 
@@ -140,28 +216,111 @@ def test_an_input_without_rows_is_an_input_error() -> None:
         Columns().choose([])
 
 
-@pytest.mark.parametrize(
-    ("said", "role"),
-    [
-        ("system", "system"),
-        ("user", "user"),
-        ("human", "user"),
-        ("assistant", "assistant"),
-        ("gpt", "assistant"),
-        ("model", "assistant"),
-        ("bot", "assistant"),
-        ("tool", "tool"),
-    ],
-)
-@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")], ids=["role-content", "from-value"])
-def test_roles_go_by_several_names(said: str, role: str, keys: tuple[str, str]) -> None:
-    name, text = keys
-    row = {"messages": [{name: said, text: "x"}, {name: "assistant", text: "a"}]}
-    assert RowFormat("messages", messages="messages").conversation(row)[0] == {"role": role, "content": "x"}
+def test_a_format_that_does_not_exist_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match=", ".join(FORMATS)):
+        Columns(format="chat").choose([{"messages": TURNS}])
+
+
+BESIDE: dict[str, tuple[list[Any], str | None]] = {  # values of a column `history`, which is taken or not
+    "pairs": ([[["q", "a"]]], "history"),
+    "pairs-in-some-rows": ([None, [], [["q", "a"]], "broken"], "history"),
+    "nothing-yet": ([None, None], "history"),
+    "pairs-as-json-text": (['[["q", "a"]]'], "history"),
+    "text": (["of Rome"], None),
+    "list-of-texts": ([["q", "a"]], None),
+}
+
+
+@pytest.mark.parametrize(("values", "taken"), BESIDE.values(), ids=BESIDE)
+def test_a_column_beside_is_taken_for_what_it_looks_like_in_the_sample_and_named(
+    values: list[Any], taken: str | None
+) -> None:
+    form = Columns().choose([{"prompt": "q", "response": "a", "history": value} for value in values])
+    assert form.history == taken
+    assert ("history" in str(form)) == (taken is not None)
+
+
+@pytest.mark.parametrize("value", [["hammer"], "hammer", [["name", "f"]], 3], ids=["names", "text", "pairs", "number"])
+def test_tools_that_are_not_descriptions_of_functions_are_another_column(value: Any) -> None:
+    assert Columns().choose([{"messages": TURNS, "tools": value}]).tools is None
+
+
+def test_whoever_names_the_main_columns_names_all_that_is_read() -> None:
+    row = {"messages": TURNS, "instruction": "q", "output": "a", "input": "c", "system": "s", "tools": [{"name": "f"}]}
+    assert Columns(messages="messages").choose([row]) == RowFormat("messages", messages="messages")
+    named = Columns(prompt="instruction", answer="output").choose([row])
+    assert named == RowFormat("custom", prompt="instruction", answer="output")
+
+
+# ---------------------------------------------------------------------------------------------- what is supervised
+
+
+def unsupervised(text: str) -> Message:
+    return {"role": "assistant", "content": text, "weight": 0}
+
+
+LONGER = [*chat("o", "p"), *TURNS]
+SUPERVISED: dict[str, tuple[dict[str, Any], list[Message]]] = {  # row, its conversation
+    "prompt-turns": (
+        {"prompt": LONGER[:3], "completion": TURNS[1:]},
+        [*chat("o"), unsupervised("p"), *TURNS],
+    ),
+    "completion-turns": (
+        {"prompt": TURNS[:1], "completion": [TURNS[1], *chat("r", "b")]},
+        chat("q", "a", "r", "b"),
+    ),
+    "whole-completion-after-other-turns": ({"prompt": chat("x"), "completion": TURNS}, [*chat("x"), *TURNS]),
+    "chosen-whole": ({"chosen": LONGER, "rejected": REJECTED}, [*chat("o"), unsupervised("p"), *TURNS]),
+    "chosen-ends-with-a-question": (
+        {"chosen": [*LONGER, *chat("r")], "rejected": REJECTED},
+        [*chat("o"), unsupervised("p"), *TURNS, *chat("r")],
+    ),
+    "chosen-transcript": (
+        {"chosen": "\n\nHuman: o\n\nAssistant: p\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: b"},
+        [*chat("o"), unsupervised("p"), *TURNS],
+    ),
+    "chosen-turn": (
+        {"prompt": LONGER[:3], "chosen": TURNS[1], "rejected": REJECTED[1]},
+        [*chat("o"), unsupervised("p"), *TURNS],
+    ),
+    "history": ({"instruction": "q", "output": "a", "history": [["o", "p"]]}, LONGER),
+    "history-as-json-text": ({"instruction": "q", "output": "a", "history": '[["o", "p"]]'}, LONGER),
+    "history-of-a-preference": (
+        {"prompt": "q", "chosen": "a", "rejected": "b", "history": [["o", "p"]]},
+        [*chat("o"), unsupervised("p"), *TURNS],
+    ),
+    "system": ({"instruction": "q", "output": "a", "system": "s"}, chat("q", "a", system="s")),
+    "system-prompt": ({"system_prompt": "s", "question": "q", "response": "a"}, chat("q", "a", system="s")),
+    "system-before-history": (
+        {"prompt": "q", "response": "a", "history": [["o", "p"]], "system": "s"},
+        [{"role": "system", "content": "s"}, *LONGER],
+    ),
+    "system-of-turns": ({"conversations": SHAREGPT, "system": "s"}, chat("q", "a", system="s")),
+    "a-system-turn-of-its-own-wins": (
+        {"messages": chat("q", "a", system="own"), "system": "s"},
+        chat("q", "a", system="own"),
+    ),
+    "tools": (
+        {"conversations": SHAREGPT, "system": "s", "tools": '[{"name": "f", "parameters": {}}]'},
+        [
+            {"role": "tools", "content": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+            *chat("q", "a", system="s"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "turns"), SUPERVISED.values(), ids=SUPERVISED)
+def test_only_what_a_model_is_trained_to_write_is_supervised(row: dict[str, Any], turns: list[Message]) -> None:
+    assert Columns().choose([row]).conversation(row) == turns
 
 
 MESSAGES = RowFormat("messages", messages="messages")
 ALPACA = RowFormat("alpaca", prompt="instruction", context="input", answer="output")
+HISTORY = RowFormat("prompt-completion", prompt="prompt", answer="response", history="history")
+SYSTEM = RowFormat("messages", messages="messages", system="persona")
+TOOLS = RowFormat("messages", messages="messages", tools="tools")
+PAIRED = RowFormat("preference", answer="chosen")
 UNREADABLE: dict[str, tuple[RowFormat, dict[str, Any], str, str]] = {  # format, row, status, what its detail names
     "no-answer-null": (ALPACA, {"instruction": "q", "output": None}, "no_answer", "'output'"),
     "no-answer-missing": (ALPACA, {"instruction": "q"}, "no_answer", "'output'"),
@@ -184,6 +343,28 @@ UNREADABLE: dict[str, tuple[RowFormat, dict[str, Any], str, str]] = {  # format,
     "no-role": (MESSAGES, {"messages": [{"content": "x"}]}, "bad_row", "None"),
     "role-not-text": (MESSAGES, {"messages": [{"role": ["user"], "content": "x"}]}, "bad_row", "role"),
     "user-without-content": (MESSAGES, {"messages": [{"role": "user"}, TURNS[1]]}, "bad_row", "turn 1"),
+    "answer-turns-empty": (ALPACA, {"instruction": "q", "output": []}, "no_answer", "'output'"),
+    "answer-turns-blank": (
+        ALPACA,
+        {"instruction": "q", "output": [{"role": "assistant", "content": " "}]},
+        "no_answer",
+        "'output'",
+    ),
+    "prompt-number": (ALPACA, {"instruction": 4, "output": "a"}, "bad_row", "int"),
+    "prompt-no-turns": (ALPACA, {"instruction": [], "output": "a"}, "bad_row", "'instruction'"),
+    "history-broken": (HISTORY, {"prompt": "q", "response": "a", "history": [["q"]]}, "bad_row", "'history'"),
+    "history-number": (HISTORY, {"prompt": "q", "response": "a", "history": 3}, "bad_row", "'history'"),
+    "system-number": (SYSTEM, {"messages": TURNS, "persona": 3}, "bad_row", "'persona'"),
+    "tools-number": (TOOLS, {"messages": TURNS, "tools": 3}, "bad_row", "'tools'"),
+    "tools-nameless": (TOOLS, {"messages": TURNS, "tools": [{"type": "function"}]}, "bad_row", "'tools'"),
+    "transcript-without-speaker": (PAIRED, {"chosen": "hello"}, "bad_row", "'Human:'"),
+    "transcript-of-a-human": (PAIRED, {"chosen": "\n\nHuman: hello"}, "no_answer", "'chosen'"),
+    "weight-0-throughout": (
+        MESSAGES,
+        {"messages": [TURNS[0], {**TURNS[1], "weight": 0}]},
+        "no_answer",
+        "'messages'",
+    ),
     "content-parts": (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "bad_row", "list"),
 }
 
