@@ -43,7 +43,7 @@ from sqsd_filter.pipeline.scores.keys import KEYS
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.selection import Cut, cut_rows
 from sqsd_filter.progress import Silent
-from sqsd_filter.scoring.conversation import Columns
+from sqsd_filter.scoring.row_formats import Columns
 from sqsd_filter.scoring.scorer import Scores
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -26,7 +26,7 @@ import torch
 
 from sqsd_filter.directions.pack import Pack, load_pack
 from sqsd_filter.scoring.batching import bins
-from sqsd_filter.scoring.conversation import Encoded
+from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.engine import Engine, LossGradient
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.scorer import SQSDScorer

@@ -48,10 +48,10 @@ def cli() -> None:
 
 
 def _columns(params: dict[str, Any]) -> Any:
-    from sqsd_filter.scoring.conversation import Columns
+    from sqsd_filter.scoring.row_formats import Columns
 
-    named = {name: params[f"{name}_column"] for name in ("messages", "prompt", "context", "answer")}
-    return Columns(format=params["row_format"], **named)
+    names = ("messages", "prompt", "context", "answer", "system", "history", "tools")
+    return Columns(format=params["row_format"], **{name: params[f"{name}_column"] for name in names})
 
 
 def _scorer(params: dict[str, Any]) -> Any:

@@ -41,7 +41,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from sqsd_filter.directions.pack import ADAPTER_FILES, FORMAT, PACK_FILE, PROBE_NAME, RESERVED, Pack, Probe, load_pack
 from sqsd_filter.errors import DestinationExists, InputError, PackError, SQSDError, UsageError
 from sqsd_filter.progress import Progress, Silent
-from sqsd_filter.scoring.conversation import ChatEncoder, Encoded
+from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
 from sqsd_filter.scoring.weights import load_model, load_tokenizer
 
 log = logging.getLogger(__name__)

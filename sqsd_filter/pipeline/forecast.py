@@ -14,7 +14,8 @@ from sqsd_filter.pipeline.reading.addresses import Opener, expand
 from sqsd_filter.pipeline.scan import Scan, as_list
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.progress import Progress, Silent
-from sqsd_filter.scoring.conversation import Columns, RowError
+from sqsd_filter.scoring.conversation import RowError
+from sqsd_filter.scoring.row_formats import Columns
 from sqsd_filter.scoring.scorer import SQSDScorer
 
 

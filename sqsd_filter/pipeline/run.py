@@ -31,7 +31,7 @@ from sqsd_filter.pipeline.writing.destination import (
 from sqsd_filter.pipeline.writing.export import SPLITS, data_file, export_scored, export_splits
 from sqsd_filter.pipeline.writing.report import summarise, versions, write_card, write_report
 from sqsd_filter.progress import Meter, Progress, Silent
-from sqsd_filter.scoring.conversation import Columns, RowFormat
+from sqsd_filter.scoring.row_formats import Columns, RowFormat
 from sqsd_filter.scoring.scorer import SQSDScorer
 
 CARD_FILE = "README.md"

@@ -21,7 +21,7 @@ from sqsd_filter.pipeline.scores.sharing import Sharing
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.shards import Index, plan
 from sqsd_filter.progress import Progress
-from sqsd_filter.scoring.conversation import Columns, RowFormat
+from sqsd_filter.scoring.row_formats import Columns, RowFormat
 from sqsd_filter.scoring.scorer import SQSDScorer
 
 

@@ -35,7 +35,7 @@ from sqsd_filter.pipeline.reading.sources import Corpus
 from sqsd_filter.pipeline.replica import Ledger, Replica, as_data, from_bytes, pack_files_of, raise_from
 from sqsd_filter.pipeline.shards import Shard, conversations
 from sqsd_filter.progress import Progress
-from sqsd_filter.scoring.conversation import RowFormat
+from sqsd_filter.scoring.row_formats import RowFormat
 from sqsd_filter.scoring.scorer import SQSDScorer
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from sqsd_filter.errors import ModelError, SQSDError
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.batching import default_budget
 from sqsd_filter.scoring.capture import Capture
-from sqsd_filter.scoring.conversation import Encoded
+from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.weights import load_model
 
 if TYPE_CHECKING:

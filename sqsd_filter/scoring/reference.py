@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from sqsd_filter.scoring.conversation import Encoded
+from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.scorer import Scorer, _Results
 from sqsd_filter.scoring.weights import load_model
 

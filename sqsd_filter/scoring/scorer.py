@@ -17,16 +17,9 @@ import numpy as np
 
 from sqsd_filter.directions.pack import Pack, load_pack
 from sqsd_filter.errors import UsageError
-from sqsd_filter.scoring.conversation import (
-    NONFINITE,
-    SCORED,
-    ChatEncoder,
-    Encoded,
-    Message,
-    RowError,
-    RowFormat,
-    choose_format,
-)
+from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
+from sqsd_filter.scoring.conversation import NONFINITE, SCORED, Message, RowError
+from sqsd_filter.scoring.row_formats import Columns, RowFormat
 
 OUT_OF_MEMORY = "out_of_memory"  # a row too large for this device even alone
 CRASHED = "crashed"  # a row whose process died again and again
@@ -204,7 +197,7 @@ class Scorer:
         }
 
     def score(self, conversations: Sequence[Sequence[Message]], watch: Watch | None = None) -> Scores:
-        """Score conversations (lists of `{"role", "content"}`), telling `watch` as it goes.
+        """Score conversations (lists of turns as `conversation` describes them), telling `watch` as it goes.
 
         A row that can't be scored gets a status, never an exception. Raises `ModelError` when the model can't be
         loaded or isn't one that can be scored with.
@@ -231,7 +224,7 @@ class Scorer:
         rows = batch.to_pylist() if table else _rows(batch)
         form = self._form
         if form is None or not set(form.columns) <= set(rows[0] if rows else ()):
-            form = self._form = choose_format(rows)
+            form = self._form = Columns().choose(rows)
         turns: list[list[Message]] = []
         reasons: dict[int, str] = {}
         for k, row in enumerate(rows):

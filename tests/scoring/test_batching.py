@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sqsd_filter.errors import ModelError
 from sqsd_filter.scoring.batching import bins, default_budget, halving, is_out_of_memory
-from sqsd_filter.scoring.conversation import Encoded
+from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.engine import _room
 from sqsd_filter.scoring.scorer import SQSDScorer, Watch
 from tests.tiny import CONVERSATIONS

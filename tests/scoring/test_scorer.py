@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import ModelError, PackError, UsageError
-from sqsd_filter.scoring.conversation import Encoded
+from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.scorer import Scores, SQSDScorer
 from tests.corpora import write_jsonl

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sqsd_filter.directions.pack import ADAPTER_FILES, Pack, Probe, load_pack
-from sqsd_filter.scoring.conversation import Encoded
+from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.projection import per_module
 from sqsd_filter.scoring.scorer import SQSDScorer
 

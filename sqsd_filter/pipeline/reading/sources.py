@@ -21,7 +21,8 @@ from sqsd_filter.pipeline.reading.formats import Reader
 from sqsd_filter.pipeline.reading.json_schema import Shape, to_table, unify, with_features, without_nulls
 from sqsd_filter.pipeline.reading.table_formats import BATCH_BYTES, Table
 from sqsd_filter.pipeline.reading.text_formats import Record, TextFile
-from sqsd_filter.scoring.conversation import RowError, RowFormat
+from sqsd_filter.scoring.conversation import RowError
+from sqsd_filter.scoring.row_formats import RowFormat
 
 MARK_EVERY = 512  # rows between the places in a text file that `read` can seek to
 

@@ -17,7 +17,8 @@ from sqsd_filter.pipeline.reading.json_schema import to_rows
 from sqsd_filter.pipeline.reading.sources import Chunk, Corpus, Row
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.shards import Index
-from sqsd_filter.scoring.conversation import BAD_JSON, NONFINITE, SCORED, RowError, RowFormat
+from sqsd_filter.scoring.conversation import BAD_JSON, NONFINITE, SCORED, RowError
+from sqsd_filter.scoring.row_formats import RowFormat
 
 SCORE_PREFIX = "sqsd_"
 

@@ -1,0 +1,91 @@
+"""A conversation becomes tokens and a mask of those that are supervised, or the reason why it can't be scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sqsd_filter.errors import ModelError
+from sqsd_filter.scoring.chat_template import ChatTemplate, Span
+from sqsd_filter.scoring.conversation import NO_ANSWER, PROMPT_TOO_LONG, Message, RowError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation as the model sees it: `ids` (t,) int64, `answer` (t,) bool, true where a token is supervised."""
+
+    ids: np.ndarray
+    answer: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class ChatEncoder:
+    """Renders conversations with a tokenizer's chat template and marks the answers, as `ChatTemplate` finds them.
+
+    Nothing depends on `{% generation %}` markers. The head of a conversation longer than `max_length` tokens is kept.
+
+    Raises `ModelError` when the tokenizer has no chat template or can't map tokens back to the text.
+    """
+
+    tokenizer: Any
+    max_length: int = 1024
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        name = getattr(self.tokenizer, "name_or_path", "") or "the model"
+        if not (self.template_kwargs.get("chat_template") or getattr(self.tokenizer, "chat_template", None)):
+            raise ModelError(
+                f"The tokenizer of {name} has no chat template: use an instruction-tuned model, or put one into the "
+                "pack's chat_template_kwargs as 'chat_template'."
+            )
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ModelError(f"The tokenizer of {name} can't map tokens to text: it needs a tokenizer.json.")
+        self.template = ChatTemplate(self.tokenizer, self.template_kwargs)
+
+    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | RowError]:
+        """Tokens and answer mask of each conversation, or the reason why it has none."""
+        out: list[Encoded | RowError] = []
+        rendered: list[tuple[int, str, list[Span]]] = []
+        for number, turns in enumerate(conversations):
+            try:
+                rendered.append((number, *self.template.render(turns)))
+                out.append(RowError(NO_ANSWER, ""))  # its place; filled below
+            except RowError as problem:
+                out.append(problem)
+        if rendered:
+            batch = self.tokenizer(
+                [text for _, text, _ in rendered],
+                add_special_tokens=False,  # the template writes its own
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+            )
+            for (number, _, spans), ids, offsets in zip(
+                rendered, batch["input_ids"], batch["offset_mapping"], strict=True
+            ):
+                out[number] = self._mask(ids, offsets, spans)
+        return out
+
+    def _mask(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[Span]) -> Encoded | RowError:
+        kept = ids[: self.max_length]
+        where = np.asarray(offsets[: self.max_length], dtype=np.int64).reshape(-1, 2)
+        begins, ends = where[:, 0], where[:, 1]
+        # Some tokenizers trim whitespace from their offsets: a token left with none stands right after the one before.
+        fills = np.where(ends > begins, begins, np.concatenate(([0], ends[:-1]))[: len(ends)])
+        special = np.fromiter((i in self.template.special for i in kept), dtype=bool, count=len(kept))
+        answer = np.zeros(len(kept), dtype=bool)
+        for start, stop in spans:
+            # A token counts when it holds any of the answer's characters, but never a marker of the prompt (some
+            # markers swallow the whitespace after them, the answer's too).
+            answer |= (ends > start) & (fills < stop) & (ends > fills) & ~(special & (begins < start))
+        answer[:1] = False  # nothing predicts the first token
+        if not answer.any():
+            if len(ids) > self.max_length:
+                return RowError(PROMPT_TOO_LONG, f"the prompt leaves no room for an answer in {self.max_length} tokens")
+            return RowError(NO_ANSWER, "the answer has no token of its own")
+        return Encoded(np.asarray(kept, dtype=np.int64), answer)

@@ -1,0 +1,267 @@
+"""A conversation becomes text with the places of its answers: the model's own chat template renders it.
+
+Nobody knows what a template does, so answers are located by rendering once more with marks in their place. Where the
+two renderings don't fit together the row is a `template_error`, never a guess.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count, product
+from typing import Any, NamedTuple
+
+from sqsd_filter.errors import ModelError
+from sqsd_filter.scoring.conversation import (
+    BAD_ROW,
+    NO_ANSWER,
+    TEMPLATE_ERROR,
+    TOOLS,
+    Message,
+    RowError,
+    speaks,
+)
+
+Span = tuple[int, int]
+
+
+class _Frame(NamedTuple):
+    """How the template shows an answer: `opening` before its first mark, `closing` after its last and `end`, which ends
+    the turn, are the template's words. `shown` are ways in which the answer itself, with opening and closing, may look.
+    """
+
+    opening: str
+    closing: str
+    end: str
+    shown: tuple[str, ...]
+
+
+@dataclass
+class ChatTemplate:
+    """A tokenizer's chat template, and what was learned about it by trying it on small conversations.
+
+    Every assistant turn is an answer, unless its weight is 0: its text and its tool calls, as the template writes them,
+    and the token that ends the turn; not what the template adds after that. A last answer of text alone follows the
+    template's generation prompt, exactly as the model would be asked. A template that knows no tool calls leaves an
+    answer its text.
+
+    Raises `ModelError` when a plain question and answer don't come through.
+    """
+
+    tokenizer: Any
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.special = set(self.tokenizer.all_special_ids) | {
+            i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self._learn_turn()
+        self.calls = self._learn_calls()
+
+    def render(self, turns: Sequence[Message]) -> tuple[str, list[Span]]:
+        """The text up to the end of the last answer, and the characters that each answer takes in it.
+
+        Raises `RowError`.
+        """
+        if any(not isinstance(t["content"], str) for t in turns if t["role"] != TOOLS):
+            raise RowError(BAD_ROW, "a turn's content is not text")
+        if self.calls is None:
+            turns = [{name: value for name, value in t.items() if name != "tool_calls"} for t in turns]
+        last = max((k for k, t in enumerate(turns) if speaks(t)), default=None)
+        if last is None:
+            raise RowError(NO_ANSWER, "no assistant turn has text")
+        _something_before(turns, last)
+        try:
+            _json(turns).encode()
+        except UnicodeEncodeError as problem:
+            raise RowError(BAD_ROW, "a turn holds half of a surrogate pair, which is not text") from problem
+        if "tool_calls" in turns[last]:
+            text = self._apply(turns[: last + 1])
+            *spans, (start, stop, end) = self._locate(turns[: last + 1], text)
+            text = text[:stop]
+        else:
+            text = self._apply(turns[:last], asks=True)
+            spans = self._locate(turns[:last], text, asks=True)
+            answer, end = turns[last]["content"], self._end
+            text += self._lead
+            start = len(text)
+            text += answer.strip() if self._trims else answer
+        text += end
+        return text, [*((start, stop + len(end)) for start, stop, end in spans), (start, len(text))]
+
+    def _locate(self, turns: Sequence[Message], text: str, *, asks: bool = False) -> list[tuple[int, int, str]]:
+        """Where the answers stand in `text`, which is these turns rendered, and what ends each of their turns there."""
+        answers = [k for k, t in enumerate(turns) if speaks(t)]
+        if not answers:
+            return []
+        salt = next(n for n in count() if _mark(0, n)[-9:] not in text)
+        marks = [_mark(n, salt) for n in range(len(answers))]
+        marked = list(turns)
+        for k, mark in zip(answers, marks, strict=True):
+            marked[k] = _marked(turns[k], mark)
+        rest = self._apply(marked, asks=asks)
+        frames, pieces = [], []  # the template's own text between the answers
+        for k, mark in zip(answers, marks, strict=True):
+            frame = self._frame(turns, k, mark, _mark(len(answers), salt))
+            before, found, rest = rest.partition(mark)
+            if not found:
+                raise RowError(TEMPLATE_ERROR, "the chat template leaves out an earlier assistant turn")
+            if "tool_calls" in turns[k]:
+                rest = rest.rpartition(mark)[2]
+            opening = next(filter(before.endswith, self._with_and_without_lead(frame.opening)), None)
+            if opening is None or not rest.startswith(frame.closing):
+                raise RowError(TEMPLATE_ERROR, "the chat template shows an earlier tool call in another way")
+            pieces.append(before.removesuffix(opening))
+            rest = rest.removeprefix(frame.closing)
+            frames.append(frame)
+        pieces.append(rest)
+
+        spans, at = [], 0
+        for k, frame, piece, following in zip(answers, frames, pieces, pieces[1:], strict=False):
+            at += len(piece)
+            for shown in frame.shown:
+                if text.startswith(shown + following, at):
+                    break
+            else:  # the template rewrites earlier answers (drops their reasoning, say): take what it shows
+                stop = text.find(following, at)
+                if stop < 0 or not text.startswith(piece, at - len(piece)):
+                    raise RowError(TEMPLATE_ERROR, "the chat template rewrites an earlier assistant turn")
+                shown = text[at:stop]
+            final = not asks and k == len(turns) - 1
+            end = frame.end if final or following.startswith(frame.end) else ""
+            if shown.strip():
+                lead = self._lead if "tool_calls" in turns[k] and shown.startswith(self._lead) else ""
+                spans.append((at + len(lead), at + len(shown), end))
+            at += len(shown)
+        if at + len(pieces[-1]) != len(text):
+            raise RowError(TEMPLATE_ERROR, "the chat template rewrites an earlier assistant turn")
+        return spans
+
+    def _frame(self, turns: Sequence[Message], k: int, mark: str, before: str) -> _Frame:
+        """How answer `k` is shown. `before` is another mark, for the turn before it.
+
+        A tool call is in the template's words. They begin after the generation prompt, or else where the turn, rendered
+        as the last one, parts from a plain answer in its place. They end where what follows a plain answer begins, or
+        else with their last special token.
+        """
+        turn = turns[k]
+        if "tool_calls" not in turn:
+            return _Frame("", "", self._end, (turn["content"], turn["content"].strip()))
+        _something_before(turns, k)
+
+        def after_before(*more: Message) -> str:
+            text = self._apply([*turns[: k - 1], _marked(turns[k - 1], before), *more], asks=not more)
+            _, found, rest = text.rpartition(before)
+            if not found:
+                raise RowError(TEMPLATE_ERROR, "the chat template leaves out the turn before a tool call")
+            return rest
+
+        prompt, marked, shown = after_before(), after_before(_marked(turn, mark)), after_before(turn)
+        start = len(prompt)
+        if not marked.startswith(prompt if self._asks else prompt + self._lead):
+            plain = after_before({"role": "assistant", "content": mark})
+            parted = (n for n, (a, b) in enumerate(zip(marked, plain, strict=False)) if a != b)
+            start = min(next(parted, len(marked)), plain.find(mark))
+        if start < 0 or mark not in marked[start:]:
+            raise RowError(TEMPLATE_ERROR, "the chat template leaves out a tool call")
+        closing, end, rest = marked.rpartition(mark)[2], self._end, self._tail
+        if not closing.endswith(rest):
+            end, rest = "", closing[max(self._specials(closing), default=len(closing)) :]
+        closing = closing.removesuffix(rest)
+        fits = shown.startswith(marked[:start]) and shown.endswith(rest)
+        whole = self._with_and_without_lead(shown[start : len(shown) - len(rest)]) if fits else ()
+        return _Frame(marked[start : marked.index(mark)], closing, end, whole)
+
+    def _with_and_without_lead(self, text: str) -> tuple[str, str]:
+        return text, text.removeprefix(self._lead)
+
+    def _apply(self, turns: Sequence[Message], *, asks: bool = False) -> str:
+        """The turns rendered, and with `asks` the generation prompt."""
+        tools = next((t["content"] for t in turns if t["role"] == TOOLS), None)
+        options = {**self.kwargs, **({"tools": tools} if tools else {})}
+        messages = [self._taken(t) for t in turns if t["role"] != TOOLS]
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **options)
+        except Exception as problem:  # Jinja templates raise what they like
+            raise RowError(TEMPLATE_ERROR, f"the chat template refuses it: {problem}") from problem
+
+    def _taken(self, turn: Message) -> Message:
+        """A turn as the template takes it."""
+        turn = {name: value for name, value in turn.items() if name != "weight"}
+        if "tool_calls" in turn:
+            assert self.calls is not None
+            empty, as_text = self.calls
+            if not (turn["content"] or empty):
+                del turn["content"]
+            if as_text:
+                turn["tool_calls"] = [_with_arguments(call, _json) for call in turn["tool_calls"]]
+        return turn
+
+    def _learn_turn(self) -> None:
+        """Is there a generation prompt? What stands between it and an answer (mostly nothing), what follows an answer
+        and the part of it through the token that ends the turn, and is the answer trimmed?"""
+        mark = _mark()
+        ask = {"role": "user", "content": "x"}
+        try:
+            prompt = self._apply([ask], asks=True)
+            self._asks = prompt != self._apply([ask])
+            plain = self._apply([ask, {"role": "assistant", "content": mark}])
+            self._trims = plain == self._apply([ask, {"role": "assistant", "content": f" {mark} "}])
+        except RowError as problem:
+            raise ModelError(f"The chat template fails on a plain question and answer: {problem.detail}") from problem
+        before, found, self._tail = plain.partition(mark)
+        if not found:
+            raise ModelError("The chat template leaves out the assistant's turn: give another one in the pack.")
+        self._lead = before[len(prompt) :] if before.startswith(prompt) else ""
+        stop = min(self._specials(self._tail), default=None)
+        self._end = self._tail[:stop] if stop else self.tokenizer.eos_token or ""
+
+    def _learn_calls(self) -> tuple[bool, bool] | None:
+        """How the template takes tool calls: whether their turn has empty text rather than none, whether arguments are
+        JSON text rather than an object. None where no way shows them."""
+        mark = _mark()
+        call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {mark: mark}}}
+        turns: list[Message] = [{"role": "user", "content": "x"}]
+        turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        for way in product((True, False), (False, True)):
+            self.calls = way
+            try:
+                text = self._apply(turns)
+            except RowError:
+                continue
+            if mark in text and repr({mark: mark}) not in text:
+                return way
+        return None
+
+    def _specials(self, text: str) -> list[int]:
+        """Where the special tokens of a text end."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [stop for token, (_, stop) in pairs if token in self.special]
+
+
+def _something_before(turns: Sequence[Message], k: int) -> None:
+    if all(t["role"] == TOOLS for t in turns[:k]):
+        raise RowError(BAD_ROW, "no turn stands before the answer")
+
+
+def _mark(k: int = 0, salt: int = 0) -> str:
+    return f"[[answer-{k}-{salt:06x}]]"
+
+
+def _marked(turn: Message, mark: str) -> Message:
+    """The turn with a mark for its text, and for the arguments of each of its tool calls."""
+    if "tool_calls" not in turn:
+        return {**turn, "content": mark}
+    calls = [_with_arguments(call, lambda _: {mark: mark}) for call in turn["tool_calls"]]
+    return {**turn, "content": mark if turn["content"].strip() else turn["content"], "tool_calls": calls}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _with_arguments(call: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": change(function["arguments"])}}
