@@ -174,7 +174,7 @@ def filter_dataset(
             progress,
             settings,
             per_group,
-        ),  # fmt: skip
+        ),
     )
 
 
