@@ -27,8 +27,9 @@ from sqsd_filter.pipeline.writing.destination import (
     input_paths,
     read_run,
 )
-from sqsd_filter.pipeline.writing.export import SPLITS, data_file, export_scored, export_splits
+from sqsd_filter.pipeline.writing.export import check, export_scored, export_splits
 from sqsd_filter.pipeline.writing.report import summarise, versions, write_card, write_report
+from sqsd_filter.pipeline.writing.writers import SHARD_SIZE, Output
 from sqsd_filter.progress import Meter, Progress, Silent
 from sqsd_filter.scoring.conversation import Columns, RowFormat
 from sqsd_filter.scoring.scorer import SQSDScorer
@@ -126,6 +127,9 @@ def filter_dataset(
     limit: int | None = None,
     on_error: str = "quarantine",
     max_error_rate: str | float = 0.5,
+    to: str = "parquet",
+    shard_size: str | int = SHARD_SIZE,
+    with_scores: bool = False,
     overwrite: bool = False,
     score_store: str | Path | None = None,
     progress: Progress | None = None,
@@ -134,22 +138,25 @@ def filter_dataset(
     """Score every row of the sources and write them to the folder `dest` without the riskiest ones.
 
     Exactly one cut is given. `scorer` takes the place of `SQSDScorer(pack)`. `score_store` is a folder or URL with
-    scores that runs share. Returns the report (also `dest/sqsd/report.json`). The same call finishes an interrupted
+    scores that runs share. `to` is parquet, arrow or jsonl, in files of about `shard_size`; `with_scores` puts the
+    scores into jsonl, too. Returns the report (also `dest/sqsd/report.json`). The same call finishes an interrupted
     run. Raises `SQSDError`s: `UsageError`, `InputError`, `RowErrorBudgetExceeded`, `DestinationExists`, `PackError`,
     `ModelError`.
     """
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
     policy = Policy.of(on_error, max_error_rate)
+    output = Output.of(to, shard_size, with_scores)
     place = _folder(Path(dest), overwrite)
 
     def finish(scored: Scored, meter: Meter) -> dict[str, Any]:
-        return _split(scored, cut, policy, place, meter)
+        return _split(scored, cut, policy, output, place, meter)
 
     return _score_and(
         finish,
         lambda report: write_card(place.root / CARD_FILE, report),
         place,
-        {"cut": str(cut), "on_error": on_error},
+        {"cut": str(cut), "on_error": on_error, **vars(output)},
+        lambda corpus: check(corpus, output),
         Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, progress, settings),
     )
 
@@ -177,19 +184,19 @@ def score_dataset(
     policy = Policy.of("quarantine", max_error_rate)
     if dest.suffix != ".parquet":
         raise UsageError(f"Scores are written as parquet: name the file {dest.with_suffix('.parquet')}.")
-    place = Destination(dest, lambda root: root.with_name(root.name + ".sqsd"), [""], overwrite=overwrite)
+    place = Destination(dest, lambda root: root.with_name(root.name + ".sqsd"), overwrite=overwrite)
 
     def finish(scored: Scored, meter: Meter) -> dict[str, Any]:
         policy.check(scored)
         meter.start("writing", scored.corpus.n_rows)
-        export_scored(scored, place.root, meter)
-        return summarise(scored, None, None)
+        return summarise(scored, None, None) | {"to": "parquet"} | export_scored(scored, place.root, meter)
 
     return _score_and(
         finish,
         lambda report: None,
         place,
         {},
+        lambda corpus: None,
         Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, progress, settings),
     )
 
@@ -199,15 +206,17 @@ def _score_and(
     publish: Callable[[dict[str, Any]], None],
     place: Destination,
     identity: Mapping[str, Any],
+    look_at: Callable[[Corpus], None],
     work: Work,
 ) -> dict[str, Any]:
-    """Scan, score, then `finish` and `publish`. Returns the report."""
+    """Scan and `look_at` what is to be written, score, then `finish` and `publish`. Returns the report."""
     started, meter, engine = time.time(), Meter(work.progress or Silent()), work.engine or LocalEngine()
     shared = Folder(work.score_store) if work.score_store else None
     if shared is not None and shared.local is not None:
         place.keep_out(shared.local)
     paths = place.others(matches(as_paths(work.sources)))
     scan = Scan(paths, work.columns or Columns(), work.limit, meter)
+    look_at(scan.corpus)
     scorer = engine.place(work.scorer)
     identity = {**scan.identity(), "scoring": scorer.settings(), **identity}
     run = Run(place, identity, meter, work.settings or {}, started, _about(scorer), engine)
@@ -227,6 +236,9 @@ def select_dataset(
     max_risk: float | None = None,
     keep_lowest: int | None = None,
     on_error: str = "quarantine",
+    to: str = "parquet",
+    shard_size: str | int = SHARD_SIZE,
+    with_scores: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -238,6 +250,7 @@ def select_dataset(
     started = time.time()
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
     policy = Policy.of(on_error, "100%")
+    output = Output.of(to, shard_size, with_scores)
     paths, place, meter = as_paths(sources), _folder(Path(dest), overwrite), Meter(progress or Silent())
     place.spare(paths)
     earlier = Path(paths[0]) / "sqsd" if len(paths) == 1 else None
@@ -248,10 +261,12 @@ def select_dataset(
         index = ColumnIndex()
         corpus = Corpus.scan(paths, visit=counted(index.visit, meter), columns=["sqsd_risk", "sqsd_status"])
         scored, identity, facts = index.scored(not_empty(corpus)), {"inputs": corpus.inputs}, {}
-    identity = {**identity, "cut": str(cut), "on_error": on_error}
+    check(scored.corpus, output)
+    identity = {**identity, "cut": str(cut), "on_error": on_error, **vars(output)}
     run = Run(place, identity, meter, settings or {}, started, facts)
     return run.carry_out(
-        lambda: _split(scored, cut, policy, place, meter), lambda report: write_card(place.root / CARD_FILE, report)
+        lambda: _split(scored, cut, policy, output, place, meter),
+        lambda report: write_card(place.root / CARD_FILE, report),
     )
 
 
@@ -284,17 +299,19 @@ def _earlier_run(home: Path, progress: Progress) -> tuple[Scored, dict[str, Any]
     return from_store(corpus, index, store, weights), identity, {"pack": report["pack"]}
 
 
-def _split(scored: Scored, cut: Cut, policy: Policy, place: Destination, progress: Progress) -> dict[str, Any]:
+def _split(
+    scored: Scored, cut: Cut, policy: Policy, output: Output, place: Destination, progress: Progress
+) -> dict[str, Any]:
     policy.check(scored)
     selection = policy.apply(scored, cut_rows(scored.risk, scored.scored, cut))
     progress.start("writing", scored.corpus.n_rows)
-    export_splits(scored, selection, place.root / "data", progress)
-    return summarise(scored, selection, cut)
+    written = export_splits(scored, selection, place.root, output, progress)
+    written["extra_files"].append(CARD_FILE)
+    return summarise(scored, selection, cut) | vars(output) | written
 
 
 def _folder(dest: Path, overwrite: bool) -> Destination:
-    products = [CARD_FILE, *(f"data/{data_file(split)}" for split in SPLITS)]
-    return Destination(dest, lambda root: root / "sqsd", products, overwrite=overwrite)
+    return Destination(dest, lambda root: root / "sqsd", overwrite=overwrite)
 
 
 def _about(scorer: SQSDScorer) -> dict[str, Any]:
