@@ -49,7 +49,9 @@ def export_splits(
     corpus = scored.corpus
     schema = _kept_schema(scored, selection)
     with ExitStack() as stack:
-        names = {(config, split): place_name(config, split, corpus.splits) for config in CONFIGS for split in corpus.splits}
+        names = {
+            (config, split): place_name(config, split, corpus.splits) for config in CONFIGS for split in corpus.splits
+        }
         files = {place: stack.enter_context(output.files(root, name)) for place, name in names.items()}
         reasons = stack.enter_context(Files(JsonLinesFile, root, REASONS))
         for folder in {f.folder for f in files.values()}:
@@ -142,13 +144,14 @@ class Lines:
         self.old_scores, self.old_origin = _earlier_columns(chunk.table.schema)
 
     def good(self, where: np.ndarray) -> list[bytes]:
-        if not self.with_scores:
-            return self._lines(where, [*self.old_scores, *self.old_origin])
-        new = _scores(self.scored, self.chunk.start, self.chunk.table.num_rows)
-        mine = [name for name in new if name in self.chunk.table.column_names]
-        old = {*self.old_origin, *(self.old_scores if new else []), *mine}
-        members = pa.table(new).take(where).to_pylist() if new else [{} for _ in where]
-        return [splice(line, row, old) for line, row in zip(self._lines(where, old), members, strict=True)]
+        new = _scores(self.scored, self.chunk.start, self.chunk.table.num_rows) if self.with_scores else {}
+        old = [*self.old_origin, *(self.old_scores if self.scored.probes or not self.with_scores else [])]
+        found = self._lines(where, old)
+        if not new:
+            return found
+        old += [name for name in new if name in self.chunk.table.column_names]
+        members = pa.table(new).take(where).to_pylist()
+        return [splice(line, row, old) for line, row in zip(found, members, strict=True)]
 
     def bad(self, where: np.ndarray) -> list[bytes]:
         raws = _origin(self.scored, self.chunk, where)[RAW].to_pylist()
@@ -189,8 +192,8 @@ def _statuses(scored: Scored, chunk: Chunk, where: np.ndarray) -> pa.Array:
 def _with_scores(scored: Scored, start: int, table: pa.Table) -> pa.Table:
     """Rows start, start + 1, ... with score columns: those of an earlier run make way for new ones."""
     scores, origin = _earlier_columns(table.schema)
-    new = _scores(scored, start, table.num_rows)
-    return _with_columns(_without(table, [*origin, *(scores if new else [])]), new)
+    columns = _scores(scored, start, table.num_rows)
+    return _with_columns(_without(table, [*scores, *origin] if scored.probes else origin), columns)
 
 
 def _earlier_columns(schema: pa.Schema) -> tuple[list[str], list[str]]:

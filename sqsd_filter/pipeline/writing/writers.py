@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from sqsd_filter.errors import InputError, SQSDError, UsageError
 from sqsd_filter.pipeline.folder import TEMPORARY, write_whole
+from sqsd_filter.pipeline.reading.json_schema import with_marks
 from sqsd_filter.pipeline.writing.json_lines import has_form
 
 
@@ -84,9 +85,7 @@ class ArrowFile(File):
     def __init__(self, path: Path, first: pa.Table) -> None:
         from datasets import Features
 
-        features = Features.from_arrow_schema(first.schema).arrow_schema  # what can be loaded without a cast
-        fields = [field.with_metadata(first.schema.field(field.name).metadata) for field in features]
-        self._schema = pa.schema(fields, features.metadata)
+        self._schema = with_marks(Features.from_arrow_schema(first.schema).arrow_schema, first.schema)
         self._sink = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_stream(self._sink, self._schema)
 

@@ -242,6 +242,21 @@ def test_scores_join_any_lines_and_nothing_else_of_them_changes(case: tuple[list
                 assert found.startswith(line.rstrip()[:-1]) and found.endswith(line[len(line.rstrip()) - 1 :])
 
 
+@pytest.mark.parametrize("to", ["parquet", "arrow"])
+@MANY
+@given(source=st.lists(st.dictionaries(st.sampled_from("abc"), json_values, min_size=1), min_size=1, max_size=7))
+def test_json_of_any_shape_survives_a_way_through_tables(to: str, source: list[dict[str, Any]]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        (root / "in.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in source))
+        report = export(Corpus.scan([str(root / "in.jsonl")]), [0] * len(source), root / "there", to)
+        files = [root / "there/kept"] if to == "arrow" else paths(root / "there", report, "kept")
+        corpus = Corpus.scan([str(path) for path in files])
+        report = export(corpus, [0] * len(source), root / "back", "jsonl")
+        found = [json.loads(line) for line in raw_lines(root / "back", report, "kept")]
+        assert found == [{name: row.get(name) for name in corpus.schema.names if name not in SCORES} for row in source]
+
+
 # ---------------------------------------------------------------------------------------------- examples
 
 
