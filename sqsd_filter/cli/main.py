@@ -139,6 +139,7 @@ def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]]
 @options.rows
 @options.errors
 @options.on_error
+@options.written
 @options.overwrite
 @options.dry_run
 @options.manners
@@ -147,10 +148,12 @@ def filter_command(context: click.Context, **params: Any) -> None:
     """Score every row of SRC... and write the rows to the folder DEST without the riskiest."""
     from sqsd_filter.pipeline.run import filter_dataset
     from sqsd_filter.pipeline.selection import Cut
+    from sqsd_filter.pipeline.writing.writers import Output
 
-    cut = options.one_cut(context)
+    cut, how = options.one_cut(context), {name: params[name] for name in options.WRITTEN}
     Cut.of(**cut)
-    _score_and_report(context, filter_dataset, **cut, on_error=params["on_error"])
+    Output.of(**how)
+    _score_and_report(context, filter_dataset, **cut, **how, on_error=params["on_error"])
 
 
 @cli.command()
@@ -177,6 +180,7 @@ def score(context: click.Context, **params: Any) -> None:
 @options.dest
 @options.cuts
 @options.on_error
+@options.written
 @options.overwrite
 @options.manners
 @click.pass_context
@@ -189,6 +193,7 @@ def select(context: click.Context, **params: Any) -> None:
         params["sources"],
         params["dest"],
         **options.one_cut(context),
+        **{name: params[name] for name in options.WRITTEN},
         on_error=params["on_error"],
         overwrite=params["overwrite"],
         progress=display,

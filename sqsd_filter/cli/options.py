@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from sqsd_filter.errors import UsageError
 
+WRITTEN = ("to", "shard_size", "with_scores")
 CUTS = ("drop_top", "drop_count", "max_risk", "keep_lowest")
 CUT_HOW = ("per_group", "per_split", "weights")
 _ORIGINS = {
@@ -150,6 +151,17 @@ on_error = option(
     default="quarantine",
     show_default=True,
     help="Rows that can't be scored: set apart, kept, or a failure.",
+)
+written = together(
+    option(
+        "--to",
+        type=click.Choice(["parquet", "arrow", "jsonl"]),
+        default="parquet",
+        show_default=True,
+        help="Format of the rows in DEST; arrow is what load_from_disk reads, jsonl has the input's own lines.",
+    ),
+    option("--shard-size", default="500MB", show_default=True, metavar="SIZE", help="End a file at 100MB, 1GB, ..."),
+    option("--with-scores", is_flag=True, help="Put the scores at the end of jsonl lines; other formats have them."),
 )
 overwrite = option("--overwrite", is_flag=True, help="Replace what DEST holds, once the new run is complete.")
 dry_run = click.option("--dry-run", is_flag=True, help="Show format, rows, tokens and time; write nothing.")

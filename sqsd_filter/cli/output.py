@@ -101,15 +101,17 @@ def show(report: Mapping[str, Any], *, as_json: bool, quiet: bool, text: Callabl
 
 def summary(report: Mapping[str, Any], dest: object) -> str:
     """A dozen lines about a finished run, and as many about its groups."""
+    from sqsd_filter.pipeline.writing.report import load_calls
+
     rows, q, seconds = report["rows"], report["risk_quantiles"], report["timing"]["seconds"]
     lines = []
     if "kept" in rows:
         lines.append(f"{rows['kept']:,} of {rows['total']:,} rows kept in {dest} ({report['cut']})")
         cut = f"   risk {report['threshold']:.4f} and above" if report["threshold"] is not None else ""
         cut += f" ({report['ties']} kept rows tie)" if report["ties"] else ""
-        kept, dropped = (f"load_dataset({str(dest)!r}{name})" for name in ("", ", 'dropped'"))
-        lines.append(f"  kept     {rows['kept']:>9,}" + (f"   {kept}" if rows["kept"] else ""))
-        lines.append(f"  dropped  {rows['dropped']:>9,}" + (f"   {dropped}{cut}" if rows["dropped"] else ""))
+        load = load_calls(report, json.dumps(str(dest), ensure_ascii=False))
+        lines.append(f"  kept     {rows['kept']:>9,}" + (f"   {load['kept']}" if rows["kept"] else ""))
+        lines.append(f"  dropped  {rows['dropped']:>9,}" + (f"   {load['dropped']}{cut}" if rows["dropped"] else ""))
         lines += _weights(report["weights"]) if "weights" in report else []
     else:
         lines.append(f"{rows['total']:,} rows with their scores in {dest}")

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqsd_filter.errors import InputError, SQSDError, UsageError
+from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.pipeline.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.folder import Folder
 from sqsd_filter.pipeline.groups import by_split
+from sqsd_filter.pipeline.job import Job, Outlet
 from sqsd_filter.pipeline.policy import Policy
+from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.reading.addresses import Opener, Source, expand
+from sqsd_filter.pipeline.reading.sources import Corpus
 from sqsd_filter.pipeline.scan import Scan, as_list, read_once
 from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.selection import Cut, cut_rows
 from sqsd_filter.pipeline.shards import Index
+from sqsd_filter.pipeline.writing.card import CARD_FILE, write_card
 from sqsd_filter.pipeline.writing.destination import (
     REPORT_FILE,
     RUN_FILE,
@@ -28,75 +32,14 @@ from sqsd_filter.pipeline.writing.destination import (
     input_specs,
     read_run,
 )
-from sqsd_filter.pipeline.writing.export import SPLITS, data_file, export_scored, export_splits
-from sqsd_filter.pipeline.writing.report import summarise, versions, write_card, write_report
+from sqsd_filter.pipeline.writing.export import check, export_scored, export_splits
+from sqsd_filter.pipeline.writing.report import summarise
+from sqsd_filter.pipeline.writing.writers import SHARD_SIZE, Output
 from sqsd_filter.progress import Meter, Progress, Silent
 from sqsd_filter.scoring.row_formats import Columns, RowFormat
 from sqsd_filter.scoring.scorer import SQSDScorer
 
-CARD_FILE = "README.md"
 Sources = Any  # a path, URL or Hub id (see `reading.addresses`), a dataset of `datasets`, or a sequence of these
-
-
-@dataclass
-class Run:
-    """Everything a run has in common, whatever it exports.
-
-    `identity` is what makes two runs the same; `settings` and `command` are only recorded.
-    """
-
-    destination: Destination
-    identity: dict[str, Any]
-    meter: Meter
-    settings: Mapping[str, Any]
-    started: float
-    facts: dict[str, Any] = field(default_factory=dict)
-    engine: Engine | None = None
-
-    def carry_out(
-        self, work: Callable[[], dict[str, Any]], publish: Callable[[dict[str, Any]], None]
-    ) -> dict[str, Any]:
-        """Claim the destination, do the work, leave a report whatever happens. Returns the report.
-
-        Raises `SQSDError` where the disk refuses.
-        """
-        try:
-            if self.destination.claim(self.identity):
-                report = {**_read_json(self.destination.home / REPORT_FILE), "already_done": True}
-            else:
-                report = self._carry_out(work, publish)
-            self.destination.publish()
-            return report
-        except OSError as problem:
-            raise SQSDError(
-                f"The run can't go on ({problem}): mend that and run the same command again; no score is lost."
-            ) from problem
-        finally:
-            self.meter.finish()
-            self.destination.release()
-
-    def _carry_out(
-        self, work: Callable[[], dict[str, Any]], publish: Callable[[dict[str, Any]], None]
-    ) -> dict[str, Any]:
-        base = {"settings": dict(self.settings), "versions": versions(), **self.facts}
-        found: dict[str, Any] = {}
-        try:
-            found = work()
-            publish({**base, **found})
-        except BaseException as problem:
-            status = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
-            with suppress(OSError):  # the disk may be what failed
-                self._report({"status": status, **base, **found, "error": str(problem) or status})
-            raise
-        return self._report({"status": "ok", **base, **found})
-
-    def _report(self, report: dict[str, Any]) -> dict[str, Any]:
-        timing: dict[str, Any] = {"seconds": round(time.time() - self.started, 3), "started": round(self.started, 3)}
-        timing |= self.engine.facts() if self.engine else {}
-        timing |= {"phases": self.meter.figures()}
-        report = {**report, "timing": timing}
-        write_report(self.destination.home / REPORT_FILE, report)
-        return report
 
 
 @dataclass(frozen=True)
@@ -111,8 +54,30 @@ class Work:
     score_store: str | Path | None
     streaming: bool
     progress: Progress | None
-    settings: Mapping[str, Any] | None
+    record: Mapping[str, Any] | None
     per_group: str | None = None
+
+
+@dataclass(frozen=True)
+class Product:
+    """How scored rows are cut, and how they are written."""
+
+    cut: Cut
+    policy: Policy
+    output: Output
+
+    def identity(self) -> dict[str, Any]:
+        return {"cut": str(self.cut), "on_error": self.policy.on_error, **vars(self.output)}
+
+    def make(self, scored: Scored, root: Path, progress: Progress) -> dict[str, Any]:
+        """Write the rows below `root`; what the report says of it."""
+        self.policy.check(scored)
+        splits = by_split(scored.corpus.parts) if self.cut.per_split else None
+        selection = self.policy.apply(scored, cut_rows(scored.risk, scored.scored, self.cut, splits, scored.groups))
+        progress.start("writing", scored.corpus.n_rows)
+        written = export_splits(scored, selection, root, self.output, progress)
+        written["extra_files"].append(CARD_FILE)
+        return summarise(scored, selection, self.cut) | vars(self.output) | written
 
 
 def filter_dataset(
@@ -131,38 +96,51 @@ def filter_dataset(
     engine: Engine | None = None,
     columns: Columns | None = None,
     limit: int | None = None,
+    streaming: bool = False,
     on_error: str = "quarantine",
     max_error_rate: str | float = 0.5,
+    to: str = "parquet",
+    shard_size: str | int = SHARD_SIZE,
+    with_scores: bool = False,
+    push: PushTo | None = None,
     overwrite: bool = False,
     score_store: str | Path | None = None,
-    streaming: bool = False,
     progress: Progress | None = None,
-    settings: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Score every row of the sources and write them to the folder `dest` without the riskiest ones.
+    """Score every row of the sources and write them to the folder or URL `dest` without the riskiest ones.
 
-    Exactly one cut is given. With `per_group`, groups of equal values in that column share what it drops, and none is
-    emptied; with `per_split`, each split is cut on its own; with `weights` nothing is dropped: each row gets a weight
-    `sqsd_weight` instead, 1 / (1 + exp((risk - threshold) / scale)), where the threshold is the lowest risk that would
-    be dropped (for `max_risk` its value) and the scale a quarter of the risks' interquartile range, both of the rows
-    that are cut together.
+    `sources` is a path, URL or Hub id, a `datasets` dataset of any kind, or a sequence of these. Exactly one cut is
+    given. With `per_group`, groups of equal values in that column share what it drops, and none is emptied; with
+    `per_split`, each split is cut on its own; with `weights` nothing is dropped: each row gets a weight `sqsd_weight`
+    instead, 1 / (1 + exp((risk - threshold) / scale)), where the threshold is the lowest risk that would be dropped
+    (for `max_risk` its value) and the scale a quarter of the risks' interquartile range, both of the rows that are cut
+    together.
 
-    `scorer` takes the place of `SQSDScorer(pack)`. `score_store` is a folder or URL with scores that runs share.
-    Returns the report (also `dest/sqsd/report.json`). The same call finishes an interrupted run. Raises `SQSDError`s:
-    `UsageError`, `InputError`, `RowErrorBudgetExceeded`, `DestinationExists`, `PackError`, `ModelError`.
+    `scorer` takes the place of `SQSDScorer(pack)`. `score_store` is a folder or URL with scores that runs share. `to`
+    is parquet, arrow or jsonl, in files of about `shard_size`; `with_scores` puts the scores into jsonl, too. `push`
+    is a repository of the Hub that gets the result when it is complete. With `streaming`, files of the Hub are not
+    kept here. `record` is copied into the report. Returns the report (also `dest/sqsd/report.json`). The same call
+    finishes an interrupted run. Raises `SQSDError`s: `UsageError`, `InputError`, `RowErrorBudgetExceeded`,
+    `DestinationExists`, `PackError`, `ModelError`.
+
+    >>> report = filter_dataset("in.jsonl", "out", drop_top="5%")  # doctest: +SKIP
+    >>> report["rows"]["dropped"]  # doctest: +SKIP
+    3
     """
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest, per_group=per_group, per_split=per_split, weights=weights)
-    policy = Policy.of(on_error, max_error_rate)
-    place = _folder(Path(dest), overwrite)
+    product = Product(cut, Policy.of(on_error, max_error_rate), Output.of(to, shard_size, with_scores))
+    outlet = _outlet(dest, overwrite, push, product.output)
 
     def finish(scored: Scored, meter: Meter) -> dict[str, Any]:
-        return _split(scored, cut, policy, place, meter)
+        return product.make(scored, outlet.place.root, meter)
 
     return _score_and(
         finish,
-        lambda report: write_card(place.root / CARD_FILE, report),
-        place,
-        {"cut": str(cut), "on_error": on_error},
+        lambda job: lambda report: write_card(outlet.place.root, report, job.originals),
+        outlet,
+        product.identity(),
+        lambda corpus: check(corpus, product.output),
         Work(
             sources,
             scorer or SQSDScorer(pack),
@@ -172,7 +150,7 @@ def filter_dataset(
             score_store,
             streaming,
             progress,
-            settings,
+            record,
             per_group,
         ),
     )
@@ -187,61 +165,67 @@ def score_dataset(
     engine: Engine | None = None,
     columns: Columns | None = None,
     limit: int | None = None,
+    streaming: bool = False,
     max_error_rate: str | float = 0.5,
     overwrite: bool = False,
     score_store: str | Path | None = None,
-    streaming: bool = False,
     progress: Progress | None = None,
-    settings: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write one parquet file with all rows in order and their score columns; `dest`.sqsd keeps report and scores.
 
-    Arguments and errors are those of `filter_dataset`.
+    Arguments and errors are those of `filter_dataset`, but for `dest`, a file on this disk.
     """
-    dest = Path(dest)
     policy = Policy.of("quarantine", max_error_rate)
+    if "://" in str(dest):
+        raise UsageError(f"Scores are written to a file on this disk, not to {dest}: name a .parquet file.")
+    dest = Path(dest)
     if dest.suffix != ".parquet":
         raise UsageError(f"Scores are written as parquet: name the file {dest.with_suffix('.parquet')}.")
-    place = Destination(dest, lambda root: root.with_name(root.name + ".sqsd"), [""], overwrite=overwrite)
+    place = Destination(dest, lambda root: root.with_name(root.name + ".sqsd"), overwrite=overwrite)
 
     def finish(scored: Scored, meter: Meter) -> dict[str, Any]:
         policy.check(scored)
         meter.start("writing", scored.corpus.n_rows)
-        export_scored(scored, place.root, meter)
-        return summarise(scored, None, None)
+        return summarise(scored, None, None) | {"to": "parquet"} | export_scored(scored, place.root, meter)
 
     return _score_and(
         finish,
-        lambda report: None,
-        place,
+        lambda job: lambda report: None,
+        Outlet(place),
         {},
-        Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, streaming, progress, settings),
+        lambda corpus: None,
+        Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, streaming, progress, record),
     )
 
 
 def _score_and(
     finish: Callable[[Scored, Meter], dict[str, Any]],
-    publish: Callable[[dict[str, Any]], None],
-    place: Destination,
+    publish: Callable[[Job], Callable[[dict[str, Any]], None]],
+    outlet: Outlet,
     identity: Mapping[str, Any],
+    look_at: Callable[[Corpus], None],
     work: Work,
 ) -> dict[str, Any]:
-    """Scan, score, then `finish` and `publish`. Returns the report."""
+    """Scan and `look_at` what is to be written, score, then `finish` and `publish`. Returns the report."""
     started, meter, engine = time.time(), Meter(work.progress or Silent()), work.engine or LocalEngine()
+    place = outlet.place
     shared = Folder(work.score_store) if work.score_store else None
     if shared is not None and shared.local is not None:
         place.keep_out(shared.local)
     with closing(Opener(streaming=work.streaming)) as opener:
         sources = opener.open(place.others(expand(as_list(work.sources))))
         scan = Scan(sources, work.columns or Columns(), work.limit, meter, work.per_group)
+        look_at(scan.corpus)
         scorer = engine.place(work.scorer)
         identity = {**scan.identity(), "scoring": scorer.settings(), **identity}
-        run = Run(place, identity, meter, work.settings or {}, started, {**_about(scorer), **_origin(sources)}, engine)
+        facts = {**_about(scorer), "datasets": _datasets(sources)}
+        job = Job(outlet, identity, meter, work.record or {}, started, facts, engine, _originals(sources))
 
         def carry_out() -> dict[str, Any]:
             return finish(scan.score(place.home, scorer, engine, old_home=place.old_home, shared=shared), meter)
 
-        return run.carry_out(carry_out, publish)
+        return job.carry_out(carry_out, publish(job))
 
 
 def select_dataset(
@@ -255,21 +239,26 @@ def select_dataset(
     per_group: str | None = None,
     per_split: bool = False,
     weights: bool = False,
-    on_error: str = "quarantine",
-    overwrite: bool = False,
     streaming: bool = False,
+    on_error: str = "quarantine",
+    to: str = "parquet",
+    shard_size: str | int = SHARD_SIZE,
+    with_scores: bool = False,
+    push: PushTo | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
-    settings: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Cut at another place, with the scores that are there: of scored files, or of an earlier run's folder.
 
-    The cut is given as to `filter_dataset`. No model is loaded. Raises `InputError` where rows have no scores yet.
+    Arguments are those of `filter_dataset`. No model is loaded. Raises `InputError` where rows have no scores yet.
     """
     started = time.time()
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest, per_group=per_group, per_split=per_split, weights=weights)
-    policy = Policy.of(on_error, "100%")
-    given, place, meter = expand(as_list(sources)), _folder(Path(dest), overwrite), Meter(progress or Silent())
-    place.spare(given)
+    product = Product(cut, Policy.of(on_error, "100%"), Output.of(to, shard_size, with_scores))
+    given, meter = expand(as_list(sources)), Meter(progress or Silent())
+    outlet = _outlet(dest, overwrite, push, product.output)
+    outlet.place.spare(given)
     earlier = Path(given[0]) / "sqsd" if len(given) == 1 and isinstance(given[0], str | Path) else None
     with closing(Opener(streaming=streaming)) as opener:
         if earlier is not None and (earlier / RUN_FILE).is_file():
@@ -280,10 +269,13 @@ def select_dataset(
             index = ColumnIndex()
             corpus, groups = read_once(opened, index.visit, ["sqsd_risk", "sqsd_status"], per_group, meter)
             scored, identity, facts = index.scored(corpus, groups), {"inputs": corpus.inputs}, {}
-        identity = {**identity, "cut": str(cut), "on_error": on_error}
-        run = Run(place, identity, meter, settings or {}, started, {**facts, **_origin(opened)})
-        return run.carry_out(
-            lambda: _split(scored, cut, policy, place, meter), lambda report: write_card(place.root / CARD_FILE, report)
+        check(scored.corpus, product.output)
+        facts |= {"datasets": _datasets(opened)}
+        identity = {**identity, **product.identity()}
+        job = Job(outlet, identity, meter, record or {}, started, facts, None, _originals(opened))
+        return job.carry_out(
+            lambda: product.make(scored, outlet.place.root, meter),
+            lambda report: write_card(outlet.place.root, report, job.originals),
         )
 
 
@@ -313,24 +305,22 @@ def _earlier_run(
     return sources, from_store(corpus, index, store, weights, groups), identity, {"pack": report["pack"]}
 
 
-def _split(scored: Scored, cut: Cut, policy: Policy, place: Destination, progress: Progress) -> dict[str, Any]:
-    policy.check(scored)
-    splits = by_split(scored.corpus.parts) if cut.per_split else None
-    selection = policy.apply(scored, cut_rows(scored.risk, scored.scored, cut, splits, scored.groups))
-    progress.start("writing", scored.corpus.n_rows)
-    export_splits(scored, selection, place.root / "data", progress)
-    return summarise(scored, selection, cut)
+def _outlet(dest: str | Path, overwrite: bool, push: PushTo | None, output: Output) -> Outlet:
+    outlet = Outlet.of(dest, overwrite, push)
+    if output.to == "arrow" and isinstance(outlet.target, PushTo):
+        raise UsageError("load_dataset reads no Arrow folders from the Hub: push --to parquet or jsonl.")
+    return outlet
 
 
-def _folder(dest: Path, overwrite: bool) -> Destination:
-    products = [CARD_FILE, *(f"data/{data_file(split)}" for split in SPLITS)]
-    return Destination(dest, lambda root: root / "sqsd", products, overwrite=overwrite)
-
-
-def _origin(sources: Sequence[Source]) -> dict[str, Any]:
+def _datasets(sources: Sequence[Source]) -> list[dict[str, Any]]:
     """The Hub's datasets among the sources, each with its commit."""
     found = [dict(source.dataset) for source in sources if source.dataset is not None]
-    return {"datasets": [about for k, about in enumerate(found) if about not in found[:k]]}
+    return [about for k, about in enumerate(found) if about not in found[:k]]
+
+
+def _originals(sources: Sequence[Source]) -> dict[str, str]:
+    """The cards of the datasets among the sources, by their names."""
+    return dict(source.card for source in sources if source.card is not None)
 
 
 def _about(scorer: SQSDScorer) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def test_the_package_runs_as_a_module() -> None:
 def test_the_summary_is_a_dozen_lines_on_stdout_and_no_bar_is_drawn_off_a_terminal(command: Command) -> None:
     code, out, err = command("in.jsonl", "out", *CUT)
     assert code == 0 and len(out.splitlines()) <= 12
-    assert "57 of 60 rows kept in out (drop-top 5%)" in out and "load_dataset('out', 'dropped')" in out
+    assert "57 of 60 rows kept in out (drop-top 5%)" in out and 'load_dataset("out", "dropped")' in out
     assert err == "reading rows as alpaca (instruction, output)\n"
 
 

@@ -307,7 +307,9 @@ def test_the_card_says_what_was_done_in_valid_yaml_and_no_path_of_the_machine(fo
     _, header, body = Path("out/README.md").read_text().split("---\n", 2)
     configs = yaml.safe_load(header)["configs"]
     assert [c["config_name"] for c in configs] == ["default", "dropped", "errors"]
-    assert all((Path("out") / c["data_files"][0]["path"]).is_file() for c in configs)
+    assert [list(Path("out").glob(f["path"])) for c in configs for f in c["data_files"]] == [
+        [split_file(Path("out"), split)] for split in SPLITS
+    ]
     assert "57 of 60 rows" in body and "drop-top 5%" in body and f"{report['threshold']:.6g}" in body
     written = body + Path("out/sqsd/report.json").read_text()
     assert str(folder) not in written

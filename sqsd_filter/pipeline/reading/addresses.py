@@ -46,7 +46,7 @@ class Source:
     spec: str  # opens just this again, with the revision fixed; "" where nothing does
     split: str = SPLIT
     dataset: Mapping[str, Any] | None = None  # of the Hub: {"id", "revision", "config", "split"}
-    card: str | None = None  # the text of its dataset's README.md
+    card: tuple[str, str] | None = None  # the name of its dataset and the text of that one's README.md
 
 
 class Opener:
@@ -127,7 +127,7 @@ class Opener:
             return
         repository = Repository.on_hub(there["name"], there["revision"], streaming=self._streaming)
         about = {"id": repository.where, "revision": repository.commit, "config": None, "split": None}
-        card = repository.card()
+        card = _named(repository.where, repository.card())
         for found in _matching(path, repository.paths(), url):
             yield Source(open_file(repository.file(found)), f"{repository.spec}/{found}", dataset=about, card=card)
 
@@ -172,7 +172,7 @@ def _of_repository(repository: Repository, part: str) -> Iterator[Source]:
     card = None
     for number, (config, split, reader) in enumerate(repository.readers(part)):
         if number == 0:
-            card = repository.card()
+            card = _named(repository.where, repository.card())
         about = {"id": repository.where, "revision": repository.commit, "config": config, "split": split}
         yield Source(
             reader, f"{repository.spec}:{config}/{split}", split, about if repository.commit is not None else None, card
@@ -238,9 +238,13 @@ def _saved_splits(folder: Path, part: str) -> list[str]:
     return wanted
 
 
-def _card(folder: Path) -> str | None:
+def _card(folder: Path) -> tuple[str, str] | None:
     readme = folder / "README.md"
-    return readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
+    return _named(folder, readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None)
+
+
+def _named(name: object, text: str | None) -> tuple[str, str] | None:
+    return None if text is None else (str(name), text)
 
 
 def peek(sources: Sequence[Source], n: int = 1000) -> list[dict[str, Any]]:

@@ -139,6 +139,13 @@ def is_json_text(field: pa.Field) -> bool:
     return (field.metadata or {}).get(b"encoding") == b"json"
 
 
+def with_marks(schema: pa.Schema, marked: pa.Schema) -> pa.Schema:
+    """The schema of a dataset's features, which know no mark, with the marks of another that has the same columns."""
+    pairs = [(field, marked.field(field.name)) for field in schema]
+    fields = [field if mark.type != field.type else mark.with_nullable(field.nullable) for field, mark in pairs]
+    return pa.schema(fields, schema.metadata)
+
+
 def json_columns(schema: pa.Schema) -> list[str]:
     """The columns with values stored as JSON, somewhere in them."""
     return [field.name for field in schema if _recode(field, str)]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from sqsd_filter.errors import InputError
 from sqsd_filter.pipeline.reading.files import File, LocalFile, unreadable
-from sqsd_filter.pipeline.reading.json_schema import to_rows
+from sqsd_filter.pipeline.reading.json_schema import to_rows, with_marks
 
 BATCH_BYTES = 1 << 26
 UNDECODABLE = (pa.ArrowException, OverflowError, ValueError)  # the year 10000, an unknown time zone, text not in UTF-8
@@ -200,7 +200,7 @@ class DatasetTable(Table):
     def __init__(self, name: str, dataset: Any) -> None:
         super().__init__(name)
         self._dataset = dataset
-        self.schema, self.n_rows = dataset.features.arrow_schema, len(dataset)
+        self.schema, self.n_rows = with_marks(dataset.features.arrow_schema, dataset.data.schema), len(dataset)
         self.check_types()
 
     def _open(self) -> Any:

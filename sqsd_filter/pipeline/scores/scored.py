@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class Scored:
     details: Mapping[int, str]  # of rows that the model's side refused
     groups: Groups | None = None
 
-    @property
+    @cached_property
     def scored(self) -> np.ndarray:
         """(n,) bool."""
         return (self.codes == self.statuses.index(SCORED)) & np.isfinite(self.risk)

@@ -6,16 +6,16 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.folder import TEMPORARY, sweep, write_whole
+from sqsd_filter.pipeline.writing.writers import FORMATS
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
@@ -27,16 +27,16 @@ class Destination:
     """Where a run writes. `home` is its folder for run.json, report.json and scores/; `root` the folder or file asked
     for. With `overwrite`, and something else there, both stand beside it until `publish` swaps them."""
 
-    def __init__(self, target: Path, home_of: Any, products: list[str], *, overwrite: bool) -> None:
-        """`home_of(root)` gives the home of a root; `products` are the paths a finished run leaves below the root."""
-        self.target, self._home_of, self._products = target, home_of, products
+    def __init__(self, target: Path, home_of: Any, *, overwrite: bool) -> None:
+        """`home_of(root)` gives the home of a root: in a folder, or beside a file."""
+        self.target, self._home_of = target, home_of
         self._overwrite, self.replaces = overwrite, False
         self.root, self.home = target, home_of(target)
         self._lock: IO[str] | None = None
         with self._access():
             if not target.parent.is_dir():
                 raise InputError(f"The folder {target.parent} does not exist: create it first.")
-            if "" in products and target.is_dir():
+            if self._is_file and target.is_dir():
                 raise DestinationExists(f"{target} is a folder, where a file is to be written: choose another name.")
             if not target.exists() and _neighbour(target, "old").exists():  # killed in the middle of a swap
                 _neighbour(target, "old").rename(target)
@@ -45,6 +45,10 @@ class Destination:
                     f"{target} exists and was not written by this command: choose another destination, or replace it "
                     "with --overwrite."
                 )
+
+    @property
+    def _is_file(self) -> bool:
+        return self.home.parent != self.root
 
     @property
     def old_home(self) -> Path | None:
@@ -80,6 +84,7 @@ class Destination:
                 self._clear()
             if self.finished():
                 return True
+            (self.home / REPORT_FILE).unlink(missing_ok=True)  # from here on it would not be true
             for folder in (self.root, self.home, self.home / "scores"):
                 sweep(folder)
             content = json.dumps({**asked, BASE: os.path.relpath(".", self.home.resolve())}, indent=1, sort_keys=True)
@@ -136,21 +141,26 @@ class Destination:
                     _remove(path)
 
     def finished(self) -> bool:
-        """Has the run that the home tells of left all its products, and no other run since?"""
+        """Has the run that the home tells of left all that its report names, and no other run since?"""
         report = _read_json(self.home / REPORT_FILE)
         if not report or report["status"] != "ok" or _neighbour(self.root, "old").exists():
             return False
-        products = [self.root / name for name in self._products]
+        files = report.get("files", [])
         try:
-            rows = [pq.read_metadata(path).num_rows for path in products if path.suffix == ".parquet"]
+            whole = all(self._is_whole(file, FORMATS[report["to"]].count) for file in files)
         except (OSError, pa.ArrowException):
             return False
-        return all(path.exists() for path in products) and sum(rows) == report["rows"]["total"]
+        beside = all((self.root / path).exists() for path in report.get("extra_files", []))
+        return whole and beside and sum(file["rows"] for file in files) == report["rows"]["total"]
+
+    def _is_whole(self, file: Mapping[str, Any], count: Callable[[Path], int | None]) -> bool:
+        path = self.root / file["path"]
+        return path.stat().st_size == file["bytes"] and count(path) in (None, file["rows"])
 
     def publish(self) -> None:
         """Swap what stands beside into place, and let go of the lock."""
         finals = [self.target]
-        if self.home.parent == self.root.parent:  # the home lies beside the root, not in it
+        if self._is_file:
             finals.append(self._home_of(self.target))
         if self.replaces:
             for new, final in zip((self.root, self.home), finals, strict=False):

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sqsd_filter.errors import SQSDError
-from sqsd_filter.pipeline.reading.sources import Chunk
+from sqsd_filter.pipeline.folder import sweep
+from sqsd_filter.pipeline.reading.json_schema import json_columns
+from sqsd_filter.pipeline.reading.sources import Chunk, Corpus
 from sqsd_filter.pipeline.scores.scored import SCORE_PREFIX, Scored
 from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Selection
+from sqsd_filter.pipeline.writing.json_lines import dump, lines, splice
+from sqsd_filter.pipeline.writing.writers import Files, JsonLinesFile, Output, ParquetFile, describe
 from sqsd_filter.progress import Progress
 
-SPLITS = {"kept": KEPT, "dropped": DROPPED, "errors": ERROR}
+CONFIGS = {"kept": KEPT, "dropped": DROPPED, "errors": ERROR}
+REASONS = "data/reasons.jsonl"  # why each line in `errors` has no score
 
 RAW = "sqsd_raw"  # the bytes of a line that is no row
 ORIGIN = {"sqsd_reason": pa.string(), "sqsd_file": pa.string(), "sqsd_line": pa.int64(), RAW: pa.binary()}
@@ -27,58 +31,180 @@ WEIGHT = "sqsd_weight"  # of a row for training, where rows are weighted
 OTHERS = {**ORIGIN, WEIGHT: pa.float64()}  # beside the scores
 
 
-def data_file(split: str) -> str:
-    return f"{split}-00000-of-00001.parquet"
+def check(corpus: Corpus, output: Output) -> None:
+    """Raise `InputError` where the rows have a column that can't be written so."""
+    scores, origin = _earlier_columns(corpus.schema)
+    output.check(pa.schema([field for field in corpus.schema if field.name not in (*scores, *origin)]))
 
 
-def export_splits(scored: Scored, selection: Selection, folder: Path, progress: Progress) -> dict[str, int]:
-    """Write kept, dropped and errors into `folder`, and say how many rows each got.
+def export_splits(
+    scored: Scored, selection: Selection, root: Path, output: Output, progress: Progress
+) -> dict[str, Any]:
+    """Write kept, dropped and errors below `root`, each split of the corpus apart.
 
     Kept and dropped rows carry the score columns; error rows their status, the reason in words and where they came
     from, with the line's own bytes where it could not be read. What rows in `errors` hold changes no column of the
-    others. Raises `SQSDError` when the disk refuses, or when a row would not be accounted for.
+    others. Lines of JSON hold less: see `Lines`. Returns what the report says of it: the "files" with the rows, the
+    "extra_files" that belong to them, and the "json_columns" whose values are stored as JSON. Raises `SQSDError` when
+    the disk refuses, or when a row would not be accounted for.
     """
-    apt = kept_schema(scored, selection) is scored.corpus.apt_schema
-    folder.mkdir(parents=True, exist_ok=True)
-    written = dict.fromkeys(SPLITS, 0)
+    corpus = scored.corpus
+    schema = _kept_schema(scored, selection)
     with ExitStack() as stack:
-        sinks = {split: stack.enter_context(_writer(folder / data_file(split))) for split in SPLITS}
-        for chunk in scored.corpus.chunks():
+        names = {
+            (config, split): place_name(config, split, corpus.splits) for config in CONFIGS for split in corpus.splits
+        }
+        files = {place: stack.enter_context(output.files(root, name)) for place, name in names.items()}
+        reasons = stack.enter_context(Files(JsonLinesFile, root, REASONS))
+        for folder in {f.folder for f in files.values()}:
+            folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder)
+        for chunk in _from_nothing(corpus):
             place = selection.place[chunk.start : chunk.start + chunk.table.num_rows]
-            with_scores = _with_scores(scored, chunk.start, chunk.apt if apt else chunk.table, selection.weights)
-            for split, code in SPLITS.items():
+            rows: Lines | Tables
+            if output.to == "jsonl":
+                rows = Lines(scored, chunk, selection.weights, output.with_scores)
+                reasons.write(rows.reasons(np.flatnonzero(place == ERROR)))
+            else:
+                table = chunk.apt if schema is corpus.apt_schema else chunk.table
+                rows = Tables(scored, chunk, table, selection.weights)
+            for config, code in CONFIGS.items():
                 where = np.flatnonzero(place == code)
-                sinks[split](_errors(scored, chunk, where) if code == ERROR else with_scores.take(where))
-                written[split] += len(where)
+                files[config, chunk.split].write(rows.bad(where) if code == ERROR else rows.good(where))
             progress.advance(len(place))
-    if sum(written.values()) != scored.corpus.n_rows:
-        raise SQSDError(f"{scored.corpus.n_rows} rows came in, but {written} went out: please report this as a bug.")
-    return written
+        written = {name: files[place].rows for place, name in names.items()}
+        if sum(written.values()) != corpus.n_rows:
+            raise SQSDError(f"{corpus.n_rows} rows came in, but {written} went out: please report this as a bug.")
+        found = {place: f.publish() for place, f in files.items()}
+        extra = [file["path"] for file in reasons.publish()]
+    if output.to == "arrow":
+        extra = describe(root, {name: found[place] for place, name in names.items()})
+    entries = [{"config": c, "split": s, **file} for (c, s), several in found.items() for file in several]
+    stored = [] if output.to == "jsonl" else json_columns(schema)
+    return {"files": entries, "extra_files": extra, "json_columns": stored}
 
 
-def kept_schema(scored: Scored, selection: Selection | None) -> pa.Schema:
+def place_name(config: str, split: str, splits: Sequence[str]) -> str:
+    """What the files of a config and split are called. No name has a dash, so that "kept_a-*" means no other's."""
+    return config if len(splits) == 1 else f"{config}_{split}"
+
+
+def _from_nothing(corpus: Corpus) -> Iterator[Chunk]:
+    """The chunks of the corpus, after one without rows for each split, so that every place has a file."""
+    table, apt = (pa.Table.from_batches([], schema) for schema in (corpus.schema, corpus.apt_schema))
+    for split in corpus.splits:
+        yield Chunk(0, split, table, apt, [], [], [], [])
+    yield from corpus.chunks()
+
+
+def _kept_schema(scored: Scored, selection: Selection) -> pa.Schema:
     """What the input's columns are in kept and dropped: rows that are in neither have no say."""
-    whole = selection is None or bool((selection.place[~scored.scored] == KEPT).any())
+    whole = bool((selection.place[~scored.scored] == KEPT).any())
     return scored.corpus.schema if whole else scored.corpus.apt_schema
 
 
-def export_scored(scored: Scored, path: Path, progress: Progress) -> None:
-    """Write every row, in order, with its score columns; where rows have no score, also the columns of `errors`."""
+def export_scored(scored: Scored, path: Path, progress: Progress) -> dict[str, Any]:
+    """Write every row, in order, with its score columns; where rows have no score, also the columns of `errors`.
+
+    Returns what `export_splits` does.
+    """
     errors = bool(scored.reasons())
-    with _writer(path) as sink:
+    with Files(ParquetFile, path, ".") as file:
         for chunk in scored.corpus.chunks():
             table = _with_scores(scored, chunk.start, chunk.table)
-            sink(_with_columns(table, _origin(scored, chunk, np.arange(table.num_rows))) if errors else table)
+            file.write(_with_columns(table, _origin(scored, chunk, np.arange(table.num_rows))) if errors else table)
             progress.advance(table.num_rows)
+        return {"files": file.publish(), "extra_files": [], "json_columns": json_columns(scored.corpus.schema)}
+
+
+class Tables:
+    """A chunk's rows as parquet and Arrow files hold them."""
+
+    def __init__(self, scored: Scored, chunk: Chunk, table: pa.Table, weights: np.ndarray | None) -> None:
+        """`table` has the chunk's rows as they are to be in kept and dropped."""
+        self.scored, self.chunk = scored, chunk
+        self.with_scores = _with_scores(scored, chunk.start, table, weights)
+
+    def good(self, where: np.ndarray) -> pa.Table:
+        return self.with_scores.take(where)
+
+    def bad(self, where: np.ndarray) -> pa.Table:
+        scored, chunk = self.scored, self.chunk
+        columns = {"sqsd_status": _statuses(scored, chunk, where), **_origin(scored, chunk, where)}
+        scores, others = _earlier_columns(chunk.table.schema)
+        return _with_columns(_without(chunk.table, [*scores, *others]).take(where), columns)
+
+
+class Lines:
+    """A chunk's rows as lines of JSON: the input's own, byte for byte, where it was JSON Lines.
+
+    Weights join the lines of rows, scores only `with_scores`; reasons stand in a file of their own. A record that could not be
+    read is a line of its bytes, or where those have a newline their text in an object.
+    """
+
+    def __init__(self, scored: Scored, chunk: Chunk, weights: np.ndarray | None, with_scores: bool) -> None:
+        self.scored, self.chunk, self.weights, self.with_scores = scored, chunk, weights, with_scores
+        self.old_scores, self.old_others = _earlier_columns(chunk.table.schema)
+
+    def good(self, where: np.ndarray) -> list[bytes]:
+        start, count = self.chunk.start, self.chunk.table.num_rows
+        new = {
+            **(_scores(self.scored, start, count) if self.with_scores else {}),
+            **_weights(self.weights, start, count),
+        }
+        old = [*self.old_others, *(self.old_scores if self.scored.probes or not self.with_scores else [])]
+        found = self._lines(where, old)
+        if not new:
+            return found
+        old += [name for name in new if name in self.chunk.table.column_names]
+        members = pa.table(new).take(where).to_pylist()
+        return [splice(line, row, old) for line, row in zip(found, members, strict=True)]
+
+    def bad(self, where: np.ndarray) -> list[bytes]:
+        raws = _origin(self.scored, self.chunk, where)[RAW].to_pylist()
+        found = zip(self._lines(where, [*self.old_scores, *self.old_others]), raws, strict=True)
+        return [line if raw is None else _unread(raw) for line, raw in found]
+
+    def reasons(self, where: np.ndarray) -> list[bytes]:
+        origin = _origin(self.scored, self.chunk, where)
+        columns = {
+            "file": origin["sqsd_file"],
+            "line": origin["sqsd_line"],
+            "status": _statuses(self.scored, self.chunk, where),
+            "reason": origin["sqsd_reason"],
+        }
+        return lines(pa.table(columns))
+
+    def _lines(self, where: np.ndarray, without: Collection[str]) -> list[bytes]:
+        """These rows' own lines, or made ones that have not these columns."""
+        raws = [self.chunk.raws[k] for k in where.tolist()]
+        others = where[[raw is None for raw in raws]]
+        made = iter(lines(_without(self.chunk.table, without).take(others)))
+        return [next(made) if raw is None else raw for raw in raws]
+
+
+def _unread(raw: bytes) -> bytes:
+    return dump({RAW: raw.decode("utf-8", "surrogateescape")}) if b"\n" in raw else raw
+
+
+def _scores(scored: Scored, start: int, rows: int) -> dict[str, pa.Array]:
+    """The score columns of rows start, start + 1, ...; none where the input has them."""
+    return scored.columns(start, start + rows) if scored.probes else {}
+
+
+def _weights(weights: np.ndarray | None, start: int, rows: int) -> dict[str, pa.Array]:
+    """The column of weights of rows start, start + 1, ...; none where rows are not weighted."""
+    return {} if weights is None else {WEIGHT: pa.array(weights[start : start + rows], pa.float64(), from_pandas=True)}
+
+
+def _statuses(scored: Scored, chunk: Chunk, where: np.ndarray) -> pa.Array:
+    return pa.array([scored.statuses[code] for code in scored.codes[chunk.start + where]], pa.string())
 
 
 def _with_scores(scored: Scored, start: int, table: pa.Table, weights: np.ndarray | None = None) -> pa.Table:
     """Rows start, start + 1, ... with score columns and weights: those of an earlier run make way for new ones."""
     earlier, others = _earlier_columns(table.schema)
-    stop = start + table.num_rows
-    columns = scored.columns(start, stop) if scored.probes else {}
-    if weights is not None:
-        columns[WEIGHT] = pa.array(weights[start:stop], pa.float64(), from_pandas=True)
+    columns = {**_scores(scored, start, table.num_rows), **_weights(weights, start, table.num_rows)}
     return _with_columns(_without(table, [*earlier, *others] if scored.probes else others), columns)
 
 
@@ -95,7 +221,7 @@ def _earlier_columns(schema: pa.Schema) -> tuple[list[str], list[str]]:
     return scores, others
 
 
-def _without(table: pa.Table, names: list[str]) -> pa.Table:
+def _without(table: pa.Table, names: Collection[str]) -> pa.Table:
     if not names:
         return table
     metadata = _features(table.schema, lambda features: [features.pop(name, None) for name in names])
@@ -123,13 +249,6 @@ def _features(schema: pa.Schema, change: Any) -> dict[bytes, bytes] | None:
     return metadata or None
 
 
-def _errors(scored: Scored, chunk: Chunk, where: np.ndarray) -> pa.Table:
-    scores, others = _earlier_columns(chunk.table.schema)
-    names = [scored.statuses[c] for c in scored.codes[chunk.start + where]]
-    columns = {"sqsd_status": pa.array(names, pa.string()), **_origin(scored, chunk, where)}
-    return _with_columns(_without(chunk.table, [*scores, *others]).take(where), columns)
-
-
 def _origin(scored: Scored, chunk: Chunk, where: np.ndarray) -> dict[str, pa.Array]:
     """Why these rows of a chunk have no score, where they came from, and the bytes of those that could not be read:
     as their scores were written, or now. Null for rows with a score."""
@@ -151,32 +270,3 @@ def _origin(scored: Scored, chunk: Chunk, where: np.ndarray) -> dict[str, pa.Arr
         for name, values in found.items():
             values.append(None if fine else now[name])
     return {name: pa.array(values, ORIGIN[name]) for name, values in found.items()}
-
-
-@contextmanager
-def _writer(path: Path) -> Iterator[Any]:
-    """A function that appends tables to a parquet file, which gets its name when all has been written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    sink: pq.ParquetWriter | None = None
-
-    def write(table: pa.Table) -> None:
-        nonlocal sink
-        if sink is None:
-            sink = pq.ParquetWriter(temporary, table.schema)
-        if table.num_rows:
-            sink.write_table(table)
-
-    try:
-        yield write
-        if sink is not None:
-            sink.close()
-            temporary.replace(path)
-    except OSError as problem:
-        raise SQSDError(
-            f"{path} can't be written ({problem}): make room and run the same command again; no score is lost."
-        ) from problem
-    finally:
-        if sink is not None:
-            with suppress(OSError):
-                sink.close()
-        temporary.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from sqsd_filter.pipeline.folder import write_whole
-from sqsd_filter.pipeline.reading.json_schema import json_columns
 from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.pipeline.selection import FORMULA, Cut, Selection
-from sqsd_filter.pipeline.writing.export import SPLITS, data_file, kept_schema
+from sqsd_filter.pipeline.writing.export import CONFIGS, REASONS
 
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 
@@ -39,14 +39,13 @@ def summarise(scored: Scored, selection: Selection | None, cut: Cut | None) -> d
     quantiles = np.quantile(risk, [q / 100 for q in QUANTILES]) if len(risk) else []
     rows: dict[str, int] = {"total": scored.corpus.n_rows}
     if selection is not None:
-        rows |= {split: selection.count(place) for split, place in SPLITS.items()}
+        rows |= {config: selection.count(place) for config, place in CONFIGS.items()}
     else:
         rows |= {"errors": int((~scored.scored).sum())}
     found = {
         "rows": rows | scored.counts,
         "unscored": scored.reasons(),
         "format": str(scored.form) if scored.form else None,
-        "json_columns": json_columns(kept_schema(scored, selection)),
         "cut": str(cut) if cut else None,
         "threshold": selection.threshold if selection else None,
         "ties": selection.ties if selection else 0,
@@ -81,21 +80,54 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
     write_whole(path, lambda sink: sink.write((json.dumps(report, indent=2) + "\n").encode()))
 
 
-def write_card(path: Path, report: Mapping[str, Any]) -> None:
-    """The dataset card: configs for kept (the default), dropped and errors, and what was done in words.
+def load_calls(report: Mapping[str, Any], where: str) -> dict[str, str]:
+    """The Python expression that loads the rows of each config from the destination; `where` is one for its path."""
+    calls = {}
+    for config in CONFIGS:
+        if report["to"] == "arrow":
+            keys = dict.fromkeys(file["path"].split("/")[0] for file in report["files"] if file["config"] == config)
+            calls[config] = ", ".join(f'load_from_disk({where})["{key}"]' for key in keys)
+        else:
+            calls[config] = f"load_dataset({where})" if config == "kept" else f'load_dataset({where}, "{config}")'
+    return calls
 
-    The data files must be there.
-    """
+
+def _configs(report: Mapping[str, Any]) -> list[str]:
+    """The card's header lines by which `load_dataset` finds the files of each config and split."""
+    header = ["configs:"]
+    for config in CONFIGS:
+        own = [file for file in report["files"] if file["config"] == config]
+        header += [f"- config_name: {'default' if config == 'kept' else config}", "  data_files:"]
+        for split in dict.fromkeys(file["split"] for file in own):
+            path = next(file["path"] for file in own if file["split"] == split)
+            header += [f'  - split: "{split}"', f"    path: {re.sub(r'[0-9]{5}-of-[0-9]{5}', '*', path)}"]
+        # datasets caches what it loaded by the folder's last name and this header alone: two runs' must differ
+        content = hashlib.sha256("".join(file["sha256"] for file in own).encode()).hexdigest()
+        header += [f"  description: {report['rows'][config]} rows, SHA-256 of its files' {content}"]
+    return header
+
+
+def _holds(report: Mapping[str, Any]) -> str:
+    """What is in the rows beside the input's columns, and how they are stored."""
+    scores = "`sqsd_risk` (higher is riskier), one `sqsd_<probe>` for each projection, and `sqsd_status`"
+    if report["to"] == "jsonl":
+        added = f"At the end of each line of kept and dropped stand {scores}." if report["with_scores"] else ""
+        return f"""Lines of JSON Lines files are the input's own, byte for byte. {added}
+`{REASONS}` has for each line of errors its file, line, status and reason.
+`load_dataset` takes dates in text for timestamps, and fails where a line of errors is no JSON."""
+    stored = ", ".join(f"`{name}`" for name in report["json_columns"])
+    as_json = f"""
+
+No one type holds all values of {stored}, so they are stored as JSON. `datasets` decodes
+what it can; where it gives text, `json.loads` gives the value."""
+    return f"Columns added: {scores}. The other\ncolumns are the input's.{as_json if stored else ''}"
+
+
+def write_card(path: Path, report: Mapping[str, Any]) -> None:
+    """The dataset card: configs for kept (the default), dropped and errors, and what was done in words."""
     rows = report["rows"]
     pack = report.get("pack")
-    header = ["---", "configs:"]
-    for split in SPLITS:
-        header += [f"- config_name: {'default' if split == 'kept' else split}", "  data_files:", "  - split: train"]
-        header += [f"    path: data/{data_file(split)}"]
-        # datasets caches what it loaded by the folder's last name and this header alone: two runs' must differ
-        with (path.parent / "data" / data_file(split)).open("rb") as file:
-            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        header += [f"  description: {rows[split]} rows, BLAKE2b {content}"]
+    header = ["---", *(_configs(report) if report["to"] != "arrow" else [])]
     header += ["tags:", "- sqsd-filter", "- safety", "---"]
     measured = (
         f"It was measured with the pack `{pack['name']}` ({pack['fingerprint']}) on `{pack['base_model']}`."
@@ -107,13 +139,12 @@ def write_card(path: Path, report: Mapping[str, Any]) -> None:
     else:
         threshold = f"The lowest risk among the dropped rows is {report['threshold']:.6g}"
         threshold += f"; {report['ties']} kept rows have that very risk." if report["ties"] else "."
-    load = {"kept": "load_dataset(path)", **{s: f'load_dataset(path, "{s}")' for s in ("dropped", "errors")}}
     # datasets raises for a split without rows, unless it is streamed
-    load = {split: call if rows[split] else f"{call[:-1]}, streaming=True)" for split, call in load.items()}
+    load = {
+        config: call if rows[config] or report["to"] == "arrow" else f"{call[:-1]}, streaming=True)"
+        for config, call in load_calls(report, "path").items()
+    }
     unscored = ", ".join(f"{count} {status}" for status, count in report["unscored"].items())
-    stored = ", ".join(f"`{name}`" for name in report["json_columns"])
-    as_json = f"\nNo one type holds all values of {stored}, so they are stored as JSON. `load_dataset` decodes\n"
-    as_json += "what it can; where it gives text, `json.loads` gives the value.\n"
     body = f"""
 # {rows["kept"]} of {rows["total"]} rows, the riskiest removed
 
@@ -128,9 +159,10 @@ Rows were cut by `{report["cut"]}`. {threshold}
 | errors, not scored{f" ({unscored})" if unscored else ""} | {rows["errors"]} | `{load["errors"]}` |
 | total | {rows["total"]} | |
 
-Columns added: `sqsd_risk` (higher is riskier), one `sqsd_<probe>` for each projection, and `sqsd_status`. The other
-columns are the input's. `sqsd/report.json` holds the settings, inputs and versions of the run.
-{as_json if stored else ""}
+{_holds(report)}
+
+`sqsd/report.json` holds the settings, inputs and versions of the run.
+
 A low risk is no promise: it says that a row pushes little along the directions of this pack, not that a model
 fine-tuned on the kept rows is safe. Evaluate the model that you train.
 """

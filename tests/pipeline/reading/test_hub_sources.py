@@ -94,7 +94,7 @@ def test_what_is_read_is_the_commit_that_was_found_whatever_comes_later(hub: Hub
     assert source.dataset == {"id": "org/sums", "revision": old, "config": "fr", "split": "train"}
     assert source.spec == f"hf://datasets/org/sums@{old}:fr/train"
     assert source.reader.name == f"hf://datasets/org/sums@{old}/fr.parquet"
-    assert source.card == CARD.decode()
+    assert source.card == ("org/sums", CARD.decode())
     assert {name: len(read(f"org/sums@{name}:fr")["train"]) for name in (old, new, "short")} == {
         old: 20,
         new: 3,

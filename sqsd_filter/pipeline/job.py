@@ -1,0 +1,150 @@
+"""One run from its destination's point of view: claimed, worked on, told of whatever happens, published."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sqsd_filter.errors import SQSDError, UsageError
+from sqsd_filter.pipeline.engines import Engine
+from sqsd_filter.pipeline.publishing.bucket import Bucket
+from sqsd_filter.pipeline.publishing.hub import PushTo
+from sqsd_filter.pipeline.publishing.target import Finished, Target, run_id
+from sqsd_filter.pipeline.reading.repositories import HUB
+from sqsd_filter.pipeline.writing.card import card_text
+from sqsd_filter.pipeline.writing.destination import LOCK_FILE, REPORT_FILE, Destination, _read_json
+from sqsd_filter.pipeline.writing.report import versions, write_report
+from sqsd_filter.progress import Meter
+from sqsd_filter.scoring.weights import cache_dir
+
+
+@dataclass(frozen=True)
+class Outlet:
+    """Where a run goes: a place on this disk, and perhaps a target that gets it from there. Where only the target was
+    asked for, the place is a stage that is struck in the end."""
+
+    place: Destination
+    target: Target | None = None
+    stage: Path | None = None
+
+    @classmethod
+    def of(cls, dest: str | Path, overwrite: bool, push: PushTo | None) -> Outlet:
+        """Raises `SQSDError` where the run can't go there, as far as can be told before its work."""
+        target: Target | None = push and replace(push, overwrite=overwrite or push.overwrite)
+        stage = None
+        if "://" in str(dest):
+            url = str(dest).rstrip("/")
+            if push is not None and not url.startswith(HUB):
+                raise UsageError(
+                    f"{url} and a repository to push to are two destinations: give a folder and --push-to."
+                )
+            target = target or (_on_hub(url, overwrite) if url.startswith(HUB) else Bucket(url, overwrite=overwrite))
+            stage = cache_dir() / "stages" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+            stage.mkdir(parents=True, exist_ok=True)
+        if target is not None:
+            target.check()
+        folder = Path(dest) if stage is None else stage / "out"
+        place = Destination(folder, lambda root: root / "sqsd", overwrite=overwrite or stage is not None)
+        return cls(place, target, stage)
+
+
+def _on_hub(url: str, overwrite: bool) -> PushTo:
+    repo, _, revision = url.removeprefix(HUB).partition("@")
+    return PushTo(repo, revision=revision or None, overwrite=overwrite)
+
+
+@dataclass
+class Job:
+    """Everything a run has in common, whatever it exports.
+
+    `identity` is what makes two runs the same; `record` is only told in the report. `originals` has the cards of the
+    datasets that were read.
+    """
+
+    outlet: Outlet
+    identity: dict[str, Any]
+    meter: Meter
+    record: Mapping[str, Any]
+    started: float
+    facts: dict[str, Any] = field(default_factory=dict)
+    engine: Engine | None = None
+    originals: Mapping[str, str] = field(default_factory=dict)
+
+    def carry_out(
+        self, work: Callable[[], dict[str, Any]], publish: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """Claim the destination, do the work, leave a report whatever happens, publish. Returns the report.
+
+        Raises `SQSDError` where the disk or the target refuses.
+        """
+        place, target, stage = self.outlet.place, self.outlet.target, self.outlet.stage
+        try:
+            report = target.published(run_id(self.identity)) if target is not None and stage is not None else None
+            if report is not None:
+                report["already_done"] = True
+            else:
+                report = self._on_disk(work, publish)
+                if target is not None:
+                    report = self._published(target, report)
+            if stage is not None:
+                shutil.rmtree(stage)
+            return report
+        except OSError as problem:
+            raise SQSDError(
+                f"The run can't go on ({problem}): mend that and run the same command again; no score is lost."
+            ) from problem
+        finally:
+            self.meter.finish()
+            place.release()
+
+    def _on_disk(self, work: Callable[[], dict[str, Any]], publish: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        place = self.outlet.place
+        if place.claim(self.identity):
+            report = {**_read_json(place.home / REPORT_FILE), "already_done": True}
+        else:
+            report = self._carry_out(work, publish)
+        place.publish()
+        return report
+
+    def _published(self, target: Target, report: dict[str, Any]) -> dict[str, Any]:
+        run, root = run_id(self.identity), self.outlet.place.root
+        if target.published(run) is not None:
+            return report
+        self.meter.start("publishing", None)
+        files = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
+        files = {name: path for name, path in files.items() if path.name != LOCK_FILE}
+
+        def card(told: Mapping[str, Any], name: str) -> str:
+            return card_text(root, told, self.originals, name)
+
+        where = target.publish(Finished(run, files, report, card))
+        return {**report, "published": where, "already_done": False}
+
+    def _carry_out(
+        self, work: Callable[[], dict[str, Any]], publish: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        base = {"settings": {}, **self.record, "versions": versions(), **self.facts}
+        found: dict[str, Any] = {}
+        try:
+            found = work()
+            publish({**base, **found})
+        except BaseException as problem:
+            status = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
+            with suppress(OSError):  # the disk may be what failed
+                self._report({"status": status, **base, **found, "error": str(problem) or status})
+            raise
+        return self._report({"status": "ok", **base, **found})
+
+    def _report(self, report: dict[str, Any]) -> dict[str, Any]:
+        timing: dict[str, Any] = {"seconds": round(time.time() - self.started, 3), "started": round(self.started, 3)}
+        timing |= self.engine.facts() if self.engine else {}
+        timing |= {"phases": self.meter.figures()}
+        report = {**report, "timing": timing}
+        write_report(self.outlet.place.home / REPORT_FILE, report)
+        return report

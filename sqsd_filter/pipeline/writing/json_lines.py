@@ -1,0 +1,100 @@
+"""Rows as lines of JSON, with exact values; and members put at the end of a line that is there already, of which every
+other byte stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+
+from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.reading.json_schema import to_rows
+from sqsd_filter.pipeline.reading.table_formats import UNDECODABLE
+
+_SPACE = b" \t\r\n"
+_SPACES = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
+
+
+def has_form(kind: pa.DataType) -> bool:
+    """Can JSON hold every value of this type exactly, some of them as text?"""
+    is_ = pa.types
+    if is_.is_dictionary(kind):
+        return has_form(kind.value_type)
+    if is_.is_nested(kind):
+        return all(has_form(kind.field(k).type) for k in range(kind.num_fields))
+    number_or_text = is_.is_integer(kind) or is_.is_floating(kind) or is_.is_decimal(kind) or _is_text(kind)
+    moment = is_.is_date(kind) or is_.is_timestamp(kind) or (is_.is_time(kind) and kind != pa.time64("ns"))
+    return number_or_text or moment or is_.is_null(kind) or is_.is_boolean(kind) or isinstance(kind, pa.JsonType)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def lines(table: pa.Table) -> list[bytes]:
+    """Each row as a line: dates and times as ISO text, decimals as their text; what was stored as JSON, as it was.
+
+    Raises InputError for a value that Python does not have.
+    """
+    try:
+        return [dump(row) for row in to_rows(table)]
+    except UNDECODABLE as problem:
+        for name in table.column_names:
+            try:
+                table[name].to_pylist()
+            except UNDECODABLE as reason:
+                raise InputError(
+                    f"Column {name!r} holds a value that can't be written as JSON ({reason}): use --to parquet."
+                ) from problem
+        raise
+
+
+def dump(value: Any) -> bytes:
+    """A value as one line of JSON."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=_text).encode()
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can only escape
+        return json.dumps(value, default=_text).encode()
+
+
+def _text(value: Any) -> str:
+    return str(value) if isinstance(value, Decimal) else value.isoformat()
+
+
+def splice(line: bytes, members: Mapping[str, Any], old: Collection[str] = ()) -> bytes:
+    """The line, which is a JSON object, with these members at its end, and without those of the `old` names."""
+    end = line.rstrip(_SPACE)
+    before = end[:-1].rstrip(_SPACE)
+    kept = _without(before.decode(), old).encode() if old else before
+    added = dump(dict(members))[1:-1]
+    comma = b", " if added and not kept.endswith(b"{") else b""  # no value ends in such a brace
+    return kept + comma + added + line[len(before) :]
+
+
+def _without(text: str, old: Collection[str]) -> str:
+    """The text of an object, up to the end of its last value, without these members."""
+    start = text.index("{") + 1
+    return text[:start] + ",".join(member for name, member in _members(text, start) if name not in old)
+
+
+def _members(text: str, at: int) -> Iterator[tuple[str, str]]:
+    """The name of each member from here to the end, and its text from one comma to the next."""
+    while at < len(text):
+        name, end = _DECODER.raw_decode(text, _after_spaces(text, at))
+        colon = _after_spaces(text, end)
+        _, end = _DECODER.raw_decode(text, _after_spaces(text, colon + 1))
+        end = _after_spaces(text, end)
+        yield name, text[at:end]
+        at = end + 1
+
+
+def _after_spaces(text: str, at: int) -> int:
+    found = _SPACES.match(text, at)
+    assert found is not None
+    return found.end()

@@ -1,0 +1,406 @@
+"""Rows on their way out: each to one place, in order, with the values, types and bytes that it came with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import tempfile
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.reading.sources import Corpus
+from sqsd_filter.pipeline.writing.export import CONFIGS, REASONS, check, export_splits
+from sqsd_filter.pipeline.writing.writers import Output
+from sqsd_filter.progress import Silent
+from tests.corpora import by_hand
+
+datasets.disable_progress_bars()
+MANY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SCORES = ["sqsd_risk", "sqsd_danger", "sqsd_safety", "sqsd_status"]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a few rows are several batches."""
+    monkeypatch.setattr(Corpus, "chunks", functools.partialmethod(Corpus.chunks, rows=3))
+
+
+def export(
+    corpus: Corpus, place: list[int], root: Path, to: str, shard_size: int = 1, with_scores: bool = False, **more: Any
+) -> dict[str, Any]:
+    output = Output(to, shard_size, with_scores)
+    check(corpus, output)
+    return export_splits(*by_hand(corpus, place, **more), root, output, Silent())
+
+
+def paths(root: Path, report: dict[str, Any], config: str, split: str = "train") -> list[Path]:
+    return [root / f["path"] for f in report["files"] if (f["config"], f["split"]) == (config, split)]
+
+
+def tables(root: Path, to: str, report: dict[str, Any], config: str) -> pa.Table:
+    """What people read of a config, without the columns that were added."""
+    if to == "parquet":
+        table = pq.read_table(paths(root, report, config))
+    else:
+        table = datasets.load_from_disk(str(root))[config].data.table
+    return table.select([name for name in table.column_names if not name.startswith("sqsd_")]).combine_chunks()
+
+
+def raw_lines(root: Path, report: dict[str, Any], config: str) -> list[bytes]:
+    return [line for path in paths(root, report, config) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def read_back(paths: list[Path]) -> list[dict[str, Any] | None]:
+    """What our own reader makes of files."""
+    corpus = Corpus.scan([str(path) for path in paths])
+    return [row.value for row in corpus.read(0, corpus.n_rows)]
+
+
+# ---------------------------------------------------------------------------------------------- any table
+
+
+Column = tuple[pa.DataType, st.SearchStrategy[Any]]
+text = st.text(st.characters(codec="utf-8"), max_size=5)
+moments = st.datetimes(datetime(1900, 1, 1), datetime(2200, 1, 1))
+IN_JSON: list[Column] = [
+    (pa.int8(), st.integers(-(2**7), 2**7 - 1)),
+    (pa.int64(), st.integers(-(2**63), 2**63 - 1)),
+    (pa.uint64(), st.integers(0, 2**64 - 1)),
+    (pa.float32(), st.floats(width=32, allow_nan=False)),
+    (pa.float64(), st.floats(allow_nan=False)),
+    (pa.bool_(), st.booleans()),
+    (pa.string(), text),
+    (pa.large_string(), text),
+    (pa.date32(), st.dates()),
+    (pa.time64("us"), st.times()),
+    (pa.timestamp("us"), moments),
+    (
+        pa.timestamp("us", tz="UTC"),
+        moments.map(lambda moment: moment.replace(tzinfo=UTC)),
+    ),
+    (pa.decimal128(12, 2), st.decimals(-(10**9), 10**9, places=2)),
+    (pa.null(), st.none()),
+]
+YEARS = timedelta(days=9999)
+NOT_IN_JSON: list[Column] = [(pa.binary(), st.binary(max_size=5)), (pa.duration("us"), st.timedeltas(-YEARS, YEARS))]
+
+
+def nested(leaves: list[Column]) -> st.SearchStrategy[Column]:
+    def lists(column: Column) -> Column:
+        return pa.list_(column[0]), st.lists(st.none() | column[1], max_size=3)
+
+    def structs(columns: list[Column]) -> Column:
+        names = [f"f{k}" for k in range(len(columns))]
+        kind = pa.struct([(name, kind) for name, (kind, _) in zip(names, columns, strict=True)])
+        return kind, st.fixed_dictionaries(
+            {name: st.none() | values for name, (_, values) in zip(names, columns, strict=True)}
+        )
+
+    return st.recursive(
+        st.sampled_from(leaves), lambda c: c.map(lists) | st.lists(c, min_size=1, max_size=3).map(structs), max_leaves=4
+    )
+
+
+@st.composite
+def any_table(draw: st.DrawFn, leaves: list[Column]) -> tuple[pa.Table, list[int]]:
+    """A table of 1 to 12 rows, and where each of them is to go."""
+    columns = draw(st.lists(nested(leaves), min_size=1, max_size=3))
+    n = draw(st.integers(1, 12))
+    arrays = [pa.array(draw(st.lists(st.none() | v, min_size=n, max_size=n)), kind) for kind, v in columns]
+    return pa.table(arrays, [f"c{k}" for k in range(len(arrays))]), draw(places(n))
+
+
+def places(n: int) -> st.SearchStrategy[list[int]]:
+    return st.lists(st.sampled_from(list(CONFIGS.values())), min_size=n, max_size=n)
+
+
+@pytest.mark.parametrize("to", ["parquet", "arrow"])
+@MANY
+@given(case=any_table([*IN_JSON, *NOT_IN_JSON]), shard_size=st.sampled_from([1, 10**9]))
+def test_any_table_comes_back_as_it_was(to: str, case: tuple[pa.Table, list[int]], shard_size: int) -> None:
+    table, place = case
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        pq.write_table(table, root / "in.parquet")
+        source = pq.read_table(root / "in.parquet")
+        report = export(Corpus.scan([str(root / "in.parquet")]), place, root, to, shard_size)
+        assert sum(f["rows"] for f in report["files"]) == len(place)
+        for config, code in CONFIGS.items():
+            expected = source.filter(pa.array([p == code for p in place])).combine_chunks()
+            found = tables(root, to, report, config)
+            assert found.schema.equals(expected.schema) and found.equals(expected)
+            again = Corpus.scan(
+                [str(root / config)] if to == "arrow" else [str(p) for p in paths(root, report, config)]
+            )
+            rows = [{name: row.value[name] for name in table.column_names} for row in again.read(0, again.n_rows)]
+            assert rows == expected.to_pylist()
+
+
+def in_json(value: Any) -> Any:
+    """What JSON has of a value: the same, or its text."""
+    if isinstance(value, dict):
+        return {key: in_json(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [in_json(child) for child in value]
+    if isinstance(value, Decimal):
+        return f"{value}"
+    return value.isoformat() if isinstance(value, date | time) else value
+
+
+@MANY
+@given(case=any_table(IN_JSON), shard_size=st.sampled_from([1, 10**9]), with_scores=st.booleans())
+def test_any_table_becomes_lines_of_exact_values(
+    case: tuple[pa.Table, list[int]], shard_size: int, with_scores: bool
+) -> None:
+    table, place = case
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        pq.write_table(table, root / "in.parquet")
+        rows = pq.read_table(root / "in.parquet").to_pylist()
+        report = export(Corpus.scan([str(root / "in.parquet")]), place, root, "jsonl", shard_size, with_scores)
+        for config, code in CONFIGS.items():
+            found = [json.loads(line) for line in raw_lines(root, report, config)]
+            added = SCORES if with_scores and config != "errors" else []
+            assert all(list(row) == [*table.column_names, *added] for row in found)
+            own = [{name: row[name] for name in table.column_names} for row in found]
+            assert own == [in_json(row) for row, p in zip(rows, place, strict=True) if p == code]
+
+
+# ---------------------------------------------------------------------------------------------- any lines
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=6,
+)
+names = st.sampled_from(["a", "b", *SCORES])
+rows = st.dictionaries(names, json_values, max_size=4)
+lines = st.one_of(
+    st.builds(lambda row, end: json.dumps(row).encode() + end, rows, st.sampled_from([b"", b" ", b"\r"])),
+    st.builds(lambda row: json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode(), rows),
+)
+unreadable = st.sampled_from([b"", b"\r", b"{", b"\xff", b"[1]", b'{"a": 1, "a": 2}', b'{"a": "\\ud800"}', b"1e999"])
+
+
+@st.composite
+def any_lines(draw: st.DrawFn) -> tuple[list[bytes], list[int]]:
+    """Lines, some of which are no rows, and where each is to go: those only to errors."""
+    found = draw(st.lists(lines.map(lambda line: (line, None)) | unreadable.map(lambda line: (line, 2)), min_size=1))
+    sorted_out = draw(places(len(found)))
+    return [line for line, _ in found], [p if q is None else q for (_, q), p in zip(found, sorted_out, strict=True)]
+
+
+@MANY
+@given(case=any_lines(), shard_size=st.sampled_from([1, 10**9]), last=st.booleans())
+def test_lines_come_out_byte_for_byte(case: tuple[list[bytes], list[int]], shard_size: int, last: bool) -> None:
+    source, place = case
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        content = b"".join(line + b"\n" for line in source)
+        (root / "in.jsonl").write_bytes(content if last or not source[-1] else content[:-1])
+        report = export(Corpus.scan([str(root / "in.jsonl")]), place, root, "jsonl", shard_size)
+        out = {code: iter(raw_lines(root, report, config)) for config, code in CONFIGS.items()}
+        assert b"".join(next(out[p]) + b"\n" for p in place) == content
+        assert [next(rest, None) for rest in out.values()] == [None] * 3
+        reasons = [json.loads(line) for line in (root / REASONS).read_bytes().splitlines()]
+        assert [r["line"] for r in reasons] == [k for k, p in enumerate(place, 1) if p == 2]
+
+
+@MANY
+@given(case=any_lines())
+def test_scores_join_any_lines_and_nothing_else_of_them_changes(case: tuple[list[bytes], list[int]]) -> None:
+    source, place = case
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        (root / "in.jsonl").write_bytes(b"".join(line + b"\n" for line in source))
+        corpus = Corpus.scan([str(root / "in.jsonl")])
+        scored, _ = by_hand(corpus, place)
+        report = export(corpus, place, root, "jsonl", with_scores=True)
+        out = {code: iter(raw_lines(root, report, config)) for config, code in CONFIGS.items()}
+        for k, (line, p) in enumerate(zip(source, place, strict=True)):
+            found = next(out[p])
+            if p == 2:
+                assert found == line
+                continue
+            scores = [scored.risk[k], scored.probes["danger"][k], scored.probes["safety"][k], "scored"]
+            value = json.loads(line)
+            others = [(name, cell) for name, cell in value.items() if name not in SCORES]
+            assert list(json.loads(found).items()) == [*others, *zip(SCORES, scores, strict=True)]
+            if len(others) == len(value):
+                assert found.startswith(line.rstrip()[:-1]) and found.endswith(line[len(line.rstrip()) - 1 :])
+
+
+@pytest.mark.parametrize("to", ["parquet", "arrow"])
+@MANY
+@given(source=st.lists(st.dictionaries(st.sampled_from("abc"), json_values, min_size=1), min_size=1, max_size=7))
+def test_json_of_any_shape_survives_a_way_through_tables(to: str, source: list[dict[str, Any]]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        (root / "in.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in source))
+        report = export(Corpus.scan([str(root / "in.jsonl")]), [0] * len(source), root / "there", to)
+        files = [root / "there/kept"] if to == "arrow" else paths(root / "there", report, "kept")
+        corpus = Corpus.scan([str(path) for path in files])
+        report = export(corpus, [0] * len(source), root / "back", "jsonl")
+        found = [json.loads(line) for line in raw_lines(root / "back", report, "kept")]
+        assert found == [{name: row.get(name) for name in corpus.schema.names if name not in SCORES} for row in source]
+
+
+# ---------------------------------------------------------------------------------------------- examples
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def scan(name: str, content: bytes | list[Any], **options: Any) -> Corpus:
+    if not isinstance(content, bytes):
+        content = b"".join(json.dumps(row).encode() + b"\n" for row in content)
+    Path(name).write_bytes(content)
+    return Corpus.scan([name], **options)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_line(folder: Path) -> None:
+    corpus = scan("in.jsonl", b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
+    report = export(corpus, [1, 0], folder, "jsonl")
+    assert raw_lines(folder, report, "dropped") == [b'{"a": 1}']
+
+
+def test_compressed_lines_come_out_plain(folder: Path) -> None:
+    import gzip
+
+    corpus = scan("in.jsonl.gz", gzip.compress(b'{"a":1}\r\n{"a" : 1e0}'))
+    assert raw_lines(folder, export(corpus, [0, 0], folder, "jsonl"), "kept") == [b'{"a":1}\r', b'{"a" : 1e0}']
+
+
+def test_a_kept_row_without_a_score_has_null_for_one(folder: Path) -> None:
+    corpus = scan("in.jsonl", [{"a": 1}, {"a": 2}])
+    report = export(corpus, [0, 0], folder, "jsonl", with_scores=True, unscored=[1])
+    assert raw_lines(folder, report, "kept")[1] == (
+        b'{"a": 2, "sqsd_risk": null, "sqsd_danger": null, "sqsd_safety": null, "sqsd_status": "no_answer"}'
+    )
+
+
+def test_rows_of_other_sources_are_lines_without_the_columns_of_an_earlier_run(folder: Path) -> None:
+    earlier = {"sqsd_risk": 9.0, "sqsd_status": "scored", "sqsd_reason": "", "sqsd_raw": b"\xff"}
+    pq.write_table(pa.Table.from_pylist([{"a": 1, **earlier, "b": 2}] * 2), "in.parquet")
+    corpus = Corpus.scan(["in.parquet"])
+    report = export(corpus, [0, 1], folder / "plain", "jsonl")
+    assert raw_lines(folder / "plain", report, "kept") == [b'{"a": 1, "b": 2}']
+    report = export(corpus, [0, 1], folder / "scored", "jsonl", with_scores=True)
+    assert list(json.loads(raw_lines(folder / "scored", report, "dropped")[0])) == ["a", "b", *SCORES]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("in.csv", b'a,b\n1,2\nx,y,z\n"1\n",2,3\n', [b"x,y,z", b'{"sqsd_raw": "\\"1\\n\\",2,3"}']),
+        (
+            "in.json",
+            b'[{"a": 1}, [1,\n2], {"a": 1,\n"a": 2}]',
+            [b'{"sqsd_raw": "[1,\\n2]"}', b'{"sqsd_raw": "{\\"a\\": 1,\\n\\"a\\": 2}"}'],
+        ),
+        ("in.csv", b'a,b\n1,2\nx\n\xff"\n', [b"x", b'\xff"']),
+        ("in.csv", b'a,b\n1,2\n"\n\xff",1\n,\n', [b'{"sqsd_raw": "\\"\\n\\udcff\\",1"}', b'{"a": "", "b": ""}']),
+    ],
+    ids=["csv", "array", "not UTF-8", "not UTF-8 over two lines"],
+)
+def test_records_that_could_not_be_read_are_one_line_each(
+    name: str, content: bytes, expected: list[bytes], folder: Path
+) -> None:
+    corpus = scan(name, content)
+    report = export(corpus, [0, 2, 2], folder, "jsonl")
+    assert raw_lines(folder, report, "errors") == expected
+    assert len((folder / REASONS).read_bytes().splitlines()) == 2
+
+
+def test_reasons_say_what_is_wrong_with_each_line_of_errors(folder: Path) -> None:
+    corpus = scan("in.jsonl", b'{"a": 1}\nbroken\n{"a": 2}\n')
+    report = export(corpus, [0, 2, 2], folder, "jsonl", 1)
+    assert report["extra_files"] == [REASONS]
+    assert [json.loads(line) for line in (folder / REASONS).read_bytes().splitlines()] == [
+        {
+            "file": "in.jsonl",
+            "line": 2,
+            "status": "no_answer",
+            "reason": "not JSON: Expecting value at column 1",
+        },
+        {"file": "in.jsonl", "line": 3, "status": "no_answer", "reason": ""},
+    ]
+
+
+def test_a_column_that_can_not_be_written_is_named_but_not_one_that_an_earlier_run_left(folder: Path) -> None:
+    for column, refused in (("mine", True), ("sqsd_raw", False)):
+        pq.write_table(pa.table({"sqsd_risk": [0.1], "sqsd_status": ["scored"], column: [b"\xff"]}), "in.parquet")
+        corpus = Corpus.scan(["in.parquet"])
+        check(corpus, Output("parquet", 1, False))
+        if refused:
+            with pytest.raises(InputError, match="Column 'mine' holds binary, which can't be written to jsonl"):
+                check(corpus, Output("jsonl", 1, False))
+        else:
+            check(corpus, Output("jsonl", 1, False))
+
+
+# ---------------------------------------------------------------------------------------------- splits
+
+
+def split_corpus(folder: Path) -> Corpus:
+    """Rows of train, test, train and a split without rows."""
+    sources = []
+    for k, n in enumerate((4, 3, 2, 0)):
+        source = folder / f"{k}.jsonl"
+        source.write_bytes(b"".join(b'{"a": %d}\n' % (10 * k + i) for i in range(n)))
+        sources.append(str(source))
+    corpus = Corpus.scan(sources)
+    names = ("train", "test", "train", "nothing")
+    parts = [dataclasses.replace(part, split=name) for part, name in zip(corpus.parts, names, strict=True)]
+    return dataclasses.replace(corpus, parts=parts)
+
+
+@pytest.mark.parametrize("to", ["parquet", "arrow", "jsonl"])
+def test_each_split_has_files_of_its_own(to: str, folder: Path) -> None:
+    place = [0, 1, 0, 0, 0, 2, 0, 1, 0]
+    report = export(split_corpus(folder), place, folder / "out", to)
+    assert [(f["config"], f["split"]) for f in report["files"] if f["rows"] == 0] == [
+        ("kept", "nothing"),
+        ("dropped", "test"),
+        ("dropped", "nothing"),
+        ("errors", "train"),
+        ("errors", "nothing"),
+    ]
+    found = {}
+    for config in CONFIGS:
+        for split in ("train", "test", "nothing"):
+            files = paths(folder / "out", report, config, split)
+            stem = folder / "out" / (f"{config}_{split}/data" if to == "arrow" else f"data/{config}_{split}")
+            assert all(str(path).startswith(f"{stem}-0000") for path in files)
+            if to == "arrow":
+                found[config, split] = datasets.load_from_disk(str(folder / "out"))[f"{config}_{split}"]["a"][:]
+            elif to == "parquet":
+                found[config, split] = pq.read_table(files)["a"].to_pylist()
+            else:
+                found[config, split] = [row["a"] for row in read_back(files)]  # type: ignore[index]
+    assert found == {
+        ("kept", "train"): [0, 2, 3, 21],
+        ("kept", "test"): [10, 12],
+        ("kept", "nothing"): [],
+        ("dropped", "train"): [1, 20],
+        ("dropped", "test"): [],
+        ("dropped", "nothing"): [],
+        ("errors", "train"): [],
+        ("errors", "test"): [11],
+        ("errors", "nothing"): [],
+    }

@@ -1,0 +1,229 @@
+"""Files of each format: how big they get, what they are called, and that nothing is left of attempts that failed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import tempfile
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sqsd_filter.errors import InputError, SQSDError, UsageError
+from sqsd_filter.pipeline.reading.json_schema import JSON_TEXT, is_json_text
+from sqsd_filter.pipeline.writing.export import place_name
+from sqsd_filter.pipeline.writing.writers import FORMATS, Files, JsonLinesFile, Output, ParquetFile, describe
+
+datasets.disable_progress_bars()
+
+
+def write(root: Path, output: Output, batches: list[Any], name: str = "kept") -> list[dict[str, Any]]:
+    with output.files(root, name) as files:
+        files.folder.mkdir(parents=True, exist_ok=True)
+        for batch in batches:
+            files.write(batch)
+        assert files.rows == sum(len(batch) for batch in batches)
+        return files.publish()
+
+
+def batches_of(to: str, sizes: list[int]) -> list[Any]:
+    """Batches of so many different rows, as the format takes them."""
+    numbers = itertools.count()
+    columns = [[next(numbers) for _ in range(size)] for size in sizes]
+    if to == "jsonl":
+        return [[b"%d" % n for n in column] for column in columns]
+    return [pa.table({"n": pa.array(column, pa.int64())}) for column in columns]
+
+
+def numbers_in(to: str, path: Path) -> list[int]:
+    if to == "jsonl":
+        return [int(line) for line in path.read_bytes().splitlines()]
+    if to == "parquet":
+        return pq.read_table(path)["n"].to_pylist()
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_stream(source).read_all()["n"].to_pylist()
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@given(sizes=st.lists(st.integers(0, 200), min_size=1, max_size=8), shard_size=st.integers(1, 5000))
+def test_a_file_ends_with_the_batch_that_fills_it(to: str, sizes: list[int], shard_size: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        batches = batches_of(to, sizes)
+        files = write(Path(folder), Output(to, shard_size, False), batches)
+        assert [n for f in files for n in numbers_in(to, Path(folder, f["path"]))] == list(range(sum(sizes)))
+        assert [f["rows"] for f in files] == [len(numbers_in(to, Path(folder, f["path"]))) for f in files]
+        stops = set(itertools.accumulate(sizes))
+        assert set(itertools.accumulate(f["rows"] for f in files)) <= stops
+        assert all(f["bytes"] >= shard_size for f in files[:-1])
+        assert len(files) == 1 or all(f["rows"] for f in files)
+        if to == "jsonl":  # whose sizes are known beforehand
+            expected, room = [0], shard_size
+            for batch in batches:
+                if batch and room <= 0:
+                    expected.append(0)
+                    room = shard_size
+                expected[-1] += len(batch)
+                room -= sum(len(line) + 1 for line in batch)
+            assert [f["rows"] for f in files] == expected
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_files_are_what_is_said_of_them_and_the_same_every_time(to: str, tmp_path: Path) -> None:
+    batches = batches_of(to, [30, 0, 30, 30])
+    both = [write(tmp_path / name, Output(to, 1, False), batches) for name in ("a", "b")]
+    assert both[0] == both[1] and len(both[0]) == 3
+    for file in both[0]:
+        content = (tmp_path / "a" / file["path"]).read_bytes()
+        assert file["bytes"] == len(content) and file["sha256"] == hashlib.sha256(content).hexdigest()
+        assert FORMATS[to].count(tmp_path / "a" / file["path"]) == (None if to == "jsonl" else file["rows"])
+    [path] = {Path(file["path"]).parent for file in both[0]}
+    assert path == Path("kept" if to == "arrow" else "data")
+    assert [f["path"] for f in both[0]] == sorted(str(p.relative_to(tmp_path / "a")) for p in tmp_path.glob("a/*/*"))
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_only_files_of_the_same_kind_make_way_for_new_ones(to: str, tmp_path: Path) -> None:
+    batches = batches_of(to, [30, 30, 30])
+    write(tmp_path, Output(to, 1, False), batches)
+    for other in ("kept_test", "dropped"):
+        write(tmp_path, Output(to, 1, False), batches[:2], other)
+    before = {p for p in tmp_path.rglob("*") if p.is_file()}
+    assert len(before) == 7
+    old = {p for p in before if p.name.startswith("kept-") or p.parent.name == "kept"}
+    notes = old.pop().parent / "kept-notes-of-mine.txt"
+    notes.touch()
+    [new] = write(tmp_path, Output(to, 10**6, False), batches)
+    after = {p for p in tmp_path.rglob("*") if p.is_file()}
+    assert len(after) == 4 + 1 + 1 and notes in after and tmp_path / new["path"] in after - before
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_files_that_were_not_finished_are_gone(to: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(KeyboardInterrupt), Output(to, 1, False).files(tmp_path, "kept") as files:
+        for batch in batches_of(to, [30, 30]):
+            files.write(batch)
+        assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == 2
+        raise KeyboardInterrupt
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_full_disk_is_told_in_one_sentence(to: str, tmp_path: Path, small_disk: Any) -> None:
+    small_disk(4000)
+    with pytest.raises(
+        SQSDError, match=r"^\S*kept\S* can't be written \([^\n]*File too large[^\n]*\): make room [^\n]*\.$"
+    ):
+        write(tmp_path, Output(to, 10**6, False), batches_of(to, [2000] * 9))
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_without_a_size_there_is_one_file_of_the_very_name(tmp_path: Path) -> None:
+    for path, name in ((tmp_path / "a[b]{}.parquet", "."), (tmp_path, "x.parquet")):
+        with Files(ParquetFile, path, name) as files:
+            for batch in batches_of("parquet", [3, 4]):
+                files.write(batch)
+            assert [file["path"] for file in files.publish()] == [name]
+        assert numbers_in("parquet", path / name) == list(range(7))
+    with Files(JsonLinesFile, tmp_path, "never.jsonl") as files:
+        assert files.publish() == []
+
+
+split_names = st.from_regex(datasets.naming._split_re, fullmatch=True)
+
+
+@settings(max_examples=50)
+@given(st.lists(split_names, min_size=1, max_size=4, unique=True))
+def test_the_glob_of_one_split_finds_no_file_of_another(splits: list[str]) -> None:
+    names = [place_name(config, split, splits) for config in ("kept", "dropped", "errors") for split in splits]
+    assert len(set(names)) == 3 * len(splits)
+    for name in names:
+        assert [other for other in names if fnmatchcase(f"{other}-00000-of-00001.jsonl", f"{name}-*.jsonl")] == [name]
+
+
+# ---------------------------------------------------------------------------------------------- options
+
+
+def test_sizes_are_read_as_decimal_or_binary_units_whatever_their_case() -> None:
+    sizes = {"100MB": 10**8, "1gb": 10**9, "500Mb": 5 * 10**8, "2KiB": 2048, 7: 7}
+    assert {size: Output.of("parquet", size, False).shard_size for size in sizes} == sizes
+
+
+@pytest.mark.parametrize("size", ["", "10", "1.5GB", "MB", "-1MB", "0KB", 0, "lots"])
+def test_what_is_no_size_is_refused(size: str | int) -> None:
+    with pytest.raises(UsageError, match=f"'{size}' is not a size of files: write it like 100MB or 1GB"):
+        Output.of("parquet", size, False)
+
+
+def test_scores_are_asked_for_only_where_they_would_be_missing() -> None:
+    for to in ("parquet", "arrow"):
+        with pytest.raises(UsageError, match=f"{to} files always hold the scores: leave --with-scores out"):
+            Output.of(to, "1GB", True)
+    assert Output.of("jsonl", "1GB", True).with_scores
+    with pytest.raises(UsageError, match="parquet, arrow, jsonl, not to 'csv'"):
+        Output.of("csv", "1GB", False)
+
+
+@pytest.mark.parametrize(
+    ("to", "kind"),
+    [("jsonl", pa.binary()), ("arrow", pa.map_(pa.string(), pa.int8())), ("arrow", pa.decimal32(5, 2))],
+    ids=str,
+)
+def test_a_column_that_a_format_has_no_place_for_is_named(to: str, kind: pa.DataType) -> None:
+    schema = pa.schema({"good": pa.string(), "bad": pa.list_(kind)})
+    with pytest.raises(InputError, match=rf"Column 'bad' holds list<.*>, which can't be written to {to}: use --to par"):
+        Output(to, 1, False).check(schema)
+    Output("parquet", 1, False).check(schema)
+
+
+# ---------------------------------------------------------------------------------------------- Arrow
+
+
+def test_arrow_files_load_as_a_dataset_dict_mapped_into_memory(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"label": datasets.ClassLabel(names=["a", "b"]), "image": datasets.Image(), "text": datasets.Value("string")}
+    )
+    rows = [{"label": k % 2, "image": {"bytes": b"\x89PNG", "path": None}, "text": "[7]"} for k in range(20)]
+    marked = pa.field("text", pa.string(), metadata=JSON_TEXT)
+    table = pa.Table.from_pylist(rows, features.arrow_schema.set(2, marked))
+    found = {
+        "kept": write(tmp_path, Output("arrow", 1, False), [table, table], "kept"),
+        "errors": write(tmp_path, Output("arrow", 1, False), [table.slice(0, 0)], "errors"),
+    }
+    extra = describe(tmp_path, found)
+    assert sorted([*extra, *(f["path"] for files in found.values() for f in files)]) == sorted(
+        str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()
+    )
+    loaded = datasets.load_from_disk(str(tmp_path))
+    assert list(loaded) == ["kept", "errors"] and loaded["kept"].features == features == loaded["errors"].features
+    assert len(loaded["kept"].cache_files) == 2 and len(loaded["errors"]) == 0
+    assert loaded["kept"].with_format("arrow")[:].to_pylist() == rows + rows
+    assert is_json_text(loaded["kept"].data.schema.field("text"))
+
+
+def test_the_fingerprint_of_arrow_files_is_their_contents(tmp_path: Path) -> None:
+    prints = []
+    for name, sizes in (("a", [3, 4]), ("b", [3, 4]), ("c", [3, 5])):
+        describe(
+            tmp_path / name, {"kept": write(tmp_path / name, Output("arrow", 1, False), batches_of("arrow", sizes))}
+        )
+        prints.append(datasets.load_from_disk(str(tmp_path / name))["kept"]._fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_types_that_datasets_loads_as_others_are_written_as_those(tmp_path: Path) -> None:
+    words = pa.array(["a", "b", "a", None]).dictionary_encode()
+    lists = pa.array([["x"], [], None, ["y"]], pa.list_(pa.field("item", pa.string(), nullable=False)))
+    table = pa.table({"words": words, "lists": lists})
+    describe(tmp_path, {"kept": write(tmp_path, Output("arrow", 1, False), [table])})
+    loaded = datasets.load_from_disk(str(tmp_path))["kept"]
+    assert loaded.to_list() == table.to_pylist()
+    assert len(loaded.cache_files) == 1  # a cast would have copied it
