@@ -17,7 +17,7 @@ import click
 
 from sqsd_filter.cli import options, output
 from sqsd_filter.cli.store import store
-from sqsd_filter.errors import SQSDError
+from sqsd_filter.errors import SQSDError, UsageError
 
 DEFAULT = "filter"
 
@@ -92,8 +92,29 @@ def _log(context: click.Context) -> output.Display:
     return output.Display(quiet=quiet)
 
 
-def _finish(context: click.Context, report: dict[str, Any], dest: Path) -> None:
+def _push(params: dict[str, Any]) -> Any:
+    """The repository that gets the result, if there is one besides or instead of a folder."""
+    from sqsd_filter.pipeline.publishing.hub import HUB, PushTo
+
+    rows = params["push_rows"] and [name.strip() for name in params["push_rows"].split(",")]
+    how = {"rows": rows, **{name: params[name] for name in ("private", "revision", "create_pr")}}
+    if params["push_to"]:
+        return PushTo(params["push_to"], **how)
+    if params["dest"].startswith(HUB):
+        return PushTo.at(params["dest"], **how)
+    if any(value not in (None, False) for value in how.values()) or how["private"] is False:
+        raise UsageError("--private, --public, --revision, --create-pr and --push-rows say how to push: add --push-to.")
+    return None
+
+
+def _record(context: click.Context) -> dict[str, Any]:
+    """What the report says of how it was asked for."""
+    return {"settings": options.settings(context), "command": context.find_root().obj}
+
+
+def _finish(context: click.Context, report: dict[str, Any]) -> None:
     params = context.params
+    dest = params["dest"]
     output.show(report, as_json=params["json_output"], quiet=params["quiet"], text=lambda r: output.summary(r, dest))
 
 
@@ -123,10 +144,10 @@ def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]]
                 engine=engine,
                 max_error_rate=params["max_error_rate"],
                 overwrite=params["overwrite"],
-                settings=options.settings(context),
+                record=_record(context),
                 **more,
             )
-    _finish(context, metrics.report, params["dest"])
+    _finish(context, metrics.report)
 
 
 @cli.command(DEFAULT)
@@ -140,12 +161,13 @@ def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]]
 @options.errors
 @options.on_error
 @options.written
+@options.pushed
 @options.overwrite
 @options.dry_run
 @options.manners
 @click.pass_context
 def filter_command(context: click.Context, **params: Any) -> None:
-    """Score every row of SRC... and write the rows to the folder DEST without the riskiest."""
+    """Score every row of SRC... and write the rows to the folder or URL DEST without the riskiest."""
     from sqsd_filter.pipeline.run import filter_dataset
     from sqsd_filter.pipeline.selection import Cut
     from sqsd_filter.pipeline.writing.writers import Output
@@ -153,7 +175,7 @@ def filter_command(context: click.Context, **params: Any) -> None:
     cut, how = options.one_cut(context), {name: params[name] for name in options.WRITTEN}
     Cut.of(**cut)
     Output.of(**how)
-    _score_and_report(context, filter_dataset, **cut, **how, on_error=params["on_error"])
+    _score_and_report(context, filter_dataset, **cut, **how, on_error=params["on_error"], push=_push(params))
 
 
 @cli.command()
@@ -181,6 +203,7 @@ def score(context: click.Context, **params: Any) -> None:
 @options.cuts
 @options.on_error
 @options.written
+@options.pushed
 @options.overwrite
 @options.manners
 @click.pass_context
@@ -195,11 +218,12 @@ def select(context: click.Context, **params: Any) -> None:
         **options.one_cut(context),
         **{name: params[name] for name in options.WRITTEN},
         on_error=params["on_error"],
+        push=_push(params),
         overwrite=params["overwrite"],
         progress=display,
-        settings=options.settings(context),
+        record=_record(context),
     )
-    _finish(context, report, params["dest"])
+    _finish(context, report)
 
 
 @cli.group()
@@ -232,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = cli.main(args=given, prog_name="sqsd-filter", standalone_mode=False)
+        code = cli.main(args=given, prog_name="sqsd-filter", standalone_mode=False, obj=["sqsd-filter", *given])
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as problem:
         problem.show(sys.stderr)

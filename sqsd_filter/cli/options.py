@@ -83,7 +83,7 @@ def one_cut(context: click.Context) -> dict[str, Any]:
 
 
 sources = click.argument("sources", nargs=-1, required=True, metavar="SRC...")
-dest = click.argument("dest", type=click.Path(path_type=Path), metavar="DEST")
+dest = click.argument("dest", metavar="DEST")
 
 cuts = together(
     option("--drop-top", metavar="SHARE", help="Drop this share of the scored rows, riskiest first: 5%, 5pct or 0.05."),
@@ -162,6 +162,17 @@ written = together(
     ),
     option("--shard-size", default="500MB", show_default=True, metavar="SIZE", help="End a file at 100MB, 1GB, ..."),
     option("--with-scores", is_flag=True, help="Put the scores at the end of jsonl lines; other formats have them."),
+)
+pushed = together(
+    option("--push-to", metavar="ORG/NAME", help="Dataset of the Hub that gets the result, in one commit."),
+    option("--private/--public", default=None, help="Of a dataset that has to be made there; default: private."),
+    option("--revision", metavar="BRANCH", help="Push to this branch."),
+    option("--create-pr", is_flag=True, help="Push as a pull request."),
+    option(
+        "--push-rows",
+        metavar="NAMES",
+        help="Push these, as kept,dropped; default: kept, dropped and errors, to a public dataset kept only.",
+    ),
 )
 overwrite = option("--overwrite", is_flag=True, help="Replace what DEST holds, once the new run is complete.")
 dry_run = click.option("--dry-run", is_flag=True, help="Show format, rows, tokens and time; write nothing.")

@@ -109,9 +109,13 @@ def summary(report: Mapping[str, Any], dest: object) -> str:
         lines.append(f"{rows['kept']:,} of {rows['total']:,} rows kept in {dest} ({report['cut']})")
         cut = f"   risk {report['threshold']:.4f} and above" if report["threshold"] is not None else ""
         cut += f" ({report['ties']} kept rows tie)" if report["ties"] else ""
-        load = load_calls(report, json.dumps(str(dest), ensure_ascii=False))
-        lines.append(f"  kept     {rows['kept']:>9,}" + (f"   {load['kept']}" if rows["kept"] else ""))
-        lines.append(f"  dropped  {rows['dropped']:>9,}" + (f"   {load['dropped']}{cut}" if rows["dropped"] else ""))
+        published = report.get("published", {})
+        name = published.get("repo", dest) if "://" in str(dest) else dest
+        load = load_calls(report, json.dumps(str(name), ensure_ascii=False)) if "://" not in str(name) else {}
+        shown = {what: f"   {load[what]}" if rows[what] and what in load else "" for what in ("kept", "dropped")}
+        lines.append(f"  kept     {rows['kept']:>9,}{shown['kept']}")
+        lines.append(f"  dropped  {rows['dropped']:>9,}{shown['dropped']}" + (cut if rows["dropped"] else ""))
+        lines += [f"  pushed   {', '.join(published['rows'])} to {published['url']}"] if "repo" in published else []
         lines += _weights(report["weights"]) if "weights" in report else []
     else:
         lines.append(f"{rows['total']:,} rows with their scores in {dest}")

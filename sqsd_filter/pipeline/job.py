@@ -17,7 +17,7 @@ from sqsd_filter.pipeline.publishing.bucket import Bucket
 from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.publishing.target import Finished, Target, run_id
 from sqsd_filter.pipeline.reading.repositories import HUB
-from sqsd_filter.pipeline.writing.card import card_text
+from sqsd_filter.pipeline.writing.card import card_text, write_card
 from sqsd_filter.pipeline.writing.destination import LOCK_FILE, REPORT_FILE, Destination, _read_json
 from sqsd_filter.pipeline.writing.report import versions, write_report
 from sqsd_filter.progress import Meter
@@ -32,6 +32,7 @@ class Outlet:
     place: Destination
     target: Target | None = None
     stage: Path | None = None
+    has_card: bool = True
 
     @classmethod
     def of(cls, dest: str | Path, overwrite: bool, push: PushTo | None) -> Outlet:
@@ -39,12 +40,11 @@ class Outlet:
         target: Target | None = push and replace(push, overwrite=overwrite or push.overwrite)
         stage = None
         if "://" in str(dest):
-            url = str(dest).rstrip("/")
-            if push is not None and not url.startswith(HUB):
-                raise UsageError(
-                    f"{url} and a repository to push to are two destinations: give a folder and --push-to."
-                )
-            target = target or (_on_hub(url, overwrite) if url.startswith(HUB) else Bucket(url, overwrite=overwrite))
+            url = str(dest)
+            there = PushTo.at(url, overwrite=overwrite) if url.startswith(HUB) else None
+            if push is not None and push.repo != (there and there.repo):
+                raise UsageError(f"{url} and {push.repo} are two destinations: give a folder, and push to one of them.")
+            target = target or there or Bucket(url, overwrite=overwrite)
             stage = cache_dir() / "stages" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
             stage.mkdir(parents=True, exist_ok=True)
         if target is not None:
@@ -52,11 +52,6 @@ class Outlet:
         folder = Path(dest) if stage is None else stage / "out"
         place = Destination(folder, lambda root: root / "sqsd", overwrite=overwrite or stage is not None)
         return cls(place, target, stage)
-
-
-def _on_hub(url: str, overwrite: bool) -> PushTo:
-    repo, _, revision = url.removeprefix(HUB).partition("@")
-    return PushTo(repo, revision=revision or None, overwrite=overwrite)
 
 
 @dataclass
@@ -76,9 +71,7 @@ class Job:
     engine: Engine | None = None
     originals: Mapping[str, str] = field(default_factory=dict)
 
-    def carry_out(
-        self, work: Callable[[], dict[str, Any]], publish: Callable[[dict[str, Any]], None]
-    ) -> dict[str, Any]:
+    def carry_out(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Claim the destination, do the work, leave a report whatever happens, publish. Returns the report.
 
         Raises `SQSDError` where the disk or the target refuses.
@@ -89,7 +82,7 @@ class Job:
             if report is not None:
                 report["already_done"] = True
             else:
-                report = self._on_disk(work, publish)
+                report = self._on_disk(work)
                 if target is not None:
                     report = self._published(target, report)
             if stage is not None:
@@ -103,12 +96,12 @@ class Job:
             self.meter.finish()
             place.release()
 
-    def _on_disk(self, work: Callable[[], dict[str, Any]], publish: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    def _on_disk(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         place = self.outlet.place
         if place.claim(self.identity):
             report = {**_read_json(place.home / REPORT_FILE), "already_done": True}
         else:
-            report = self._carry_out(work, publish)
+            report = self._carry_out(work)
         place.publish()
         return report
 
@@ -126,14 +119,13 @@ class Job:
         where = target.publish(Finished(run, files, report, card))
         return {**report, "published": where, "already_done": False}
 
-    def _carry_out(
-        self, work: Callable[[], dict[str, Any]], publish: Callable[[dict[str, Any]], None]
-    ) -> dict[str, Any]:
+    def _carry_out(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         base = {"settings": {}, **self.record, "versions": versions(), **self.facts}
         found: dict[str, Any] = {}
         try:
             found = work()
-            publish({**base, **found})
+            if self.outlet.has_card:
+                write_card(self.outlet.place.root, {**base, **found}, self.originals)
         except BaseException as problem:
             status = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
             with suppress(OSError):  # the disk may be what failed

@@ -23,7 +23,7 @@ from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.selection import Cut, cut_rows
 from sqsd_filter.pipeline.shards import Index
-from sqsd_filter.pipeline.writing.card import CARD_FILE, write_card
+from sqsd_filter.pipeline.writing.card import CARD_FILE
 from sqsd_filter.pipeline.writing.destination import (
     REPORT_FILE,
     RUN_FILE,
@@ -137,7 +137,6 @@ def filter_dataset(
 
     return _score_and(
         finish,
-        lambda job: lambda report: write_card(outlet.place.root, report, job.originals),
         outlet,
         product.identity(),
         lambda corpus: check(corpus, product.output),
@@ -191,8 +190,7 @@ def score_dataset(
 
     return _score_and(
         finish,
-        lambda job: lambda report: None,
-        Outlet(place),
+        Outlet(place, has_card=False),
         {},
         lambda corpus: None,
         Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, streaming, progress, record),
@@ -201,13 +199,12 @@ def score_dataset(
 
 def _score_and(
     finish: Callable[[Scored, Meter], dict[str, Any]],
-    publish: Callable[[Job], Callable[[dict[str, Any]], None]],
     outlet: Outlet,
     identity: Mapping[str, Any],
     look_at: Callable[[Corpus], None],
     work: Work,
 ) -> dict[str, Any]:
-    """Scan and `look_at` what is to be written, score, then `finish` and `publish`. Returns the report."""
+    """Scan and `look_at` what is to be written, score, then `finish`. Returns the report."""
     started, meter, engine = time.time(), Meter(work.progress or Silent()), work.engine or LocalEngine()
     place = outlet.place
     shared = Folder(work.score_store) if work.score_store else None
@@ -225,7 +222,7 @@ def _score_and(
         def carry_out() -> dict[str, Any]:
             return finish(scan.score(place.home, scorer, engine, old_home=place.old_home, shared=shared), meter)
 
-        return job.carry_out(carry_out, publish(job))
+        return job.carry_out(carry_out)
 
 
 def select_dataset(
@@ -273,10 +270,7 @@ def select_dataset(
         facts |= {"datasets": _datasets(opened)}
         identity = {**identity, **product.identity()}
         job = Job(outlet, identity, meter, record or {}, started, facts, None, _originals(opened))
-        return job.carry_out(
-            lambda: product.make(scored, outlet.place.root, meter),
-            lambda report: write_card(outlet.place.root, report, job.originals),
-        )
+        return job.carry_out(lambda: product.make(scored, outlet.place.root, meter))
 
 
 def _earlier_run(

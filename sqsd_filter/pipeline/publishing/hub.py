@@ -15,6 +15,7 @@ from sqsd_filter.errors import SQSDError, UsageError
 from sqsd_filter.pipeline.folder import first_line
 from sqsd_filter.pipeline.patience import patiently
 from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished, judge, marker
+from sqsd_filter.pipeline.reading.repositories import HUB
 from sqsd_filter.pipeline.writing.export import CONFIGS, REASONS
 
 _MOVED_ON = (409, 412)  # somebody else committed in between
@@ -54,6 +55,12 @@ class PushTo:
             raise UsageError(f"'{self.repo}' is no repository to push to: write ORG/NAME.")
         if unknown := sorted(set(self.rows or ()) - set(CONFIGS)):
             raise UsageError(f"There are no rows '{unknown[0]}' to push: choose from {', '.join(CONFIGS)}.")
+
+    @classmethod
+    def at(cls, url: str, *, revision: str | None = None, **how: Any) -> PushTo:
+        """The repository at hf://datasets/org/name or hf://datasets/org/name@branch."""
+        repo, _, branch = url.removeprefix(HUB).rstrip("/").partition("@")
+        return cls(repo, revision=branch or revision, **how)
 
     def check(self) -> None:
         from huggingface_hub import HfApi

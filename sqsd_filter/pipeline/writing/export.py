@@ -138,8 +138,8 @@ class Tables:
 class Lines:
     """A chunk's rows as lines of JSON: the input's own, byte for byte, where it was JSON Lines.
 
-    Weights join the lines of rows, scores only `with_scores`; reasons stand in a file of their own. A record that could not be
-    read is a line of its bytes, or where those have a newline their text in an object.
+    Weights join the lines of rows, scores only `with_scores`; reasons stand in a file of their own. A record that could
+    not be read is a line of its bytes, or where those have a newline their text in an object.
     """
 
     def __init__(self, scored: Scored, chunk: Chunk, weights: np.ndarray | None, with_scores: bool) -> None:
