@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from sqsd_filter.pipeline.reading.addresses import Opener, expand
 from sqsd_filter.pipeline.reading.json_schema import to_rows
 from sqsd_filter.pipeline.reading.sources import Corpus
 from sqsd_filter.pipeline.scores.scored import Scored
@@ -39,6 +40,11 @@ def by_hand(corpus: Corpus, place: Sequence[int], unscored: Iterable[int] = ()) 
     counts = {"scored": int((codes == 0).sum()), "reused": 0, "duplicates": 0}
     scored = Scored(corpus, None, ["scored", "no_answer"], codes, probes, risk, np.zeros(n, np.int32), counts, {})
     return scored, Selection(np.array(place, np.uint8), None, 0)
+
+
+def scan(sources: Iterable[Any], **how: Any) -> Corpus:
+    """The corpus that these sources make."""
+    return Corpus.scan(Opener().open(expand(list(sources))), **how)
 
 
 def split_file(dest: Path, split: str) -> Path:

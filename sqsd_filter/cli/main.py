@@ -109,7 +109,7 @@ def _push(params: dict[str, Any]) -> Any:
 
 def _record(context: click.Context) -> dict[str, Any]:
     """What the report says of how it was asked for."""
-    return {"settings": options.settings(context), "command": context.find_root().obj}
+    return {"settings": options.settings(context), "command": options.command(context)}
 
 
 def _finish(context: click.Context, report: dict[str, Any]) -> None:
@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = cli.main(args=given, prog_name="sqsd-filter", standalone_mode=False, obj=["sqsd-filter", *given])
+        code = cli.main(args=given, prog_name="sqsd-filter", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as problem:
         problem.show(sys.stderr)

@@ -22,6 +22,10 @@ _ORIGINS = {
     ParameterSource.DEFAULT: "default",
 }
 _UNRECORDED = {"config", "json_output", "quiet", "verbose", "dry_run", "sources", "dest"}
+_BESIDES = {
+    *("device", "token_budget", "engine", "replicas", "gpus_per_replica", "ray_address", "score_store", "metrics_file"),
+    *("streaming", "max_error_rate", "overwrite", "push_to", "private", "revision", "create_pr", "push_rows"),
+}
 Decorator = Callable[[Any], Any]
 
 
@@ -70,6 +74,18 @@ def settings(context: click.Context) -> dict[str, dict[str, Any]]:
         origin = _ORIGINS.get(source, "default") if source else "default"
         found[name] = {"value": context.params[parameter], "origin": origin}
     return found
+
+
+def command(context: click.Context) -> list[str]:
+    """The command line without those flags that change no row of the result."""
+    name = () if context.info_name == "filter" else (context.info_name or "",)
+    words = ["sqsd-filter", *name, *map(str, context.params["sources"]), str(context.params["dest"])]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and isinstance(parameter, click.Option) and parameter.name not in _UNRECORDED | _BESIDES:
+            words += [parameter.opts[0], *([] if parameter.is_flag else [str(value)])]
+    return words
 
 
 def one_cut(context: click.Context) -> dict[str, Any]:

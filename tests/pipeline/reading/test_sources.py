@@ -27,6 +27,7 @@ from sqsd_filter.pipeline.reading.files import LocalFile
 from sqsd_filter.pipeline.reading.json_schema import is_json_text, to_table
 from sqsd_filter.pipeline.reading.sources import Corpus, Row
 from sqsd_filter.pipeline.reading.text_formats import JsonArray, Window
+from tests.corpora import scan
 
 datasets.disable_progress_bars()
 
@@ -57,10 +58,6 @@ def save(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def opened(*sources: Any) -> list[Source]:
     return Opener().open(expand(sources))
-
-
-def scan(sources: list[str], **how: Any) -> Corpus:
-    return Corpus.scan(opened(*sources), **how)
 
 
 def peek(sources: list[str], n: int = 1000) -> list[dict[str, Any]]:
