@@ -147,6 +147,57 @@ def test_any_table_comes_back_as_it_was(to: str, case: tuple[pa.Table, list[int]
             assert rows == expected.to_pylist()
 
 
+FEATURES = datasets.Features(
+    {
+        "label": datasets.ClassLabel(names=["bad", "good"]),
+        "turns": datasets.List({"role": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}),
+        "image": datasets.Image(),
+        "sounds": datasets.List(datasets.Audio(sampling_rate=16_000)),
+        "any": datasets.Json(),
+        "pair": datasets.List(datasets.Value("int16"), length=2),
+        "words": datasets.LargeList(datasets.Value("large_string")),
+        "matrix": datasets.Array2D((2, 2), "float32"),
+        "at": datasets.Value("timestamp[us, tz=Europe/Paris]"),
+    }
+)
+
+
+@pytest.mark.parametrize("to", ["parquet", "arrow"])
+def test_features_of_every_kind_survive(to: str, tmp_path: Path) -> None:
+    row = {
+        "label": 1,
+        "turns": [{"role": "user", "label": 0}],
+        "image": {"bytes": b"\x89PNG", "path": "a.png"},
+        "sounds": [{"bytes": b"RIFF", "path": None}],
+        "any": '{"k": [1, "x"]}',
+        "pair": [1, 2],
+        "words": ["é", None],
+        "matrix": [[0.1, 0.2], [0.3, 0.4]],
+        "at": 10**15,
+    }
+    rows = [row, {"matrix": row["matrix"]}] * 5
+    columns = []
+    for kind in FEATURES.arrow_schema:
+        values = [row.get(kind.name) for row in rows]
+        extended = isinstance(kind.type, pa.BaseExtensionType)
+        array = pa.array(values, kind.type.storage_type if extended else kind.type)
+        columns.append(pa.ExtensionArray.from_storage(kind.type, array) if extended else array)
+    table = pa.Table.from_arrays(columns, schema=FEATURES.arrow_schema)
+    pq.write_table(table, tmp_path / "in.parquet")
+    place = [0, 1, 2, 0, 0, 0, 0, 0, 0, 0]
+    report = export(Corpus.scan([str(tmp_path / "in.parquet")]), place, tmp_path / "out", to)
+    for config, code in CONFIGS.items():
+        if to == "arrow":
+            found = datasets.load_from_disk(str(tmp_path / "out"))[config]
+        else:
+            files = [str(path) for path in paths(tmp_path / "out", report, config)]
+            found = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+        found = found.select_columns(list(FEATURES))
+        assert found.features == FEATURES
+        expected = datasets.Dataset(table).select([k for k, p in enumerate(place) if p == code])
+        assert found.with_format("arrow")[:].to_pylist() == expected.with_format("arrow")[:].to_pylist()
+
+
 def in_json(value: Any) -> Any:
     """What JSON has of a value: the same, or its text."""
     if isinstance(value, dict):
