@@ -27,7 +27,7 @@ from sqsd_filter.pipeline.writing.destination import (
     input_paths,
     read_run,
 )
-from sqsd_filter.pipeline.writing.export import check, export_scored, export_splits
+from sqsd_filter.pipeline.writing.export import check_columns, export_scored, export_splits
 from sqsd_filter.pipeline.writing.report import summarise, versions, write_card, write_report
 from sqsd_filter.pipeline.writing.writers import SHARD_SIZE, Output
 from sqsd_filter.progress import Meter, Progress, Silent
@@ -156,7 +156,7 @@ def filter_dataset(
         lambda report: write_card(place.root / CARD_FILE, report),
         place,
         {"cut": str(cut), "on_error": on_error, **vars(output)},
-        lambda corpus: check(corpus, output),
+        lambda corpus: check_columns(corpus, output),
         Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, progress, settings),
     )
 
@@ -261,7 +261,7 @@ def select_dataset(
         index = ColumnIndex()
         corpus = Corpus.scan(paths, visit=counted(index.visit, meter), columns=["sqsd_risk", "sqsd_status"])
         scored, identity, facts = index.scored(not_empty(corpus)), {"inputs": corpus.inputs}, {}
-    check(scored.corpus, output)
+    check_columns(scored.corpus, output)
     identity = {**identity, "cut": str(cut), "on_error": on_error, **vars(output)}
     run = Run(place, identity, meter, settings or {}, started, facts)
     return run.carry_out(

@@ -29,7 +29,7 @@ RAW = "sqsd_raw"  # the bytes of a line that is no row
 ORIGIN = {"sqsd_reason": pa.string(), "sqsd_file": pa.string(), "sqsd_line": pa.int64(), RAW: pa.binary()}
 
 
-def check(corpus: Corpus, output: Output) -> None:
+def check_columns(corpus: Corpus, output: Output) -> None:
     """Raise `InputError` where the rows have a column that can't be written so."""
     scores, origin = _earlier_columns(corpus.schema)
     output.check(pa.schema([field for field in corpus.schema if field.name not in (*scores, *origin)]))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from sqsd_filter.errors import InputError
 from sqsd_filter.pipeline.reading.sources import Corpus
-from sqsd_filter.pipeline.writing.export import CONFIGS, REASONS, check, export_splits
+from sqsd_filter.pipeline.writing.export import CONFIGS, REASONS, check_columns, export_splits
 from sqsd_filter.pipeline.writing.writers import Output
 from sqsd_filter.progress import Silent
 from tests.corpora import by_hand
@@ -40,7 +40,7 @@ def export(
     corpus: Corpus, place: list[int], root: Path, to: str, shard_size: int = 1, with_scores: bool = False, **more: Any
 ) -> dict[str, Any]:
     output = Output(to, shard_size, with_scores)
-    check(corpus, output)
+    check_columns(corpus, output)
     return export_splits(*by_hand(corpus, place, **more), root, output, Silent())
 
 
@@ -397,12 +397,12 @@ def test_a_column_that_can_not_be_written_is_named_but_not_one_that_an_earlier_r
     for column, refused in (("mine", True), ("sqsd_raw", False)):
         pq.write_table(pa.table({"sqsd_risk": [0.1], "sqsd_status": ["scored"], column: [b"\xff"]}), "in.parquet")
         corpus = Corpus.scan(["in.parquet"])
-        check(corpus, Output("parquet", 1, False))
+        check_columns(corpus, Output("parquet", 1, False))
         if refused:
             with pytest.raises(InputError, match="Column 'mine' holds binary, which can't be written to jsonl"):
-                check(corpus, Output("jsonl", 1, False))
+                check_columns(corpus, Output("jsonl", 1, False))
         else:
-            check(corpus, Output("jsonl", 1, False))
+            check_columns(corpus, Output("jsonl", 1, False))
 
 
 # ---------------------------------------------------------------------------------------------- splits
