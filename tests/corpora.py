@@ -42,7 +42,7 @@ def by_hand(corpus: Corpus, place: Sequence[int], unscored: Iterable[int] = ()) 
     return scored, Selection(np.array(place, np.uint8), None, 0)
 
 
-def scan(sources: Iterable[Any], **how: Any) -> Corpus:
+def open_corpus(sources: Iterable[Any], **how: Any) -> Corpus:
     """The corpus that these sources make."""
     return Corpus.scan(Opener().open(expand(list(sources))), **how)
 

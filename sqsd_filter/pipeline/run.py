@@ -32,7 +32,7 @@ from sqsd_filter.pipeline.writing.destination import (
     input_specs,
     read_run,
 )
-from sqsd_filter.pipeline.writing.export import check, export_scored, export_splits
+from sqsd_filter.pipeline.writing.export import check_columns, export_scored, export_splits
 from sqsd_filter.pipeline.writing.report import summarise
 from sqsd_filter.pipeline.writing.writers import SHARD_SIZE, Output
 from sqsd_filter.progress import Meter, Progress, Silent
@@ -139,7 +139,7 @@ def filter_dataset(
         finish,
         outlet,
         product.identity(),
-        lambda corpus: check(corpus, product.output),
+        lambda corpus: check_columns(corpus, product.output),
         Work(
             sources,
             scorer or SQSDScorer(pack),
@@ -266,7 +266,7 @@ def select_dataset(
             index = ColumnIndex()
             corpus, groups = read_once(opened, index.visit, ["sqsd_risk", "sqsd_status"], per_group, meter)
             scored, identity, facts = index.scored(corpus, groups), {"inputs": corpus.inputs}, {}
-        check(scored.corpus, product.output)
+        check_columns(scored.corpus, product.output)
         facts |= {"datasets": _datasets(opened)}
         identity = {**identity, **product.identity()}
         job = Job(outlet, identity, meter, record or {}, started, facts, None, _originals(opened))

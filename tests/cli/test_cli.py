@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,7 @@ def names(folder: Path) -> list[str]:
         ("in.jsonl out --drop-top 5% --max-risk high", 2),
         ("in.jsonl out --drop-top 5% --drop-count 3", 2),
         ("in.jsonl out --drop-top 5% --on-error ignore", 2),
+        ("in.jsonl out --drop-top 5% --with-scores", 2),
     ],
 )
 def test_help_and_usage_errors_load_nothing_heavy(arguments: str, code: int, tmp_path: Path) -> None:
@@ -140,6 +142,15 @@ def test_the_summary_shows_the_largest_groups_in_aligned_lines(command: Command,
     _, out, _ = command("select", "out", "weights", *CUT, "--weights", "--per-split")
     weights = read_report(folder / "weights")["weights"]["sum"]
     assert f"  weights  {weights:>9,.1f}   is the sum" in out and "\n  splits           1\n    train   60 rows" in out
+
+
+def test_the_summary_tells_how_to_load_what_was_written(command: Command) -> None:
+    _, out, _ = command("in.jsonl", "arrow", *CUT, "--to", "arrow")
+    assert 'load_from_disk("arrow")["dropped"]' in out
+    _, out, _ = command("in.jsonl", "lines", *CUT, "--to", "jsonl", "--shard-size", "1KB", "--with-scores")
+    assert 'load_dataset("lines", "dropped")' in out
+    report = read_report(Path("lines"))
+    assert (report["shard_size"], report["settings"]["with_scores"]["origin"]) == (1000, "flag")
 
 
 def test_json_puts_the_report_and_nothing_else_on_stdout(command: Command) -> None:
@@ -458,7 +469,7 @@ def killed(started: Callable[..., Any]) -> Callable[..., int]:
 ROWS = [row if k % 512 < 6 else {**make_rows(1)[0], "id": k} for k, row in enumerate(make_rows(1030))]
 LINES = [*ROWS[:700], b"broken", {"id": -1, "instruction": "?", "output": ""}, *ROWS[700:]]
 BIG = ("big.jsonl", "out", *CUT, "--pack")
-NAMED = "run.json, three shards, errors, dropped, kept, card, report"  # the order in which files get their names
+NAMED = "run.json, three shards, kept, dropped, errors, card, report"  # the order in which files get their names
 
 
 @pytest.fixture
@@ -488,7 +499,7 @@ def segments(dest: Path) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize(
     ("moment", "shards"),
     [(1, 0), (2, 0), (3, 1), (4, 2), (5, 3), (6, 3), (7, 3), (8, 3), (9, 3)],
-    ids=["start", "shard 0", "shard 1", "shard 2", "errors", "dropped", "kept", "card", "report"],
+    ids=["start", "shard 0", "shard 1", "shard 2", "kept", "dropped", "errors", "card", "report"],
 )
 def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_bytes(
     moment: int, shards: int, big: list[str], killed: Callable[..., int], command: Command, undisturbed: dict[str, Any]
@@ -500,6 +511,23 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_
     after = segments(Path("out"))
     assert before.items() <= after.items() and len(after) == 3  # what was scored was not scored again
     assert content(Path("out")) == undisturbed
+
+
+@pytest.mark.parametrize("moment", [2, 4, 6, 9])
+@pytest.mark.parametrize("to", ["parquet", "arrow", "jsonl"])
+def test_several_files_of_any_format_appear_as_if_nothing_had_happened(
+    to: str, moment: int, killed: Callable[..., int], command: Command, folder: Path
+) -> None:
+    rows = [{"id": k, "sqsd_risk": k * 7919 % 5000 / 7, "sqsd_status": "scored"} for k in range(5000)]  # three batches
+    write_jsonl(folder / "scored.jsonl", rows)
+    select = ["select", "scored.jsonl", "out", *CUT, "--to", to, "--shard-size", "1KB"]
+    assert killed(moment, signal.SIGKILL, *select) == -signal.SIGKILL
+    assert command(*select)[0] == 0
+    assert "already done" in command(*select)[1]
+    found = content(Path("out"))
+    shutil.rmtree("out")
+    assert command(*select)[0] == 0 and content(Path("out")) == found
+    assert len([name for name in found if "of-00003" in name]) == 6
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-C", "SIGTERM"])

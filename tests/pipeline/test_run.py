@@ -186,8 +186,15 @@ def test_too_many_bad_rows_fail_with_a_report_and_keep_the_scores(
 
 @pytest.mark.parametrize(
     "options",
-    [{"on_error": "ignore"}, {"max_error_rate": "5"}, {"drop_top": "5%"}],
-    ids=["on_error", "max_error_rate", "two cuts"],
+    [
+        {"on_error": "ignore"},
+        {"max_error_rate": "5"},
+        {"drop_top": "5%"},
+        {"to": "csv"},
+        {"shard_size": "5"},
+        {"with_scores": True},
+    ],
+    ids=["on_error", "max_error_rate", "two cuts", "to", "shard_size", "with_scores"],
 )
 def test_senseless_options_are_usage_errors_before_anything_is_read(
     options: dict[str, Any], folder: Path, scorer: SQSDScorer

@@ -31,7 +31,7 @@ WEIGHT = "sqsd_weight"  # of a row for training, where rows are weighted
 OTHERS = {**ORIGIN, WEIGHT: pa.float64()}  # beside the scores
 
 
-def check(corpus: Corpus, output: Output) -> None:
+def check_columns(corpus: Corpus, output: Output) -> None:
     """Raise `InputError` where the rows have a column that can't be written so."""
     scores, origin = _earlier_columns(corpus.schema)
     output.check(pa.schema([field for field in corpus.schema if field.name not in (*scores, *origin)]))

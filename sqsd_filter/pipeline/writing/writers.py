@@ -22,6 +22,8 @@ from sqsd_filter.pipeline.folder import TEMPORARY, write_whole
 from sqsd_filter.pipeline.reading.json_schema import with_marks
 from sqsd_filter.pipeline.writing.json_lines import has_form
 
+SHARD_SIZE = "500MB"
+
 
 class File:
     """A file open for writing: batches of one kind are appended to it. `stem` and `suffix` make its path."""
@@ -131,7 +133,6 @@ class JsonLinesFile(File):
         return has_form(kind)
 
 
-SHARD_SIZE = "500MB"
 FORMATS: dict[str, type[File]] = {"parquet": ParquetFile, "arrow": ArrowFile, "jsonl": JsonLinesFile}
 
 
@@ -153,7 +154,8 @@ class Output:
         from datasets.utils.py_utils import convert_file_size_to_int
 
         try:
-            size = convert_file_size_to_int(str(shard_size).upper() if isinstance(shard_size, str) else shard_size)
+            # in capitals, since it takes a small b for bits
+            size = convert_file_size_to_int(shard_size.upper() if isinstance(shard_size, str) else shard_size)
         except ValueError:
             size = 0
         if size < 1:

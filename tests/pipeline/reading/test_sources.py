@@ -27,7 +27,7 @@ from sqsd_filter.pipeline.reading.files import LocalFile
 from sqsd_filter.pipeline.reading.json_schema import is_json_text, to_table
 from sqsd_filter.pipeline.reading.sources import Corpus, Row
 from sqsd_filter.pipeline.reading.text_formats import JsonArray, Window
-from tests.corpora import scan
+from tests.corpora import open_corpus
 
 datasets.disable_progress_bars()
 
@@ -120,7 +120,7 @@ FORMATS: dict[str, Callable[[Path], str]] = {
 def test_every_format_gives_the_same_rows_from_any_point(make: Callable[[Path], str], tmp_path: Path) -> None:
     path = make(tmp_path)
     visited: list[Row] = []
-    corpus = pickle.loads(pickle.dumps(scan([path], visit=visited.append)))
+    corpus = pickle.loads(pickle.dumps(open_corpus([path], visit=visited.append)))
     whole = list(corpus.read(0, corpus.n_rows))
     assert [row.value for row in whole] == ROWS
     assert whole == visited
@@ -139,7 +139,7 @@ def test_csv_values_stay_the_strings_they_are(suffix: str, tmp_path: Path) -> No
     text = "\ufeffid,text,n\r\n" + "".join(f'{i},"a, ""b""\r\nline {i}",007\r\n' for i in range(600))
     data = text.replace(",", delimiter).encode()
     path = write(tmp_path / f"a{suffix}", gzip.compress(data) if suffix.endswith("gz") else data)
-    corpus = scan([path])
+    corpus = open_corpus([path])
     whole = list(corpus.read(0, 600))
     assert whole[599].value == {"id": "599", "text": f'a{delimiter} "b"\r\nline 599', "n": "007"}
     assert whole[599].line == 2 + 2 * 599
@@ -149,7 +149,7 @@ def test_csv_values_stay_the_strings_they_are(suffix: str, tmp_path: Path) -> No
 
 def test_bad_csv_records_are_unreadable_rows_with_their_bytes(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", b'a,b\n1,2\n1,2,3\n1\n\n\xff,2\n"x"y,2\n3,4\n5,"never\nclosed\n')
-    rows = list(scan([path]).read(0, 99))
+    rows = list(open_corpus([path]).read(0, 99))
     assert [row.value for row in rows if row.value] == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
     assert [(row.line, row.raw) for row in rows if not row.value] == [
         (3, b"1,2,3"),
@@ -169,7 +169,7 @@ def test_bad_csv_records_are_unreadable_rows_with_their_bytes(tmp_path: Path) ->
 
 def test_a_csv_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="two columns named 'a'"):
-        scan([write(tmp_path / "a.csv", b"a,a\n1,2\n")])
+        open_corpus([write(tmp_path / "a.csv", b"a,a\n1,2\n")])
 
 
 NASTY: list[tuple[bytes, Any]] = [
@@ -204,7 +204,7 @@ NASTY: list[tuple[bytes, Any]] = [
 @pytest.mark.parametrize("ending", [b"\n", b""], ids=["final newline", "no final newline"])
 def test_each_line_is_a_row_readable_or_with_its_own_bytes(ending: bytes, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b"\n".join(line for line, _ in NASTY) + ending)
-    corpus = scan([path])
+    corpus = open_corpus([path])
     rows = list(corpus.read(0, 99))
     assert len(rows) == len(NASTY)
     for number, (row, (line, expected)) in enumerate(zip(rows, NASTY, strict=True), 1):
@@ -223,7 +223,7 @@ def test_array_elements_that_cannot_be_rows_are_unreadable_rows(tmp_path: Path) 
     elements = [line.strip() for line, _ in NASTY[1:] if line.strip() and b'"a" "b"' not in line]
     path = write(tmp_path / "a.json", b"[\n" + b" ,\n ".join(elements) + b"\n]")
     expected = [outcome for line, outcome in NASTY[1:] if line.strip() in elements]
-    rows = list(scan([path]).read(0, 99))
+    rows = list(open_corpus([path]).read(0, 99))
     assert [exact(row.value) if row.value else row.problem.split(":")[0] for row in rows] == [
         outcome.split(":")[0] if isinstance(outcome, str) else exact(outcome) for outcome in expected
     ]
@@ -270,12 +270,12 @@ def test_an_array_is_decoded_within_a_window_of_a_few_rows(tmp_path: Path, monke
 )
 def test_broken_files_are_named_with_the_place(name: str, data: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
-        scan([write(tmp_path / name, data)])
+        open_corpus([write(tmp_path / name, data)])
 
 
 @pytest.mark.parametrize("data", [b'{"a": 1}', b'\xef\xbb\xbf{"a": 1}\n', b'\n{"a": 1}\n\n'], ids=str)
 def test_a_json_file_may_hold_a_single_line(data: bytes, tmp_path: Path) -> None:
-    rows = [row.value for row in scan([write(tmp_path / "a.json", data)]).read(0, 9)]
+    rows = [row.value for row in open_corpus([write(tmp_path / "a.json", data)]).read(0, 9)]
     assert [row for row in rows if row] == [{"a": 1}]
 
 
@@ -286,13 +286,13 @@ def test_the_first_readable_row_is_found_however_far_down(tmp_path: Path) -> Non
 
 def test_empty_files_have_no_rows(tmp_path: Path) -> None:
     paths = [write(tmp_path / name, data) for name, data in [("a.jsonl", b""), ("b.json", b" [ ] \n"), ("c.csv", b"")]]
-    corpus = scan(paths)
+    corpus = open_corpus(paths)
     assert (corpus.n_rows, list(corpus.chunks()), values(corpus), peek(paths)) == (0, [], [], [])
 
 
 def test_rows_without_a_single_column_still_count(tmp_path: Path) -> None:
     paths = [write(tmp_path / "a.jsonl", b"{}\nbroken\n"), write(tmp_path / "b.jsonl", b"{}\n")]
-    corpus = scan(paths)
+    corpus = open_corpus(paths)
     assert (corpus.n_rows, corpus.schema.names) == (3, [])
     assert [(chunk.start, chunk.table.num_rows, chunk.lines) for chunk in corpus.chunks()] == [
         (0, 2, [1, 2]),
@@ -306,7 +306,7 @@ def test_globs_are_sorted_and_an_existing_path_wins_over_its_glob_reading(tmp_pa
         write(tmp_path / name, json.dumps({"from": name}).encode())
     assert [Path(path).name for path in expand([f"{tmp_path}/b?.jsonl"])] == ["b1.jsonl", "b2.jsonl"]
     assert [Path(path).name for path in expand([f"{tmp_path}/b[1].jsonl"])] == ["b[1].jsonl"]
-    corpus = scan([f"{tmp_path}/b2.jsonl", f"{tmp_path}/b?.jsonl"])
+    corpus = open_corpus([f"{tmp_path}/b2.jsonl", f"{tmp_path}/b?.jsonl"])
     assert values(corpus) == [{"from": "b2.jsonl"}, {"from": "b1.jsonl"}, {"from": "b2.jsonl"}]
     with pytest.raises(InputError, match="No file matches"):
         expand([f"{tmp_path}/c*.jsonl"])
@@ -316,19 +316,19 @@ def test_globs_are_sorted_and_an_existing_path_wins_over_its_glob_reading(tmp_pa
 
 def test_inputs_are_fingerprinted_and_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
     paths = [write(tmp_path / "a.jsonl", jsonl(ROWS[:5])), write(tmp_path / "b.jsonl", b'{"other": 1}\n' * 5)]
-    first, second = scan(paths).inputs
+    first, second = open_corpus(paths).inputs
     assert (first["path"], first["bytes"], first["rows"]) == (paths[0], len(jsonl(ROWS[:5])), 5)
     assert first["blake2b"] != second["blake2b"]
-    limited = scan(paths, limit=3)
+    limited = open_corpus(paths, limit=3)
     assert limited.n_rows == 3
     assert limited.schema.names == ["id", "messages"]
     assert values(limited) == ROWS[:3]
-    assert scan(paths, limit=7).n_rows == 7
+    assert open_corpus(paths, limit=7).n_rows == 7
 
 
 def test_a_file_that_changed_since_the_scan_is_not_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", jsonl(ROWS[:5]))
-    corpus = scan([path])
+    corpus = open_corpus([path])
     write(tmp_path / "a.jsonl", jsonl(ROWS[:6]))
     with pytest.raises(InputError, match="has changed"):
         list(corpus.read(0, 1))
@@ -364,7 +364,7 @@ def test_a_file_that_changed_since_the_scan_is_not_read(tmp_path: Path) -> None:
 )
 def test_a_column_gets_the_type_that_datasets_reads_back_exactly(column: list[Any], kind: Any, tmp_path: Path) -> None:
     rows = [{"first": "a", "x": value} for value in column]
-    corpus = scan([write(tmp_path / "a.jsonl", jsonl(rows))])
+    corpus = open_corpus([write(tmp_path / "a.jsonl", jsonl(rows))])
     field = corpus.schema.field("x")
     assert is_json_text(field) if kind == "JSON text" else field.type == kind
     back = [row["x"] for row in loaded(corpus, tmp_path / "out")]
@@ -373,7 +373,7 @@ def test_a_column_gets_the_type_that_datasets_reads_back_exactly(column: list[An
     else:
         assert exact(back) == exact(column)
     assert exact(values(corpus)) == exact(rows)
-    written = scan([str(tmp_path / "out" / "train.parquet")])
+    written = open_corpus([str(tmp_path / "out" / "train.parquet")])
     assert exact([row["x"] for row in values(written) if row]) == exact(back)
 
 
@@ -381,7 +381,7 @@ def test_deep_nesting_survives_the_depth_limit_of_parquet(tmp_path: Path) -> Non
     value: Any = 0.7
     for level in range(190):
         value = [value] if level % 2 else {"k": value}
-    corpus = scan([write(tmp_path / "a.jsonl", jsonl([{"x": value}]))])
+    corpus = open_corpus([write(tmp_path / "a.jsonl", jsonl([{"x": value}]))])
     assert exact(loaded(corpus, tmp_path / "out")) == exact([{"x": value}])
 
 
@@ -399,7 +399,7 @@ any_row = st.fixed_dictionaries({}, optional={"m": uniform, "a": nested, "": pla
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(any_row, min_size=1, max_size=9))
 def test_any_json_rows_come_back_from_datasets_as_they_were(rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    corpus = scan([write(tmp_path / "a.jsonl", jsonl(rows))])
+    corpus = open_corpus([write(tmp_path / "a.jsonl", jsonl(rows))])
     assert exact(values(corpus)) == exact(rows)
     if corpus.schema.names:
         expected = [{name: row.get(name) for name in corpus.schema.names} for row in rows]
@@ -433,7 +433,7 @@ def featured() -> datasets.Dataset:
 
 def test_a_saved_dataset_keeps_its_features_and_its_indices(tmp_path: Path) -> None:
     featured().select(range(19, -1, -2)).save_to_disk(str(tmp_path / "saved"))
-    corpus = scan([str(tmp_path / "saved")])
+    corpus = open_corpus([str(tmp_path / "saved")])
     assert datasets.Features.from_arrow_schema(corpus.schema) == FEATURES
     assert values(corpus) == FEATURED[::-2]
     assert [row.value for row in corpus.read(3, 5, columns=["label", "tools"])] == [
@@ -445,7 +445,7 @@ def test_a_saved_dataset_keeps_its_features_and_its_indices(tmp_path: Path) -> N
 
 def test_parquet_keeps_its_schema_and_metadata(tmp_path: Path) -> None:
     featured().to_parquet(str(tmp_path / "a.parquet"))
-    corpus = scan([str(tmp_path / "a.parquet")])
+    corpus = open_corpus([str(tmp_path / "a.parquet")])
     assert corpus.schema.equals(pq.read_schema(tmp_path / "a.parquet"), check_metadata=True)
     assert datasets.Features.from_arrow_schema(corpus.schema) == FEATURES
     assert values(corpus) == FEATURED
@@ -472,7 +472,7 @@ def test_tables_that_differ_in_order_and_width_are_one_corpus(tmp_path: Path) ->
         n=pa.array([2**40]),
         s=pa.array([{"q": 2, "p": 1}]),
     )
-    corpus = scan([a, b])
+    corpus = open_corpus([a, b])
     [chunk] = corpus.chunks()
     assert chunk.table.to_pylist() == [
         {"n": 1, "t": "x", "s": {"p": 1, "q": None}},
@@ -484,7 +484,7 @@ def test_tables_that_differ_in_order_and_width_are_one_corpus(tmp_path: Path) ->
 def test_json_joins_a_table_where_no_value_changes(tmp_path: Path) -> None:
     a = table_file(tmp_path / "a.parquet", messages=pa.array([[{"role": "u", "content": "hi"}]]), n=pa.array([0.5]))
     b = write(tmp_path / "b.jsonl", b'{"messages": [], "n": null, "tag": 3}\nbroken\n')
-    [chunk] = scan([a, b]).chunks()
+    [chunk] = open_corpus([a, b]).chunks()
     assert chunk.table.to_pylist() == [
         {"messages": [{"role": "u", "content": "hi"}], "n": 0.5, "tag": None},
         {"messages": [], "n": None, "tag": 3},
@@ -511,15 +511,15 @@ def conflicts(tmp: Path) -> Iterator[list[str]]:
 def test_columns_that_no_type_holds_are_refused_with_both_files(tmp_path: Path) -> None:
     for a, b in conflicts(tmp_path):
         with pytest.raises(InputError, match=f"Column 'x' of {a} and of {b}"):
-            scan([a, b])
+            open_corpus([a, b])
 
 
 def test_chunks_gather_small_files_and_split_large_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [write(tmp_path / f"{i:02}.jsonl", jsonl(ROWS[i : i + 1])) for i in range(20)]
-    corpus = scan(paths)
+    corpus = open_corpus(paths)
     assert [(chunk.start, chunk.table.num_rows) for chunk in corpus.chunks(8)] == [(0, 8), (8, 8), (16, 4)]
     monkeypatch.setattr("sqsd_filter.pipeline.reading.sources.BATCH_BYTES", 1000)
-    sizes = [chunk.table.num_rows for chunk in scan([write(tmp_path / "a.jsonl", jsonl(ROWS))]).chunks()]
+    sizes = [chunk.table.num_rows for chunk in open_corpus([write(tmp_path / "a.jsonl", jsonl(ROWS))]).chunks()]
     assert sum(sizes) == len(ROWS)
     assert max(sizes) < 20
 
@@ -530,7 +530,7 @@ def test_a_damaged_page_of_a_parquet_file_is_named(tmp_path: Path) -> None:
     data[4:80] = b"\xff" * 76
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"a\.parquet is truncated or corrupt"):
-        list(scan([str(path)]).chunks())
+        list(open_corpus([str(path)]).chunks())
 
 
 BEYOND_PYTHON: dict[str, pa.Array] = {
@@ -547,7 +547,7 @@ def test_values_that_python_does_not_have_pass_by_unread(column: pa.Array, tmp_p
     path = table_file(tmp_path / "a.parquet", x=column, text=pa.array(["ok"]))
     assert peek([path]) == [{"x": None, "text": "ok"}]
     rows: list[Row] = []
-    corpus = scan([path], visit=rows.append, columns=["text"])
+    corpus = open_corpus([path], visit=rows.append, columns=["text"])
     assert [row.value for row in rows] == [{"text": "ok"}]
     [chunk] = corpus.chunks()
     assert chunk.table.column("x").equals(pq.read_table(path).column("x"))
@@ -559,14 +559,16 @@ def test_values_that_python_does_not_have_pass_by_unread(column: pa.Array, tmp_p
 def test_columns_that_can_not_be_filtered_are_refused_at_once(kind: pa.DataType, tmp_path: Path) -> None:
     path = table_file(tmp_path / "a.parquet", text=pa.array(["ok"]), x=pa.nulls(1, kind))
     with pytest.raises(InputError, match=r"^Column 'x' of .*a\.parquet is of the type .*string_view"):
-        scan([path])
+        open_corpus([path])
 
 
 def test_a_label_column_that_meets_plain_numbers_loses_only_its_names(tmp_path: Path) -> None:
     features = datasets.Features({"label": datasets.ClassLabel(names=["no", "yes"]), "x": datasets.Json()})
     labelled = datasets.Dataset.from_dict({"label": [1], "x": [{"a": 1}]}, features=features)
     labelled.to_parquet(str(tmp_path / "a.parquet"))
-    corpus = scan([str(tmp_path / "a.parquet"), write(tmp_path / "b.jsonl", b'{"label": 0, "x": 1}\n{"x": [0.3]}')])
+    corpus = open_corpus(
+        [str(tmp_path / "a.parquet"), write(tmp_path / "b.jsonl", b'{"label": 0, "x": 1}\n{"x": [0.3]}')]
+    )
     assert datasets.Features.from_arrow_schema(corpus.schema)["label"] == datasets.Value("int64")
     assert loaded(corpus, tmp_path / "out") == [
         {"label": 1, "x": {"a": 1}},

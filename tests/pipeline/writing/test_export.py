@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from sqsd_filter.errors import InputError
 from sqsd_filter.pipeline.reading.sources import Corpus
-from sqsd_filter.pipeline.writing.export import CONFIGS, REASONS, check, export_splits
+from sqsd_filter.pipeline.writing.export import CONFIGS, REASONS, check_columns, export_splits
 from sqsd_filter.pipeline.writing.writers import Output
 from sqsd_filter.progress import Silent
-from tests.corpora import by_hand
+from tests.corpora import by_hand, open_corpus
 
 datasets.disable_progress_bars()
 MANY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -40,7 +40,7 @@ def export(
     corpus: Corpus, place: list[int], root: Path, to: str, shard_size: int = 1, with_scores: bool = False, **more: Any
 ) -> dict[str, Any]:
     output = Output(to, shard_size, with_scores)
-    check(corpus, output)
+    check_columns(corpus, output)
     return export_splits(*by_hand(corpus, place, **more), root, output, Silent())
 
 
@@ -63,7 +63,7 @@ def raw_lines(root: Path, report: dict[str, Any], config: str) -> list[bytes]:
 
 def read_back(paths: list[Path]) -> list[dict[str, Any] | None]:
     """What our own reader makes of files."""
-    corpus = Corpus.scan([str(path) for path in paths])
+    corpus = open_corpus([str(path) for path in paths])
     return [row.value for row in corpus.read(0, corpus.n_rows)]
 
 
@@ -134,17 +134,68 @@ def test_any_table_comes_back_as_it_was(to: str, case: tuple[pa.Table, list[int]
         root = Path(name)
         pq.write_table(table, root / "in.parquet")
         source = pq.read_table(root / "in.parquet")
-        report = export(Corpus.scan([str(root / "in.parquet")]), place, root, to, shard_size)
+        report = export(open_corpus([str(root / "in.parquet")]), place, root, to, shard_size)
         assert sum(f["rows"] for f in report["files"]) == len(place)
         for config, code in CONFIGS.items():
             expected = source.filter(pa.array([p == code for p in place])).combine_chunks()
             found = tables(root, to, report, config)
             assert found.schema.equals(expected.schema) and found.equals(expected)
-            again = Corpus.scan(
+            again = open_corpus(
                 [str(root / config)] if to == "arrow" else [str(p) for p in paths(root, report, config)]
             )
             rows = [{name: row.value[name] for name in table.column_names} for row in again.read(0, again.n_rows)]
             assert rows == expected.to_pylist()
+
+
+FEATURES = datasets.Features(
+    {
+        "label": datasets.ClassLabel(names=["bad", "good"]),
+        "turns": datasets.List({"role": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}),
+        "image": datasets.Image(),
+        "sounds": datasets.List(datasets.Audio(sampling_rate=16_000)),
+        "any": datasets.Json(),
+        "pair": datasets.List(datasets.Value("int16"), length=2),
+        "words": datasets.LargeList(datasets.Value("large_string")),
+        "matrix": datasets.Array2D((2, 2), "float32"),
+        "at": datasets.Value("timestamp[us, tz=Europe/Paris]"),
+    }
+)
+
+
+@pytest.mark.parametrize("to", ["parquet", "arrow"])
+def test_features_of_every_kind_survive(to: str, tmp_path: Path) -> None:
+    row = {
+        "label": 1,
+        "turns": [{"role": "user", "label": 0}],
+        "image": {"bytes": b"\x89PNG", "path": "a.png"},
+        "sounds": [{"bytes": b"RIFF", "path": None}],
+        "any": '{"k": [1, "x"]}',
+        "pair": [1, 2],
+        "words": ["é", None],
+        "matrix": [[0.1, 0.2], [0.3, 0.4]],
+        "at": 10**15,
+    }
+    rows = [row, {"matrix": row["matrix"]}] * 5
+    columns = []
+    for kind in FEATURES.arrow_schema:
+        values = [row.get(kind.name) for row in rows]
+        extended = isinstance(kind.type, pa.BaseExtensionType)
+        array = pa.array(values, kind.type.storage_type if extended else kind.type)
+        columns.append(pa.ExtensionArray.from_storage(kind.type, array) if extended else array)
+    table = pa.Table.from_arrays(columns, schema=FEATURES.arrow_schema)
+    pq.write_table(table, tmp_path / "in.parquet")
+    place = [0, 1, 2, 0, 0, 0, 0, 0, 0, 0]
+    report = export(open_corpus([str(tmp_path / "in.parquet")]), place, tmp_path / "out", to)
+    for config, code in CONFIGS.items():
+        if to == "arrow":
+            found = datasets.load_from_disk(str(tmp_path / "out"))[config]
+        else:
+            files = [str(path) for path in paths(tmp_path / "out", report, config)]
+            found = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+        found = found.select_columns(list(FEATURES))
+        assert found.features == FEATURES
+        expected = datasets.Dataset(table).select([k for k, p in enumerate(place) if p == code])
+        assert found.with_format("arrow")[:].to_pylist() == expected.with_format("arrow")[:].to_pylist()
 
 
 def in_json(value: Any) -> Any:
@@ -168,7 +219,7 @@ def test_any_table_becomes_lines_of_exact_values(
         root = Path(name)
         pq.write_table(table, root / "in.parquet")
         rows = pq.read_table(root / "in.parquet").to_pylist()
-        report = export(Corpus.scan([str(root / "in.parquet")]), place, root, "jsonl", shard_size, with_scores)
+        report = export(open_corpus([str(root / "in.parquet")]), place, root, "jsonl", shard_size, with_scores)
         for config, code in CONFIGS.items():
             found = [json.loads(line) for line in raw_lines(root, report, config)]
             added = SCORES if with_scores and config != "errors" else []
@@ -210,7 +261,7 @@ def test_lines_come_out_byte_for_byte(case: tuple[list[bytes], list[int]], shard
         root = Path(name)
         content = b"".join(line + b"\n" for line in source)
         (root / "in.jsonl").write_bytes(content if last or not source[-1] else content[:-1])
-        report = export(Corpus.scan([str(root / "in.jsonl")]), place, root, "jsonl", shard_size)
+        report = export(open_corpus([str(root / "in.jsonl")]), place, root, "jsonl", shard_size)
         out = {code: iter(raw_lines(root, report, config)) for config, code in CONFIGS.items()}
         assert b"".join(next(out[p]) + b"\n" for p in place) == content
         assert [next(rest, None) for rest in out.values()] == [None] * 3
@@ -225,7 +276,7 @@ def test_scores_join_any_lines_and_nothing_else_of_them_changes(case: tuple[list
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         (root / "in.jsonl").write_bytes(b"".join(line + b"\n" for line in source))
-        corpus = Corpus.scan([str(root / "in.jsonl")])
+        corpus = open_corpus([str(root / "in.jsonl")])
         scored, _ = by_hand(corpus, place)
         report = export(corpus, place, root, "jsonl", with_scores=True)
         out = {code: iter(raw_lines(root, report, config)) for config, code in CONFIGS.items()}
@@ -249,9 +300,9 @@ def test_json_of_any_shape_survives_a_way_through_tables(to: str, source: list[d
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         (root / "in.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in source))
-        report = export(Corpus.scan([str(root / "in.jsonl")]), [0] * len(source), root / "there", to)
+        report = export(open_corpus([str(root / "in.jsonl")]), [0] * len(source), root / "there", to)
         files = [root / "there/kept"] if to == "arrow" else paths(root / "there", report, "kept")
-        corpus = Corpus.scan([str(path) for path in files])
+        corpus = open_corpus([str(path) for path in files])
         report = export(corpus, [0] * len(source), root / "back", "jsonl")
         found = [json.loads(line) for line in raw_lines(root / "back", report, "kept")]
         assert found == [{name: row.get(name) for name in corpus.schema.names if name not in SCORES} for row in source]
@@ -266,15 +317,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def scan(name: str, content: bytes | list[Any], **options: Any) -> Corpus:
+def written(name: str, content: bytes | list[Any], **options: Any) -> Corpus:
     if not isinstance(content, bytes):
         content = b"".join(json.dumps(row).encode() + b"\n" for row in content)
     Path(name).write_bytes(content)
-    return Corpus.scan([name], **options)
+    return open_corpus([name], **options)
 
 
 def test_a_byte_order_mark_is_no_part_of_a_line(folder: Path) -> None:
-    corpus = scan("in.jsonl", b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
+    corpus = written("in.jsonl", b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
     report = export(corpus, [1, 0], folder, "jsonl")
     assert raw_lines(folder, report, "dropped") == [b'{"a": 1}']
 
@@ -282,12 +333,12 @@ def test_a_byte_order_mark_is_no_part_of_a_line(folder: Path) -> None:
 def test_compressed_lines_come_out_plain(folder: Path) -> None:
     import gzip
 
-    corpus = scan("in.jsonl.gz", gzip.compress(b'{"a":1}\r\n{"a" : 1e0}'))
+    corpus = written("in.jsonl.gz", gzip.compress(b'{"a":1}\r\n{"a" : 1e0}'))
     assert raw_lines(folder, export(corpus, [0, 0], folder, "jsonl"), "kept") == [b'{"a":1}\r', b'{"a" : 1e0}']
 
 
 def test_a_kept_row_without_a_score_has_null_for_one(folder: Path) -> None:
-    corpus = scan("in.jsonl", [{"a": 1}, {"a": 2}])
+    corpus = written("in.jsonl", [{"a": 1}, {"a": 2}])
     report = export(corpus, [0, 0], folder, "jsonl", with_scores=True, unscored=[1])
     assert raw_lines(folder, report, "kept")[1] == (
         b'{"a": 2, "sqsd_risk": null, "sqsd_danger": null, "sqsd_safety": null, "sqsd_status": "no_answer"}'
@@ -297,7 +348,7 @@ def test_a_kept_row_without_a_score_has_null_for_one(folder: Path) -> None:
 def test_rows_of_other_sources_are_lines_without_the_columns_of_an_earlier_run(folder: Path) -> None:
     earlier = {"sqsd_risk": 9.0, "sqsd_status": "scored", "sqsd_reason": "", "sqsd_raw": b"\xff"}
     pq.write_table(pa.Table.from_pylist([{"a": 1, **earlier, "b": 2}] * 2), "in.parquet")
-    corpus = Corpus.scan(["in.parquet"])
+    corpus = open_corpus(["in.parquet"])
     report = export(corpus, [0, 1], folder / "plain", "jsonl")
     assert raw_lines(folder / "plain", report, "kept") == [b'{"a": 1, "b": 2}']
     report = export(corpus, [0, 1], folder / "scored", "jsonl", with_scores=True)
@@ -321,14 +372,14 @@ def test_rows_of_other_sources_are_lines_without_the_columns_of_an_earlier_run(f
 def test_records_that_could_not_be_read_are_one_line_each(
     name: str, content: bytes, expected: list[bytes], folder: Path
 ) -> None:
-    corpus = scan(name, content)
+    corpus = written(name, content)
     report = export(corpus, [0, 2, 2], folder, "jsonl")
     assert raw_lines(folder, report, "errors") == expected
     assert len((folder / REASONS).read_bytes().splitlines()) == 2
 
 
 def test_reasons_say_what_is_wrong_with_each_line_of_errors(folder: Path) -> None:
-    corpus = scan("in.jsonl", b'{"a": 1}\nbroken\n{"a": 2}\n')
+    corpus = written("in.jsonl", b'{"a": 1}\nbroken\n{"a": 2}\n')
     report = export(corpus, [0, 2, 2], folder, "jsonl", 1)
     assert report["extra_files"] == [REASONS]
     assert [json.loads(line) for line in (folder / REASONS).read_bytes().splitlines()] == [
@@ -345,13 +396,13 @@ def test_reasons_say_what_is_wrong_with_each_line_of_errors(folder: Path) -> Non
 def test_a_column_that_can_not_be_written_is_named_but_not_one_that_an_earlier_run_left(folder: Path) -> None:
     for column, refused in (("mine", True), ("sqsd_raw", False)):
         pq.write_table(pa.table({"sqsd_risk": [0.1], "sqsd_status": ["scored"], column: [b"\xff"]}), "in.parquet")
-        corpus = Corpus.scan(["in.parquet"])
-        check(corpus, Output("parquet", 1, False))
+        corpus = open_corpus(["in.parquet"])
+        check_columns(corpus, Output("parquet", 1, False))
         if refused:
             with pytest.raises(InputError, match="Column 'mine' holds binary, which can't be written to jsonl"):
-                check(corpus, Output("jsonl", 1, False))
+                check_columns(corpus, Output("jsonl", 1, False))
         else:
-            check(corpus, Output("jsonl", 1, False))
+            check_columns(corpus, Output("jsonl", 1, False))
 
 
 # ---------------------------------------------------------------------------------------------- splits
@@ -364,7 +415,7 @@ def split_corpus(folder: Path) -> Corpus:
         source = folder / f"{k}.jsonl"
         source.write_bytes(b"".join(b'{"a": %d}\n' % (10 * k + i) for i in range(n)))
         sources.append(str(source))
-    corpus = Corpus.scan(sources)
+    corpus = open_corpus(sources)
     names = ("train", "test", "train", "nothing")
     parts = [dataclasses.replace(part, split=name) for part, name in zip(corpus.parts, names, strict=True)]
     return dataclasses.replace(corpus, parts=parts)

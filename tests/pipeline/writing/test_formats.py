@@ -1,0 +1,204 @@
+"""Whole runs in each format, cut from scores that are there: what is left, what loads it, what counts as done."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
+from sqsd_filter.errors import DestinationExists, InputError
+from sqsd_filter.pipeline.reading.sources import Corpus
+from sqsd_filter.pipeline.writing.report import load_calls
+from tests.corpora import content, make_rows, read_report, write_jsonl
+
+datasets.disable_progress_bars()
+FORMATS = ("parquet", "arrow", "jsonl")
+ROWS: list[dict[str, Any]] = [
+    {"id": k, "text": "é" * k, "sqsd_risk": (k * 7 % 20) / 3, "sqsd_status": "scored"} for k in range(20)
+]
+LINES = [*ROWS[:9], b"broken", {"id": 9, "sqsd_risk": None, "sqsd_status": "no_answer"}, *ROWS[9:]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with scored rows in in.jsonl, of which three make a chunk."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Corpus, "chunks", functools.partialmethod(Corpus.chunks, rows=3))
+    write_jsonl(tmp_path / "in.jsonl", LINES)
+    return tmp_path
+
+
+def cut(dest: str, to: str, **options: Any) -> dict[str, Any]:
+    return select_dataset("in.jsonl", dest, drop_count=6, to=to, **{"shard_size": 1, **options})
+
+
+def loaded(dest: Path, report: dict[str, Any], config: str) -> list[dict[str, Any]]:
+    """What the call gives that is told to people."""
+    names = {
+        "load_from_disk": datasets.load_from_disk,
+        "load_dataset": functools.partial(datasets.load_dataset, split="train", cache_dir=str(dest / "cache")),
+    }
+    return eval(load_calls(report, repr(str(dest)))[config], names).to_list()
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_a_run_writes_is_told_and_loads_as_is_told(to: str, folder: Path) -> None:
+    report = cut("out", to)
+    assert [f["config"] for f in report["files"]] == ["kept"] * 8 + ["dropped"] * 6 + ["errors"]
+    told = [*(f["path"] for f in report["files"]), *report["extra_files"], "sqsd/report.json", "sqsd/run.json"]
+    assert sorted(told) == sorted(str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file())
+    assert (report["to"], report["shard_size"], report["with_scores"]) == (to, 1, False)
+    card = Path("out/README.md").read_text()
+    for config, code in load_calls(report, "path").items():
+        assert f"`{code}`" in card
+        if to == "jsonl" and config == "errors":
+            with pytest.raises(datasets.exceptions.DatasetGenerationError):
+                loaded(Path("out"), report, config)  # a line of it is no JSON, as the card says
+            continue
+        found = loaded(Path("out"), report, config)
+        assert len(found) == report["rows"][config]
+        assert all(row["text"] == "é" * row["id"] for row in found if row["text"] is not None)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_finished_run_is_done_until_something_of_it_is_missing_or_cut_short(to: str, folder: Path) -> None:
+    report = cut("out", to)
+    done = content(Path("out"))
+    before = {p: p.stat().st_mtime_ns for p in Path("out").rglob("*") if p.is_file()}
+    assert cut("out", to)["already_done"]
+    assert {p: p.stat().st_mtime_ns for p in Path("out").rglob("*") if p.is_file()} == before
+    for name in [*report["extra_files"], *(f["path"] for f in report["files"])]:
+        Path("out", name).unlink()
+        assert not cut("out", to).get("already_done") and content(Path("out")) == done
+    for file in report["files"]:
+        if file["rows"]:
+            path = Path("out", file["path"])
+            path.write_bytes(path.read_bytes()[:-1])
+            assert not cut("out", to).get("already_done") and content(Path("out")) == done
+    if to != "jsonl":  # a disk that lost what was not yet on it, when the power went
+        path = Path("out", report["files"][0]["path"])
+        path.write_bytes(bytes(report["files"][0]["bytes"]))
+        assert not cut("out", to).get("already_done") and content(Path("out")) == done
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_files_of_a_killed_attempt_that_made_more_of_them_go(to: str, folder: Path) -> None:
+    few, many = cut("few", to, shard_size=10**6), cut("out", to)
+    assert len(many["files"]) > len(few["files"]) == 3
+    shutil.copy("few/sqsd/run.json", "out/sqsd/run.json")  # as if it had been this very run
+    Path("out/sqsd/report.json").unlink()
+    Path("out", few["files"][0]["path"]).with_name(".kept-00009.tmp").touch()
+    cut("out", to, shard_size=10**6)
+    assert content(Path("out")) == content(Path("few"))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"to": "arrow"}, "to: jsonl there, arrow here"),
+        ({"shard_size": "1KB"}, "shard_size: 1 there, 1000 here"),
+        ({"with_scores": True}, "with_scores: False there, True here"),
+    ],
+    ids=["to", "shard_size", "with_scores"],
+)
+def test_the_form_of_the_rows_is_part_of_the_run(options: dict[str, Any], match: str, folder: Path) -> None:
+    cut("out", "jsonl")
+    options = {"to": "jsonl", **options}
+    with pytest.raises(DestinationExists, match=match):
+        cut("out", **options)
+    cut("out", **options, overwrite=True)
+    cut("straight", **options)
+    assert content(Path("out")) == content(Path("straight"))
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_was_written_can_be_cut_again(to: str, folder: Path) -> None:
+    report = cut("out", to, with_scores=to == "jsonl")
+    kept = ["out/kept"] if to == "arrow" else [f["path"] for f in report["files"] if f["config"] == "kept"]
+    sources = kept if to == "arrow" else [f"out/{path}" for path in kept]
+    again = select_dataset(sources, "again", keep_lowest=3, to="jsonl", with_scores=True)
+    lowest = sorted(ROWS, key=lambda row: row["sqsd_risk"])[:3]
+    found = [json.loads(line) for line in Path("again/data/kept-00000-of-00001.jsonl").read_text().splitlines()]
+    assert sorted(found, key=lambda row: row["sqsd_risk"]) == lowest and again["rows"]["kept"] == 3
+
+
+def test_a_run_writes_the_lines_of_its_input(folder: Path, tiny_pack: Path) -> None:
+    lines = [*make_rows(9), b"broken", b'{"instruction":"q" , "output":"a"}\r', {"id": 1}]
+    write_jsonl(folder / "plain.jsonl", lines)
+    scorer = SQSDScorer(tiny_pack)
+    report = filter_dataset("plain.jsonl", "out", drop_count=3, to="jsonl", scorer=scorer)
+    found = {
+        c: Path(f"out/data/{c}-00000-of-00001.jsonl").read_bytes().splitlines(True)
+        for c in ("kept", "dropped", "errors")
+    }
+    assert sorted(line for several in found.values() for line in several) == sorted(
+        (folder / "plain.jsonl").read_bytes().splitlines(True)
+    )
+    assert found["errors"] == [b"broken\n", b'{"id": 1}\n']
+    reasons = [json.loads(line) for line in Path("out/data/reasons.jsonl").read_text().splitlines()]
+    assert reasons == [
+        {"file": "plain.jsonl", "line": 10, "status": "bad_json", "reason": "not JSON: Expecting value at column 1"},
+        {"file": "plain.jsonl", "line": 12, "status": "bad_row", "reason": "column 'instruction' is empty or missing"},
+    ]
+    assert report["json_columns"] == []
+
+    scored = select_dataset("out", "scored", drop_count=3, to="jsonl", with_scores=True)
+    for config in ("kept", "dropped"):
+        path = f"data/{config}-00000-of-00001.jsonl"
+        for line, more in zip(found[config], Path("scored", path).read_bytes().splitlines(True), strict=True):
+            assert more.startswith(line.rstrip()[:-1].rstrip()) and line[len(line.rstrip()) - 1 :] in more
+            row = json.loads(more)
+            assert row["sqsd_risk"] == row["sqsd_danger"] - row["sqsd_safety"] and row["sqsd_status"] == "scored"
+    assert scored["threshold"] == report["threshold"]
+
+
+def test_a_column_without_a_form_is_refused_before_anything_is_scored(folder: Path, tiny_pack: Path) -> None:
+    class Unused(SQSDScorer):
+        def score(self, *_: Any) -> Any:
+            raise AssertionError("scored before the columns were looked at")
+
+    pq.write_table(pa.Table.from_pylist([{**row, "image": b"\x89PNG"} for row in make_rows(3)]), "a.parquet")
+    with pytest.raises(InputError, match="Column 'image' holds binary, which can't be written to jsonl: use --to parq"):
+        filter_dataset("a.parquet", "out", drop_count=1, to="jsonl", scorer=Unused(tiny_pack))
+    assert not Path("out").exists()
+
+
+def test_the_one_file_of_scores_is_told_of_too(folder: Path, tiny_pack: Path) -> None:
+    write_jsonl(folder / "plain.jsonl", make_rows(3))
+    report = score_dataset("plain.jsonl", "scored.parquet", scorer=SQSDScorer(tiny_pack))
+    [file] = report["files"]
+    assert (file["path"], file["rows"], file["bytes"]) == (".", 3, Path("scored.parquet").stat().st_size)
+    assert report["extra_files"] == []
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_each_split_is_loaded_by_its_name(to: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scan(*arguments: Any, scan: Any = Corpus.scan, **options: Any) -> Corpus:
+        corpus = scan(*arguments, **options)
+        names = ("train", "test.a")
+        parts = [dataclasses.replace(part, split=name) for part, name in zip(corpus.parts, names, strict=True)]
+        return dataclasses.replace(corpus, parts=parts)
+
+    monkeypatch.setattr(Corpus, "scan", scan)
+    write_jsonl(folder / "more.jsonl", [{**row, "id": row["id"] + 100} for row in ROWS])
+    report = select_dataset(["in.jsonl", "more.jsonl"], "out", drop_top="50%", to=to, shard_size="1KB")
+    assert report["rows"]["kept"] == 20 and read_report(Path("out")) == report
+    if to == "arrow":
+        every = datasets.load_from_disk("out")
+        found = {split: every[f"kept_{split}"] for split in ("train", "test.a")}
+        assert 'load_from_disk(path)["kept_test.a"]' in Path("out/README.md").read_text()
+    else:
+        found = datasets.load_dataset("out", cache_dir=str(folder / "cache"))
+    assert list(found) == ["train", "test.a"]
+    ids = {split: found[split]["id"][:] for split in found}
+    assert all(k < 100 for k in ids["train"]) and all(k >= 100 for k in ids["test.a"])
+    assert sum(map(len, ids.values())) == 20
