@@ -95,6 +95,8 @@ def test_turns_in_any_order_are_given_to_the_template_as_they_are(turns: list[Me
     answers = [turn["content"] + "<|im_end|>" for turn in turns if turn["role"] == "assistant"]
     assert supervised(STYLES["chatml"].encoder(), turns) == answers
     assert supervised(STYLES["qwen3"].encoder(), turns) == answers
+    plain = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    assert supervised(STYLES["plain"].encoder(), turns) == [*plain[:-1], plain[-1] + "<|im_end|>"]
     if refused:
         assert status(STYLES["llama2"].encoder(), turns) == "template_error"
 
@@ -188,6 +190,8 @@ def test_a_template_that_rewrites_earlier_answers_beyond_recognition_is_never_mi
     upper = CHATML.replace("message['content']", "message['content'] | upper")
     encoder = ChatEncoder(make_tokenizer(upper.replace("| upper", "| replace('bad', 'good')")))
     assert supervised(encoder, chat("q", "bad idea", "r", "fine")) == ["good idea<|im_end|>", "fine<|im_end|>"]
+    following = "<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
+    assert status(encoder, chat("q", f"bad{following}idea", "r", "fine")) == "template_error"  # where does it end?
 
 
 @pytest.mark.parametrize("content", ["a \ud83d b", "\udc00"], ids=["in-the-middle", "alone"])
