@@ -10,6 +10,8 @@ import click
 import pytest
 
 from sqsd_filter.cli.main import cli
+from sqsd_filter.scoring.conversation import ROLES
+from sqsd_filter.scoring.row_formats import FORMATS
 from tests.commands import parse
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +36,12 @@ def test_the_readme_tells_of_every_command_and_option(path: tuple[str, ...]) -> 
     options = [p for p in COMMANDS[path].params if isinstance(p, click.Option)]
     longest = [max(p.opts, key=len) for p in options]
     assert [o for o in longest if not re.search(rf"{o}\b", README)] == []
+
+
+def test_the_readme_tells_of_every_row_format_and_role() -> None:
+    assert [name for name in (*FORMATS, *ROLES) if f"`{name}`" not in README] == []
+    formats = next(p for p in COMMANDS[("score",)].params if p.name == "row_format")
+    assert [name for name in FORMATS if name not in formats.help] == []
 
 
 def test_every_option_explains_itself() -> None:

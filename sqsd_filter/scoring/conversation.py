@@ -64,12 +64,14 @@ def unsupervised(turn: Message) -> Message:
 
 def conversation_key(turns: Sequence[Message]) -> bytes:
     """16 bytes that equal conversations share: BLAKE2b over all that their turns hold."""
-    items = []
-    for turn in turns:
-        more = {name: turn[name] for name in sorted(turn) if name not in ("role", "content")}
-        items.append([turn["role"], turn["content"], *([more] if more else [])])
+    items = [[turn["role"], turn["content"], *_more(turn)] for turn in turns]
     text = json.dumps(items, ensure_ascii=False, separators=(",", ":"))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _more(turn: Message) -> list[Message]:
+    """What a turn has beside role and content; a plain turn has nothing, and keys from before there was more."""
+    return [{name: turn[name] for name in sorted(turn.keys() - {"role", "content"})}] if len(turn) > 2 else []
 
 
 # ---------------------------------------------------------------------------------------------- turns
@@ -104,29 +106,32 @@ def _read_turn(turn: Any, where: str) -> Message | None:
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise RowError(BAD_ROW, f"{where} has the role {name!r}; known are {', '.join(ROLES)}")
-    said = (turn.get(key) for key in ("content", "value", "text"))
-    content = _read_content(next((text for text in said if text is not None), None), where)
+    for key in ("content", "value", "text"):
+        if (content := turn.get(key)) is not None:
+            break
+    if not isinstance(content, str):
+        content = _read_content(content, where)
     if content is None and role in ("user", _CALL):
         raise RowError(BAD_ROW, f"{where} has no content")
     if content is None and role == "system":
         return None
-    if role == _CALL:
-        return {"role": "assistant", "content": "", "tool_calls": _read_calls(content, where), **_weight(turn, where)}
     more: Message = {}
-    if role == "assistant":
-        given = (_plain(loaded(turn.get(key)), where) for key in ("tool_calls", "function_call"))
-        if calls := next(filter(None, given), None):
-            more["tool_calls"] = _read_calls(calls, where)
+    if role in ("assistant", _CALL):
+        calls = content if role == _CALL else turn.get("tool_calls") or turn.get("function_call")
+        if calls and (calls := _read_calls(calls, where)):
+            more["tool_calls"] = calls
         more |= _weight(turn, where)
     elif role == "tool":
         more = {key: turn[key] for key in ("tool_call_id", "name") if isinstance(turn.get(key), str)}
+    if role == _CALL:
+        role, content = "assistant", ""
     return {"role": role, "content": content or "", **more}
 
 
 def _read_content(content: Any, where: str) -> str | None:
-    """Text, or the text parts of a list, each on a line of its own."""
-    if content is None or isinstance(content, str):
-        return content
+    """The text parts of a list, each on a line of its own."""
+    if content is None:
+        return None
     if not isinstance(content, list | tuple):
         raise RowError(BAD_ROW, f"{where} holds {type(content).__name__}, not text")
     texts = []
@@ -139,18 +144,18 @@ def _read_content(content: Any, where: str) -> str | None:
 
 
 def _read_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    value = loaded(value)
+    """Tool calls in one form; none where all is null."""
+    value = _plain(loaded(value), where)
     calls = []
-    for call in [value] if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [None]:
-        whole = call if isinstance(call, Mapping) else {}
-        function = whole.get("function") or whole
-        name = function.get("name") if isinstance(function, Mapping) else None
+    for call in value if isinstance(value, list) else [value] if value else []:
+        function: Any = call.get("function", call) if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
         arguments = loaded(function.get("arguments") or {}) if name else None
-        if not isinstance(name, str) or not isinstance(arguments, Mapping):
+        if not isinstance(name, str) or not isinstance(arguments, dict):
             raise RowError(BAD_ROW, f"{where} has a tool call that is not a name and an object of arguments")
-        tagged = {"id": whole["id"]} if isinstance(whole.get("id"), str) else {}
-        arguments = _plain(arguments, where)
-        calls.append({**tagged, "type": "function", "function": {"name": name, "arguments": arguments}})
+        tagged = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        function = {"name": name, "arguments": _plain(arguments, where)}
+        calls.append({**tagged, "type": "function", "function": function})
     return calls
 
 
@@ -158,7 +163,7 @@ def _weight(turn: Mapping[str, Any], where: str) -> Message:
     """`{"weight": 0}` for a turn that says it is not to be trained on."""
     for key in ("weight", "train"):
         value = turn.get(key)
-        if value is not None and value not in (0, 1):
+        if value not in (None, 0, 1):
             raise RowError(BAD_ROW, f"{where} has the {key} {value!r}; only 0 and 1 have a meaning")
         if value == 0:
             return {"weight": 0}

@@ -110,7 +110,7 @@ def _text(row: Mapping[str, Any], column: str | None) -> str | None:
 def _turns(value: Any, column: str | None) -> list[Message]:
     """The turns of a list, or a single one."""
     if not isinstance(value, list | tuple | Mapping):
-        raise RowError(BAD_ROW, f"column '{column}' holds {type(value).__name__}, neither text nor a list of turns")
+        raise RowError(BAD_ROW, f"column '{column}' holds {type(value).__name__}, not text")
     return read_turns([value] if isinstance(value, Mapping) else value, f"column '{column}'")
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from sqsd_filter.errors import ModelError
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
-from sqsd_filter.scoring.conversation import RowError
+from sqsd_filter.scoring.conversation import Message, RowError
 from tests.scoring.styles import (
     PLAIN,
     STYLES,
@@ -61,6 +61,44 @@ def test_turns_after_the_last_answer_change_nothing(style: Style) -> None:
     for more in (longer, blank):
         assert np.array_equal(encode(encoder, more).ids, encode(encoder, turns).ids)
         assert np.array_equal(encode(encoder, more).answer, encode(encoder, turns).answer)
+
+
+@every_style
+def test_a_turn_with_weight_0_is_prompt_and_changes_nothing_else(style: Style) -> None:
+    encoder = style.encoder()
+    turns = chat("2+2?", "four", "and 3+3?", "six", "thanks", "bye")
+    whole = encode(encoder, turns)
+    turns[1]["weight"] = 0
+    assert np.array_equal(encode(encoder, turns).ids, whole.ids)
+    assert [part.strip() for part in supervised(encoder, turns)] == [
+        part.strip() for part in supervised(encoder, chat("2+2?", "four", "and 3+3?", "six", "thanks", "bye"))[1:]
+    ]
+    turns[5]["weight"] = 0
+    assert supervised(encoder, turns) == supervised(encoder, chat("3+3?", "six"))
+    turns[3]["weight"] = 0
+    assert status(encoder, turns) == "no_answer"
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+ORDERS = {  # turns, whether a template that wants users and assistants in turn refuses them
+    "system-in-the-middle": ([*chat("hi", "hello"), SYSTEM, *chat("2+2?", "four")], True),
+    "users-in-a-row": ([*chat("hi"), *chat("2+2?", "four")], True),
+    "assistants-in-a-row": ([*chat("hi", "hello"), {"role": "assistant", "content": "four"}], False),
+    "assistant-first": ([*chat("", "hello")[1:], *chat("2+2?", "four")], True),
+    "assistant-after-system": ([SYSTEM, *chat("", "hello")[1:], *chat("2+2?", "four")], True),
+    "nothing-but-system": ([SYSTEM, *chat("", "four")[1:]], False),
+}
+
+
+@pytest.mark.parametrize(("turns", "refused"), ORDERS.values(), ids=ORDERS)
+def test_turns_in_any_order_are_given_to_the_template_as_they_are(turns: list[Message], refused: bool) -> None:
+    answers = [turn["content"] + "<|im_end|>" for turn in turns if turn["role"] == "assistant"]
+    assert supervised(STYLES["chatml"].encoder(), turns) == answers
+    assert supervised(STYLES["qwen3"].encoder(), turns) == answers
+    plain = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    assert supervised(STYLES["plain"].encoder(), turns) == [*plain[:-1], plain[-1] + "<|im_end|>"]
+    if refused:
+        assert status(STYLES["llama2"].encoder(), turns) == "template_error"
 
 
 @every_style
@@ -152,6 +190,8 @@ def test_a_template_that_rewrites_earlier_answers_beyond_recognition_is_never_mi
     upper = CHATML.replace("message['content']", "message['content'] | upper")
     encoder = ChatEncoder(make_tokenizer(upper.replace("| upper", "| replace('bad', 'good')")))
     assert supervised(encoder, chat("q", "bad idea", "r", "fine")) == ["good idea<|im_end|>", "fine<|im_end|>"]
+    following = "<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
+    assert status(encoder, chat("q", f"bad{following}idea", "r", "fine")) == "template_error"  # where does it end?
 
 
 @pytest.mark.parametrize("content", ["a \ud83d b", "\udc00"], ids=["in-the-middle", "alone"])

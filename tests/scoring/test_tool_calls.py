@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -246,6 +247,31 @@ def test_a_template_that_prints_pythons_words_gets_json_text() -> None:
     template = HERMES.replace("call.function | tojson", "call.function.arguments ~ ''")
     encoder = ChatEncoder(make_tokenizer(template))
     assert supervised(encoder, ROUND[:2]) == ['<tool_call>\n{"city": "Rome"}\n</tool_call><|im_end|>']
+
+
+def test_the_words_of_a_call_begin_where_they_part_from_a_plain_answers() -> None:
+    """No generation prompt says where, and the turn's head is another one too."""
+    encoder = ChatEncoder(
+        make_tokenizer(TAGS.replace("m.role + '\n'", "m.role + (' calls' if m.tool_calls else '\n')"))
+    )
+    assert supervised(encoder, ROUND) == [
+        ' calls<call=weather><city>"Rome"</city></call><|im_end|>',
+        "Yes.<|im_end|>",
+    ]
+
+
+def test_where_no_token_ends_a_turn_the_last_call_ends_with_the_end_of_text() -> None:
+    encoder = ChatEncoder(make_tokenizer(TAGS.replace("<|im_start|>", "### ").replace("<|im_end|>", "")))
+    call = '<call=weather><city>"Rome"</city></call>'
+    assert supervised(encoder, ROUND[:2]) == [call + "<|im_end|>"]
+    assert supervised(encoder, ROUND) == [call, "Yes.<|im_end|>"]
+
+
+def test_a_call_that_ends_in_its_own_way_ends_with_its_last_special_token() -> None:
+    template = MISTRAL.replace("']' + eos_token", "']<|end_call|>' + eos_token").replace("trim +", "trim + ' ' +")
+    encoder = replace(TOOL_STYLES["mistral"][0], template=template, special=("<|end_call|>",)).encoder()
+    assert supervised(encoder, ROUND)[0].endswith("]<|end_call|></s>")
+    assert supervised(encoder, ROUND[:2]) == supervised(encoder, ROUND)[:1]
 
 
 def test_the_empty_thinking_block_before_a_call_is_prompt_and_reasoning_is_answer() -> None:
