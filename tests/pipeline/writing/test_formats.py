@@ -147,7 +147,7 @@ def test_a_run_writes_the_lines_of_its_input(folder: Path, tiny_pack: Path) -> N
     reasons = [json.loads(line) for line in Path("out/data/reasons.jsonl").read_text().splitlines()]
     assert reasons == [
         {"file": "plain.jsonl", "line": 10, "status": "bad_json", "reason": "not JSON: Expecting value at column 1"},
-        {"file": "plain.jsonl", "line": 12, "status": "bad_row", "reason": "column 'instruction' is empty or missing"},
+        {"file": "plain.jsonl", "line": 12, "status": "no_answer", "reason": "column 'output' is empty or missing"},
     ]
     assert report["json_columns"] == []
 
