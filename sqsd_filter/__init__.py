@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sqsd_filter.directions.pack import Pack, load_pack
     from sqsd_filter.errors import SQSDError
+    from sqsd_filter.pipeline.publishing.hub import PushTo
     from sqsd_filter.pipeline.run import filter_dataset, score_dataset, select_dataset
     from sqsd_filter.pipeline.selection import select
     from sqsd_filter.scoring.scorer import SQSDScorer
@@ -16,6 +17,7 @@ _HOMES = {
     "SQSDScorer": "scoring.scorer",
     "Pack": "directions.pack",
     "load_pack": "directions.pack",
+    "PushTo": "pipeline.publishing.hub",
     "select": "pipeline.selection",
     "filter_dataset": "pipeline.run",
     "score_dataset": "pipeline.run",
@@ -25,6 +27,7 @@ _HOMES = {
 
 __all__ = [
     "Pack",
+    "PushTo",
     "SQSDError",
     "SQSDScorer",
     "filter_dataset",

@@ -46,12 +46,19 @@ class Outlet:
                 raise UsageError(f"{url} and {push.repo} are two destinations: give a folder, and push to one of them.")
             target = target or there or Bucket(url, overwrite=overwrite)
             stage = cache_dir() / "stages" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
-            stage.mkdir(parents=True, exist_ok=True)
         if target is not None:
             target.check()
+        if stage is not None:
+            stage.mkdir(parents=True, exist_ok=True)
         folder = Path(dest) if stage is None else stage / "out"
         place = Destination(folder, lambda root: root / "sqsd", overwrite=overwrite or stage is not None)
         return cls(place, target, stage)
+
+    def close(self) -> None:
+        """Strike a stage on which there is nothing to go on from, and nobody at work."""
+        place = self.place
+        if self.stage is not None and not place.holds_work() and not (place.home / LOCK_FILE).exists():
+            shutil.rmtree(self.stage, ignore_errors=True)
 
 
 @dataclass

@@ -210,7 +210,7 @@ def _score_and(
     shared = Folder(work.score_store) if work.score_store else None
     if shared is not None and shared.local is not None:
         place.keep_out(shared.local)
-    with closing(Opener(streaming=work.streaming)) as opener:
+    with closing(outlet), closing(Opener(streaming=work.streaming)) as opener:
         sources = opener.open(place.others(expand(as_list(work.sources))))
         scan = Scan(sources, work.columns or Columns(), work.limit, meter, work.per_group)
         look_at(scan.corpus)
@@ -257,7 +257,7 @@ def select_dataset(
     outlet = _outlet(dest, overwrite, push, product.output)
     outlet.place.spare(given)
     earlier = Path(given[0]) / "sqsd" if len(given) == 1 and isinstance(given[0], str | Path) else None
-    with closing(Opener(streaming=streaming)) as opener:
+    with closing(outlet), closing(Opener(streaming=streaming)) as opener:
         if earlier is not None and (earlier / RUN_FILE).is_file():
             opened, scored, identity, facts = _earlier_run(earlier, opener, per_group, meter)
         else:

@@ -40,7 +40,7 @@ class Destination:
                 raise DestinationExists(f"{target} is a folder, where a file is to be written: choose another name.")
             if not target.exists() and _neighbour(target, "old").exists():  # killed in the middle of a swap
                 _neighbour(target, "old").rename(target)
-            if not overwrite and read_run(self.home) is None and self._holds_work():
+            if not overwrite and read_run(self.home) is None and self.holds_work():
                 raise DestinationExists(
                     f"{target} exists and was not written by this command: choose another destination, or replace it "
                     "with --overwrite."
@@ -63,7 +63,7 @@ class Destination:
         """
         asked = json.loads(json.dumps(identity))
         known = read_run(self.home)
-        if known != asked and self._holds_work():
+        if known != asked and self.holds_work():
             if not self._overwrite:
                 raise DestinationExists(
                     f"{self.target} holds another run ({_difference(known or {}, asked)}): choose another "
@@ -179,7 +179,7 @@ class Destination:
             self._lock.close()
             self._lock = None
 
-    def _holds_work(self) -> bool:
+    def holds_work(self) -> bool:
         """Is there anything here that could be missed: more than an empty folder, or than a run left that never had a
         score to keep (a mistyped model, say)?"""
         leavings = (LOCK_FILE, RUN_FILE, REPORT_FILE)

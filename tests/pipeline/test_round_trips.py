@@ -1,0 +1,249 @@
+"""From any source to any destination and back: a dataset of which nothing is dropped equals itself."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import sys
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from sqsd_filter import PushTo, SQSDScorer, filter_dataset, select_dataset
+from sqsd_filter.cli.main import main
+from sqsd_filter.errors import DestinationExists, InputError, UsageError
+from tests.corpora import make_rows, write_jsonl
+from tests.hub import Hub
+
+datasets.disable_progress_bars()
+SCORES = ["sqsd_risk", "sqsd_danger", "sqsd_safety", "sqsd_status"]
+EVERY_TYPE = datasets.Features(
+    {
+        "instruction": datasets.Value("string"),
+        "output": datasets.Value("large_string"),
+        "label": datasets.ClassLabel(names=["good", "bad"]),
+        "turns": datasets.List({"role": datasets.Value("string"), "weights": datasets.List(datasets.Value("float32"))}),
+        "pair": datasets.List(datasets.Value("int8"), length=2),
+        "matrix": datasets.Array2D((2, 2), "int32"),
+        "anything": datasets.Json(),
+        "meta": {"id": datasets.Value("uint64"), "tags": datasets.List(datasets.Value("string"))},
+        "at": datasets.Value("timestamp[ns, tz=UTC]"),
+        "day": datasets.Value("date32"),
+        "for": datasets.Value("duration[s]"),
+        "price": datasets.Value("decimal128(10, 2)"),
+        "raw": datasets.Value("binary"),
+        "yes": datasets.Value("bool"),
+        "half": datasets.Value("float16"),
+        "nothing": datasets.Value("string"),
+        "picture": datasets.Image(),
+        "sound": datasets.Audio(),
+    }
+)
+
+
+def rich_row(k: int) -> dict[str, Any]:
+    if k % 5 == 4:
+        return {name: None for name in EVERY_TYPE} | {"instruction": f"ask {k}", "output": f"answer {k}"}
+    return {
+        "instruction": f"ask {k}",
+        "output": f"answer {k}",
+        "label": k % 2,
+        "turns": [{"role": "user", "weights": [0.5, float(k)]}] * (k % 3),
+        "pair": [k, -k],
+        "matrix": [[k, 1], [2, 3]],
+        "anything": [{"a": k}, "007", 1.5, None][k % 4],
+        "meta": {"id": 2**63 + k, "tags": ["é", None]},
+        "at": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(seconds=k),
+        "day": datetime.date(2026, 1, 1 + k),
+        "for": datetime.timedelta(seconds=k),
+        "price": Decimal(f"{k}.25"),
+        "raw": bytes([k, 0, 255]),
+        "yes": k % 2 == 0,
+        "half": np.float16(0.5),
+        "nothing": None,
+        "picture": {"bytes": b"no picture", "path": None},
+        "sound": {"bytes": b"no sound", "path": None},
+    }
+
+
+@pytest.fixture
+def rich() -> datasets.Dataset:
+    columns = {name: [rich_row(k)[name] for k in range(12)] for name in EVERY_TYPE}
+    columns["anything"] = [None if value is None else json.dumps(value) for value in columns["anything"]]
+    schema = EVERY_TYPE.arrow_schema
+    arrays = []
+    for field in schema:
+        storage = field.type.storage_type if isinstance(field.type, pa.BaseExtensionType) else field.type
+        arrays.append(pa.array(columns[field.name], storage).cast(field.type))
+    return datasets.Dataset(pa.Table.from_arrays(arrays, schema=schema))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SQSD_FILTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("sqsd_filter.pipeline.patience.FIRST_WAIT", 0.01)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_pack: Path) -> SQSDScorer:
+    return SQSDScorer(tiny_pack)
+
+
+def rows(dataset: datasets.Dataset) -> list[Any]:
+    """As Arrow has them: nothing is decoded."""
+    return dataset.with_format("arrow")[:].to_pylist()
+
+
+def kept(where: str, to: str = "parquet", **how: Any) -> datasets.Dataset:
+    if to == "arrow":
+        return datasets.load_from_disk(where)["kept"].remove_columns(SCORES)
+    return datasets.load_dataset(where, split="train", **how).remove_columns(SCORES)
+
+
+@pytest.mark.parametrize("to", ["parquet", "arrow"])
+def test_a_dataset_of_every_type_equals_itself(to: str, rich: datasets.Dataset, scorer: SQSDScorer) -> None:
+    filter_dataset(rich, "out", drop_count=0, scorer=scorer, to=to)
+    found = kept("out", to)
+    assert found.features == rich.features
+    assert rows(found) == rows(rich)
+
+
+@pytest.mark.parametrize("way", ["saved", "parquet", "hub", "iterable"])
+def test_a_dataset_equals_itself_by_any_way_in(way: str, rich: datasets.Dataset, scorer: SQSDScorer, hub: Hub) -> None:
+    given: Any = "in"
+    if way == "saved":
+        rich.save_to_disk("in")
+    elif way == "parquet":
+        given = "in.parquet"
+        rich.to_parquet(given)
+    elif way == "hub":
+        given = "org/rich"
+        rich.push_to_hub(given)
+    else:
+        given = rich.to_iterable_dataset(num_shards=3)
+    report = filter_dataset(given, "out", drop_count=0, scorer=scorer)
+    found = kept("out")
+    assert found.features == rich.features
+    assert rows(found) == rows(rich)
+    assert [d["id"] for d in report["datasets"]] == (["org/rich"] if way == "hub" else [])
+
+
+def test_splits_stay_splits(scorer: SQSDScorer) -> None:
+    given = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(make_rows(20)), "test": datasets.Dataset.from_list(make_rows(30)[20:])}
+    )
+    filter_dataset(given, "out", drop_count=5, scorer=scorer)
+    found = datasets.load_dataset("out")
+    dropped = datasets.load_dataset("out", "dropped")
+    assert set(found) == {"train", "test"}
+    for split in given:
+        ids = sorted([*found[split]["id"][:], *dropped[split]["id"][:]])
+        assert ids == given[split]["id"][:]
+    assert sum(len(part) for part in dropped.values()) == 5
+
+
+def test_standard_input_comes_out_as_lines_byte_for_byte(
+    folder: Path, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = write_jsonl(
+        folder / "in.jsonl", [*make_rows(30), b'{"instruction":"a",  "output":"\\u00e9"}\r', b"bad"]
+    ).read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    with pytest.raises(SystemExit) as left:
+        main(["-", "out", "--drop-top", "10%", "--to", "jsonl", "--pack", str(tiny_pack), "-q"])
+    assert left.value.code == 0
+    parts = [Path(f"out/data/{name}-00000-of-00001.jsonl").read_bytes() for name in ("kept", "dropped", "errors")]
+    assert sorted(b"".join(parts).splitlines()) == sorted(text.splitlines())
+    assert len(parts[1].splitlines()) == 4
+    with pytest.raises(InputError, match="made from standard input"):
+        select_dataset("out", "other", drop_top="5%")
+
+
+def test_a_run_is_pushed_and_loads_from_the_hub(hub: Hub, scorer: SQSDScorer, folder: Path) -> None:
+    write_jsonl(folder / "in.jsonl", make_rows(40))
+    report = filter_dataset("in.jsonl", "out", drop_top="10%", scorer=scorer, push=PushTo("org/out"))
+    assert report["published"]["rows"] == ["kept", "dropped", "errors"]
+    here, there = (datasets.load_dataset(where, split="train") for where in ("out", "org/out"))
+    assert rows(there) == rows(here) and there.features == here.features
+    assert list(datasets.load_dataset("org/out", split="train", streaming=True)) == list(here)
+    assert len(datasets.load_dataset("org/out", "dropped", split="train")) == 4
+    commits = len(hub.seen("POST", "/commit/"))
+    again = filter_dataset("in.jsonl", "out", drop_top="10%", scorer=scorer, push=PushTo("org/out"))
+    assert again["already_done"] and len(hub.seen("POST", "/commit/")) == commits
+    with pytest.raises(DestinationExists, match="org/out holds another run"):
+        filter_dataset("in.jsonl", "other", drop_top="20%", scorer=scorer, push=PushTo("org/out"))
+    filter_dataset("in.jsonl", "other", drop_top="20%", scorer=scorer, push=PushTo("org/out", overwrite=True))
+    assert len(datasets.load_dataset("org/out", split="train")) == 32
+
+
+def test_the_hub_may_be_the_destination_itself(hub: Hub, scorer: SQSDScorer, folder: Path) -> None:
+    write_jsonl(folder / "in.jsonl", make_rows(40))
+    for _ in range(2):
+        report = filter_dataset("in.jsonl", "hf://datasets/org/out@v1", drop_top="10%", scorer=scorer)
+    assert report["already_done"] and report["rows"]["dropped"] == 4
+    assert len(datasets.load_dataset("org/out", revision="v1", split="train")) == 36
+    assert [path.name for path in folder.glob("cache/stages/*")] == []
+    assert not (folder / "hf:").exists()
+
+
+def test_a_refused_push_keeps_the_run_and_goes_on_from_it(
+    hub: Hub, tiny_pack: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(folder / "in.jsonl", make_rows(40))
+    hub.fail("POST", "/commit/", status=403)
+    command = ["in.jsonl", "out", "--drop-top", "10%", "--pack", str(tiny_pack), "--push-to", "org/out", "--public"]
+    with pytest.raises(SystemExit) as left:
+        main(command)
+    assert left.value.code == 1
+    assert "can't be pushed to with this token" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        main([*command, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert (left.value.code, report["published"]["rows"], report["rows"]["scored"]) == (0, ["kept"], 40)
+    assert not any("dropped-" in name or "errors-" in name for name in hub.files("org/out"))
+    assert str(folder) not in hub.files("org/out")["sqsd/report.json"].decode()
+
+
+def test_a_bucket_gets_what_a_folder_would(scorer: SQSDScorer, folder: Path) -> None:
+    write_jsonl(folder / "in.jsonl", make_rows(40))
+    try:
+        filter_dataset("in.jsonl", "out", drop_top="10%", scorer=scorer)
+        for _ in range(2):
+            report = filter_dataset("in.jsonl", "memory://bucket/out", drop_top="10%", scorer=scorer)
+        memory = fsspec.filesystem("memory")
+        for path in sorted(Path("out/data").iterdir()):
+            assert memory.cat(f"/bucket/{path}") == path.read_bytes()
+        assert report["already_done"]
+        with pytest.raises(DestinationExists, match="memory://bucket/out holds another run"):
+            filter_dataset("in.jsonl", "memory://bucket/out", drop_top="20%", scorer=scorer)
+        again = select_dataset("memory://bucket/out/data/*.parquet", "memory://bucket/cut", drop_top="20%")
+        assert again["rows"]["dropped"] == 8
+        assert list(folder.glob("cache/stages/*")) == []
+    finally:
+        fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"dest": "memory://bucket/out", "push": PushTo("org/out")}, "are two destinations"),
+        ({"dest": "hf://datasets/org/out", "push": PushTo("org/other")}, "are two destinations"),
+        ({"dest": "out", "push": PushTo("org/out"), "to": "arrow"}, "push --to parquet or jsonl"),
+    ],
+)
+def test_what_can_not_be_published_is_refused_before_scoring(
+    arguments: dict[str, Any], said: str, hub: Hub, folder: Path
+) -> None:
+    write_jsonl(folder / "in.jsonl", make_rows(4))
+    with pytest.raises(UsageError, match=said):
+        filter_dataset("in.jsonl", drop_top="10%", **arguments)
