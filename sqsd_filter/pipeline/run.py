@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.selection import Cut, cut_rows
 from sqsd_filter.pipeline.shards import Index
+from sqsd_filter.pipeline.writing.card import CARD_FILE, PICTURE_FILE, write_card
 from sqsd_filter.pipeline.writing.destination import (
     REPORT_FILE,
     RUN_FILE,
@@ -28,12 +30,11 @@ from sqsd_filter.pipeline.writing.destination import (
     read_run,
 )
 from sqsd_filter.pipeline.writing.export import SPLITS, data_file, export_scored, export_splits
-from sqsd_filter.pipeline.writing.report import summarise, versions, write_card, write_report
+from sqsd_filter.pipeline.writing.histogram import write_histogram
+from sqsd_filter.pipeline.writing.report import summarise, versions, write_report
 from sqsd_filter.progress import Meter, Progress, Silent
 from sqsd_filter.scoring.conversation import Columns, RowFormat
 from sqsd_filter.scoring.scorer import SQSDScorer
-
-CARD_FILE = "README.md"
 
 
 @dataclass
@@ -147,7 +148,7 @@ def filter_dataset(
 
     return _score_and(
         finish,
-        lambda report: write_card(place.root / CARD_FILE, report),
+        lambda report: write_card(place.root, report),
         place,
         {"cut": str(cut), "on_error": on_error},
         Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, progress, settings),
@@ -251,7 +252,7 @@ def select_dataset(
     identity = {**identity, "cut": str(cut), "on_error": on_error}
     run = Run(place, identity, meter, settings or {}, started, facts)
     return run.carry_out(
-        lambda: _split(scored, cut, policy, place, meter), lambda report: write_card(place.root / CARD_FILE, report)
+        lambda: _split(scored, cut, policy, place, meter), lambda report: write_card(place.root, report)
     )
 
 
@@ -288,12 +289,22 @@ def _split(scored: Scored, cut: Cut, policy: Policy, place: Destination, progres
     policy.check(scored)
     selection = policy.apply(scored, cut_rows(scored.risk, scored.scored, cut))
     progress.start("writing", scored.corpus.n_rows)
-    export_splits(scored, selection, place.root / "data", progress)
-    return summarise(scored, selection, cut)
+    written = export_splits(scored, selection, place.root / "data", progress)
+    files = [_written(place.root, config, rows) for config, rows in written.items()]
+    report = {**summarise(scored, selection, cut), "to": "parquet", "files": files}
+    write_histogram(place.root / PICTURE_FILE, scored.risk, scored.scored, selection.place, report)
+    return report
+
+
+def _written(root: Path, config: str, rows: int) -> dict[str, Any]:
+    path = f"data/{data_file(config)}"
+    with (root / path).open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": path, "config": config, "split": "train", "rows": rows, "sha256": content}
 
 
 def _folder(dest: Path, overwrite: bool) -> Destination:
-    products = [CARD_FILE, *(f"data/{data_file(split)}" for split in SPLITS)]
+    products = [CARD_FILE, PICTURE_FILE, *(f"data/{data_file(split)}" for split in SPLITS)]
     return Destination(dest, lambda root: root / "sqsd", products, overwrite=overwrite)
 
 

@@ -20,6 +20,7 @@ from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Selection
 from sqsd_filter.progress import Progress
 
 SPLITS = {"kept": KEPT, "dropped": DROPPED, "errors": ERROR}
+REASONS = "data/reasons.jsonl"  # why each line in `errors` has no score
 
 RAW = "sqsd_raw"  # the bytes of a line that is no row
 ORIGIN = {"sqsd_reason": pa.string(), "sqsd_file": pa.string(), "sqsd_line": pa.int64(), RAW: pa.binary()}
