@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.scorer import SQSDScorer
@@ -66,3 +67,5 @@ def test_the_first_command_of_the_readme_drops_three_of_sixty_rows(tmp_path: Pat
         assert ids == sorted(ids), split
         assert [{k: v for k, v in row.items() if not k.startswith("sqsd_")} for row in part] == [rows[k] for k in ids]
     assert min(r["sqsd_risk"] for r in found["dropped"]) >= max(r["sqsd_risk"] for r in found["kept"])
+    shown, drawn = (np.asarray(Image.open(at), int) for at in (source.with_name("risk.png"), out / "sqsd" / "risk.png"))
+    assert shown.shape == drawn.shape and np.abs(shown - drawn).mean() < 1

@@ -121,7 +121,7 @@ class Job:
         files = {name: path for name, path in files.items() if path.name != LOCK_FILE}
 
         def card(told: Mapping[str, Any], name: str) -> str:
-            return card_text(root, told, self.originals, name)
+            return card_text(told, self.originals, name)
 
         where = target.publish(Finished(run, files, report, card))
         return {**report, "published": where, "already_done": False}

@@ -23,7 +23,7 @@ from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.selection import Cut, cut_rows
 from sqsd_filter.pipeline.shards import Index
-from sqsd_filter.pipeline.writing.card import CARD_FILE
+from sqsd_filter.pipeline.writing.card import CARD_FILE, PICTURE_FILE
 from sqsd_filter.pipeline.writing.destination import (
     REPORT_FILE,
     RUN_FILE,
@@ -33,6 +33,7 @@ from sqsd_filter.pipeline.writing.destination import (
     read_run,
 )
 from sqsd_filter.pipeline.writing.export import check_columns, export_scored, export_splits
+from sqsd_filter.pipeline.writing.histogram import write_histogram
 from sqsd_filter.pipeline.writing.report import summarise
 from sqsd_filter.pipeline.writing.writers import SHARD_SIZE, Output
 from sqsd_filter.progress import Meter, Progress, Silent
@@ -76,8 +77,10 @@ class Product:
         selection = self.policy.apply(scored, cut_rows(scored.risk, scored.scored, self.cut, splits, scored.groups))
         progress.start("writing", scored.corpus.n_rows)
         written = export_splits(scored, selection, root, self.output, progress)
-        written["extra_files"].append(CARD_FILE)
-        return summarise(scored, selection, self.cut) | vars(self.output) | written
+        written["extra_files"] += [PICTURE_FILE, CARD_FILE]
+        report = summarise(scored, selection, self.cut) | vars(self.output) | written
+        write_histogram(root / PICTURE_FILE, scored.risk, scored.scored, selection.place, report)
+        return report
 
 
 def filter_dataset(

@@ -469,7 +469,9 @@ def killed(started: Callable[..., Any]) -> Callable[..., int]:
 ROWS = [row if k % 512 < 6 else {**make_rows(1)[0], "id": k} for k, row in enumerate(make_rows(1030))]
 LINES = [*ROWS[:700], b"broken", {"id": -1, "instruction": "?", "output": ""}, *ROWS[700:]]
 BIG = ("big.jsonl", "out", *CUT, "--pack")
-NAMED = "run.json, three shards, kept, dropped, errors, card, report"  # the order in which files get their names
+NAMED = "run.json, three shards, kept, dropped, errors, picture, card, report"  # the order in which files appear
+    "run.json, three shards, kept, dropped, errors, picture, card, report"  # the order in which files get their names
+)
 
 
 @pytest.fixture
@@ -498,8 +500,8 @@ def segments(dest: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize(
     ("moment", "shards"),
-    [(1, 0), (2, 0), (3, 1), (4, 2), (5, 3), (6, 3), (7, 3), (8, 3), (9, 3)],
-    ids=["start", "shard 0", "shard 1", "shard 2", "kept", "dropped", "errors", "card", "report"],
+    [(1, 0), (2, 0), (3, 1), (4, 2), (5, 3), (6, 3), (7, 3), (8, 3), (9, 3), (10, 3)],
+    ids=["start", "shard 0", "shard 1", "shard 2", "kept", "dropped", "errors", "picture", "card", "report"],
 )
 def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_bytes(
     moment: int, shards: int, big: list[str], killed: Callable[..., int], command: Command, undisturbed: dict[str, Any]
@@ -563,7 +565,7 @@ def test_two_runs_on_one_destination_are_one_too_many(
     assert first.exitcode == 0 and content(Path("out")) == undisturbed
 
 
-@pytest.mark.parametrize("moment", [2, 5, 8, 9, 10], ids=["scores", "export", "report", "swap", "half swapped"])
+@pytest.mark.parametrize("moment", [2, 5, 9, 10, 11], ids=["scores", "export", "report", "swap", "half swapped"])
 def test_a_killed_overwrite_never_costs_the_old_output_and_can_be_finished(
     moment: int, command: Command, killed: Callable[..., int], folder: Path
 ) -> None:
@@ -574,7 +576,7 @@ def test_a_killed_overwrite_never_costs_the_old_output_and_can_be_finished(
     command("in.jsonl", "straight", *CUT, "--overwrite")
     replace = ["in.jsonl", "out", *CUT, "--overwrite"]
     assert killed(moment, signal.SIGKILL, *replace) == -signal.SIGKILL
-    assert content(Path(".out.sqsd-old" if moment == 10 else "out")) == before
+    assert content(Path(".out.sqsd-old" if moment == 11 else "out")) == before
     assert command(*replace)[0] == 0
     for split in SPLITS:
         assert split_file(Path("out"), split).read_bytes() == split_file(Path("straight"), split).read_bytes()

@@ -332,6 +332,7 @@ def test_a_finished_run_leaves_these_files_and_no_others(folder: Path, scorer: S
         "out/README.md",
         *(f"out/data/{split}-00000-of-00001.parquet" for split in SPLITS),
         "out/sqsd/report.json",
+        "out/sqsd/risk.png",
         "out/sqsd/run.json",
         f"out/sqsd/scores/{segment}",
         "scored.parquet",

@@ -1,0 +1,311 @@
+"""The dataset card: it makes the output a dataset that anyone can load, and says in words what was done to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+from bisect import bisect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+
+from sqsd_filter.pipeline.folder import write_whole
+from sqsd_filter.pipeline.writing.export import REASONS
+from sqsd_filter.pipeline.writing.markdown import code, fenced, table
+from sqsd_filter.pipeline.writing.originals import MARKER, Original, carried_over
+from sqsd_filter.pipeline.writing.report import load_calls
+
+CARD_FILE = "README.md"
+PICTURE_FILE = "sqsd/risk.png"
+TAGS = ("sqsd-filter", "safety", "data-filtering")
+MOST_GROUPS = 50  # in the table
+LONGEST = 80  # characters of a group's value
+
+ERROR_COLUMNS = (
+    ("`sqsd_reason`", "in `errors`: the same in words"),
+    ("`sqsd_file`, `sqsd_line`", "in `errors`: where the row stood in the input"),
+    ("`sqsd_raw`", "in `errors`: the bytes of a line that is no row"),
+)
+
+SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+CAVEATS = """\
+## What it can't promise
+
+- A low risk says that a row pushes little along the directions of this pack, not that a model fine-tuned on the kept
+  rows is safe. Evaluate the model that you train.
+- Risk is related to the length of a row. Look at what was dropped before you trust it.
+- Dropped rows may be harmful, and rows without a score were not judged at all. Train on neither unseen."""
+
+RULES = {
+    "drop-top": "the riskiest {} of the scored rows",
+    "drop-count": "the {} riskiest of the scored rows",
+    "max-risk": "the scored rows with a risk above {}",
+    "keep-lowest": "all scored rows but the {} with the lowest risk",
+}
+
+
+NONE: Mapping[str, str] = MappingProxyType({})
+
+
+def write_card(root: Path, report: Mapping[str, Any], originals: Mapping[str, str] = NONE) -> None:
+    """Write the card into the output folder `root`; the rest is as in `card_text`."""
+    text = card_text(report, originals)
+    write_whole(root / CARD_FILE, lambda sink: sink.write(text.encode()))
+
+
+def card_text(report: Mapping[str, Any], originals: Mapping[str, str] = NONE, name: str | None = None) -> str:
+    """The card for the files that the report names. `name` is what the dataset is loaded by, if that is known.
+
+    `originals` has the text of each source's README.md by the source's name, empty where it has none.
+    """
+    named = {os.path.basename(name) if os.path.isabs(name) else name: text for name, text in originals.items()}
+    sources = [Original.of(name, text) for name, text in {**dict.fromkeys(_ids(report), ""), **named}.items()]
+    header = yaml.safe_dump(_header(report, sources), sort_keys=False, allow_unicode=True)
+    where = "path" if name is None else json.dumps(name)
+    parts = [_opening(report), _removed(report), _contents(report, where), _origin(report, sources), _licence(sources)]
+    parts += [CAVEATS, MARKER, *(source.section() for source in sources)]
+    text = f"---\n{header}---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+    return text.encode(errors="backslashreplace").decode()  # an argument of the command may be no UTF-8
+
+
+def _header(report: Mapping[str, Any], sources: Sequence[Original]) -> dict[str, Any]:
+    found = carried_over(sources)
+    found["tags"] = list(dict.fromkeys([*found["tags"], *TAGS]))
+    found["size_categories"] = [_size(report["rows"]["kept"])]
+    earlier = [name for source in sources if source.ours for name in source.fields.get("source_datasets", [])]
+    if ids := list(dict.fromkeys([*_ids(report), *earlier])):
+        found["source_datasets"] = ids
+    if report["to"] != "arrow":  # load_from_disk reads no card
+        found["configs"] = [_config(name, files) for name, files in _by(report["files"], "config").items()]
+    return found
+
+
+def _size(rows: int) -> str:
+    """The Hub's name for about so many rows."""
+    k = bisect([1000 * 10**k for k in range(len(SIZES))], rows)
+    if k == len(SIZES):
+        return f"n>{SIZES[-1]}"
+    return f"{SIZES[k - 1]}<n<{SIZES[k]}" if k else f"n<{SIZES[0]}"
+
+
+def _config(name: str, files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A config for `load_dataset`.
+
+    datasets caches what it loaded by the folder's last name and the card's header alone, so that two runs' headers must
+    differ wherever their rows do.
+    """
+    content = hashlib.sha256("".join(file["sha256"] for file in files).encode()).hexdigest()
+    data_files = []
+    for split, part in _by(files, "split").items():
+        [path] = {re.sub("[0-9]{5}-of-[0-9]{5}", "*", file["path"]) for file in part}
+        data_files.append({"split": split, "path": path})
+    return {
+        "config_name": "default" if name == "kept" else name,
+        "data_files": data_files,
+        "description": f"{sum(file['rows'] for file in files)} rows, SHA-256 of its files' {content}",
+    }
+
+
+def _opening(report: Mapping[str, Any]) -> str:
+    rows, pack = report["rows"], report.get("pack")
+    if report.get("weights"):
+        title, alt = f"{rows['kept']:,} rows, weighted by their risk", f"{rows['kept']:,} rows are weighted"
+    else:
+        what = "the riskiest removed" if rows["dropped"] else "with their risk"
+        title = f"{rows['kept']:,} of {rows['total']:,} rows, {what}"
+        alt = f"{rows['kept']:,} rows are kept, {rows['dropped']:,} dropped"
+    measured = (
+        f"It was measured with the pack {code(pack['name'])} ({pack['fingerprint']}) on {code(pack['base_model'])}."
+        if pack
+        else "The scores were already in the input."
+    )
+    return f"""\
+# {title}
+
+Each row was given an SQSD risk ([arXiv 2605.04572](https://arxiv.org/abs/2605.04572)): how much more the parameter
+update that the row alone would cause points along a danger direction than along a safety direction. {measured}
+
+![Histogram of the risk: {alt}]({PICTURE_FILE})"""
+
+
+def _removed(report: Mapping[str, Any]) -> str:
+    """What was dropped by which rule, or how rows are weighted, and what became of rows without a score."""
+    rows, weights = report["rows"], report.get("weights")
+    if weights:
+        heading, words = "How rows are weighted", _weighted(weights)
+    else:
+        heading, words = "What was removed, and why", _dropped(report)
+    parts = [f"## {heading}", words]
+    if groups := report.get("groups"):
+        parts.append(_groups(groups, weighted=bool(weights)))
+    if unscored := report["unscored"]:
+        reasons = ", ".join(f"{count:,} {code(status)}" for status, count in unscored.items())
+        errors, kept = rows["errors"], sum(unscored.values()) - rows["errors"]
+        places = [f"in `errors` {errors:,}"] * (errors > 0) + [f"kept {kept:,}"] * (kept > 0)
+        parts.append(f"Rows without a score: {reasons}; {', '.join(places)}. That says nothing of their risk.")
+    return "\n\n".join(parts)
+
+
+def _dropped(report: Mapping[str, Any]) -> str:
+    rule, *_ = report["cut"].split(", ")
+    if not report["rows"]["dropped"]:
+        return f"No row was dropped: there was none to drop by the rule {code(report['cut'])}."
+    kind, _, value = rule.partition(" ")
+    words = (
+        "The riskiest rows are those that are expected to erode a model's safety most when it is fine-tuned on them. "
+        f"Dropped were {RULES[kind].format(value)} ({code(report['cut'])})."
+    )
+    if report["threshold"] is not None:
+        words += f" The lowest risk among the dropped rows is {report['threshold']:.6g}"
+        words += f"; kept rows with that very risk: {report['ties']:,}." if report["ties"] else "."
+    return words
+
+
+def _weighted(weights: Mapping[str, Any]) -> str:
+    if weights["threshold"] is None:
+        values = "the threshold and scale below"
+    else:
+        values = f"the threshold {weights['threshold']:.6g} and the scale {weights['scale']:.6g}"
+    return (
+        "No row was dropped. Each row with a score has a weight for its loss in fine-tuning, so that the riskiest rows "
+        f"count least: {code(weights['formula'])} with {values}. The weights add up to {weights['sum']:.6g}."
+    )
+
+
+def _groups(found: Mapping[str, Any], *, weighted: bool) -> str:
+    """A table of the rows that were cut apart, the largest groups first."""
+    column, groups = found["column"], sorted(found["groups"], key=lambda group: -group["scored"])
+    keys = {"split": "split", "value": "" if column is None else code(column)}
+    keys = {key: head for key, head in keys.items() if all(key in group for group in groups)}
+    numbers = ("scored", "threshold", "scale", "sum") if weighted else ("scored", "dropped", "threshold")
+    lines = [
+        [*(_value(group[key]) for key in keys), *(_number(group[name]) for name in numbers)]
+        for group in groups[:MOST_GROUPS]
+    ]
+    if rest := groups[MOST_GROUPS:]:
+        sums = [None if name in ("threshold", "scale") else sum(group[name] for group in rest) for name in numbers]
+        lines.append([f"others: {len(rest):,}", *[""] * (len(keys) - 1), *map(_number, sums)])
+    words = "Each split" if column is None else f"Each group of rows with the same {code(column)}"
+    words += " in each split" if len(keys) == 2 else ""
+    parts = [f"{words} by itself:", table([*keys.values(), *(f":{name}" for name in numbers)], lines)]
+    if found["spared"]:
+        parts.append(f"Spared, so that no group is emptied: {found['spared']:,} rows.")
+    return "\n\n".join(parts)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def _value(value: Any) -> str:
+    """A text as it is, anything else as JSON; long ones cut short."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return code(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…")
+
+
+def _contents(report: Mapping[str, Any], where: str) -> str:
+    """Which rows there are, how to load them, and what the columns mean."""
+    rows, to = report["rows"], report["to"]
+    there, calls = _by(report["files"], "config"), load_calls(report, where)
+    lines = []
+    for name, call in calls.items():
+        if name not in there:
+            call = "not in this dataset"
+        elif rows[name] or to == "arrow":
+            call = code(call)
+        else:
+            call = code(f"{call[:-1]}, streaming=True)")  # datasets raises for a split without rows otherwise
+        if name in there or rows[name]:
+            lines.append([name, f"{rows[name]:,}", call])
+    lines.append(["total", f"{rows['total']:,}", ""])
+    parts = ["## What is here", table(["", ":rows", "load with"], lines)]
+    if to == "jsonl":
+        parts.append(_lines(report))
+    if to != "jsonl" or report["with_scores"]:
+        parts.append(_columns(report))
+    if stored := ", ".join(code(name) for name in report["json_columns"]):
+        parts.append(
+            f"No one type holds all values of {stored}, so they are stored as JSON. `datasets` decodes what it can; "
+            "where it gives text, `json.loads` gives the value."
+        )
+    return "\n\n".join(parts)
+
+
+def _lines(report: Mapping[str, Any]) -> str:
+    """What lines of JSON hold, and what they don't survive."""
+    words = "Each line is the input's own, byte for byte"
+    words += ", with its scores at the end." if report["with_scores"] else "."
+    words += " `load_dataset` takes dates in text for timestamps."
+    if _has_errors(report):
+        words += " It fails where a line of errors is no JSON."
+        words += f" `{REASONS}` has the file, line, status and reason of each line of errors."
+    return words
+
+
+def _has_errors(report: Mapping[str, Any]) -> bool:
+    return any(file["config"] == "errors" for file in report["files"])
+
+
+def _columns(report: Mapping[str, Any]) -> str:
+    probes = report["pack"]["weights"] if report.get("pack") else {}
+    total = " ".join(f"{weight:+g} × {code(f'sqsd_{name}')}" for name, weight in probes.items())
+    lines = [("`sqsd_risk`", f"the risk: no unit, higher is riskier{f'; {total}' if total else ''}")]
+    for name in probes:
+        update = f"cosine of the row's update with the direction {code(name)}, summed over the layers"
+        lines.append((code(f"sqsd_{name}"), update))
+    if report.get("weights"):
+        lines.append(("`sqsd_weight`", "the row's weight"))
+    lines.append(("`sqsd_status`", "`scored`, or why there is no score"))
+    if report["to"] != "jsonl" and _has_errors(report):
+        lines += ERROR_COLUMNS
+    shown = table(["column", "what it holds"], lines)
+    return f"The columns of the input are as they were. These hold the scores:\n\n{shown}"
+
+
+def _origin(report: Mapping[str, Any], sources: Sequence[Original]) -> str:
+    parts = ["## How it was made"]
+    if found := report.get("datasets"):
+        parts += ["The rows come from the Hub:", "\n".join(f"- {_dataset(dataset)}" for dataset in found)]
+    if ours := ", ".join(code(source.name) for source in sources if source.ours):
+        parts.append(f"Already filtered before: {ours}. Of its card only those of its own sources are kept below.")
+    if command := report.get("command"):
+        parts += ["The command:", fenced(shlex.join(command), "sh")]
+    parts.append("`sqsd/report.json` holds the settings, the inputs with their hashes, and the versions of the run.")
+    return "\n\n".join(parts)
+
+
+def _dataset(dataset: Mapping[str, Any]) -> str:
+    parts = {"config": "config", "split": "split", "revision": "commit"}
+    named = [f"{shown} {code(dataset[name])}" for name, shown in parts.items() if dataset.get(name)]
+    return ", ".join([code(dataset["id"]), *named])
+
+
+def _licence(sources: Sequence[Original]) -> str:
+    look = "Look it up before you use or pass on these rows."
+    if not sources:
+        return f"## Licence\n\nThe licence of the source is not known here. {look}"
+    lines = []
+    for source in sources:
+        more = [code(v) for name in ("license_name", "license_link") for v in source.fields.get(name, [])]
+        licences = ", ".join([*(code(licence) for licence in source.licences), *more])
+        lines.append(f"- {code(source.name)}: {licences or f'not known here. {look}'}")
+    return "\n\n".join(["## Licence", "The rows have the licence of their source:", "\n".join(lines)])
+
+
+def _ids(report: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(dataset["id"] for dataset in report.get("datasets") or []))
+
+
+def _by(files: Sequence[Mapping[str, Any]], what: str) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for file in files:
+        found.setdefault(file[what], []).append(file)
+    return found

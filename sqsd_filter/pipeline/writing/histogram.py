@@ -1,0 +1,115 @@
+"""The picture on the dataset card: how risk is spread over the rows, and which part of them was dropped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sqsd_filter.pipeline.folder import write_whole
+from sqsd_filter.pipeline.selection import DROPPED
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.container import BarContainer
+    from matplotlib.figure import Figure
+
+MOST_BARS = 61  # odd, so that there is one in the middle
+BLOCK = 2**20  # rows counted at a time
+FAR = 1e100  # beyond it the sums of a drawing overflow
+BLUE, ORANGE = "#0072b2", "#d55e00"  # told apart with any colour vision
+
+
+def write_histogram(
+    path: Path, risk: np.ndarray, scored: np.ndarray, place: np.ndarray, report: Mapping[str, Any]
+) -> None:
+    """Draw `risk` (n,) of the rows that are `scored` (n,) bool, the `DROPPED` ones of `place` (n,) in a colour of their
+    own, as a PNG of 1200 × 500 pixels: the same bytes for the same rows.
+
+    The report's quantiles give the limits, and its threshold a line, unless groups were cut at several.
+    """
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    weights, groups = report.get("weights"), report.get("groups")
+    cut = None if groups else (weights or report)["threshold"]
+    bars = min(MOST_BARS, 2 * math.isqrt(int(scored.sum())) + 1)
+    edges = bar_edges(bars, report["risk_quantiles"], cut)
+    counts = count_rows(edges, risk, scored, place)
+    names = ("kept, weighted by risk", "", "threshold of the weights") if weights else ("kept", "dropped", "cut")
+    with matplotlib.style.context(["default", {"axes.unicode_minus": False}]):  # whatever the user's own is
+        figure = Figure(figsize=(12, 5), dpi=100, facecolor="white", layout="constrained")
+        FigureCanvasAgg(figure)
+        _draw(figure, edges, counts, cut, names)
+        write_whole(path, lambda sink: figure.savefig(sink, format="png", metadata={"Software": None}))
+
+
+def bar_edges(bars: int, quantiles: Mapping[str, float], cut: float | None) -> np.ndarray:
+    """The `bars` + 1 edges of the bars: from the lowest to the highest risk, but for outliers, which would squeeze the
+    rest: risks further from the middle 90 % and the cut than these 90 % are wide (98 %, if those are all the same).
+    """
+    least, most = quantiles.get("0%", 0.0), quantiles.get("100%", 0.0)
+    low = high = least
+    for lower, upper in (("5%", "95%"), ("1%", "99%"), ("0%", "100%")):
+        if quantiles and low == high:
+            low, high = quantiles[lower], quantiles[upper]
+    width = high - low
+    if cut is not None:
+        low, high = min(low, cut), max(high, cut)
+    start, stop = np.clip([max(least, low - width), min(most, high + width)], -FAR, FAR)
+    size = max(abs(start), abs(stop), 1e-3)
+    if stop - start < 1e-9 * size:  # one risk: it gets the bar in the middle
+        start, stop = start - size / 10, stop + size / 10
+    return np.linspace(start, np.nextafter(stop, np.inf), bars + 1)
+
+
+def count_rows(edges: np.ndarray, risk: np.ndarray, scored: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """(2, bars + 2): how many rows were kept and dropped, below the first edge, in each bar, and above the last."""
+    counts = np.zeros(2 * (len(edges) + 1), np.int64)
+    for start in range(0, len(risk), BLOCK):
+        block = slice(start, start + BLOCK)
+        where = scored[block]
+        bar = np.searchsorted(edges, risk[block][where], side="right")
+        bar += (len(edges) + 1) * (place[block][where] == DROPPED)
+        counts += np.bincount(bar, minlength=len(counts))
+    return counts.reshape(2, -1)
+
+
+def _draw(
+    figure: Figure, edges: np.ndarray, counts: np.ndarray, cut: float | None, names: tuple[str, str, str]
+) -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    axes = figure.add_subplot()
+    width = edges[1] - edges[0]
+    left = np.concatenate([edges[:-1], [edges[-1] + width, edges[0] - 2 * width]])  # outliers come last, one bar apart
+    floor = np.zeros(len(left), np.int64)
+    legend: list[Artist | BarContainer] = []
+    for rows, colour, name in zip(np.roll(counts, -1, axis=1), (BLUE, ORANGE), names, strict=False):
+        if total := int(rows.sum()):
+            label = f"{name}: {total:,} row{'s' * (total != 1)}"
+            bars = axes.bar(left, rows, width, floor, align="edge", color=colour, ec="white", lw=0.3, label=label)
+            legend.append(bars)
+            for outliers in bars[-2:]:
+                outliers.set_hatch("//")
+        floor += rows
+    if cut is not None:
+        legend.append(axes.axvline(cut, color="black", linestyle="--", label=f"{names[2]}: risk {cut:.4g}"))
+    above, below = floor[-2:].tolist()
+    note = [f"{below:,} below {edges[0]:.3g}"] * (below > 0)
+    note += [f"{above:,} above {edges[-1]:.3g}"] * (above > 0)
+    axes.set_title(f"rows outside, hatched: {', '.join(note)}" if note else "", loc="right", fontsize=11)
+    axes.set_title("" if legend else "No row has a risk.", loc="left", fontsize=13)
+    axes.set_xlim(edges[0] - (3 if below else 1) * width, edges[-1] + (3 if above else 1) * width)
+    axes.set_ylim(0, 1.05 * max(1, floor.max()))
+    axes.set_xlabel("SQSD risk (no unit; higher is riskier)", fontsize=13)
+    axes.set_ylabel("rows", fontsize=13)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.tick_params(labelsize=12)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(handles=legend, loc="outside upper left", ncols=3, fontsize=13, frameon=False)
