@@ -470,8 +470,6 @@ ROWS = [row if k % 512 < 6 else {**make_rows(1)[0], "id": k} for k, row in enume
 LINES = [*ROWS[:700], b"broken", {"id": -1, "instruction": "?", "output": ""}, *ROWS[700:]]
 BIG = ("big.jsonl", "out", *CUT, "--pack")
 NAMED = "run.json, three shards, kept, dropped, errors, picture, card, report"  # the order in which files appear
-    "run.json, three shards, kept, dropped, errors, picture, card, report"  # the order in which files get their names
-)
 
 
 @pytest.fixture
