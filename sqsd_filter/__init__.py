@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sqsd_filter.directions.pack import Pack, load_pack
     from sqsd_filter.errors import SQSDError
+    from sqsd_filter.pipeline.cutting import select
     from sqsd_filter.pipeline.publishing.hub import PushTo
     from sqsd_filter.pipeline.run import filter_dataset, score_dataset, select_dataset
-    from sqsd_filter.pipeline.selection import select
+    from sqsd_filter.scoring.row_formats import Columns
     from sqsd_filter.scoring.scorer import SQSDScorer
 
 _HOMES = {
     "SQSDScorer": "scoring.scorer",
+    "Columns": "scoring.row_formats",
     "Pack": "directions.pack",
     "load_pack": "directions.pack",
     "PushTo": "pipeline.publishing.hub",
-    "select": "pipeline.selection",
+    "select": "pipeline.cutting",
     "filter_dataset": "pipeline.run",
     "score_dataset": "pipeline.run",
     "select_dataset": "pipeline.run",
@@ -26,6 +28,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Columns",
     "Pack",
     "PushTo",
     "SQSDError",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
+import datasets
 import pytest
 
+from sqsd_filter import SQSDScorer, select
 from sqsd_filter.cli.main import cli
 from sqsd_filter.scoring.conversation import ROLES
 from sqsd_filter.scoring.row_formats import FORMATS
 from tests.commands import parse
+from tests.corpora import make_rows, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,3 +68,33 @@ def test_the_command_lines_of_the_readme_parse(line: list[str]) -> None:
 def test_the_test_command_of_the_readme_is_what_ci_calls() -> None:
     assert "\n    tests/run\n" in README
     assert "\ntests/run " in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.fixture
+def tiny_embedded(tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The built-in pack's name stands for a pack on a tiny model, and nothing is left elsewhere."""
+    (tmp_path / "packs").mkdir()
+    (tmp_path / "packs" / "smollm2-135m").symlink_to(tiny_pack)
+    monkeypatch.setattr("sqsd_filter.directions.pack.PACKS_DIR", tmp_path / "packs")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_script_of_the_readme_runs(tiny_embedded: None) -> None:
+    section = README[README.index("### From Python") : README.index("## How it works")]
+    write_jsonl(Path("in.jsonl"), [*make_rows(39), {"id": 39, "instruction": "?", "output": ""}])
+    names: dict[str, Any] = {}
+    for script in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(script, names)
+    assert [part["id"][:] for part in (names["dropped"], names["errors"])] == [
+        part["id"][:] for part in (datasets.load_dataset("out", name, split="train") for name in ("dropped", "errors"))
+    ]
+    assert [names["report"]["rows"][part] for part in ("kept", "dropped", "errors")] == [37, 2, 1]
+    assert len(names["kept"]) == 37
+
+
+@pytest.mark.parametrize("public", [SQSDScorer, select], ids=lambda public: public.__name__)
+def test_the_examples_in_docstrings_are_true(public: Any, tiny_embedded: None) -> None:
+    (example,) = doctest.DocTestFinder(recurse=False).find(public, globs={public.__name__: public})
+    result = doctest.DocTestRunner().run(example)
+    assert result.attempted and not result.failed

@@ -35,7 +35,7 @@ def estimate(
     """What a run into `dest` would cost, without writing anything: tokens from `sample` of the rows that have no score
     yet, there or in `score_store`, and seconds from scoring `timed` of them."""
     with closing(Opener(streaming=streaming)) as opener:
-        scan = Scan(opener.open(expand(as_list(sources))), columns or Columns(), limit, progress or Silent())
+        scan = Scan(opener.open(expand(as_list(sources))), columns or scorer.columns, limit, progress or Silent())
         return _estimate(scan, dest, scorer, score_store, sample, timed)
 
 

@@ -215,7 +215,7 @@ def _score_and(
         place.keep_out(shared.local)
     with closing(outlet), closing(Opener(streaming=work.streaming)) as opener:
         sources = opener.open(place.others(expand(as_list(work.sources))))
-        scan = Scan(sources, work.columns or Columns(), work.limit, meter, work.per_group)
+        scan = Scan(sources, work.columns or work.scorer.columns, work.limit, meter, work.per_group)
         look_at(scan.corpus)
         scorer = engine.place(work.scorer)
         identity = {**scan.identity(), "scoring": scorer.settings(), **identity}

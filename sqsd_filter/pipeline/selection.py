@@ -12,15 +12,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.errors import UsageError
 from sqsd_filter.pipeline.groups import Groups, apportion, nth_riskiest
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 KEPT, DROPPED, ERROR = 0, 1, 2
 KINDS = ("drop_top", "drop_count", "max_risk", "keep_lowest")
@@ -239,27 +236,3 @@ def weigh(risk: np.ndarray, threshold: float | None) -> tuple[np.ndarray, float 
         z = 4 * (distance / scale)
     small = np.exp(-np.abs(z))  # at most 1
     return np.where(z > 0, small, 1.0) / (1.0 + small), scale
-
-
-def select(
-    dataset: Dataset,
-    *,
-    drop_top: str | float | None = None,
-    drop_count: int | None = None,
-    max_risk: float | None = None,
-    keep_lowest: int | None = None,
-) -> tuple[Dataset, Dataset, Dataset]:
-    """Cut a scored `datasets.Dataset` into (kept, dropped, errors), each in row order.
-
-    Raises `InputError` where the score columns are missing, `UsageError` unless exactly one cut is given.
-    """
-    cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
-    if missing := [c for c in ("sqsd_risk", "sqsd_status") if c not in dataset.column_names]:
-        raise InputError(f"The dataset has no column {' and no '.join(missing)}: score it first with SQSDScorer.")
-    # as Arrow: datasets' own numpy format rounds to float32, which makes ties
-    columns: Any = dataset.select_columns(["sqsd_risk", "sqsd_status"]).with_format("arrow")[:]
-    risk = columns["sqsd_risk"].to_numpy().astype(np.float64)
-    scored = (columns["sqsd_status"].to_numpy() == "scored") & np.isfinite(risk)
-    place = cut_rows(risk, scored, cut).place
-    kept, dropped, errors = (dataset.select(np.flatnonzero(place == p)) for p in (KEPT, DROPPED, ERROR))
-    return kept, dropped, errors

@@ -7,11 +7,12 @@ What a row gets depends on its conversation, the pack and the settings, not on t
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +20,12 @@ from sqsd_filter.directions.pack import Pack, load_pack
 from sqsd_filter.errors import UsageError
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
 from sqsd_filter.scoring.conversation import NONFINITE, SCORED, Message, RowError
+from sqsd_filter.scoring.fingerprint import State
+from sqsd_filter.scoring.placement import check_device, choose_device, limit_threads, sound
 from sqsd_filter.scoring.row_formats import Columns, RowFormat
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 OUT_OF_MEMORY = "out_of_memory"  # a row too large for this device even alone
 CRASHED = "crashed"  # a row whose process died again and again
@@ -115,10 +121,12 @@ class Scorer:
         dtype: str | None = None,
         max_length: int | None = None,
         *,
+        columns: Columns | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         """`model` overrides the pack's base model, `max_length` (tokens) its truncation; `dtype` defaults to float32 on
-        a CPU and bfloat16 on a GPU. Nothing is loaded until the first row is scored, except the pack's own page.
+        a CPU and bfloat16 on a GPU. `columns` says how the rows of a batch are read; see `__call__`. Nothing is loaded
+        until the first row is scored, except the pack's own page.
 
         Raises `PackError` where there is no valid pack, `UsageError` for an unknown dtype or a senseless length.
         """
@@ -130,37 +138,25 @@ class Scorer:
         self.base_model = model or self.pack.base_model
         self.base_revision = self.pack.base_revision if model is None else None
         self.max_length = max_length or self.pack.max_length
+        self.columns = columns or Columns()
         self.trust_remote_code = trust_remote_code
         self._device, self._dtype = device, dtype or self.default_dtype
         self._content: tuple[str | None] | None = None
         self._encoder: ChatEncoder | None = None
         self._form: RowFormat | None = None
+        self._rank: int | None = None
 
     @property
     def device(self) -> str:
-        if self._device is None:
-            import torch
-
-            self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        return self._device
+        return choose_device(self._device, self._rank)
 
     def check_device(self) -> None:
         """Raise `UsageError` where this process can't use the device."""
-        import torch
-
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as problem:
-            first = next(iter(str(problem).splitlines()), type(problem).__name__).split(". ")[0].rstrip(".")
-            raise UsageError(
-                f"The device '{self.device}' can't be used ({first}): name one that torch has here."
-            ) from problem
+        check_device(self.device)
 
     @property
     def dtype(self) -> str:
-        if self._dtype is None:
-            self._dtype = "bfloat16" if self.device.startswith("cuda") else "float32"
-        return self._dtype
+        return self._dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
 
     @property
     def encoder(self) -> ChatEncoder:
@@ -213,56 +209,61 @@ class Scorer:
         """Score all rows, by their number, and give `results` the values of each or the reason why it has none."""
         raise NotImplementedError
 
-    def __call__(self, batch: Any) -> Any:
-        """A batch with the score columns added: a step of `datasets.map(..., batched=True)` (a mapping of columns), or
-        of Ray Data's `map_batches` as a callable class (a mapping of numpy arrays, or a pyarrow Table).
+    @property
+    def features(self) -> Features:
+        """The types of the score columns, to be named where `datasets` can't know them: in a stream."""
+        from datasets import Features, Value
 
-        The row format is decided on the first batch and kept while its columns are there. Raises `InputError` where
-        no format fits.
+        floats = ["sqsd_risk", *(f"sqsd_{p.name}" for p in self.pack.probes)]
+        return Features({**{name: Value("float64") for name in floats}, "sqsd_status": Value("string")})
+
+    def __call__(self, batch: Any, rank: int | None = None) -> Any:
+        """The score columns of a batch: a step of `map(..., batched=True)` of anything that `datasets` has, in any of
+        its formats, or of Ray Data's `map_batches` as a callable class (then the batch with the columns added).
+
+        Columns of the same names are replaced; of the others only those of the row format are read. A row without a
+        score has a null risk and its reason in `sqsd_status`. The row format is decided by `columns` on the first batch
+        and kept while its columns are there. With `rank` (`map(..., with_rank=True)`) processes take turns on the GPUs.
+
+        Raises `InputError` where no format fits, `UsageError` for a single row.
         """
-        table = hasattr(batch, "column_names") and hasattr(batch, "append_column")
-        rows = batch.to_pylist() if table else _rows(batch)
-        form = self._form
-        if form is None or not set(form.columns) <= set(rows[0] if rows else ()):
-            form = self._form = Columns().choose(rows)
+        from sqsd_filter.scoring.map_step import Batch
+
+        if rank is not None and not isinstance(rank, int):
+            raise UsageError("SQSDScorer has no use for row numbers: call map with batched=True, without with_indices.")
+        if self._rank is None:
+            self._rank = rank
+        rows = Batch(batch)
+        if self._form is None or not set(self._form.columns) <= set(rows.names):
+            self._form = self.columns.choose(rows)
         turns: list[list[Message]] = []
         reasons: dict[int, str] = {}
         for k, row in enumerate(rows):
             try:
-                turns.append(form.conversation(row))
+                turns.append(self._form.conversation(row))
             except RowError as problem:
                 reasons[k] = problem.status
                 turns.append([])
         scores = self.score(turns)
         for k, reason in reasons.items():
             scores.status[k] = reason
-        if not table:
-            return {**batch, **scores.columns()}
-        for name, values in scores.columns().items():
-            batch = batch.append_column(name, [values])
-        return batch
-
-
-def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    columns = {name: _plain(values) for name, values in batch.items()}
-    count = len(next(iter(columns.values()), []))
-    return [{name: values[k] for name, values in columns.items()} for k in range(count)]
-
-
-def _plain(value: Any) -> Any:
-    """Lists in the place of numpy arrays, which a nested column of a numpy batch is made of."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+        return rows.with_scores(scores)
 
 
 class SQSDScorer(Scorer):
     """SQSD (arXiv 2605.04572), batched: one shared backward pass a bin, projected in low rank.
 
-    >>> SQSDScorer("smollm2-135m").score([[{"role": "user", "content": "2+2?"},
-    ...                                    {"role": "assistant", "content": "4"}]]).risk  # doctest: +SKIP
+    >>> from datasets import Dataset
+    >>> rows = Dataset.from_list([{"question": "2+2?", "answer": "4"}, {"question": "And 3+3?", "answer": ""}])
+    >>> scored = rows.map(SQSDScorer("smollm2-135m"), batched=True)
+    >>> scored.column_names
+    ['question', 'answer', 'sqsd_risk', 'sqsd_danger', 'sqsd_safety', 'sqsd_status']
+    >>> scored["sqsd_status"][:]
+    ['scored', 'no_answer']
+
+    Rows with other columns: `SQSDScorer("smollm2-135m", columns=Columns(prompt="q", answer="a"))`. A stream forgets its
+    types in `map`, unless they are named: `stream.map(scorer, batched=True, features=Features({**stream.features,
+    **scorer.features}))`.
     """
 
     def __init__(
@@ -275,14 +276,17 @@ class SQSDScorer(Scorer):
             raise UsageError("token_budget must be at least 1.")
         self.token_budget, self.attention, self.gpus = token_budget, attention, 1.0
         self._engine: Any = None
+        self._process: int | None = None
 
     @property
     def engine(self) -> Any:
         """The loaded model at its states (`engine.Engine`)."""
-        if self._engine is None:
+        if self._engine is None or self._process != os.getpid():  # a fork's parent keeps what its model runs on
             from sqsd_filter.scoring.engine import Engine
 
-            self._engine = Engine.load(self)
+            self.check_device()
+            limit_threads()
+            self._engine, self._process = sound(lambda: Engine.load(self)), os.getpid()
         return self._engine
 
     def _score(self, rows: Mapping[int, Encoded], results: _Results) -> None:
@@ -333,6 +337,11 @@ class SQSDScorer(Scorer):
         moved.pack = pack
         return moved
 
-    def __getstate__(self) -> dict[str, Any]:
+    def content(self) -> dict[str, Any]:
+        """Everything that tells this step of `map` from another, for the cache of `datasets`."""
+        return {**self.settings(), "columns": vars(self.columns)}
+
+    def __getstate__(self) -> State:
         """Configuration only: hashing and pickling never see a loaded model."""
-        return {**vars(self), "_engine": None, "_encoder": None, "_form": None, "_content": None}
+        loaded = dict.fromkeys(("_engine", "_process", "_encoder", "_form", "_content", "_rank"))
+        return State({**vars(self), **loaded}, self.content)

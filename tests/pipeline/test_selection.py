@@ -6,14 +6,12 @@ import math
 from fractions import Fraction
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqsd_filter import select
-from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.errors import UsageError
 from sqsd_filter.pipeline.groups import Groups
 from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Cut, cut_rows, parse_share
 
@@ -138,22 +136,3 @@ def test_no_cut_two_cuts_and_senseless_ones_are_usage_errors(cut: dict[str, Any]
 )
 def test_a_cut_is_named_so_that_no_two_share_a_name(cut: dict[str, Any], text: str) -> None:
     assert str(Cut.of(**cut)) == text
-
-
-def test_a_scored_dataset_is_cut_in_three_in_row_order() -> None:
-    status = ["scored" if s else "no_answer" for s in SCORED]
-    risk = [None if math.isnan(r) else r for r in RISK]
-    dataset = datasets.Dataset.from_dict({"id": list(range(7)), "sqsd_risk": risk, "sqsd_status": status})
-    assert [part["id"] for part in select(dataset, drop_count=2)] == [[1, 3, 5, 6], [0, 2], [4]]
-
-
-def test_risks_that_differ_in_their_last_bits_are_told_apart() -> None:
-    risk = [0.1, 0.1 + 1e-12, 0.1]
-    dataset = datasets.Dataset.from_dict({"id": [0, 1, 2], "sqsd_risk": risk, "sqsd_status": ["scored"] * 3})
-    _, dropped, _ = select(dataset, drop_count=1)
-    assert dropped["id"] == [1]
-
-
-def test_a_dataset_without_scores_is_refused() -> None:
-    with pytest.raises(InputError, match="no column sqsd_risk and no sqsd_status"):
-        select(datasets.Dataset.from_dict({"id": [1]}), drop_count=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from sqsd_filter.cli.main import main
@@ -142,14 +140,6 @@ def test_long_rows_keep_the_head_of_their_answer(tiny_pack: Path) -> None:
     assert gap(short.score([long]), ReferenceScorer(tiny_pack, max_length=64).score([long])) <= 1e-4
 
 
-def test_a_loaded_scorer_pickles_without_its_model(tiny_pack: Path) -> None:
-    scorer = SQSDScorer(tiny_pack)
-    before = pickle.dumps(SQSDScorer(tiny_pack, device=scorer.device, dtype=scorer.dtype))
-    risk = scorer.score(CONVERSATIONS[:1]).risk
-    assert pickle.dumps(scorer) == before
-    assert np.array_equal(pickle.loads(before).score(CONVERSATIONS[:1]).risk, risk)
-
-
 def test_bfloat16_ranks_rows_as_float32_does(tiny_pack: Path) -> None:
     full, half = (SQSDScorer(tiny_pack, dtype=d).score(CONVERSATIONS).risk for d in ("float32", "bfloat16"))
     assert np.corrcoef(full, half)[0, 1] > 0.99
@@ -176,14 +166,6 @@ def test_the_command_gives_the_dense_float64_scores(packs: dict[str, Path], arch
     assert found["id"].to_pylist() == list(range(len(rows))) and set(found["sqsd_status"].to_pylist()) == {"scored"}
     for name in ("sqsd_danger", "sqsd_safety", "sqsd_risk"):
         assert np.abs(found[name].to_numpy() - expected[name]).max() <= 1e-4
-
-
-def test_as_a_map_step_of_datasets_it_gives_the_same_scores(tiny_pack: Path) -> None:
-    dataset = Dataset.from_list([{"messages": turns} for turns in CONVERSATIONS])
-    mapped = dataset.map(SQSDScorer(tiny_pack), batched=True, batch_size=4)
-    expected = SQSDScorer(tiny_pack).score(CONVERSATIONS)
-    assert mapped["sqsd_status"][:] == expected.status
-    assert np.abs(np.array(mapped["sqsd_risk"][:]) - expected.risk).max() <= 1e-5
 
 
 @pytest.mark.parametrize("architecture", PECULIAR)
@@ -248,9 +230,3 @@ def test_rows_longer_than_the_models_positions_are_truncated(tmp_path: Path) -> 
     pack = make_pack(tmp_path, architecture="gpt2", max_length=2048)
     scores = SQSDScorer(pack).score([chat("Count.", "word " * 900)])
     assert (scores.status, scores.tokens.tolist()) == (["scored"], [512])
-
-
-def test_a_batch_without_any_conversation_is_read_as_the_batches_before(tiny_pack: Path) -> None:
-    rows = [{"messages": turns} for turns in [*CONVERSATIONS[:2], None, None]]
-    mapped = Dataset.from_list(rows).map(SQSDScorer(tiny_pack), batched=True, batch_size=2)
-    assert mapped["sqsd_status"][:] == ["scored", "scored", "no_answer", "no_answer"]

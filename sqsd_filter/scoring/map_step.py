@@ -1,0 +1,157 @@
+"""One step of `datasets`' `map` or Ray Data's `map_batches`: a batch of rows in, their score columns out.
+
+Of a batch only the columns that the row format names are read: images, audio or JSON beside them are never decoded.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from sqsd_filter.errors import UsageError
+
+if TYPE_CHECKING:
+    from sqsd_filter.scoring.scorer import Scores
+
+
+class Batch:
+    """The rows of a batch, whatever it came as; a column is read when a row is asked for it, once."""
+
+    def __init__(self, given: Any) -> None:
+        """Raises `UsageError` for what is no batch."""
+        self._given = given
+        self._columns: dict[str, list[Any]] = {}
+        if isinstance(given, pa.Table):
+            self.names = given.column_names
+        elif isinstance(given, Mapping) or _is_frame(given):
+            self.names = list(given.keys())
+        else:
+            raise UsageError(
+                f"SQSDScorer takes batches of rows with named columns, not {type(given).__name__}: call map with "
+                "batched=True, without input_columns, in one of the formats None, arrow, numpy, pandas and torch."
+            )
+        # A batch of `datasets` keeps each value that was read, to encode it again. The copy's are forgotten.
+        self._source = copy.copy(given) if isinstance(given, Mapping) else given
+
+    def column(self, name: str) -> list[Any]:
+        """One value a row. Raises `UsageError` where it isn't, because a single row came as a batch."""
+        if name not in self._columns:
+            values = self._read(self._source[name])
+            first = next((v for v in values if v is not None), None) if isinstance(values, list) else values
+            if not isinstance(values, list) or _is_turn(first):
+                raise _single_row(name)
+            self._columns[name] = values
+        return self._columns[name]
+
+    def _read(self, values: Any) -> Any:
+        if isinstance(self._source, pa.Table):
+            from datasets import Features
+
+            schema = pa.schema([pa.field("", values.type)])
+            return Features.from_arrow_schema(schema).decode_column(values.to_pylist(), "")
+        if _is_frame(self._source):
+            return pa.array(values, from_pandas=True).to_pylist()
+        return _plain(values)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return (_Row(self, k) for k in range(self._count()))
+
+    def _count(self) -> int:
+        known = getattr(self._source, "pa_table", self._source)  # `datasets` would decode a column to count it
+        if isinstance(known, pa.Table) or _is_frame(known):
+            return len(known)
+        name = next(iter(self.names), "")
+        try:
+            return len(known[name]) if name else 0
+        except TypeError:  # a number, say
+            raise _single_row(name) from None
+
+    def with_scores(self, scores: Scores) -> Any:
+        """What the caller takes back: `datasets` the new columns alone, so that it leaves the others as they are, but a
+        table or data frame as a whole; Ray Data always the whole batch."""
+        columns = scores.columns()
+        if isinstance(self._given, pa.Table):
+            table = self._given
+            for name, values in columns.items():
+                table = table.drop_columns(name) if name in table.column_names else table
+                kind = pa.float64() if isinstance(values, np.ndarray) else pa.string()
+                table = table.append_column(name, pa.array(values, kind, from_pandas=True))
+            return table
+        if _is_frame(self._given):
+            from pandas import Series  # of objects: pandas' own text would be a large_string in Arrow
+
+            status = Series(columns["sqsd_status"], index=self._given.index, dtype=object)
+            return self._given.assign(**columns | {"sqsd_status": status})
+        if _from_ray(self._given):
+            return {**self._given, **columns}
+        return {name: _Floats(v) if isinstance(v, np.ndarray) else v for name, v in columns.items()}
+
+
+class _Row(Mapping[str, Any]):
+    """Row k of a batch."""
+
+    def __init__(self, batch: Batch, k: int) -> None:
+        self._batch, self._k = batch, k
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._batch.names:
+            raise KeyError(name)
+        return self._batch.column(name)[self._k]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._batch.names)
+
+    def __len__(self) -> int:
+        return len(self._batch.names)
+
+
+class _Floats(list[float | None]):
+    """Floats, None for NaN, that become an Arrow column of floats even where all of them are None."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        super().__init__(None if np.isnan(v) else v for v in values.tolist())
+
+    def __arrow_array__(self, type: pa.DataType | None = None) -> pa.Array:
+        return pa.array(list(self), type or pa.float64())
+
+
+def _single_row(column: str) -> UsageError:
+    return UsageError(
+        f"SQSDScorer takes batches of rows, but column '{column}' came as that of a single row: call map with "
+        "batched=True."
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Lists in the place of arrays and tensors, which a nested column may be made of too."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(value.get(key), str) for key in ("role", "from"))
+
+
+def _is_frame(batch: Any) -> bool:
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(batch, pandas.DataFrame)
+
+
+def _from_ray(batch: Mapping[str, Any]) -> bool:
+    """Did Ray Data make this batch? `datasets` may give arrays, too, but hardly in a task of Ray."""
+    ray = sys.modules.get("ray")
+    return (
+        ray is not None
+        and ray.is_initialized()
+        and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+        and isinstance(batch, dict)
+        and all(isinstance(values, np.ndarray) for values in batch.values())
+    )

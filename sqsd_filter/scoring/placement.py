@@ -1,0 +1,70 @@
+"""Where a scorer runs: on which device, and in which threads of which process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from sqsd_filter.errors import UsageError
+
+T = TypeVar("T")
+
+_forked = False
+
+
+def _remember() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_remember)
+
+
+def choose_device(named: str | None, rank: int | None = None) -> str:
+    """The device that was named, else a GPU where there is one, else the CPU. A process with a rank takes the GPU of
+    that number, counted round; a GPU that was named by its number stays."""
+    if named not in (None, "cuda"):
+        return named
+    import torch
+
+    gpus = torch.cuda.device_count()  # is_available would start CUDA, and a fork could not use it any more
+    if not gpus:
+        return named or "cpu"
+    return "cuda" if rank is None else f"cuda:{rank % gpus}"
+
+
+def check_device(device: str) -> None:
+    """Raise `UsageError` where this process can't use the device."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        first = next(iter(str(problem).splitlines()), type(problem).__name__).split(". ")[0].rstrip(".")
+        fix = (
+            "call multiprocess.set_start_method('spawn') before anything else"
+            if "forked subprocess" in first
+            else "name one that torch has here"
+        )
+        raise UsageError(f"The device '{device}' can't be used ({first}): {fix}.") from problem
+
+
+def limit_threads() -> None:
+    """Let one of several processes of `map` compute with one thread: its siblings have the other cores."""
+    multiprocess = sys.modules.get("multiprocess")  # which `datasets` uses in the place of multiprocessing
+    if multiprocess is not None and multiprocess.parent_process() is not None:
+        import torch
+
+        torch.set_num_threads(1)
+
+
+def sound(run: Callable[[], T]) -> T:
+    """`run()`; after a fork in a thread of its own, because in this one OpenMP may wait for ever for threads that only
+    the parent has."""
+    if not _forked:
+        return run()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()

@@ -1,0 +1,428 @@
+"""The scorer as a step of `datasets`: every kind and format, values untouched, a cache that sees the content alone."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from datasets import (
+    Audio,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDatasetDict,
+    Json,
+    List,
+    Value,
+    load_from_disk,
+)
+from datasets.fingerprint import Hasher
+
+from sqsd_filter import Columns, SQSDScorer, score_dataset, select
+from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.scoring.placement import check_device, choose_device
+from tests import tiny
+from tests.corpora import write_jsonl
+from tests.tiny import CONVERSATIONS, chat, make_pack
+
+ROOT = Path(__file__).parents[2]
+UNSCORABLE: list[Any] = [None, chat("no answer?", " "), chat("x " * 400, "too long")]
+TURNS = [*CONVERSATIONS[:3], *UNSCORABLE, *CONVERSATIONS[3:]]
+STATUS = [*["scored"] * 3, "no_answer", "no_answer", "prompt_too_long", *["scored"] * 3]
+SCORES = Features(
+    {name: Value("float64") for name in ("sqsd_risk", "sqsd_danger", "sqsd_safety")} | {"sqsd_status": Value("string")}
+)
+FORMATS = (None, "arrow", "numpy", "pandas", "torch")
+every_format = pytest.mark.parametrize("form", FORMATS)
+
+
+def rows(turns: list[Any] = TURNS) -> Dataset:
+    """With numbers that the formats of arrays and tensors would round."""
+    return Dataset.from_list([{"id": 2**53 + k, "third": k + 1 / 3, "messages": t} for k, t in enumerate(turns)])
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_pack: Path) -> np.ndarray:
+    """The risks of `TURNS`, NaN where there is none."""
+    return SQSDScorer(tiny_pack).score([turns or [] for turns in TURNS]).risk
+
+
+def table(dataset: Any) -> pa.Table:
+    whole: pa.Table = dataset.with_format("arrow")[:]
+    return whole.replace_schema_metadata(None)
+
+
+def close(scored: Any, expected: np.ndarray) -> bool:
+    """Are these the risks, null where there is none?"""
+    risks = scored["sqsd_risk"][:] if isinstance(scored, Dataset) else [row["sqsd_risk"] for row in scored]
+    nulls = [risk is None for risk in risks]
+    found = np.array(risks, dtype=np.float64)
+    return nulls == np.isnan(expected).tolist() and bool(np.nanmax(np.abs(found - expected)) <= 2e-6)
+
+
+# ---------------------------------------------------------------------------------------------- kinds and formats
+
+
+@every_format
+@pytest.mark.parametrize("batch_size", [2, 1000])
+def test_every_format_gets_the_same_scores(
+    tiny_pack: Path, expected: np.ndarray, form: str | None, batch_size: int
+) -> None:
+    dataset = rows()
+    scored = dataset.with_format(form).map(SQSDScorer(tiny_pack), batched=True, batch_size=batch_size)
+    assert scored.format["type"] == form
+    assert scored.features == {**dataset.features, **SCORES}
+    plain = scored.with_format(None)
+    assert plain["sqsd_status"][:] == STATUS and close(plain, expected)
+    assert table(plain.select_columns(dataset.column_names)).equals(table(dataset))
+
+
+@every_format
+def test_a_stream_gets_the_same_scores_in_every_format(tiny_pack: Path, expected: np.ndarray, form: str | None) -> None:
+    stream = rows().to_iterable_dataset().with_format(form)
+    scored = stream.map(SQSDScorer(tiny_pack), batched=True, batch_size=4)
+    found = list(scored.with_format(None))
+    assert [row["sqsd_status"] for row in found] == STATUS and close(found, expected)
+    assert type(next(iter(scored))) is type(next(iter(stream)))
+
+
+def test_the_types_of_a_stream_stay_known_when_they_are_named(tiny_pack: Path, expected: np.ndarray) -> None:
+    scorer, stream = SQSDScorer(tiny_pack), rows().to_iterable_dataset()
+    assert scorer.features == SCORES
+    types = Features({**stream.features, **scorer.features})
+    scored = stream.map(scorer, batched=True, batch_size=2, features=types)
+    assert scored.features == types
+    assert close(list(scored), expected)
+    kept, _, errors = select(scored, drop_count=1)
+    assert kept.features == types
+    assert [row["sqsd_status"] for row in errors] == [s for s in STATUS if s != "scored"]
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["stored", "streamed"])
+def test_every_split_of_a_dict_is_scored(tiny_pack: Path, expected: np.ndarray, streamed: bool) -> None:
+    splits: Any = DatasetDict(train=rows(TURNS[:5]), test=rows(TURNS[5:]))
+    if streamed:
+        splits = IterableDatasetDict({name: split.to_iterable_dataset() for name, split in splits.items()})
+    scored = splits.map(SQSDScorer(tiny_pack), batched=True)
+    assert type(scored) is type(splits)
+    assert close([*scored["train"], *scored["test"]], expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_scores_are_those_of_the_command(tiny_pack: Path, tmp_path: Path, batch_size: int) -> None:
+    source = [{"id": k, "messages": t} for k, t in enumerate(TURNS)]
+    write_jsonl(tmp_path / "in.jsonl", source)
+    score_dataset(tmp_path / "in.jsonl", tmp_path / "out.parquet", pack=tiny_pack)
+    ours = Dataset.from_list(source).map(SQSDScorer(tiny_pack), batched=True, batch_size=batch_size)
+    theirs = Dataset.from_parquet(str(tmp_path / "out.parquet"), cache_dir=str(tmp_path))
+    for name in ("sqsd_risk", "sqsd_danger", "sqsd_safety"):
+        assert ours.features[name] == theirs.features[name]
+        a, b = table(ours)[name], table(theirs)[name]
+        assert a.is_null().equals(b.is_null())
+        assert np.nanmax(np.abs(a.to_numpy() - b.to_numpy())) <= (1e-6 if batch_size < 1000 else 0)
+    assert ours["sqsd_status"][:] == theirs["sqsd_status"][:]
+
+
+# ---------------------------------------------------------------------------------------------- values and types
+
+
+def media() -> Dataset:
+    """An image and a sound that are none, and JSON that reads as something else, before and after the messages."""
+    broken = pa.array([{"bytes": b"no image", "path": None}] * 2, Image().pa_type)
+    texts = [pa.array(['"123"', "1e400"]), pa.array(['[{"role":  "user", "content": "2+2?"}]', "null"])]
+    turns = ['{"role":  "user", "content": "2+2?"}', '{"role": "assistant", "content": "4", "n": 0.30}']
+    messages = pa.ListArray.from_arrays(
+        pa.array([0, 2, 4], pa.int32()), pa.ExtensionArray.from_storage(pa.json_(), pa.array(turns * 2))
+    )
+    columns = {
+        "image": broken,
+        "json": pa.ExtensionArray.from_storage(pa.json_(), texts[0]),
+        "messages": messages,
+        "more": pa.ExtensionArray.from_storage(pa.json_(), texts[1]),
+        "audio": broken.cast(Audio().pa_type),
+    }
+    types = Features({"image": Image(), "json": Json(), "messages": List(Json()), "more": Json(), "audio": Audio()})
+    return Dataset(pa.table(columns, schema=types.arrow_schema))
+
+
+@pytest.mark.parametrize("form", [None, "arrow"])
+def test_columns_are_never_decoded_to_be_encoded_again(tiny_pack: Path, form: str | None) -> None:
+    dataset = media()
+    scored = dataset.with_format(form).map(SQSDScorer(tiny_pack), batched=True)
+    assert scored.features == {**dataset.features, **SCORES}
+    assert table(scored.select_columns(dataset.column_names)).equals(table(dataset))
+    scores = scored.select_columns(list(SCORES)).with_format(None)
+    assert close(scores, SQSDScorer(tiny_pack).score([chat("2+2?", "4")] * 2).risk)
+
+
+def test_a_stream_that_does_not_decode_is_scored_without(tiny_pack: Path) -> None:
+    stream = media().remove_columns("messages").to_iterable_dataset().decode(False)
+    stream = stream.map(lambda row: {"messages": chat("2+2?", "4")})
+    found = list(stream.map(SQSDScorer(tiny_pack), batched=True))
+    assert [row["sqsd_status"] for row in found] == ["scored", "scored"]
+    assert [(row["image"]["bytes"], row["json"]) for row in found] == [(b"no image", '"123"'), (b"no image", "1e400")]
+
+
+@every_format
+@pytest.mark.parametrize("turns", [[*UNSCORABLE, *TURNS], UNSCORABLE], ids=["at first", "at all"])
+def test_types_do_not_depend_on_what_can_be_scored(tiny_pack: Path, form: str | None, turns: list[Any]) -> None:
+    dataset = rows(turns).with_format(form)
+    scored = dataset.map(SQSDScorer(tiny_pack, columns=Columns(messages="messages")), batched=True, batch_size=3)
+    assert scored.features == {**dataset.features, **SCORES}
+    assert table(scored)["sqsd_risk"][:3].null_count == 3
+
+
+def test_a_table_without_rows_gets_the_same_types(tiny_pack: Path) -> None:
+    scorer, batch = SQSDScorer(tiny_pack), table(rows())
+    assert scorer(batch).schema == scorer(batch.slice(0, 0)).schema
+
+
+@every_format
+def test_earlier_scores_are_replaced(packs: dict[str, Path], tiny_pack: Path, form: str | None) -> None:
+    dataset = rows().with_format(form)
+    twice = dataset.map(SQSDScorer(packs["gpt2"]), batched=True).map(SQSDScorer(tiny_pack), batched=True)
+    once = dataset.map(SQSDScorer(tiny_pack), batched=True)
+    assert twice.column_names == once.column_names
+    assert table(twice).equals(table(once))
+
+
+def test_columns_of_other_names_can_be_named(tiny_pack: Path) -> None:
+    dataset = Dataset.from_dict({"q": ["2+2?", "And 3+3?"], "a": ["4", None]})
+    scored = dataset.map(SQSDScorer(tiny_pack, columns=Columns(prompt="q", answer="a")), batched=True)
+    assert scored["sqsd_status"][:] == ["scored", "no_answer"]
+    assert close(scored, SQSDScorer(tiny_pack).score([chat("2+2?", "4"), []]).risk)
+    with pytest.raises(InputError, match="No known row format fits the columns 'q', 'a'"):
+        dataset.map(SQSDScorer(tiny_pack), batched=True)
+
+
+def test_a_batch_without_any_conversation_is_read_as_the_batches_before(tiny_pack: Path) -> None:
+    scored = rows([*CONVERSATIONS[:2], None, None]).map(SQSDScorer(tiny_pack), batched=True, batch_size=2)
+    assert scored["sqsd_status"][:] == ["scored", "scored", "no_answer", "no_answer"]
+
+
+# ---------------------------------------------------------------------------------------------- wrong calls
+
+
+def pairs() -> Dataset:
+    return Dataset.from_dict({"instruction": ["2+2?"], "output": ["4"]})
+
+
+@pytest.mark.parametrize("form", [None, "numpy", "torch"])
+@pytest.mark.parametrize(
+    "make", [pairs, lambda: rows(CONVERSATIONS), lambda: rows([None])], ids=["pair", "chat", "none"]
+)
+@pytest.mark.parametrize("streamed", [False, True], ids=["stored", "streamed"])
+def test_a_single_row_is_one_sentence(
+    tiny_pack: Path, make: Callable[[], Dataset], form: str | None, streamed: bool
+) -> None:
+    dataset: Any = make().to_iterable_dataset() if streamed else make()
+    with pytest.raises(UsageError, match="call map with batched=True"):
+        list(dataset.with_format(form).map(SQSDScorer(tiny_pack)))
+
+
+@pytest.mark.parametrize("how", [{"with_indices": True}, {"input_columns": ["messages"]}], ids=str)
+def test_what_the_scorer_has_no_use_for_is_one_sentence(tiny_pack: Path, how: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"call map with.* without {next(iter(how))}"):
+        rows().map(SQSDScorer(tiny_pack), batched=True, **how)
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+@pytest.mark.parametrize(
+    ("named", "rank", "gpus", "device"),
+    [
+        (None, None, 0, "cpu"),
+        (None, 3, 0, "cpu"),
+        (None, None, 4, "cuda"),
+        (None, 0, 4, "cuda:0"),
+        (None, 5, 4, "cuda:1"),
+        ("cuda", 7, 4, "cuda:3"),
+        ("cuda:2", 1, 4, "cuda:2"),
+        ("cuda", 1, 0, "cuda"),
+        ("cpu", 1, 4, "cpu"),
+    ],
+)
+def test_processes_take_turns_on_the_gpus(
+    monkeypatch: pytest.MonkeyPatch, named: str | None, rank: int | None, gpus: int, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert choose_device(named, rank) == device
+
+
+def test_a_process_stays_on_the_gpu_of_its_rank(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    scorer = SQSDScorer(tiny_pack)
+    assert (scorer.device, scorer.dtype) == ("cuda", "bfloat16")
+    with pytest.raises(UsageError, match="The device 'cuda:1' can't be used"):
+        scorer({"messages": CONVERSATIONS}, 3)
+    assert pickle.loads(pickle.dumps(scorer)).device == "cuda"  # another process has a rank of its own
+
+
+def test_a_fork_that_can_not_use_its_parents_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, ...")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(UsageError, match=r"forked subprocess\): call multiprocess\.set_start_method\('spawn'\)"):
+        check_device("cuda")
+
+
+@pytest.mark.parametrize("with_rank", [False, True])
+def test_several_processes_give_the_same_scores(tiny_pack: Path, expected: np.ndarray, with_rank: bool) -> None:
+    scorer = SQSDScorer(tiny_pack)
+    scorer.engine  # noqa: B018  (a model that no other process may use)
+    scored = rows().map(scorer, batched=True, num_proc=2, batch_size=2, with_rank=with_rank)
+    assert scored["sqsd_status"][:] == STATUS and close(scored, expected)
+
+
+PROCESSES = """
+import os, sys
+import torch, multiprocess
+from datasets import Dataset
+from sqsd_filter import SQSDScorer
+from tests.tiny import chat
+
+def main(pack, how):
+    if how == "spawn":
+        multiprocess.set_start_method("spawn")
+    torch.set_num_threads(2)
+    (torch.ones(800, 800) @ torch.ones(800, 800)).sum()  # OpenMP has threads now, which a fork lacks
+    scorer, turns = SQSDScorer(pack), [chat(str(k), "a") for k in range(8)]
+    risk = scorer.score(turns).risk
+    if how == "bare fork":
+        for own in (scorer, SQSDScorer(pack)):
+            if (child := os.fork()) == 0:
+                os._exit(int((own.score(turns).risk != risk).any() or own.engine.workers != 2))
+            assert os.waitpid(child, 0)[1] == 0
+        return
+    scored = Dataset.from_dict({"messages": turns}).map(scorer, batched=True, num_proc=2, batch_size=2)
+    assert abs(risk - scored["sqsd_risk"][:]).max() <= 2e-6 and torch.get_num_threads() == 2
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fork", "bare fork", "spawn"])
+def test_processes_of_a_parent_that_has_computed_do_not_wait_for_its_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    large = {**tiny.ARCHITECTURES["llama"], "hidden_size": 256, "intermediate_size": 1024}  # worth several threads
+    monkeypatch.setitem(tiny.ARCHITECTURES, "llama", large)
+    pack = make_pack(tmp_path / "pack")
+    (tmp_path / "script.py").write_text(PROCESSES)
+    run_script(tmp_path / "script.py", str(pack), how)
+
+
+def run_script(*arguments: str | Path, **environment: str) -> str:
+    """What a Python of its own prints. Where it does not end, it goes with all of its processes."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, *map(str, arguments)]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            printed, _ = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0
+    return printed
+
+
+# ---------------------------------------------------------------------------------------------- the cache of datasets
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Dataset:
+    """Rows on disk: others are not cached."""
+    rows().save_to_disk(tmp_path / "rows")
+    return load_from_disk(tmp_path / "rows")
+
+
+def test_the_same_map_again_is_taken_from_the_cache(
+    stored: Dataset, tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = stored.map(SQSDScorer(tiny_pack), batched=True)
+    shutil.copytree(tiny_pack, tmp_path / "elsewhere")
+    monkeypatch.setattr(SQSDScorer, "score", None)  # the model is not asked again
+    again = stored.map(SQSDScorer(tmp_path / "elsewhere", device="cpu"), batched=True)
+    assert again.cache_files == first.cache_files != stored.cache_files
+    with pytest.raises(TypeError):
+        stored.map(SQSDScorer(tiny_pack, max_length=100), batched=True)
+
+
+def test_a_hash_is_the_same_for_the_same_content(tiny_pack: Path, tmp_path: Path) -> None:
+    scorer = SQSDScorer(tiny_pack)
+    new = Hasher.hash(scorer)
+    scorer({"messages": CONVERSATIONS[:2]}, 0)
+    shutil.copytree(tiny_pack, tmp_path / "copy")
+    same = [
+        scorer,
+        scorer.on_device("cpu", gpus=0.5),
+        pickle.loads(pickle.dumps(scorer)),
+        SQSDScorer(tmp_path / "copy"),
+        SQSDScorer(str(tiny_pack), device="cpu", dtype="float32", max_length=256, columns=Columns()),
+        SQSDScorer(tiny_pack, token_budget=100, attention="eager", trust_remote_code=True),
+    ]
+    assert {Hasher.hash(other) for other in same} == {new}
+
+
+def test_a_hash_is_the_same_in_another_process(tiny_pack: Path) -> None:
+    code = (
+        "import sys; from sqsd_filter import SQSDScorer; scorer = SQSDScorer(sys.argv[1])\n"
+        "from datasets.fingerprint import Hasher; print(Hasher.hash(scorer))"  # imported after the scorer was made
+    )
+    assert run_script("-c", code, str(tiny_pack), PYTHONHASHSEED="7").split() == [Hasher.hash(SQSDScorer(tiny_pack))]
+
+
+def changed(folder: Path, file: str) -> None:
+    """One bit of a file's last byte."""
+    data = bytearray((folder / file).read_bytes())
+    data[-1] ^= 1
+    (folder / file).write_bytes(data)
+
+
+def test_a_hash_is_another_for_another_content(packs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(packs["llama"], pack := tmp_path / "pack")
+    (pack / "pack.json").write_text((pack / "pack.json").read_text().replace(str(packs["llama"]), str(pack)))
+
+    def hashes() -> Iterator[str]:
+        yield Hasher.hash(SQSDScorer(pack))
+        changed(pack, "danger/adapter_model.safetensors")
+        yield Hasher.hash(SQSDScorer(pack))
+        changed(pack, "base/model.safetensors")
+        yield Hasher.hash(SQSDScorer(pack))
+        yield Hasher.hash(SQSDScorer(packs["gpt2"]))
+        for settings in ({"dtype": "bfloat16"}, {"max_length": 100}, {"columns": Columns(messages="chat")}):
+            yield Hasher.hash(SQSDScorer(pack, **settings))
+
+    assert len(set(hashes())) == 7
+
+
+def test_a_dtype_that_the_device_decides_counts(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu, half = Hasher.hash(SQSDScorer(tiny_pack)), Hasher.hash(SQSDScorer(tiny_pack, dtype="bfloat16"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert Hasher.hash(SQSDScorer(tiny_pack)) == half != on_cpu
+
+
+def test_a_loaded_scorer_pickles_without_its_model(tiny_pack: Path) -> None:
+    scorer = SQSDScorer(tiny_pack)
+    before = pickle.dumps(scorer)
+    risk = scorer({"messages": CONVERSATIONS[:1]})["sqsd_risk"]
+    assert pickle.dumps(scorer) == before
+    assert pickle.loads(before)({"messages": CONVERSATIONS[:1]})["sqsd_risk"] == risk
