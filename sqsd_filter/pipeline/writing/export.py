@@ -161,38 +161,6 @@ class Lines:
         members = pa.table(new).take(where).to_pylist()
         return [splice(line, row, replaced) for line, row in zip(found, members, strict=True)]
 
-    def bad(self, where: np.ndarray) -> pa.Table:
-        scored, chunk = self.scored, self.chunk
-        columns = {"sqsd_status": _statuses(scored, chunk, where), **_origin(scored, chunk, where)}
-        scores, others = _earlier_columns(chunk.table.schema)
-        return _with_columns(_without(chunk.table, [*scores, *others]).take(where), columns)
-
-
-class Lines:
-    """A chunk's rows as lines of JSON: the input's own, byte for byte, where it was JSON Lines.
-
-    Weights join the lines of rows, scores only `with_scores`; reasons stand in a file of their own. A record that could
-    not be read is a line of its bytes, or where those have a newline their text in an object.
-    """
-
-    def __init__(self, scored: Scored, chunk: Chunk, weights: np.ndarray | None, with_scores: bool) -> None:
-        self.scored, self.chunk, self.weights, self.with_scores = scored, chunk, weights, with_scores
-        self.old_scores, self.old_others = _earlier_columns(chunk.table.schema)
-
-    def good(self, where: np.ndarray) -> list[bytes]:
-        start, count = self.chunk.start, self.chunk.table.num_rows
-        new = {
-            **(_scores(self.scored, start, count) if self.with_scores else {}),
-            **_weights(self.weights, start, count),
-        }
-        old = [*self.old_others, *(self.old_scores if self.scored.probes or not self.with_scores else [])]
-        found = self._lines(where, old)
-        if not new:
-            return found
-        old += [name for name in new if name in self.chunk.table.column_names]
-        members = pa.table(new).take(where).to_pylist()
-        return [splice(line, row, old) for line, row in zip(found, members, strict=True)]
-
     def bad(self, where: np.ndarray) -> list[bytes]:
         raws = _origin(self.scored, self.chunk, where)[RAW].to_pylist()
         found = zip(self._lines(where, [*self.old_scores, *self.old_others]), raws, strict=True)

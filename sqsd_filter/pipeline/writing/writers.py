@@ -222,6 +222,7 @@ class Files:
             for number, (temporary, rows) in enumerate(zip(self._temporaries, self._rows, strict=True)):
                 with temporary.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()  # the Hub's name for it, too
+                    os.fsync(file.fileno())
                 path, size = self._path(f"{number:05d}", f"{len(self._rows):05d}"), temporary.stat().st_size
                 temporary.replace(self._root / path)
                 found.append({"path": path, "rows": rows, "bytes": size, "sha256": digest})
