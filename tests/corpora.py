@@ -53,7 +53,8 @@ def split_file(dest: Path, split: str) -> Path:
 
 def rows_of(dest: Path, split: str) -> list[dict[str, Any]]:
     """The rows as they were in the input: what no Arrow type holds is stored as JSON."""
-    return list(to_rows(pq.read_table(split_file(dest, split))))
+    files = [dest / file["path"] for file in read_report(dest)["files"] if file["config"] == split]
+    return [row for file in files for row in to_rows(pq.read_table(file))]
 
 
 def ids_of(dest: Path, split: str = "kept") -> list[int]:

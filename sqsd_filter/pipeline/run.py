@@ -316,8 +316,10 @@ def _datasets(sources: Sequence[Source]) -> list[dict[str, Any]]:
 
 
 def _originals(sources: Sequence[Source]) -> dict[str, str]:
-    """The cards of the datasets among the sources, by their names."""
-    return dict(source.card for source in sources if source.card is not None)
+    """The cards of the datasets among the sources, by their names; an empty one for what has none beside them."""
+    cards = dict(source.card for source in sources if source.card is not None)
+    bare = any(source.card is None and source.dataset is None for source in sources)
+    return {**cards, "the other files": ""} if cards and bare else cards
 
 
 def _about(scorer: SQSDScorer) -> dict[str, Any]:
