@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.pipeline.reading.spool import as_it_is, format_of, stored
 from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Cut, cut_rows
-from sqsd_filter.pipeline.spool import as_it_is, format_of, stored
 from sqsd_filter.scoring.conversation import SCORED
 
 if TYPE_CHECKING:

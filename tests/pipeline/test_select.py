@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 
 from sqsd_filter import select
 from sqsd_filter.errors import InputError, SQSDError, UsageError
-from sqsd_filter.pipeline import spool
+from sqsd_filter.pipeline.reading import spool
 
 RISK = [0.5, 0.1, 0.9, 0.5, None, 0.5, -0.2]
 CUTS: list[tuple[dict[str, Any], list[list[int]]]] = [

@@ -30,7 +30,8 @@ from sqsd_filter.pipeline.patience import patiently
 from sqsd_filter.pipeline.reading.files import LocalFile, RemoteFile, unreadable
 from sqsd_filter.pipeline.reading.formats import Reader, kind, open_file
 from sqsd_filter.pipeline.reading.repositories import HUB, Repository, quiet_datasets
-from sqsd_filter.pipeline.reading.table_formats import DatasetTable, Parquet, SavedDataset
+from sqsd_filter.pipeline.reading.spool import stored
+from sqsd_filter.pipeline.reading.table_formats import DatasetTable, SavedDataset
 from sqsd_filter.pipeline.reading.text_formats import JsonLines, TextFile
 
 SPLIT = "train"  # of rows that have no split of their own
@@ -132,10 +133,10 @@ class Opener:
             yield Source(open_file(repository.file(found)), f"{repository.spec}/{found}", dataset=about, card=card)
 
     def _stdin(self) -> JsonLines:
-        stored = self._room() / "stdin.jsonl"
-        with stored.open("wb") as sink:
+        path = self._room() / "stdin.jsonl"
+        with path.open("wb") as sink:
             shutil.copyfileobj(sys.stdin.buffer, sink, 1 << 20)
-        return JsonLines(LocalFile(stored, STDIN))
+        return JsonLines(LocalFile(path, STDIN))
 
     def _room(self) -> Path:
         return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sqsd-filter-")))
@@ -150,22 +151,8 @@ class Opener:
         if not isinstance(given, Dataset | IterableDataset):
             raise InputError(f"A {type(given).__name__} can't be filtered: give paths, or a dataset of `datasets`.")
         split = str(given.split) if given.split is not None else SPLIT
-        stored = DatasetTable("the dataset", given) if isinstance(given, Dataset) else self._stored(given)
-        yield Source(stored, "", split if re.fullmatch(r"\w+", split) else SPLIT)
-
-    def _stored(self, dataset: Any) -> Reader:
-        """An iterable's rows in a file: they are gone through more than once."""
-        import pyarrow.parquet as pq
-        from datasets import Dataset
-
-        if dataset.features is None:  # then `datasets` finds the types out
-            room = {"cache_dir": str(self._room()), "split": str(dataset.split or SPLIT)}
-            return DatasetTable("the dataset", Dataset.from_generator(dataset.__iter__, **room))
-        path, schema = self._room() / "rows.parquet", dataset.features.arrow_schema
-        with pq.ParquetWriter(path, schema) as sink:
-            for table in dataset.with_format("arrow").iter(batch_size=1000):
-                sink.write_table(table.select(schema.names).cast(schema))
-        return Parquet(LocalFile(path, "the dataset"))
+        rows = given if isinstance(given, Dataset) else stored(given, folder=self._room())  # to be read several times
+        yield Source(DatasetTable("the dataset", rows), "", split if re.fullmatch(r"\w+", split) else SPLIT)
 
 
 def _of_repository(repository: Repository, part: str) -> Iterator[Source]:

@@ -33,19 +33,22 @@ def as_it_is(stream: IterableDataset) -> IterableDataset:
     return stream.with_format("arrow" if stream._ex_iterable.iter_arrow else None)
 
 
-def stored(stream: IterableDataset, check: Callable[[list[str]], None]) -> Dataset:
-    """The rows of a stream in a file of the cache of `datasets`, which goes when this process ends.
+def stored(
+    stream: IterableDataset, check: Callable[[list[str]], None] = lambda _: None, folder: Path | None = None
+) -> Dataset:
+    """The rows of a stream in a file in `folder`, or in the cache of `datasets` until this process ends.
 
     `check` is told the columns as soon as they are known, and may raise. Raises `InputError` where the values of a
     column have types that don't go together, `SQSDError` where the disk refuses.
     """
     from datasets import Dataset, config
 
-    features, cache = stream.features, Path(config.HF_DATASETS_CACHE)
+    features, cache = stream.features, Path(folder or config.HF_DATASETS_CACHE)
     with _disk(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="sqsd-select-", dir=cache))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        if folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="sqsd-select-", dir=cache))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
     files = _Files(folder, features and features.arrow_schema)
     for table in _tables(stream):
         check(table.column_names)
