@@ -112,6 +112,7 @@ def summary(report: Mapping[str, Any], dest: object) -> str:
         published = report.get("published", {})
         name = published.get("repo", dest) if "://" in str(dest) else dest
         load = load_calls(report, json.dumps(str(name), ensure_ascii=False)) if "://" not in str(name) else {}
+        load = {what: call for what, call in load.items() if name == dest or what in published["rows"]}
         shown = {what: f"   {load[what]}" if rows[what] and what in load else "" for what in ("kept", "dropped")}
         lines.append(f"  kept     {rows['kept']:>9,}{shown['kept']}")
         lines.append(f"  dropped  {rows['dropped']:>9,}{shown['dropped']}" + (cut if rows["dropped"] else ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from sqsd_filter.pipeline.folder import Folder
+from sqsd_filter.pipeline.job import stage_of
 from sqsd_filter.pipeline.reading.addresses import Opener, expand
 from sqsd_filter.pipeline.scan import Scan, as_list
 from sqsd_filter.pipeline.scores.store import ScoreStore
+from sqsd_filter.pipeline.writing.destination import without
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.conversation import RowError
 from sqsd_filter.scoring.row_formats import Columns
@@ -34,20 +37,21 @@ def estimate(
 ) -> dict[str, Any]:
     """What a run into `dest` would cost, without writing anything: tokens from `sample` of the rows that have no score
     yet, there or in `score_store`, and seconds from scoring `timed` of them."""
+    target = stage_of(str(dest)) / "out" if "://" in str(dest) else Path(dest)
+    homes = [target / "sqsd", Path(f"{target}.sqsd")]
     with closing(Opener(streaming=streaming)) as opener:
-        scan = Scan(opener.open(expand(as_list(sources))), columns or scorer.columns, limit, progress or Silent())
-        return _estimate(scan, dest, scorer, score_store, sample, timed)
+        given = without(target, homes, expand(as_list(sources)))
+        scan = Scan(opener.open(given), columns or scorer.columns, limit, progress or Silent())
+        stores = [*(home / "scores" for home in homes), *([score_store] if score_store is not None else [])]
+        return _estimate(scan, scorer, stores, sample, timed)
 
 
-def _estimate(
-    scan: Scan, dest: str | Path, scorer: SQSDScorer, score_store: str | Path | None, sample: int, timed: int
-) -> dict[str, Any]:
+def _estimate(scan: Scan, scorer: SQSDScorer, stores: Sequence[str | Path], sample: int, timed: int) -> dict[str, Any]:
     all_of = scan.index.conversations
     settled = np.zeros(len(all_of.keys), dtype=bool)
-    for place in (Path(dest, "sqsd", "scores"), Path(f"{dest}.sqsd", "scores"), score_store):
-        if place is not None:
-            store = ScoreStore(Folder(place), scorer.settings(), [p.name for p in scorer.pack.probes])
-            settled |= store.lookup(all_of.keys).settled
+    for place in stores:
+        store = ScoreStore(Folder(place), scorer.settings(), [p.name for p in scorer.pack.probes])
+        settled |= store.lookup(all_of.keys).settled
     wanted = np.sort(all_of.first[~settled])
     chosen = set(wanted[np.linspace(0, len(wanted) - 1, min(sample, len(wanted))).astype(int)].tolist())
     turns = [

@@ -5,20 +5,28 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sqsd_filter.errors import SQSDError, UsageError
 from sqsd_filter.pipeline.engines import Engine
 from sqsd_filter.pipeline.publishing.bucket import Bucket
 from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.publishing.target import Finished, Target, run_id
+from sqsd_filter.pipeline.reading.addresses import Source
 from sqsd_filter.pipeline.reading.repositories import HUB
 from sqsd_filter.pipeline.writing.card import card_text, write_card
-from sqsd_filter.pipeline.writing.destination import LOCK_FILE, REPORT_FILE, Destination, _read_json
+from sqsd_filter.pipeline.writing.destination import (
+    LOCK_FILE,
+    REPORT_FILE,
+    RUN_FILE,
+    Destination,
+    _read_json,
+    take_lock,
+)
 from sqsd_filter.pipeline.writing.report import versions, write_report
 from sqsd_filter.progress import Meter
 from sqsd_filter.scoring.weights import cache_dir
@@ -32,33 +40,59 @@ class Outlet:
     place: Destination
     target: Target | None = None
     stage: Path | None = None
+    lock: IO[str] | None = None  # on the stage
     has_card: bool = True
 
     @classmethod
     def of(cls, dest: str | Path, overwrite: bool, push: PushTo | None) -> Outlet:
         """Raises `SQSDError` where the run can't go there, as far as can be told before its work."""
         target: Target | None = push and replace(push, overwrite=overwrite or push.overwrite)
-        stage = None
+        stage, lock = None, None
         if "://" in str(dest):
             url = str(dest)
             there = PushTo.at(url, overwrite=overwrite) if url.startswith(HUB) else None
-            if push is not None and push.repo != (there and there.repo):
+            same = there is not None and push is not None and there.repo == push.repo
+            if push is not None and not (same and there and there.revision in (None, push.revision)):
                 raise UsageError(f"{url} and {push.repo} are two destinations: give a folder, and push to one of them.")
             target = target or there or Bucket(url, overwrite=overwrite)
-            stage = cache_dir() / "stages" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+            stage = stage_of(url)
         if target is not None:
             target.check()
         if stage is not None:
             stage.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(stage / LOCK_FILE, dest)
         folder = Path(dest) if stage is None else stage / "out"
         place = Destination(folder, lambda root: root / "sqsd", overwrite=overwrite or stage is not None)
-        return cls(place, target, stage)
+        return cls(place, target, stage, lock)
+
+    def spare(self, sources: Iterable[Source]) -> None:
+        """Raise `DestinationExists` for a source that would be lost with what is replaced, `UsageError` for a folder
+        that the output would become a part of."""
+        for source in sources:
+            for root in source.roots:
+                if self.target is not None:
+                    self.target.spare(root)
+                if self.stage is not None or "://" in root:
+                    continue
+                self.place.spare([root])
+                target = self.place.target.resolve()
+                if Path(root).is_dir() and target.is_relative_to(Path(root).resolve()):
+                    raise UsageError(
+                        f"{self.place.target} lies in the source {root}, and would be read with it the next time: "
+                        "choose a destination outside."
+                    )
 
     def close(self) -> None:
-        """Strike a stage on which there is nothing to go on from, and nobody at work."""
-        place = self.place
-        if self.stage is not None and not place.holds_work() and not (place.home / LOCK_FILE).exists():
+        """Strike a stage on which there is nothing to go on from, and let others have it."""
+        if self.stage is not None and not self.place.holds_work():
             shutil.rmtree(self.stage, ignore_errors=True)
+        if self.lock is not None:
+            self.lock.close()
+
+
+def stage_of(url: str) -> Path:
+    """Where the run to a URL stands until all of it has arrived there."""
+    return cache_dir() / "stages" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
 
 
 @dataclass
@@ -76,7 +110,7 @@ class Job:
     started: float
     facts: dict[str, Any] = field(default_factory=dict)
     engine: Engine | None = None
-    originals: Mapping[str, str] = field(default_factory=dict)
+    originals: Sequence[tuple[str, str]] = ()
 
     def carry_out(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Claim the destination, do the work, leave a report whatever happens, publish. Returns the report.
@@ -85,8 +119,8 @@ class Job:
         """
         place, target, stage = self.outlet.place, self.outlet.target, self.outlet.stage
         try:
-            report = target.published(run_id(self.identity)) if target is not None and stage is not None else None
-            if report is not None:
+            report = target.published(run_id(self.identity)) if target is not None else None
+            if report is not None and stage is not None:
                 report["already_done"] = True
             else:
                 report = self._on_disk(work)
@@ -117,8 +151,10 @@ class Job:
         if target.published(run) is not None:
             return report
         self.meter.start("publishing", None)
-        files = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
-        files = {name: path for name, path in files.items() if path.name != LOCK_FILE}
+        home = self.outlet.place.home
+        names = [*(file["path"] for file in report["files"]), *report["extra_files"]]
+        own = [home / RUN_FILE, home / REPORT_FILE, *sorted((home / "scores").glob("[!.]*"))]
+        files = {name: root / name for name in names} | {str(path.relative_to(root)): path for path in own}
 
         def card(told: Mapping[str, Any], name: str) -> str:
             return card_text(told, self.originals, name)

@@ -215,6 +215,7 @@ def _score_and(
         place.keep_out(shared.local)
     with closing(outlet), closing(Opener(streaming=work.streaming)) as opener:
         sources = opener.open(place.others(expand(as_list(work.sources))))
+        outlet.spare(sources)
         scan = Scan(sources, work.columns or work.scorer.columns, work.limit, meter, work.per_group)
         look_at(scan.corpus)
         scorer = engine.place(work.scorer)
@@ -269,6 +270,7 @@ def select_dataset(
             index = ColumnIndex()
             corpus, groups = read_once(opened, index.visit, ["sqsd_risk", "sqsd_status"], per_group, meter)
             scored, identity, facts = index.scored(corpus, groups), {"inputs": corpus.inputs}, {}
+        outlet.spare(opened)
         check_columns(scored.corpus, product.output)
         facts |= {"datasets": _datasets(opened)}
         identity = {**identity, **product.identity()}
@@ -315,11 +317,11 @@ def _datasets(sources: Sequence[Source]) -> list[dict[str, Any]]:
     return [about for k, about in enumerate(found) if about not in found[:k]]
 
 
-def _originals(sources: Sequence[Source]) -> dict[str, str]:
-    """The cards of the datasets among the sources, by their names; an empty one for what has none beside them."""
-    cards = dict(source.card for source in sources if source.card is not None)
+def _originals(sources: Sequence[Source]) -> list[tuple[str, str]]:
+    """Name and text of the cards of the datasets among the sources; an empty one for what has none beside them."""
+    cards = list(dict.fromkeys(source.card for source in sources if source.card is not None))
     bare = any(source.card is None and source.dataset is None for source in sources)
-    return {**cards, "the other files": ""} if cards and bare else cards
+    return [*cards, ("the other files", "")] if cards and bare else cards
 
 
 def _about(scorer: SQSDScorer) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Scan:
         progress: Progress,
         per_group: str | None = None,
     ) -> None:
-        self.specs = [source.spec for source in sources]
+        self.specs = [source.spec for source in sources if source.spec is not None]
         self.form = columns.choose(peek(sources))
         self.limit, self.progress = limit, progress
         progress.note(f"reading rows as {self.form}")

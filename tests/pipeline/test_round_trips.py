@@ -19,6 +19,9 @@ import pytest
 from sqsd_filter import PushTo, SQSDScorer, filter_dataset, select_dataset
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
+from sqsd_filter.pipeline.forecast import estimate
+from sqsd_filter.pipeline.job import stage_of
+from sqsd_filter.pipeline.writing.destination import take_lock
 from tests.corpora import make_rows, write_jsonl
 from tests.hub import Hub
 
@@ -247,3 +250,68 @@ def test_what_can_not_be_published_is_refused_before_scoring(
     write_jsonl(folder / "in.jsonl", make_rows(4))
     with pytest.raises(UsageError, match=said):
         filter_dataset("in.jsonl", drop_top="10%", **arguments)
+
+
+def corpus(where: str, *, parts: int = 2) -> None:
+    """A folder that `datasets` reads: the split train in several files, and typed by its card."""
+    Path(where).mkdir()
+    for k in range(parts):
+        write_jsonl(Path(where) / f"train-{k}.jsonl", make_rows(30)[k * 10 : k * 10 + 10])
+
+
+def test_another_cut_of_a_run_over_a_split_in_several_files(scorer: SQSDScorer, hub: Hub) -> None:
+    corpus("in", parts=3)
+    datasets.load_dataset("in").push_to_hub("org/in", num_shards={"train": 3})
+    for number, given in enumerate(["in", "in:default/train", "org/in", ["in", "in"]]):
+        filter_dataset(given, f"out-{number}", drop_top="10%", scorer=scorer)
+        report = select_dataset(f"out-{number}", f"cut-{number}", drop_top="20%")
+        assert report["rows"]["dropped"] == (12 if isinstance(given, list) else 6)
+
+
+def test_an_input_is_never_replaced(scorer: SQSDScorer, folder: Path) -> None:
+    corpus("in")
+    Path("in/README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: id\n    dtype: int64\n  - name: "
+        "instruction\n    dtype: string\n  - name: output\n    dtype: string\n---\n"
+    )
+    before = {path: path.read_bytes() for path in Path("in").iterdir()}
+    for given, dest in [("in", "in"), (f"file://{folder}/in/train-0.jsonl", "in"), ("in/*.jsonl", "in")]:
+        with pytest.raises(DestinationExists, match="which --overwrite would delete"):
+            filter_dataset(given, dest, drop_top="10%", scorer=scorer, overwrite=True)
+    assert {path: path.read_bytes() for path in Path("in").iterdir()} == before
+
+
+def test_a_destination_inside_a_source_folder_is_refused(scorer: SQSDScorer) -> None:
+    corpus("in")
+    with pytest.raises(UsageError, match="in/out lies in the source in, and would be read with it"):
+        filter_dataset("in", "in/out", drop_top="10%", scorer=scorer)
+    Path("plain").mkdir()
+    write_jsonl(Path("plain/a.jsonl"), make_rows(20))
+    filter_dataset("plain/*.jsonl", "plain/out", drop_top="10%", scorer=scorer, to="jsonl")
+    with pytest.raises(InputError, match="plain holds out, which was filtered before"):
+        filter_dataset("plain", "other", drop_top="10%", scorer=scorer)
+
+
+def test_one_stage_and_one_place_have_one_run_at_a_time(scorer: SQSDScorer, folder: Path) -> None:
+    write_jsonl(folder / "in.jsonl", make_rows(20))
+    filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)
+    for dest, more in (("memory://bucket/x", {}), ("out", {"overwrite": True})):
+        lock = stage_of(dest) / "lock" if "://" in dest else Path("out/sqsd/lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = take_lock(lock, dest)
+        with pytest.raises(DestinationExists, match="right now: wait for it"):
+            filter_dataset("in.jsonl", dest, drop_top="10%", scorer=scorer, **more)
+        held.close()
+
+
+def test_another_run_in_the_repository_is_found_before_scoring(scorer: SQSDScorer, hub: Hub, folder: Path) -> None:
+    write_jsonl(folder / "in.jsonl", make_rows(20))
+    filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer, push=PushTo("org/out"))
+    with pytest.raises(DestinationExists, match="org/out holds another run"):
+        filter_dataset("in.jsonl", "other", drop_top="10%", scorer=scorer, push=PushTo("org/out"))
+    assert not Path("other/data").exists()
+
+
+def test_a_forecast_is_made_for_a_url_too(scorer: SQSDScorer, folder: Path) -> None:
+    write_jsonl(folder / "in.jsonl", make_rows(20))
+    assert estimate("in.jsonl", "memory://bucket/out", scorer)["to_score"] == 20

@@ -9,7 +9,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from sqsd_filter.errors import SQSDError
+from sqsd_filter.errors import DestinationExists, SQSDError
 from sqsd_filter.pipeline.folder import connect, first_line
 from sqsd_filter.pipeline.patience import patiently
 from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished, judge, marker
@@ -27,6 +27,14 @@ class Bucket:
     def check(self) -> None:
         self._judge(None)
 
+    def spare(self, given: str) -> None:
+        """Raise `DestinationExists` for a URL below this one, which --overwrite would delete."""
+        inside = given.partition("?")[0].startswith(self.url.partition("?")[0].rstrip("/") + "/")
+        if self._overwrite and inside:
+            raise DestinationExists(
+                f"{self.url} holds the input {given}, which --overwrite would delete: choose another destination."
+            )
+
     def published(self, run: str) -> dict[str, Any] | None:
         known = self._judge(run)
         if known.get("run") != run or not known.get("complete"):
@@ -38,15 +46,17 @@ class Bucket:
         known = self._judge(finished.run)
         there = self._sizes()
         begun = known.get("run") == finished.run
+        ours = finished.files.keys() | {MARKER}
+        stale = (there.keys() if self._overwrite else set(known.get("files", []))) - ours
         rows = [str(file["config"]) for file in finished.report["files"]]
-        self._write(MARKER, marker(finished.run, rows, complete=False))
+        self._write(MARKER, marker(finished.run, rows, ours | stale, complete=False))
         for name, path in finished.files.items():
             # a report has times in it: the same run leaves other bytes
             if not (begun and name != REPORT and there.get(name) == path.stat().st_size):
                 self._write(name, path)
-        for name in there.keys() - finished.files.keys() - {MARKER}:
+        for name in sorted(stale & there.keys()):
             self._patiently(lambda name=name: self._fs.delete_file(f"{self._root}/{name}"))
-        self._write(MARKER, marker(finished.run, rows, complete=True))
+        self._write(MARKER, marker(finished.run, rows, ours, complete=True))
         return {"url": self.url}
 
     def _judge(self, run: str | None) -> dict[str, Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +18,18 @@ from sqsd_filter.pipeline.writing.export import CONFIGS, REASONS
 
 _MOVED_ON = (409, 412)  # somebody else committed in between
 _GITS_OWN = ".gitattributes"
-_ALONG = "sqsd/risk.png"  # of the folder sqsd/; the report is written anew
+_PROPOSALS = 20  # so many of the latest pull requests are looked at
 
 
 @dataclass(frozen=True)
 class _There:
-    """A repository as it is now; `commit` is None where there is none."""
+    """A repository as it is now; `commit` is None where there is none, `known` is what its marker says."""
 
     commit: str | None
     names: frozenset[str]
     known: Mapping[str, Any]
     private: bool
+    has_branch: bool = True  # where False, the branch will be made as a copy of this
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,14 @@ class PushTo:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.repo):
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(self.repo)
+        except HFValidationError as problem:
+            raise UsageError(f"'{self.repo}' is no repository to push to ({problem}).") from problem
+        if "/" not in self.repo:
             raise UsageError(f"'{self.repo}' is no repository to push to: write ORG/NAME.")
         if unknown := sorted(set(self.rows or ()) - set(CONFIGS)):
             raise UsageError(f"There are no rows '{unknown[0]}' to push: choose from {', '.join(CONFIGS)}.")
@@ -60,6 +66,8 @@ class PushTo:
     def at(cls, url: str, *, revision: str | None = None, **how: Any) -> PushTo:
         """The repository at hf://datasets/org/name or hf://datasets/org/name@branch."""
         repo, _, branch = url.removeprefix(HUB).rstrip("/").partition("@")
+        if branch and revision not in (None, branch):
+            raise UsageError(f"{url} and the revision {revision} are two places: give one of them.")
         return cls(repo, revision=branch or revision, **how)
 
     def check(self) -> None:
@@ -69,24 +77,50 @@ class PushTo:
             patiently(HfApi().whoami)
         self._look(None)
 
+    def spare(self, given: str) -> None:
+        """A commit deletes nothing for good, and what is read of the Hub is read at a commit."""
+
     def published(self, run: str) -> dict[str, Any] | None:
         there = self._look(run)
-        if there.known.get("run") != run or set(self._rows(there)) - set(there.known["rows"]):
-            return None
         with self._told():
-            report: dict[str, Any] = json.loads(self._read(REPORT, there.commit))
-            return report
+            proposed = self._proposals() if self.create_pr and there.commit is not None else []
+            for known, commit in [(there.known, there.commit), *proposed]:
+                if known.get("run") == run and sorted(self._rows(there)) == known["rows"]:
+                    report: dict[str, Any] = json.loads(self._read(REPORT, commit))
+                    return report
+        return None
+
+    def _proposals(self) -> list[tuple[Mapping[str, Any], str]]:
+        """What the markers of the latest pull requests say, each with its commit."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        refs = patiently(lambda: HfApi().list_repo_refs(self.repo, repo_type="dataset", include_pull_requests=True))
+        found: list[tuple[Mapping[str, Any], str]] = []
+        for ref in (refs.pull_requests or [])[-_PROPOSALS:]:
+            with suppress(RemoteEntryNotFoundError):
+                stored = self._read(MARKER, ref.target_commit)
+                found.append((judge(self.repo, [], stored, None, overwrite=True), ref.target_commit))
+        return found
 
     def publish(self, finished: Finished) -> dict[str, Any]:
         from huggingface_hub import HfApi
+        from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
         new: dict[str, Any] = {"repo_type": "dataset", "exist_ok": True}
-        private = self._look(finished.run).private
-        with self._told():
-            patiently(lambda: HfApi().create_repo(self.repo, private=private, **new))
-            if self.revision is not None:
-                patiently(lambda: HfApi().create_branch(self.repo, branch=str(self.revision), **new))
-            return patiently(lambda: self._commit(finished, self._look(finished.run)), also=_MOVED_ON)
+        there, shown = self._look(finished.run), not are_progress_bars_disabled()
+        disable_progress_bars()
+        try:
+            with self._told():
+                patiently(lambda: HfApi().create_repo(self.repo, private=there.private, **new))
+                if self.revision is not None:
+                    patiently(lambda: HfApi().create_branch(self.repo, branch=str(self.revision), **new))
+                # what a new branch has of the one it was made from is not to be kept
+                at = self if there.has_branch else replace(self, overwrite=True)
+                return patiently(lambda: at._commit(finished, at._look(finished.run)), also=_MOVED_ON)
+        finally:
+            if shown:
+                enable_progress_bars()
 
     def _look(self, run: str | None) -> _There:
         from huggingface_hub import HfApi
@@ -96,10 +130,11 @@ class PushTo:
             return patiently(lambda: HfApi().dataset_info(self.repo, revision=revision))
 
         with self._told():
+            has_branch = True
             try:
                 info = look(self.revision)
             except RevisionNotFoundError:
-                info = look(None)  # from which the branch will be made
+                info, has_branch = look(None), False
             except GatedRepoError:
                 raise
             except RepositoryNotFoundError:
@@ -108,6 +143,8 @@ class PushTo:
                 found, asked = ("private", "public") if info.private else ("public", "private")
                 raise UsageError(f"{self.repo} is {found} already: leave out --{asked}, or change it on its page.")
             names = frozenset(s.rfilename for s in info.siblings) - {_GITS_OWN}
+            if not has_branch:
+                return _There(info.sha, names, {}, bool(info.private), has_branch)
             stored = self._read(MARKER, info.sha) if MARKER in names else None
             known = judge(self.repo, names, stored, run, overwrite=self.overwrite)
             return _There(info.sha, names, known, bool(info.private))
@@ -128,11 +165,12 @@ class PushTo:
 
         rows = self._rows(there)
         content = self._content(finished, rows)
+        stale = there.names & (there.names if self.overwrite else set(there.known.get("files", []))) - content.keys()
         made = HfApi().create_commit(
             self.repo,
             [
                 *(CommitOperationAdd(name, data) for name, data in content.items()),
-                *(CommitOperationDelete(name, is_folder=False) for name in sorted(there.names - content.keys())),
+                *(CommitOperationDelete(name, is_folder=False) for name in sorted(stale)),
             ],
             commit_message="Add {kept} of {total} rows, filtered by risk".format(**finished.report["rows"]),
             repo_type="dataset",
@@ -146,16 +184,17 @@ class PushTo:
         """What the repository is to hold: the rows meant for it, a card and a report that tell of no others' place."""
         withheld = {file["path"] for file in finished.report["files"] if file["config"] not in rows}
         withheld |= set() if "errors" in rows else {REASONS}
-        files = [file for file in finished.report["files"] if file["path"] not in withheld]
-        report = _without_paths({**finished.report, "files": files})
-        content: dict[str, bytes | Path] = {
-            name: path
-            for name, path in finished.files.items()
-            if name not in withheld and (name == _ALONG or not name.startswith("sqsd/"))
+        report = {
+            **finished.report,
+            "files": [file for file in finished.report["files"] if file["path"] not in withheld],
+            "extra_files": [name for name in finished.report["extra_files"] if name not in withheld],
         }
+        report = _without_paths(report)
+        names = [*(file["path"] for file in report["files"]), *report["extra_files"]]
+        content: dict[str, bytes | Path] = {name: finished.files[name] for name in names}
         content["README.md"] = finished.card(report, self.repo).encode()
         content[REPORT] = (json.dumps(report, indent=2) + "\n").encode()
-        content[MARKER] = marker(finished.run, rows, complete=True)
+        content[MARKER] = marker(finished.run, rows, [*content, MARKER], complete=True)
         return content
 
     @contextmanager
@@ -180,9 +219,11 @@ class PushTo:
 
 
 def _without_paths(value: Any) -> Any:
-    """The value with the last part in the place of each absolute path of this machine."""
+    """The value with the last part in the place of each path of this machine; the values of groups are no paths."""
     if isinstance(value, Mapping):
-        return {key: _without_paths(item) for key, item in value.items()}
+        return {key: item if key == "groups" else _without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_without_paths(item) for item in value]
-    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
+    if isinstance(value, str) and (value.startswith(("/", "~", "file:")) or ".." in value.split("/")):
+        return value.rstrip("/").rpartition("/")[2]
+    return value

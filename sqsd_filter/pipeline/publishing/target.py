@@ -35,6 +35,9 @@ class Target(Protocol):
     def check(self) -> None:
         """Raise `SQSDError` where it can't be written to, or holds what is not of this tool, before any work."""
 
+    def spare(self, given: str) -> None:
+        """Raise `DestinationExists` for a source that would be lost there."""
+
     def published(self, run: str) -> dict[str, Any] | None:
         """The report of this run if all of it is there. Raises `DestinationExists` where another one is."""
 
@@ -47,8 +50,10 @@ def run_id(identity: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def marker(run: str, rows: Iterable[str], *, complete: bool) -> bytes:
-    return (json.dumps({"run": run, "rows": sorted(set(rows)), "complete": complete}) + "\n").encode()
+def marker(run: str, rows: Iterable[str], files: Iterable[str], *, complete: bool) -> bytes:
+    """What tells this run's files from anybody else's."""
+    known = {"run": run, "rows": sorted(set(rows)), "files": sorted(files), "complete": complete}
+    return (json.dumps(known) + "\n").encode()
 
 
 def judge(
@@ -59,10 +64,7 @@ def judge(
     Raises `DestinationExists`, unless it may be overwritten, for a place with `names` in it but no marker, or with that
     of another run.
     """
-    try:
-        known: dict[str, Any] = json.loads(stored) if stored is not None else {}
-    except ValueError:
-        known = {}
+    known = _known(stored)
     if overwrite:
         return known
     if not known and (foreign := sorted(names)):
@@ -75,3 +77,12 @@ def judge(
             f"{where} holds another run of this command: choose another place, or replace it with --overwrite."
         )
     return known
+
+
+def _known(stored: bytes | None) -> dict[str, Any]:
+    try:
+        known = json.loads(stored or b"{}")
+    except ValueError:
+        return {}
+    whole = isinstance(known, dict) and known.keys() >= {"run", "rows", "files", "complete"}
+    return known if whole else {}

@@ -44,10 +44,11 @@ class Source:
     """One reader and what its rows belong to."""
 
     reader: Reader
-    spec: str  # opens just this again, with the revision fixed; "" where nothing does
+    spec: str | None  # opens just this again, with the revision fixed; "" where nothing does, None with the one before
     split: str = SPLIT
     dataset: Mapping[str, Any] | None = None  # of the Hub: {"id", "revision", "config", "split"}
     card: tuple[str, str] | None = None  # the name of its dataset and the text of that one's README.md
+    roots: tuple[str, ...] = ()  # the files, folders and URLs outside the Hub that it reads
 
 
 class Opener:
@@ -96,14 +97,15 @@ class Opener:
 
     def _local(self, path: Path, part: str) -> Iterator[Source]:
         if not path.is_dir():
-            yield Source(open_file(LocalFile(path)), str(path))
+            yield Source(open_file(LocalFile(path)), str(path), roots=(str(path),))
         elif (path / "state.json").exists():
             if part:
                 raise InputError(f"{path} is one split that was saved alone: leave out ':{part}'.")
-            yield Source(SavedDataset(path), str(path), card=_card(path))
+            yield Source(SavedDataset(path), str(path), card=_card(path), roots=(str(path),))
         elif (path / "dataset_dict.json").exists():
             for split in _saved_splits(path, part):
-                yield Source(SavedDataset(path / split), str(path / split), split, card=_card(path))
+                own = path / split
+                yield Source(SavedDataset(own), str(own), split, card=_card(path), roots=(str(path),))
         elif (path / "sqsd" / "run.json").exists() and not part:
             raise InputError(
                 f"{path} holds what was filtered before; name what to read of it: '{path}:default' for the kept rows."
@@ -116,7 +118,8 @@ class Opener:
 
     def _url(self, url: str) -> Iterator[Source]:
         if not url.startswith(HUB):
-            yield from (Source(open_file(RemoteFile(found)), found) for found in _expand_url(url))
+            for found in _expand_url(url):
+                yield Source(open_file(RemoteFile(found)), found, roots=(_root(found),))
             return
         first, _, rest = url.removeprefix(HUB).partition("/")
         second, _, path = rest.partition("/") if ":" not in rest.partition("/")[0] else (rest, "", "")
@@ -156,14 +159,24 @@ class Opener:
 
 
 def _of_repository(repository: Repository, part: str) -> Iterator[Source]:
-    card = None
+    card, last = None, ""
     for number, (config, split, reader) in enumerate(repository.readers(part)):
         if number == 0:
             card = _named(repository.where, repository.card())
         about = {"id": repository.where, "revision": repository.commit, "config": config, "split": split}
-        yield Source(
-            reader, f"{repository.spec}:{config}/{split}", split, about if repository.commit is not None else None, card
-        )
+        of_hub = repository.commit is not None
+        spec = f"{repository.spec}:{config}/{split}"
+        roots = () if of_hub else (repository.where,)
+        yield Source(reader, None if spec == last else spec, split, about if of_hub else None, card, roots)
+        last = spec
+
+
+def _root(url: str) -> str:
+    """The path of a file:// URL; any other as it is."""
+    from pyarrow import fs
+
+    there, path = connect(url)
+    return path if isinstance(there, fs.LocalFileSystem) else url
 
 
 def expand(paths: Sequence[Any]) -> list[Any]:

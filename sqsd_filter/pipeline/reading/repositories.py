@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +85,8 @@ class Repository:
         for name in names:
             if name not in splits:
                 raise InputError(f"{self.where} has no split '{name}'; it has {', '.join(splits) or 'none'}.")
+        if self.commit is None:
+            self._refuse_results(path for name in names for path in splits[name])
         config = str(builder.config.name)
         features = builder.info.features
         if not self._is_ours(builder, [path for name in names for path in splits[name]]):
@@ -96,6 +98,16 @@ class Repository:
                 if isinstance(reader, FileTable) and features is not None:
                     reader = reader if features.arrow_schema.equals(reader.schema, True) else Recast(reader, features)
                 yield config, name, reader
+
+    def _refuse_results(self, paths: Iterable[str]) -> None:
+        """Raise `InputError` where a folder below this one holds what was filtered before."""
+        top = Path(self.where).resolve()
+        for folder in {parent for path in paths for parent in Path(path).parents if top in parent.parents}:
+            if (folder / "sqsd" / "run.json").is_file():
+                raise InputError(
+                    f"{self.where} holds {folder.relative_to(top)}, which was filtered before and would be read too: "
+                    "move it away, or name the files to read."
+                )
 
     def _builder(self, part: str) -> tuple[Any, str]:
         """The builder of a configuration, and the splits asked for."""

@@ -10,7 +10,6 @@ import shlex
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -50,22 +49,20 @@ RULES = {
 }
 
 
-NONE: Mapping[str, str] = MappingProxyType({})
-
-
-def write_card(root: Path, report: Mapping[str, Any], originals: Mapping[str, str] = NONE) -> None:
+def write_card(root: Path, report: Mapping[str, Any], originals: Sequence[tuple[str, str]] = ()) -> None:
     """Write the card into the output folder `root`; the rest is as in `card_text`."""
     text = card_text(report, originals)
     write_whole(root / CARD_FILE, lambda sink: sink.write(text.encode()))
 
 
-def card_text(report: Mapping[str, Any], originals: Mapping[str, str] = NONE, name: str | None = None) -> str:
+def card_text(report: Mapping[str, Any], originals: Sequence[tuple[str, str]] = (), name: str | None = None) -> str:
     """The card for the files that the report names. `name` is what the dataset is loaded by, if that is known.
 
-    `originals` has the text of each source's README.md by the source's name, empty where it has none.
+    `originals` has each source's name and the text of its README.md, empty where it has none.
     """
-    named = {os.path.basename(name) if os.path.isabs(name) else name: text for name, text in originals.items()}
-    sources = [Original.of(name, text) for name, text in {**dict.fromkeys(_ids(report), ""), **named}.items()]
+    named = [(os.path.basename(name) if os.path.isabs(name) else name, text) for name, text in originals]
+    ids = [pair for id in _ids(report) for pair in ([p for p in named if p[0] == id] or [(id, "")])]
+    sources = [Original.of(name, text) for name, text in dict.fromkeys([*ids, *named])]
     header = yaml.safe_dump(_header(report, sources), sort_keys=False, allow_unicode=True)
     where = "path" if name is None else json.dumps(name)
     parts = [_opening(report), _removed(report), _contents(report, where), _origin(report, sources), _licence(sources)]

@@ -69,12 +69,12 @@ class Destination:
                     f"{self.target} holds another run ({_difference(known or {}, asked)}): choose another "
                     "destination, or replace it with --overwrite."
                 )
-            self.spare(i["path"] for i in asked["inputs"])
             if Path.cwd().is_relative_to(self.target.resolve()) or self.target.is_mount():
                 raise DestinationExists(
                     f"{self.target} can't be replaced, since it is or holds the working directory, or is mounted: "
                     "choose another destination."
                 )
+            self._refuse_running(self.home)
             self.replaces = True
             self.root = _neighbour(self.target, "new")
             self.home = self._home_of(self.root)
@@ -92,10 +92,8 @@ class Destination:
         return False
 
     def others(self, given: Sequence[Any]) -> list[Any]:
-        """These sources without what an earlier run left here, as when a glob finds it; all of them if that is all."""
-        own = (self.target.resolve(), self._home_of(self.target).resolve())
-        there = [None if not isinstance(item, str | Path) else Path(item).resolve() for item in given]
-        return [item for item, path in zip(given, there, strict=True) if path not in own] or list(given)
+        """These sources without what an earlier run left here; see `without`."""
+        return without(self.target, [self._home_of(self.target)], given)
 
     def spare(self, given: Iterable[Any]) -> None:
         """Raise `DestinationExists` if one of these would be lost with what --overwrite replaces."""
@@ -123,15 +121,12 @@ class Destination:
 
     def _take_lock(self) -> None:
         self.home.mkdir(parents=True, exist_ok=True)
-        lock = (self.home / LOCK_FILE).open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise DestinationExists(f"Another run is writing to {self.target} right now: wait for it.") from None
-        except OSError:
-            pass  # a file system without locks
-        self._lock = lock
+        self._lock = take_lock(self.home / LOCK_FILE, self.target)
+
+    def _refuse_running(self, home: Path) -> None:
+        """Raise `DestinationExists` where a run is at work in this home, which is about to be replaced."""
+        if (home / LOCK_FILE).exists():
+            take_lock(home / LOCK_FILE, self.target).close()
 
     def _clear(self) -> None:
         """Remove what another run left here, but not the lock on it."""
@@ -158,7 +153,7 @@ class Destination:
         return path.stat().st_size == file["bytes"] and count(path) in (None, file["rows"])
 
     def publish(self) -> None:
-        """Swap what stands beside into place, and let go of the lock."""
+        """Swap what stands beside into place."""
         finals = [self.target]
         if self._is_file:
             finals.append(self._home_of(self.target))
@@ -171,7 +166,6 @@ class Destination:
             self.root, self.home = self.target, self._home_of(self.target)
         for final in finals:
             _remove(_neighbour(final, "old"))
-        self.release()
 
     def release(self) -> None:
         if self._lock is not None:
@@ -186,6 +180,27 @@ class Destination:
         starting = {self.home, *(self.home / name for name in leavings), *self.home.glob(f".*{TEMPORARY}")}
         found = [path for place in (self.root, self.home) if place.is_dir() for path in place.iterdir()]
         return not starting.issuperset(found) or (self.root.exists() and not self.root.is_dir())
+
+
+def take_lock(path: Path, target: object) -> IO[str]:
+    """The open file of a lock that lasts until it is closed. Raises `DestinationExists` where another run has it."""
+    lock = path.open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise DestinationExists(f"Another run is writing to {target} right now: wait for it.") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
+def without(target: Path, homes: Iterable[Path], given: Sequence[Any]) -> list[Any]:
+    """These sources without what an earlier run left in the target and its homes, as when a glob finds it; all of them
+    if that is all."""
+    own = {target.resolve(), *(home.resolve() for home in homes)}
+    there = [Path(item).resolve() if isinstance(item, str | Path) else None for item in given]
+    return [item for item, path in zip(given, there, strict=True) if path not in own] or list(given)
 
 
 def _neighbour(path: Path, kind: str) -> Path:

@@ -81,7 +81,8 @@ def test_a_run_is_published_whole_and_known_again(url: str, tmp_path: Path) -> N
     assert bucket.published("one") is None
     assert bucket.publish(run) == {"url": url}
     found = content(url)
-    assert json.loads(found.pop(MARKER)) == {"run": "one", "rows": ["kept"], "complete": True}
+    told = {"run": "one", "rows": ["kept"], "files": sorted([*FILES, MARKER]), "complete": True}
+    assert json.loads(found.pop(MARKER)) == told
     assert found == {name: path.read_bytes() for name, path in run.files.items()}
     assert bucket.published("one") == run.report
     with pytest.raises(DestinationExists, match="holds another run"):
@@ -119,6 +120,29 @@ def test_an_interrupted_upload_goes_on_and_is_not_taken_for_whole(
     Bucket(url).publish(run)
     assert written[4:] == [MARKER, "data/dropped.jsonl", "sqsd/report.json", MARKER]
     assert Bucket(url).published("one") == run.report
+
+
+def test_what_others_put_beside_a_run_stays_there(url: str, tmp_path: Path) -> None:
+    run = finished(tmp_path)
+    Bucket(url).publish(run)
+    Bucket(url)._write("notes.txt", b"theirs")
+    Bucket(url).publish(run)
+    assert set(content(url)) == {*FILES, MARKER, "notes.txt"}
+
+
+@pytest.mark.parametrize("stored", [b"[1]", b"{", b'{"run": "one"}'])
+def test_a_broken_marker_is_foreign(memory: str, stored: bytes) -> None:
+    Bucket(memory)._write(MARKER, stored)
+    with pytest.raises(DestinationExists, match="which this command did not write"):
+        Bucket(memory).published("one")
+
+
+def test_inputs_below_what_is_replaced_are_found() -> None:
+    memory = "memory://bucket/out"
+    Bucket(memory, overwrite=True).spare("memory://bucket/outside/a.jsonl")
+    Bucket(memory).spare(f"{memory}/a.jsonl")
+    with pytest.raises(DestinationExists, match=r"holds the input memory://bucket/out/a\.jsonl"):
+        Bucket(memory, overwrite=True).spare(f"{memory}/a.jsonl")
 
 
 def test_overwriting_replaces_another_run_and_leaves_nothing_of_it(url: str, tmp_path: Path) -> None:

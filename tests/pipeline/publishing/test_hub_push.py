@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,10 @@ def finished(folder: Path, run: str = "one", more: bytes = b"") -> Finished:
     report = {
         "rows": {"kept": 1, "total": 3},
         "files": [{"path": name, "config": config} for config, name in configs.items()],
-        "inputs": [{"path": "/home/somebody/in.jsonl"}],
+        "extra_files": ["data/reasons.jsonl", "sqsd/risk.png", "README.md"],
+        "inputs": [{"path": "/home/somebody/in.jsonl"}, {"path": "file:///home/somebody/b.jsonl"}],
+        "command": ["sqsd-filter", "../../somebody/*.jsonl", "out"],
+        "groups": {"groups": [{"value": "/a/b"}]},
         "settings": {"metrics_file": {"value": "/var/metrics/a.prom"}},
     }
 
@@ -65,7 +69,9 @@ def test_a_private_repository_is_made_and_holds_all_rows_in_one_commit(hub: Hub,
     report = target.published("one")
     assert report is not None
     assert b"somebody" not in files[REPORT] and b"/var" not in files[REPORT]
-    assert report["inputs"] == [{"path": "in.jsonl"}]
+    assert report["inputs"] == [{"path": "in.jsonl"}, {"path": "b.jsonl"}]
+    assert report["command"] == ["sqsd-filter", "*.jsonl", "out"]
+    assert report["groups"] == {"groups": [{"value": "/a/b"}]}
 
 
 @pytest.mark.parametrize(
@@ -83,8 +89,49 @@ def test_only_the_kept_rows_go_public_unless_others_are_named(
     files = hub.files("org/out")
     assert set(files) == KEPT | more
     assert not hub.repos["datasets", "org/out"].private
-    named = [file["path"] for file in json.loads(files[REPORT])["files"]]
-    assert set(named) == {name for name in files if name.startswith("data/") and "reasons" not in name}
+    told = json.loads(files[REPORT])
+    named = [*(file["path"] for file in told["files"]), *told["extra_files"]]
+    assert set(named) == set(files) - {REPORT, MARKER}
+
+
+def test_a_file_that_the_run_did_not_write_is_never_pushed(hub: Hub, tmp_path: Path) -> None:
+    run = finished(tmp_path)
+    (tmp_path / "data" / "dropped-copy.parquet").write_bytes(b"rows")
+    files = {**run.files, "data/dropped-copy.parquet": tmp_path / "data" / "dropped-copy.parquet"}
+    PushTo("org/out", private=False).publish(replace(run, files=files))
+    assert set(hub.files("org/out")) == KEPT
+
+
+def test_rows_that_are_no_longer_to_be_there_are_taken_back(hub: Hub, tmp_path: Path) -> None:
+    run = finished(tmp_path)
+    PushTo("org/out").publish(run)
+    hub.repos["datasets", "org/out"].private = False
+    hub.add("org/out", {"LICENSE": b"theirs"})
+    assert PushTo("org/out").published("one") is None
+    PushTo("org/out").publish(run)
+    assert set(hub.files("org/out")) == KEPT | {"LICENSE"}
+    assert PushTo("org/out").published("one") is not None
+
+
+def test_a_new_branch_holds_this_run_alone_whatever_it_was_made_from(hub: Hub, tmp_path: Path) -> None:
+    run = finished(tmp_path)
+    hub.add("org/out", {"theirs.txt": b"theirs"}, private=True)
+    target = PushTo("org/out", revision="v1")
+    target.check()
+    assert target.published("one") is None
+    target.publish(run)
+    assert set(hub.files("org/out", revision="v1")) == {*DATA, *KEPT}
+    assert target.published("one") is not None
+    assert set(hub.files("org/out")) == {"theirs.txt"}
+
+
+def test_the_same_proposal_is_made_once(hub: Hub, tmp_path: Path) -> None:
+    hub.add("org/out", {}, private=True)
+    target = PushTo("org/out", create_pr=True)
+    assert target.published("one") is None
+    target.publish(finished(tmp_path))
+    assert target.published("one") is not None
+    assert target.published("two") is None
 
 
 def test_a_public_repository_that_is_there_gets_the_kept_rows_only(hub: Hub, tmp_path: Path) -> None:
@@ -111,7 +158,7 @@ def test_the_same_run_is_done_and_another_one_refused(hub: Hub, tmp_path: Path) 
     PushTo("org/out", overwrite=True).publish(finished(tmp_path / "b", "two", b"new"))
     assert PushTo("org/out").published("two") is not None
     assert hub.files("org/out")["data/kept-00000-of-00001.parquet"].endswith(b"new")
-    assert PushTo("org/out", rows=["kept"]).published("two") is not None
+    assert PushTo("org/out", rows=["kept"]).published("two") is None
 
 
 def test_a_branch_and_a_proposal_leave_main_alone(hub: Hub, tmp_path: Path) -> None:
@@ -180,6 +227,7 @@ def test_a_token_that_may_not_write_is_one_sentence(
     ("repo", "rows", "said"),
     [
         ("out", None, "'out' is no repository to push to: write ORG/NAME"),
+        ("org/a--b", None, "'org/a--b' is no repository to push to"),
         ("org/out", ["kept", "bad"], "There are no rows 'bad' to push: choose from kept, dropped, errors"),
     ],
 )

@@ -70,7 +70,7 @@ nasty = st.text(st.characters() | st.sampled_from("`|\\\n\r<>*_[]#$&- "), min_si
 
 def card(originals: dict[str, str] | None = None, name: str | None = None, **changes: Any) -> tuple[Any, str]:
     """The card's header and body for a run whose report differs from `REPORT` by these."""
-    text = card_text({**REPORT, **changes}, originals or {}, name)
+    text = card_text({**REPORT, **changes}, list((originals or {}).items()), name)
     _, header, body = text.split("---\n", 2)
     found = yaml.safe_load(header)
     assert DatasetCard(text).data.to_dict() == found
@@ -409,8 +409,8 @@ def test_the_original_text_stands_below_in_a_section_of_its_own() -> None:
 
 
 def test_filtering_twice_nests_nothing_and_keeps_the_first_sources_card() -> None:
-    first = card_text({**REPORT, "datasets": [{"id": "org/dolly"}]}, {"org/dolly": ORIGINAL})
-    second = card_text(REPORT, {"out": first})
+    first = card_text({**REPORT, "datasets": [{"id": "org/dolly"}]}, [("org/dolly", ORIGINAL)])
+    second = card_text(REPORT, [("out", first)])
     for source in (first, second):
         found, body = card({"out": source})
         assert headings(body).count((2, "The original card of `org/dolly`")) == 1
@@ -435,3 +435,10 @@ def test_another_card_cannot_pass_for_the_end_of_ours() -> None:
     marker = "<!-- sqsd-filter: below are the cards of the sources -->"
     _, body = card({"org/a": f"lost\n{marker}\nkept {marker} too", "org/b": "and this"})
     assert body.count(marker) == 1 and "kept  too" in body and "and this" in body
+
+
+def test_two_sources_of_one_name_keep_both_their_licences() -> None:
+    cards = [("/a/corpus", "---\nlicense: cc-by-nc-4.0\n---\nfirst"), ("/b/corpus", "---\nlicense: mit\n---\nsecond")]
+    text = card_text(REPORT, cards)
+    assert yaml.safe_load(text.split("---")[1])["license"] == ["cc-by-nc-4.0", "mit"]
+    assert "first" in text and "second" in text
