@@ -418,7 +418,7 @@ def test_filtering_twice_nests_nothing_and_keeps_the_first_sources_card() -> Non
         assert body.count("What it can't promise") == 1 and "Already filtered before: `out`" in body
         assert found["source_datasets"] == ["org/dolly"] and found["license"] == "cc-by-sa-3.0"
         assert found["tags"] == ["instructions", "sqsd-filter", "safety", "data-filtering"]
-    assert card_text(REPORT, {"out": second}) == second
+    assert card_text(REPORT, [("out", second)]) == second
 
 
 def test_a_card_without_text_below_it_adds_no_section() -> None:
