@@ -60,8 +60,10 @@ def card_text(report: Mapping[str, Any], originals: Sequence[tuple[str, str]] = 
 
     `originals` has each source's name and the text of its README.md, empty where it has none.
     """
-    named = [((os.path.basename(name) or name) if os.path.isabs(name) else name, text) for name, text in originals]
-    ids = [pair for id in _ids(report) for pair in ([p for p in named if p[0] == id] or [(id, "")])]
+    found = _ids(report)
+    local = {name for name, _ in originals if os.path.isabs(name)} - {*found, "/"}
+    named = [(os.path.basename(name) if name in local else name, text) for name, text in originals]
+    ids = [pair for id in found for pair in ([p for p in named if p[0] == id] or [(id, "")])]
     sources = [Original.of(name, text) for name, text in dict.fromkeys([*ids, *named])]
     header = yaml.safe_dump(_header(report, sources), sort_keys=False, allow_unicode=True)
     where = "path" if name is None else json.dumps(name)
