@@ -3,6 +3,7 @@ Their schema, with its metadata, is taken as it is; a batch is read at a time.
 """
 
 import io
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -248,10 +249,14 @@ class SavedDataset(DatasetTable):
         del self._dataset  # opened again at each use, so that this stays small
 
     def _load(self) -> Any:
-        from datasets import load_from_disk
+        from datasets import Dataset, DatasetInfo, load_from_disk
 
         with self.errors():
-            return load_from_disk(str(self._folder))
+            state = json.loads((self._folder / "state.json").read_bytes())
+            if state["_data_files"]:
+                return load_from_disk(str(self._folder))
+            features = DatasetInfo.from_directory(str(self._folder)).features
+            return Dataset(features.arrow_schema.empty_table())  # which `datasets` saves, but does not load
 
     def _open(self) -> Any:
         return self._load().with_format("arrow")
