@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote
 
 from sqsd_filter.errors import InputError
 from sqsd_filter.pipeline.folder import first_line
@@ -25,6 +25,22 @@ from sqsd_filter.pipeline.reading.table_formats import DatasetTable, FileTable, 
 HUB = "hf://datasets/"
 _OURS = ("json", "csv", "parquet", "arrow")  # of datasets' own modules, those whose files are read here
 _NEUTRAL = ("name", "version", "data_dir", "data_files", "description")  # settings that change no value
+
+
+class _OnHub(File):
+    """With a name that is a path to its end, where other URLs have a query or a fragment."""
+
+    @property
+    def suffixes(self) -> list[str]:
+        return PurePosixPath(self.name).suffixes
+
+
+class _Streamed(_OnHub, RemoteFile):
+    pass
+
+
+class _Fetched(_OnHub, HubFile):
+    pass
 
 
 @dataclass(frozen=True)
@@ -64,8 +80,8 @@ class Repository:
         if self.commit is None:
             return LocalFile(Path(self.where) / path)
         if self.streaming:
-            return RemoteFile(f"{self.spec}/{path}")
-        return HubFile(self.where, self.commit, path)
+            return _Streamed(f"{self.spec}/{path}")
+        return _Fetched(self.where, self.commit, path)
 
     def paths(self) -> list[str]:
         """Of all its files at this commit, sorted."""
@@ -85,6 +101,7 @@ class Repository:
         for name in names:
             if name not in splits:
                 raise InputError(f"{self.where} has no split '{name}'; it has {', '.join(splits) or 'none'}.")
+        check_splits(self.where, names)
         config = str(builder.config.name)
         features = builder.info.features
         if not self._is_ours(builder, [path for name in names for path in splits[name]]):
@@ -116,14 +133,24 @@ class Repository:
                     raise InputError(
                         f"{self.where} can't be opened ({first_line(problem)}): check its files."
                     ) from problem
-                if config and not splits and len(names) == 1:
-                    return load(""), config  # the split of the only configuration
+                if config and not splits and (default := self._default(load, names, config)):
+                    return default, config
                 known = ", ".join(names)
                 if config:
                     raise InputError(f"{self.where} has no configuration '{config}'; it has {known}.") from problem
                 raise InputError(
                     f"{self.where} has the configurations {known}; name one of them: {self.where}:{names[0]}."
                 ) from problem
+
+    def _default(self, load: Callable[[str], Any], names: Sequence[str], splits: str) -> Any:
+        """The builder of the only configuration, or of the default one where it has these splits; None if there is
+        neither."""
+        try:
+            builder = load("")
+        except ValueError:  # none of several is the default
+            return None
+        found = {str(name) for name in builder.config.data_files or ()}
+        return builder if len(names) == 1 or found.issuperset(splits.split("+")) else None
 
     def _is_ours(self, builder: Any, paths: list[str]) -> bool:
         """Are these files read here as `datasets` would read them: no settings, and no types declared for text?"""
@@ -143,7 +170,7 @@ class Repository:
 
     def _data_file(self, path: str) -> File:
         if self.commit is not None and path.startswith(HUB):
-            return self.file(unquote(path.removeprefix(HUB).partition("@")[2].partition("/")[2]))
+            return self.file(path.removeprefix(HUB).partition("@")[2].partition("/")[2])
         if "://" in path:
             return RemoteFile(path)
         return LocalFile(os.path.join(self.where, os.path.relpath(path, Path(self.where).resolve())))
@@ -158,6 +185,21 @@ class Repository:
             patiently(builder.download_and_prepare)
             for name in splits:
                 yield name, DatasetTable(f"{self.spec}:{builder.config.name}/{name}", builder.as_dataset(split=name))
+
+
+def is_split(name: str) -> bool:
+    """Is this a name that `datasets` takes for a split?"""
+    return name != "all" and re.fullmatch(r"\w+(\.\w+)*", name) is not None
+
+
+def check_splits(where: object, names: Iterable[str]) -> None:
+    """Raise `InputError` for a split that `datasets` could not load from what is written."""
+    for name in names:
+        if not is_split(name):
+            raise InputError(
+                f"{where} has a split named {name!r}, which `datasets` can't load: rename it, with letters, digits, _ "
+                "and single dots, and not 'all'."
+            )
 
 
 @contextmanager
