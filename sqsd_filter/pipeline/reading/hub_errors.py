@@ -50,7 +50,7 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
         remote = "the network, the dataset and, for a private one, the token in HF_TOKEN"
         raise InputError(
             f"{name}{at} can't be read ({first_line(problem.__cause__ or problem)}): check "
-            f"{'its files' if Path(name).is_dir() else remote}."
+            f"{'its files' if not at and Path(name).is_dir() else remote}."
         ) from problem
 
 

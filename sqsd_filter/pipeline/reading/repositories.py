@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from sqsd_filter.errors import InputError
@@ -105,7 +106,7 @@ class Repository:
         config = str(builder.config.name)
         features = builder.info.features
         if not self._is_ours(builder, [path for name in names for path in splits[name]]):
-            yield from ((config, name, reader) for name, reader in self._prepared(builder, names))
+            yield from ((config, name, reader) for name, reader in self._prepared(config, names))
             return
         for name in names:
             for path in splits[name]:
@@ -116,24 +117,19 @@ class Repository:
 
     def _builder(self, part: str) -> tuple[Any, str]:
         """The builder of a configuration, and the splits asked for."""
-        from datasets import get_dataset_config_names, load_dataset_builder
+        from datasets import get_dataset_config_names
 
-        where = str(Path(self.where).resolve()) if self.commit is None else self.where
         config, _, splits = part.partition("/")
-
-        def load(name: str) -> Any:
-            return patiently(lambda: load_dataset_builder(where, name=name or None, revision=self.commit))
-
         with hub_errors(self.where, self.commit):
             try:
-                return load(config), splits
+                return self._declared(config), splits
             except ValueError as problem:
-                names = patiently(lambda: get_dataset_config_names(where, revision=self.commit))
+                names = patiently(lambda: get_dataset_config_names(self._place, revision=self.commit))
                 if config in names:
                     raise InputError(
                         f"{self.where} can't be opened ({first_line(problem)}): check its files."
                     ) from problem
-                if config and not splits and (default := self._default(load, names, config)):
+                if config and not splits and (default := self._default(names, config)):
                     return default, config
                 known = ", ".join(names)
                 if config:
@@ -142,11 +138,30 @@ class Repository:
                     f"{self.where} has the configurations {known}; name one of them: {self.where}:{names[0]}."
                 ) from problem
 
-    def _default(self, load: Callable[[str], Any], names: Sequence[str], splits: str) -> Any:
+    @property
+    def _place(self) -> str:
+        """As `datasets` is told of it."""
+        return str(Path(self.where).resolve()) if self.commit is None else self.where
+
+    def _load(self, config: str, cache: str | None = None) -> Any:
+        """The builder of this configuration, or with "" of the default one. Raises `ValueError` if there is none."""
+        from datasets import load_dataset_builder
+
+        return patiently(
+            lambda: load_dataset_builder(self._place, name=config or None, revision=self.commit, cache_dir=cache)
+        )
+
+    def _declared(self, config: str) -> Any:
+        """The same, for looking only: its types are those declared, not what `datasets` inferred when it prepared the
+        dataset earlier, which its cache tells."""
+        with TemporaryDirectory() as empty:
+            return self._load(config, empty)
+
+    def _default(self, names: Sequence[str], splits: str) -> Any:
         """The builder of the only configuration, or of the default one where it has these splits; None if there is
         neither."""
         try:
-            builder = load("")
+            builder = self._declared("")
         except ValueError:  # none of several is the default
             return None
         found = {str(name) for name in builder.config.data_files or ()}
@@ -175,16 +190,17 @@ class Repository:
             return RemoteFile(path)
         return LocalFile(os.path.join(self.where, os.path.relpath(path, Path(self.where).resolve())))
 
-    def _prepared(self, builder: Any, splits: list[str]) -> Iterator[tuple[str, Reader]]:
+    def _prepared(self, config: str, splits: list[str]) -> Iterator[tuple[str, Reader]]:
         """The splits as `datasets` prepares them in its cache."""
         if self.streaming:
             raise InputError(
                 f"{self.where} holds files that only `datasets` can read, as a whole: leave out --streaming."
             )
         with hub_errors(self.where, self.commit):
+            builder = self._load(config)
             patiently(builder.download_and_prepare)
             for name in splits:
-                yield name, DatasetTable(f"{self.spec}:{builder.config.name}/{name}", builder.as_dataset(split=name))
+                yield name, DatasetTable(f"{self.spec}:{config}/{name}", builder.as_dataset(split=name))
 
 
 def is_split(name: str) -> bool:

@@ -132,6 +132,16 @@ def test_a_folder_of_files_is_read_as_load_dataset_would() -> None:
         read("corpus:big/train")
 
 
+def test_types_that_datasets_inferred_before_are_not_taken_for_declared_ones() -> None:
+    Path("corpus").mkdir()
+    Path("corpus/train.csv").write_text("n,code\n0,007\n")
+    before = Corpus.scan(Opener().open(["corpus"]))
+    assert [row["code"] for row in datasets.load_dataset("corpus", split="train")] == [7]
+    after = Corpus.scan(Opener().open(["corpus"]))
+    assert (after.inputs, after.schema) == (before.inputs, before.schema)
+    assert [row.value for row in after.read(0, 1)] == [{"n": "0", "code": "007"}]
+
+
 def configured(where: str) -> None:
     Path(where).mkdir()
     header = "---\nconfigs:\n- config_name: small\n  data_files: a.jsonl\n- config_name: large\n  data_files:\n"
