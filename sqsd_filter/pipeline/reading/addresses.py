@@ -144,19 +144,20 @@ class Opener:
     def _room(self) -> Path:
         return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sqsd-filter-")))
 
-    def _object(self, given: Any) -> Iterator[Source]:
+    def _object(self, given: Any, name: str = "the dataset") -> Iterator[Source]:
         from datasets import Dataset, IterableDataset
 
         if isinstance(given, Mapping):
             check_splits("The dataset", map(str, given))
             for split, dataset in given.items():
-                yield from (Source(source.reader, "", str(split)) for source in self._object(dataset))
+                found = self._object(dataset, f"the split {split}")
+                yield from (Source(source.reader, "", str(split)) for source in found)
             return
         if not isinstance(given, Dataset | IterableDataset):
             raise InputError(f"A {type(given).__name__} can't be filtered: give paths, or a dataset of `datasets`.")
         split = str(given.split) if given.split is not None else SPLIT
         rows = given if isinstance(given, Dataset) else stored(given, folder=self._room())  # to be read several times
-        yield Source(DatasetTable("the dataset", rows), "", split if is_split(split) else SPLIT)
+        yield Source(DatasetTable(name, rows), "", split if is_split(split) else SPLIT)
 
 
 def _of_repository(repository: Repository, part: str) -> Iterator[Source]:

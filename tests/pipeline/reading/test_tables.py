@@ -102,6 +102,12 @@ def test_a_split_without_any_column_of_the_conversation_is_all_errors(order: str
     assert all(row["text"] is None and row["sqsd_risk"] is not None for row in kept)
 
 
+def test_splits_whose_columns_can_not_be_one_are_refused_by_their_names() -> None:
+    splits = {"a": in_memory(), "b": datasets.Dataset.from_list([{"n": "one"}])}
+    with pytest.raises(InputError, match=r"Column 'n' of the split a and of the split b can't be one .* apart"):
+        Corpus.scan(Opener().open([datasets.DatasetDict(splits)]))
+
+
 def test_a_declared_column_that_a_shard_lacks_is_null_there_as_in_datasets() -> None:
     where = declared(a={"n": [1, 2], "text": ["x", "y"]}, b={"n": [3]})
     expected = datasets.load_dataset(where, split="train")
