@@ -155,6 +155,18 @@ def test_splits_stay_splits(scorer: SQSDScorer) -> None:
     assert sum(len(part) for part in dropped.values()) == 5
 
 
+def test_a_split_without_rows_leaves_the_others_to_be_loaded(scorer: SQSDScorer) -> None:
+    rows = make_rows(20)
+    given = datasets.DatasetDict(
+        {"a": datasets.Dataset.from_list(rows[:10]), "b": datasets.Dataset.from_list(rows[10:])}
+    )
+    report = filter_dataset(given, "out", max_risk=1e9, scorer=scorer)
+    assert (report["rows"]["dropped"], set(datasets.load_dataset("out"))) == (0, {"a", "b"})
+    found = filter_dataset(given, "one", drop_count=1, scorer=scorer)
+    [split] = {file["split"] for file in found["files"] if file["config"] == "dropped" and file["rows"]}
+    assert set(datasets.load_dataset("one", "dropped")) == {split}
+
+
 def test_standard_input_comes_out_as_lines_byte_for_byte(
     folder: Path, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from sqsd_filter.errors import InputError
+from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.pipeline.folder import connect, first_line
 from sqsd_filter.pipeline.patience import patiently
 from sqsd_filter.pipeline.reading.files import LocalFile, RemoteFile, unreadable
 from sqsd_filter.pipeline.reading.formats import Reader, kind, open_file
-from sqsd_filter.pipeline.reading.repositories import HUB, Repository, quiet_datasets
+from sqsd_filter.pipeline.reading.repositories import HUB, Repository, check_splits, is_split, quiet_datasets
 from sqsd_filter.pipeline.reading.spool import stored
 from sqsd_filter.pipeline.reading.table_formats import DatasetTable, SavedDataset
 from sqsd_filter.pipeline.reading.text_formats import JsonLines, TextFile
@@ -63,7 +63,10 @@ class Opener:
         self._stack.close()
 
     def open(self, given: Sequence[Any]) -> list[Source]:
-        """The sources in order, globs sorted. Raises `InputError` for one that is missing or can't be read."""
+        """The sources in order, globs sorted. Raises `InputError` for one that is missing or can't be read, and
+        `UsageError` for standard input that is closed or given twice."""
+        if sum(str(item) == STDIN for item in given if isinstance(item, str | Path)) > 1:
+            raise UsageError("Standard input can be read once only: give - once.")
         try:
             with quiet_datasets():
                 return [source for item in given for source in self._one(item)]
@@ -73,6 +76,8 @@ class Opener:
     def _one(self, given: Any) -> Iterator[Source]:
         if not isinstance(given, str | Path):
             yield from self._object(given)
+        elif given == "":
+            raise InputError("A source is an empty string; name a file, a folder or a dataset (is a variable unset?).")
         elif str(given) == STDIN:
             yield Source(self._stdin(), "")
         elif "://" in str(given):
@@ -81,17 +86,13 @@ class Opener:
             yield from self._path(str(given))
 
     def _path(self, text: str) -> Iterator[Source]:
-        if Path(text).exists():
-            yield from self._local(Path(text), "")
-            return
-        folder, _, part = text.rpartition(":")
-        if folder and Path(folder).is_dir():
-            yield from self._local(Path(folder), part)
+        if there := _here(text):
+            yield from self._local(*there)
         elif glob.has_magic(text):
             for found in expand([text]):
                 yield from self._local(Path(found), "")
-        elif (there := _ON_HUB.fullmatch(text)) and kind(LocalFile(text)) is None:
-            yield from self._on_hub(**there.groupdict())
+        elif (named := _ON_HUB.fullmatch(text)) and kind(LocalFile(text)) is None:
+            yield from self._on_hub(**named.groupdict())
         else:
             raise InputError(f"{text} does not exist; check the path. A dataset of the Hub is written org/name.")
 
@@ -136,6 +137,8 @@ class Opener:
             yield Source(open_file(repository.file(found)), f"{repository.spec}/{found}", dataset=about, card=card)
 
     def _stdin(self) -> JsonLines:
+        if sys.stdin is None:
+            raise UsageError("Standard input is closed: pipe JSON Lines into it, or name a file instead of -.")
         path = self._room() / "stdin.jsonl"
         with path.open("wb") as sink:
             shutil.copyfileobj(sys.stdin.buffer, sink, 1 << 20)
@@ -144,18 +147,20 @@ class Opener:
     def _room(self) -> Path:
         return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sqsd-filter-")))
 
-    def _object(self, given: Any) -> Iterator[Source]:
+    def _object(self, given: Any, name: str = "the dataset") -> Iterator[Source]:
         from datasets import Dataset, IterableDataset
 
         if isinstance(given, Mapping):
+            check_splits("The dataset", map(str, given))
             for split, dataset in given.items():
-                yield from (Source(source.reader, "", str(split)) for source in self._object(dataset))
+                found = self._object(dataset, f"the split {split}")
+                yield from (Source(source.reader, "", str(split)) for source in found)
             return
         if not isinstance(given, Dataset | IterableDataset):
             raise InputError(f"A {type(given).__name__} can't be filtered: give paths, or a dataset of `datasets`.")
         split = str(given.split) if given.split is not None else SPLIT
         rows = given if isinstance(given, Dataset) else stored(given, folder=self._room())  # to be read several times
-        yield Source(DatasetTable("the dataset", rows), "", split if re.fullmatch(r"\w+", split) else SPLIT)
+        yield Source(DatasetTable(name, rows), "", split if is_split(split) else SPLIT)
 
 
 def _of_repository(repository: Repository, part: str) -> Iterator[Source]:
@@ -179,13 +184,21 @@ def _root(url: str) -> str:
     return path if isinstance(there, fs.LocalFileSystem) else url
 
 
+def _here(text: str) -> tuple[Path, str] | None:
+    """The file or folder of this name, and what is asked for of it after a colon; None where there is none."""
+    if Path(text).exists():
+        return Path(text), ""
+    folder, _, part = text.rpartition(":")
+    return (Path(folder), part) if folder and Path(folder).is_dir() else None
+
+
 def expand(paths: Sequence[Any]) -> list[Any]:
     """The sources with each local glob in the place of what it finds, sorted. Raises `InputError` for one that finds
     nothing."""
     found: list[Any] = []
     for path in paths:
         text = str(path) if isinstance(path, str | Path) else ""
-        if not glob.has_magic(text) or "://" in text or Path(text).exists():
+        if not glob.has_magic(text) or "://" in text or _here(text):
             found.append(path)
             continue
         matching = sorted(glob.glob(text, recursive=True))
@@ -235,6 +248,7 @@ def _saved_splits(folder: Path, part: str) -> list[str]:
     wanted = part.split("+") if part else names
     if unknown := [name for name in wanted if name not in names]:
         raise InputError(f"{folder} has no split '{unknown[0]}'; it has {', '.join(names)}: {folder}:{first}.")
+    check_splits(folder, wanted)
     return wanted
 
 

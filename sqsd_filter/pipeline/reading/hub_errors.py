@@ -1,9 +1,10 @@
-"""What the Hub refuses, as one sentence with the way out."""
+"""What the Hub and `datasets` refuse, as one sentence with the way out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from sqsd_filter.errors import InputError
 from sqsd_filter.pipeline.folder import first_line
@@ -11,8 +12,9 @@ from sqsd_filter.pipeline.folder import first_line
 
 @contextmanager
 def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
-    """Turns what its client and `datasets` raise into `InputError`; a missing file goes through."""
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    """Turns what they raise for a dataset, or a folder of this name, into `InputError`; a missing file goes through."""
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
     from huggingface_hub import errors as hub
 
     at = f" at {revision}" if revision else ""
@@ -24,6 +26,11 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
         raise InputError(
             f"{name} is gated: accept its terms on its page of the Hub, and give your token in HF_TOKEN or by "
             "'hf auth login'."
+        ) from problem
+    except (EmptyDatasetError, DataFilesNotFoundError) as problem:
+        raise InputError(
+            f"{name}{at} holds no data files that can be read: put some there, as .jsonl or .parquet, or name another "
+            "place."
         ) from problem
     except hub.RevisionNotFoundError as problem:
         raise InputError(f"{name} has no revision '{revision}': name a branch, a tag or a commit.") from problem
@@ -40,9 +47,10 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
                 f"The Hub still refuses to give {name} for too many requests: wait a few minutes, and set HF_TOKEN, "
                 "which allows more of them."
             ) from problem
+        remote = "the network, the dataset and, for a private one, the token in HF_TOKEN"
         raise InputError(
-            f"{name}{at} can't be read ({first_line(problem.__cause__ or problem)}): check the network, the dataset "
-            "and, for a private one, the token in HF_TOKEN."
+            f"{name}{at} can't be read ({first_line(problem.__cause__ or problem)}): check "
+            f"{'its files' if not at and Path(name).is_dir() else remote}."
         ) from problem
 
 

@@ -225,7 +225,7 @@ def _feature(kind: pa.DataType) -> dict[str, Any]:
 def to_table(rows: Sequence[dict[str, Any] | None], schema: pa.Schema) -> pa.Table:
     """The rows under the schema; a row that is None, like a missing column, is null."""
     if not schema.names:
-        return pa.table({"": pa.nulls(len(rows))}).select([])  # the rows count, though nothing is in them
+        return bare_rows(len(rows))
     columns = []
     for field in schema:
         values: Values = [None if row is None else row.get(field.name) for row in rows]
@@ -236,6 +236,11 @@ def to_table(rows: Sequence[dict[str, Any] | None], schema: pa.Schema) -> pa.Tab
         else:
             columns.append(pa.array(values, type=field.type))
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def bare_rows(n: int) -> pa.Table:
+    """Rows that count, though nothing is in them."""
+    return pa.table({"": pa.nulls(n)}).select([])
 
 
 def to_rows(table: pa.Table) -> Iterator[dict[str, Any]]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import unquote
 
 from sqsd_filter.errors import InputError
 from sqsd_filter.pipeline.folder import first_line
@@ -25,6 +26,22 @@ from sqsd_filter.pipeline.reading.table_formats import DatasetTable, FileTable, 
 HUB = "hf://datasets/"
 _OURS = ("json", "csv", "parquet", "arrow")  # of datasets' own modules, those whose files are read here
 _NEUTRAL = ("name", "version", "data_dir", "data_files", "description")  # settings that change no value
+
+
+class _OnHub(File):
+    """With a name that is a path to its end, where other URLs have a query or a fragment."""
+
+    @property
+    def suffixes(self) -> list[str]:
+        return PurePosixPath(self.name).suffixes
+
+
+class _Streamed(_OnHub, RemoteFile):
+    pass
+
+
+class _Fetched(_OnHub, HubFile):
+    pass
 
 
 @dataclass(frozen=True)
@@ -64,8 +81,8 @@ class Repository:
         if self.commit is None:
             return LocalFile(Path(self.where) / path)
         if self.streaming:
-            return RemoteFile(f"{self.spec}/{path}")
-        return HubFile(self.where, self.commit, path)
+            return _Streamed(f"{self.spec}/{path}")
+        return _Fetched(self.where, self.commit, path)
 
     def paths(self) -> list[str]:
         """Of all its files at this commit, sorted."""
@@ -85,12 +102,13 @@ class Repository:
         for name in names:
             if name not in splits:
                 raise InputError(f"{self.where} has no split '{name}'; it has {', '.join(splits) or 'none'}.")
+        check_splits(self.where, names)
         if self.commit is None:
             self._refuse_results(path for name in names for path in splits[name])
         config = str(builder.config.name)
         features = builder.info.features
         if not self._is_ours(builder, [path for name in names for path in splits[name]]):
-            yield from ((config, name, reader) for name, reader in self._prepared(builder, names))
+            yield from ((config, name, reader) for name, reader in self._prepared(config, names))
             return
         for name in names:
             for path in splits[name]:
@@ -111,31 +129,55 @@ class Repository:
 
     def _builder(self, part: str) -> tuple[Any, str]:
         """The builder of a configuration, and the splits asked for."""
-        from datasets import get_dataset_config_names, load_dataset_builder
+        from datasets import get_dataset_config_names
 
-        where = str(Path(self.where).resolve()) if self.commit is None else self.where
         config, _, splits = part.partition("/")
-
-        def load(name: str) -> Any:
-            return patiently(lambda: load_dataset_builder(where, name=name or None, revision=self.commit))
-
         with hub_errors(self.where, self.commit):
             try:
-                return load(config), splits
+                return self._declared(config), splits
             except ValueError as problem:
-                names = patiently(lambda: get_dataset_config_names(where, revision=self.commit))
+                names = patiently(lambda: get_dataset_config_names(self._place, revision=self.commit))
                 if config in names:
                     raise InputError(
                         f"{self.where} can't be opened ({first_line(problem)}): check its files."
                     ) from problem
-                if config and not splits and len(names) == 1:
-                    return load(""), config  # the split of the only configuration
+                if config and not splits and (default := self._default(names, config)):
+                    return default, config
                 known = ", ".join(names)
                 if config:
                     raise InputError(f"{self.where} has no configuration '{config}'; it has {known}.") from problem
                 raise InputError(
                     f"{self.where} has the configurations {known}; name one of them: {self.where}:{names[0]}."
                 ) from problem
+
+    @property
+    def _place(self) -> str:
+        """As `datasets` is told of it."""
+        return str(Path(self.where).resolve()) if self.commit is None else self.where
+
+    def _load(self, config: str, cache: str | None = None) -> Any:
+        """The builder of this configuration, or with "" of the default one. Raises `ValueError` if there is none."""
+        from datasets import load_dataset_builder
+
+        return patiently(
+            lambda: load_dataset_builder(self._place, name=config or None, revision=self.commit, cache_dir=cache)
+        )
+
+    def _declared(self, config: str) -> Any:
+        """The same, for looking only: its types are those declared, not what `datasets` inferred when it prepared the
+        dataset earlier, which its cache tells."""
+        with TemporaryDirectory() as empty:
+            return self._load(config, empty)
+
+    def _default(self, names: Sequence[str], splits: str) -> Any:
+        """The builder of the only configuration, or of the default one where it has these splits; None if there is
+        neither."""
+        try:
+            builder = self._declared("")
+        except ValueError:  # none of several is the default
+            return None
+        found = {str(name) for name in builder.config.data_files or ()}
+        return builder if len(names) == 1 or found.issuperset(splits.split("+")) else None
 
     def _is_ours(self, builder: Any, paths: list[str]) -> bool:
         """Are these files read here as `datasets` would read them: no settings, and no types declared for text?"""
@@ -155,21 +197,37 @@ class Repository:
 
     def _data_file(self, path: str) -> File:
         if self.commit is not None and path.startswith(HUB):
-            return self.file(unquote(path.removeprefix(HUB).partition("@")[2].partition("/")[2]))
+            return self.file(path.removeprefix(HUB).partition("@")[2].partition("/")[2])
         if "://" in path:
             return RemoteFile(path)
         return LocalFile(os.path.join(self.where, os.path.relpath(path, Path(self.where).resolve())))
 
-    def _prepared(self, builder: Any, splits: list[str]) -> Iterator[tuple[str, Reader]]:
+    def _prepared(self, config: str, splits: list[str]) -> Iterator[tuple[str, Reader]]:
         """The splits as `datasets` prepares them in its cache."""
         if self.streaming:
             raise InputError(
                 f"{self.where} holds files that only `datasets` can read, as a whole: leave out --streaming."
             )
         with hub_errors(self.where, self.commit):
+            builder = self._load(config)
             patiently(builder.download_and_prepare)
             for name in splits:
-                yield name, DatasetTable(f"{self.spec}:{builder.config.name}/{name}", builder.as_dataset(split=name))
+                yield name, DatasetTable(f"{self.spec}:{config}/{name}", builder.as_dataset(split=name))
+
+
+def is_split(name: str) -> bool:
+    """Is this a name that `datasets` takes for a split?"""
+    return name != "all" and re.fullmatch(r"\w+(\.\w+)*", name) is not None
+
+
+def check_splits(where: object, names: Iterable[str]) -> None:
+    """Raise `InputError` for a split that `datasets` could not load from what is written."""
+    for name in names:
+        if not is_split(name):
+            raise InputError(
+                f"{where} has a split named {name!r}, which `datasets` can't load: rename it, with letters, digits, _ "
+                "and single dots, and not 'all'."
+            )
 
 
 @contextmanager

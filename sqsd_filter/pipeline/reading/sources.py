@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sqsd_filter.errors import InputError
+from sqsd_filter.errors import InputError, SQSDError
 from sqsd_filter.pipeline.reading.addresses import SPLIT, Source
 from sqsd_filter.pipeline.reading.files import unreadable
 from sqsd_filter.pipeline.reading.formats import Reader
@@ -128,8 +128,7 @@ class Corpus:
                 size = source.fingerprint(digest.update)
                 rows, marks = source.n_rows if room is None else min(room, source.n_rows), []
                 if visit:
-                    for row in _read_table(source, 0, rows, start, columns):
-                        visit(row)
+                    _visit_table(source, rows, start, columns, visit)
             parts.append(Part(source, start, rows, size, marks, opened.split))
             inputs.append({"path": source.name, "bytes": size, "rows": rows, "blake2b": digest.hexdigest()})
             start += rows
@@ -263,6 +262,18 @@ def _read_table(source: Table, start: int, stop: int, base: int, columns: Sequen
         for value in source.decode(table):
             yield Row(base + at, value, source.name, at + 1, "", None)
             at += 1
+
+
+def _visit_table(
+    source: Table, rows: int, base: int, columns: Sequence[str] | None, visit: Callable[[Row], None]
+) -> None:
+    """Visit its first rows. Raises `SQSDError` where it has others than it told of."""
+    seen = 0
+    for row in _read_table(source, 0, rows, base, columns):
+        visit(row)
+        seen += 1
+    if seen != rows:
+        raise SQSDError(f"Of the {rows} rows of {source.name} {seen} were read: report this as a bug.")
 
 
 def _batches(records: Iterator[Record], rows: int) -> Iterator[list[Record]]:

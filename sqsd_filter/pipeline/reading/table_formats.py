@@ -3,6 +3,7 @@ Their schema, with its metadata, is taken as it is; a batch is read at a time.
 """
 
 import io
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.folder import first_line
 from sqsd_filter.pipeline.reading.files import File, LocalFile, unreadable
-from sqsd_filter.pipeline.reading.json_schema import to_rows, with_marks
+from sqsd_filter.pipeline.reading.json_schema import bare_rows, to_rows, with_marks
 
 BATCH_BYTES = 1 << 26
 UNDECODABLE = (pa.ArrowException, OverflowError, ValueError)  # the year 10000, an unknown time zone, text not in UTF-8
@@ -34,7 +36,8 @@ class Table:
         self.name = name
 
     def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
-        """Rows start..stop in tables of at most `rows` rows, with those of `columns` that exist."""
+        """Rows start..stop in tables of at most `rows` rows, with those of `columns` that exist: every row counts, be
+        there none of them."""
         raise NotImplementedError
 
     def decode(self, table: pa.Table) -> Iterator[dict[str, Any]]:
@@ -207,13 +210,13 @@ class DatasetTable(Table):
         return self._dataset.with_format("arrow")
 
     def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
-        dataset = self._open()
-        if columns is not None:
-            dataset = dataset.select_columns([name for name in self.schema.names if name in columns])
+        names = [name for name in self.schema.names if columns is None or name in columns]
+        dataset, stop = self._open().select_columns(names), min(stop, self.n_rows)
         with self.errors():
             rows = _within_bytes(rows, dataset.data.nbytes // max(dataset.data.num_rows, 1))
-            for at in range(start, min(stop, self.n_rows), rows):
-                yield dataset[at : min(at + rows, stop)]
+            for at in range(start, stop, rows):
+                end = min(at + rows, stop)
+                yield dataset[at:end] if names else bare_rows(end - at)  # without columns it has no rows either
 
     def fingerprint(self, absorb: Callable[[bytes], None]) -> int:
         """Its rows as an Arrow stream, in tables of a fixed size."""
@@ -246,10 +249,14 @@ class SavedDataset(DatasetTable):
         del self._dataset  # opened again at each use, so that this stays small
 
     def _load(self) -> Any:
-        from datasets import load_from_disk
+        from datasets import Dataset, DatasetInfo, load_from_disk
 
         with self.errors():
-            return load_from_disk(str(self._folder))
+            state = json.loads((self._folder / "state.json").read_bytes())
+            if state["_data_files"]:
+                return load_from_disk(str(self._folder))
+            features = DatasetInfo.from_directory(str(self._folder)).features
+            return Dataset(features.arrow_schema.empty_table())  # which `datasets` saves, but does not load
 
     def _open(self) -> Any:
         return self._load().with_format("arrow")
@@ -268,6 +275,11 @@ class Recast(Table):
         super().__init__(inner.name)
         self._inner, self._features = inner, features
         self.schema, self.n_rows = features.arrow_schema, inner.n_rows
+        if other := [name for name in inner.schema.names if name not in features]:
+            raise InputError(
+                f"Column {other[0]!r} of {self.name} is none of those that its dataset declares in dataset_info: "
+                "declare it there, or remove it."
+            )
 
     def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
         from datasets.table import table_cast
@@ -275,8 +287,13 @@ class Recast(Table):
         names = [name for name in self.schema.names if columns is None or name in columns]
         schema = type(self._features)({name: self._features[name] for name in names}).arrow_schema
         for table in self._inner.tables(start, stop, names, rows):
-            with self.errors():
-                yield table_cast(table.select(names), schema)
+            try:
+                yield table_cast(table, schema) if names else table
+            except (pa.ArrowException, TypeError, ValueError) as error:
+                raise InputError(
+                    f"{self.name} does not hold what its dataset declares in dataset_info ({first_line(error)}): "
+                    "correct one of the two."
+                ) from error
 
     def files(self) -> Sequence[File]:
         return self._inner.files()

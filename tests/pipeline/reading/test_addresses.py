@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from itertools import chain
@@ -69,6 +70,54 @@ def test_a_saved_folder_of_splits_is_read_with_all_of_them_or_those_named() -> N
         read("saved/test:test")
 
 
+def test_a_saved_split_without_rows_is_read_with_its_columns() -> None:
+    features = datasets.Features({"n": datasets.Value("int8"), "label": datasets.ClassLabel(names=["a", "b"])})
+    train = datasets.Dataset.from_list([{"n": 1, "label": 0}], features=features)
+    datasets.DatasetDict({"test": train.select([]), "train": train}).save_to_disk("saved")
+    assert not json.loads(Path("saved/test/state.json").read_bytes())["_data_files"]
+    assert read("saved") == {"train": [1]}
+    assert read("saved:test") == {}
+    corpus = Corpus.scan(Opener().open(["saved:test"]), visit=lambda row: None)
+    assert (corpus.n_rows, datasets.Features.from_arrow_schema(corpus.schema)) == (0, features)
+    assert Corpus.scan(Opener().open(["saved"])).splits == ["test", "train"]
+
+
+BAD_SPLITS = ["a-b", "../../esc", "a b", "", "a.", ".a", "all", "a\n"]
+
+
+@pytest.mark.parametrize("name", BAD_SPLITS)
+def test_a_split_that_datasets_can_not_load_is_refused_before_anything_is_read(name: str) -> None:
+    rows = datasets.Dataset.from_list(ROWS)
+    lazy = datasets.IterableDataset.from_generator(lambda: iter([1 // 0]))
+    said = f"has a split named {re.escape(repr(name))}, which `datasets` can't load: rename it"
+    with pytest.raises(InputError, match=said):
+        Opener().open([{"a": lazy, name: rows}])
+    rows.save_to_disk("saved/a")
+    Path("saved/dataset_dict.json").write_text(json.dumps({"splits": ["a", name]}))
+    with pytest.raises(InputError, match=said):
+        Opener().open(["saved"])
+    assert read("saved:a") == {"a": numbers(0, 20)}
+
+
+def test_a_split_of_a_folders_card_that_datasets_can_not_load_is_refused() -> None:
+    Path("d").mkdir()
+    header = "configs:\n- config_name: c\n  data_files:\n  - split: all\n    path: a.jsonl\n"
+    Path("d/README.md").write_text(f"---\n{header}---\n")
+    Path("d/a.jsonl").write_bytes(lines(ROWS))
+    with pytest.raises(ValueError, match="all"):
+        datasets.load_dataset("d")
+    with pytest.raises(InputError, match="d has a split named 'all', which `datasets` can't load"):
+        read("d")
+
+
+@pytest.mark.parametrize("name", ["a", "a_b", "é9", "a.b.c", "_"])
+def test_a_split_that_datasets_loads_is_taken(name: str) -> None:
+    rows = datasets.Dataset.from_list(ROWS)
+    assert read({name: rows}) == {name: numbers(0, 20)}
+    datasets.DatasetDict({name: rows}).save_to_disk("saved")
+    assert read("saved") == {name: numbers(0, 20)}
+
+
 def test_a_folder_of_files_is_read_as_load_dataset_would() -> None:
     Path("corpus").mkdir()
     Path("corpus/train.jsonl").write_bytes(lines(ROWS[:5]))
@@ -81,6 +130,16 @@ def test_a_folder_of_files_is_read_as_load_dataset_would() -> None:
         read("corpus:default/dev")
     with pytest.raises(InputError, match="has no configuration 'big'; it has default"):
         read("corpus:big/train")
+
+
+def test_types_that_datasets_inferred_before_are_not_taken_for_declared_ones() -> None:
+    Path("corpus").mkdir()
+    Path("corpus/train.csv").write_text("n,code\n0,007\n")
+    before = Corpus.scan(Opener().open(["corpus"]))
+    assert [row["code"] for row in datasets.load_dataset("corpus", split="train")] == [7]
+    after = Corpus.scan(Opener().open(["corpus"]))
+    assert (after.inputs, after.schema) == (before.inputs, before.schema)
+    assert [row.value for row in after.read(0, 1)] == [{"n": "0", "code": "007"}]
 
 
 def configured(where: str) -> None:
@@ -103,6 +162,46 @@ def test_configurations_of_a_folder_are_named_and_when_missing_listed() -> None:
         read("corpus:medium")
 
 
+def test_a_split_of_the_default_configuration_is_named_without_it() -> None:
+    Path("d").mkdir()
+    header = "configs:\n- config_name: dropped\n  data_files: b.jsonl\n- config_name: default\n  data_files:\n"
+    header += "  - split: train\n    path: a.jsonl\n  - split: dropped\n    path: c.jsonl\n"
+    Path("d/README.md").write_text(f"---\n{header}---\n")
+    for name, start in {"a": 0, "b": 5, "c": 10}.items():
+        Path("d", f"{name}.jsonl").write_bytes(lines(ROWS[start : start + 5]))
+    assert read("d:train") == read("d:default/train") == {"train": numbers(0, 5)}
+    assert read("d:train+dropped") == read("d") == {"train": numbers(0, 5), "dropped": numbers(10, 15)}
+    assert read("d:dropped") == {"train": numbers(5, 10)}  # a configuration comes before a split
+    with pytest.raises(InputError, match="has no configuration 'test'; it has dropped, default"):
+        read("d:test")
+    with pytest.raises(InputError, match=r"has no configuration 'train\+test'; it has dropped, default"):
+        read("d:train+test")
+
+
+def test_an_existing_folder_is_itself_though_its_name_has_the_signs_of_a_pattern() -> None:
+    save("d[1]")
+    save("d1")
+    assert expand(["d[1]:odd", "d[1]"]) == ["d[1]:odd", "d[1]"]
+    assert read("d[1]:test") == {"test": [7, 8]}
+    assert read("d[1]")["test"] == [7, 8]
+
+
+def test_an_empty_string_is_no_source() -> None:
+    Path("a.jsonl").write_bytes(lines(ROWS))
+    with pytest.raises(InputError, match="A source is an empty string"):
+        read("a.jsonl", "")
+
+
+def test_standard_input_is_refused_twice_and_when_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines(ROWS))))
+    with pytest.raises(UsageError, match="Standard input can be read once only"):
+        read("-", Path("-"))
+    assert read("-") == {"train": numbers(0, 20)}  # of which nothing was taken
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UsageError, match="Standard input is closed"):
+        read("-")
+
+
 def test_types_that_a_folders_card_declares_are_those_of_its_rows() -> None:
     Path("corpus").mkdir()
     header = "---\ndataset_info:\n  features:\n  - name: n\n    dtype: int16\n  - name: kind\n    dtype:\n"
@@ -118,10 +217,20 @@ def test_types_that_a_folders_card_declares_are_those_of_its_rows() -> None:
     assert chunk.table.to_pylist() == expected.with_format("arrow")[:].to_pylist()
 
 
-def test_a_folder_without_data_or_of_a_kind_unknown_to_anyone_is_one_sentence() -> None:
-    Path("empty").mkdir()
-    with pytest.raises(InputError, match="empty"):
-        read("empty")
+@pytest.mark.parametrize("files", [[], ["notes.md", "a.bin"]], ids=["empty", "of unknown kinds"])
+def test_a_folder_without_data_is_told_to_hold_none(files: list[str]) -> None:
+    Path("d").mkdir()
+    for name in files:
+        Path("d", name).write_bytes(b"x")
+    with pytest.raises(InputError, match=r"^d holds no data files that can be read: .*\.jsonl"):
+        read("d")
+
+
+def test_a_folder_whose_card_is_wrong_is_not_said_to_need_the_network() -> None:
+    Path("d").mkdir()
+    Path("d/README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: missing.csv\n---\n")
+    with pytest.raises(InputError, match=r"^d can't be read \(.*missing\.csv.*\): check its files\.$"):
+        read("d")
 
 
 def test_what_only_datasets_can_read_is_read_by_it() -> None:

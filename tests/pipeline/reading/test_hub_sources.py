@@ -85,6 +85,26 @@ def test_a_dataset_is_read_by_its_name_with_configuration_and_splits(hub: Hub, s
     assert read("hf://datasets/org/sums@main/en/*.jsonl", streaming=streaming) == {"train": [8, 9, *range(8)]}
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a%20b.jsonl", "a b.jsonl", "ü.jsonl", "a#b.jsonl", "x#/a?b.jsonl", "a+%.jsonl"])
+def test_a_file_of_any_name_is_read(hub: Hub, name: str, streaming: bool) -> None:
+    sha = hub.add("org/odd", {name: lines(ROWS)})
+    for given in ("org/odd", f"hf://datasets/org/odd/{name}"):
+        [source] = opened(given, streaming=streaming)
+        assert source.reader.name == f"hf://datasets/org/odd@{sha}/{name}"
+        assert Corpus.scan([source]).n_rows == 20
+
+
+def test_a_split_of_the_default_configuration_is_named_without_it(hub: Hub) -> None:
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.push_to_hub("org/out", split="train")
+    rows.select(range(3)).push_to_hub("org/out", "dropped", split="test")
+    assert read("org/out:train") == read("org/out") == {"train": list(range(20))}
+    assert read("org/out:dropped") == read("org/out:dropped/test") == {"test": [0, 1, 2]}
+    with pytest.raises(InputError, match="org/out has no configuration 'test'; it has"):
+        opened("org/out:test")
+
+
 def test_what_is_read_is_the_commit_that_was_found_whatever_comes_later(hub: Hub) -> None:
     old = hub.add("org/sums", FILES)
     hub.add("org/sums", {"fr.parquet": parquet(ROWS[:2])}, revision="short")
@@ -146,7 +166,7 @@ def test_a_private_dataset_is_read_with_a_token(hub: Hub) -> None:
         ("org/sums:de", "org/sums has no configuration 'de'; it has en, fr"),
         ("org/sums:en/dev", "org/sums has no split 'dev'; it has train, test"),
         ("org/gated", "org/gated is gated: accept its terms"),
-        ("org/empty", "org/empty.* can't be read"),
+        ("org/empty", "org/empty.* holds no data files that can be read"),
         ("hf://datasets/org/sums/*.csv", r"No file matches hf://datasets/org/sums/\*\.csv"),
         ("hf://datasets/org", "names no dataset"),
     ],
