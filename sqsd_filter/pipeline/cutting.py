@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sqsd_filter.errors import InputError, UsageError
-from sqsd_filter.pipeline.reading.spool import as_it_is, format_of, stored
+from sqsd_filter.pipeline.reading.spool import as_it_is, format_of, stored, with_types_of
 from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Cut, cut_rows
 from sqsd_filter.scoring.conversation import SCORED
 
@@ -86,10 +86,9 @@ def _cut(splits: Sequence[Any], cut: Cut) -> list[tuple[Any, Any, Any]]:
 
 def _sieved(stream: IterableDataset, cut: Cut) -> tuple[Any, Any, Any]:
     """The parts of a stream as streams."""
-    plain, form = as_it_is(stream), format_of(stream)  # a tensor's risk is rounded
-    kept, dropped, errors = (
-        plain.filter(partial(_falls, place, cut), batched=True).with_format(form) for place in PLACES
-    )
+    bare = as_it_is(stream).cast(None)  # `filter` would encode and decode what has types; a tensor's risk is rounded
+    parts = [bare.filter(partial(_falls, place, cut), batched=True) for place in PLACES]
+    kept, dropped, errors = (with_types_of(stream, part) for part in parts)
     return kept, dropped, errors
 
 
