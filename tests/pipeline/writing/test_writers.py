@@ -20,6 +20,7 @@ from sqsd_filter.errors import InputError, SQSDError, UsageError
 from sqsd_filter.pipeline.reading.json_schema import JSON_TEXT, is_json_text
 from sqsd_filter.pipeline.writing.export import place_name
 from sqsd_filter.pipeline.writing.writers import FORMATS, Files, JsonLinesFile, Output, ParquetFile, describe
+from tests.disks import small_disk
 
 datasets.disable_progress_bars()
 
@@ -117,11 +118,9 @@ def test_files_that_were_not_finished_are_gone(to: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_a_full_disk_is_told_in_one_sentence(to: str, tmp_path: Path, small_disk: Any) -> None:
-    small_disk(4000)
-    with pytest.raises(
-        SQSDError, match=r"^\S*kept\S* can't be written \([^\n]*File too large[^\n]*\): make room [^\n]*\.$"
-    ):
+def test_a_full_disk_is_told_in_one_sentence(to: str, tmp_path: Path) -> None:
+    sentence = r"^\S*kept\S* can't be written \([^\n]*File too large[^\n]*\): make room [^\n]*\.$"
+    with pytest.raises(SQSDError, match=sentence), small_disk(4000):
         write(tmp_path, Output(to, 10**6, False), batches_of(to, [2000] * 9))
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
