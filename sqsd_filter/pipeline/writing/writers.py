@@ -51,11 +51,6 @@ class File:
         """Can it hold a column of this type?"""
         return True
 
-    @staticmethod
-    def count(path: Path) -> int | None:
-        """The rows in such a file; None where all of it would have to be read."""
-        return None
-
 
 class ParquetFile(File):
     """Tables of one schema; each batch is a row group."""
@@ -73,10 +68,6 @@ class ParquetFile(File):
     def close(self) -> None:
         self._writer.close()
         super().close()
-
-    @staticmethod
-    def count(path: Path) -> int | None:
-        return int(pq.read_metadata(path).num_rows)
 
 
 class ArrowFile(File):
@@ -110,11 +101,6 @@ class ArrowFile(File):
         except (ValueError, NotImplementedError):
             return False
         return True
-
-    @staticmethod
-    def count(path: Path) -> int | None:
-        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
-            return sum(batch.num_rows for batch in stream)
 
 
 class JsonLinesFile(File):

@@ -83,7 +83,6 @@ def test_files_are_what_is_said_of_them_and_the_same_every_time(to: str, tmp_pat
     for file in both[0]:
         content = (tmp_path / "a" / file["path"]).read_bytes()
         assert file["bytes"] == len(content) and file["sha256"] == hashlib.sha256(content).hexdigest()
-        assert FORMATS[to].count(tmp_path / "a" / file["path"]) == (None if to == "jsonl" else file["rows"])
     [path] = {Path(file["path"]).parent for file in both[0]}
     assert path == Path("kept" if to == "arrow" else "data")
     assert [f["path"] for f in both[0]] == sorted(str(p.relative_to(tmp_path / "a")) for p in tmp_path.glob("a/*/*"))
