@@ -49,7 +49,7 @@ class File:
     @staticmethod
     def holds(kind: pa.DataType) -> bool:
         """Can it hold a column of this type?"""
-        return True
+        raise NotImplementedError
 
 
 class ParquetFile(File):
@@ -68,6 +68,16 @@ class ParquetFile(File):
     def close(self) -> None:
         self._writer.close()
         super().close()
+
+    @staticmethod
+    def holds(kind: pa.DataType) -> bool:
+        try:
+            pq.write_table(pa.table({"column": pa.nulls(1, kind)}), pa.BufferOutputStream())
+        except pa.ArrowInvalid:
+            return True  # it holds the type, but the type no null
+        except (NotImplementedError, OSError):
+            return False
+        return True
 
 
 class ArrowFile(File):
@@ -152,8 +162,10 @@ class Output:
         """Raise `InputError` for a column that can't be written so."""
         for field in schema:
             if not FORMATS[self.to].holds(field.type):
+                others = " or ".join(to for to, kind in FORMATS.items() if kind.holds(field.type))
                 raise InputError(
-                    f"Column {field.name!r} holds {field.type}, which can't be written to {self.to}: use --to parquet."
+                    f"Column {field.name!r} holds {field.type}, which can't be written to {self.to}: "
+                    + (f"use --to {others}." if others else "give it another type, or leave it out.")
                 )
 
     def files(self, root: Path, name: str) -> Files:

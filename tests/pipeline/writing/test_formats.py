@@ -101,6 +101,13 @@ def test_a_changed_byte_in_a_data_file_is_mended_and_no_reasons_are_no_damage(fo
     assert not cut("out", "jsonl").get("already_done") and path.read_bytes() == whole
 
 
+def test_only_a_byte_order_mark_is_missing_from_lines_as_they_were(folder: Path) -> None:
+    written = b"".join(b'{"id" : %d,  "sqsd_risk":0.1,"sqsd_status":"scored"}\r\n' % k for k in range(3))
+    Path("in.jsonl").write_bytes(b"\xef\xbb\xbf" + written)
+    report = select_dataset("in.jsonl", "out", drop_count=0, to="jsonl", with_scores=True)
+    assert Path("out", report["files"][0]["path"]).read_bytes() == written
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_files_of_a_killed_attempt_that_made_more_of_them_go(to: str, folder: Path) -> None:
     few, many = cut("few", to, shard_size=10**6), cut("out", to)

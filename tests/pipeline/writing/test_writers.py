@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from sqsd_filter.errors import InputError, SQSDError, UsageError
 from sqsd_filter.pipeline.reading.json_schema import JSON_TEXT, is_json_text
 from sqsd_filter.pipeline.writing.export import place_name
+from sqsd_filter.pipeline.writing.json_lines import lines
 from sqsd_filter.pipeline.writing.writers import FORMATS, Files, JsonLinesFile, Output, ParquetFile, describe
 from tests.disks import small_disk
 
@@ -171,15 +173,41 @@ def test_scores_are_asked_for_only_where_they_would_be_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("to", "kind"),
-    [("jsonl", pa.binary()), ("arrow", pa.map_(pa.string(), pa.int8())), ("arrow", pa.decimal32(5, 2))],
+    ("to", "kind", "fix"),
+    [
+        ("jsonl", pa.binary(), "use --to parquet or arrow."),
+        ("arrow", pa.map_(pa.string(), pa.int8()), "use --to parquet or jsonl."),
+        ("arrow", pa.decimal32(5, 2), "use --to parquet or jsonl."),
+        ("parquet", pa.struct([]), "use --to arrow or jsonl."),
+        ("parquet", pa.binary(0), "use --to arrow."),
+        ("parquet", pa.dictionary(pa.int32(), pa.list_(pa.int8())), "use --to jsonl."),
+        ("parquet", pa.month_day_nano_interval(), "give it another type, or leave it out."),
+    ],
     ids=str,
 )
-def test_a_column_that_a_format_has_no_place_for_is_named(to: str, kind: pa.DataType) -> None:
+def test_a_column_that_a_format_has_no_place_for_is_named_with_those_that_have(
+    to: str, kind: pa.DataType, fix: str, tmp_path: Path
+) -> None:
     schema = pa.schema({"good": pa.string(), "bad": pa.list_(kind)})
-    with pytest.raises(InputError, match=rf"Column 'bad' holds list<.*>, which can't be written to {to}: use --to par"):
-        Output(to, 1, False).check(schema)
-    Output("parquet", 1, False).check(schema)
+    refused = set()
+    for name in FORMATS:
+        try:
+            Output(name, 1, False).check(schema)
+        except InputError as problem:
+            refused.add(name)
+            assert re.match(rf"Column 'bad' holds list<.*>, which can't be written to {name}: ", str(problem))
+            assert name != to or str(problem).endswith(f": {fix}")
+        else:
+            rows = pa.table({"good": ["a", None], "bad": pa.nulls(2, pa.list_(kind))})
+            write(tmp_path, Output(name, 1, False), [lines(rows) if name == "jsonl" else rows])
+    assert to in refused
+
+
+def test_a_type_without_nulls_can_be_written(tmp_path: Path) -> None:
+    table = pa.table({"a": pa.array([{"n": 1}], pa.struct([pa.field("n", pa.int8(), nullable=False)]))})
+    Output("parquet", 1, False).check(table.schema)
+    [file] = write(tmp_path, Output("parquet", 1, False), [table])
+    assert pq.read_table(tmp_path / file["path"]).equals(table)
 
 
 # ---------------------------------------------------------------------------------------------- Arrow
