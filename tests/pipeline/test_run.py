@@ -164,7 +164,7 @@ def test_rows_too_bad_to_score_can_be_kept_but_not_lines_that_are_no_rows(folder
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"on_error": "fail"}, "--on-error fail"), ({"max_error_rate": "40%"}, r"--max-error-rate 0\.4 ")],
+    [({"on_error": "fail"}, r"\(--on-error\) fail"), ({"max_error_rate": "40%"}, r"\(--max-error-rate\) 0\.4 ")],
     ids=["fail", "budget"],
 )
 def test_too_many_bad_rows_fail_with_a_report_and_keep_the_scores(

@@ -149,6 +149,15 @@ def test_a_dataset_without_scores_is_refused(kind: Kind, cut: dict[str, Any]) ->
         next(iter(select(kind(scored().select_columns("id")), **cut)[0]))
 
 
+@every_kind
+@pytest.mark.parametrize("cut", [{"drop_count": 1}, {"max_risk": 0.1}], ids=str)
+@pytest.mark.parametrize("column", [{"sqsd_risk": ["low", "high"]}, {"sqsd_status": [["scored"], []]}], ids=str)
+def test_columns_that_hold_no_scores_are_refused(kind: Kind, cut: dict[str, Any], column: dict[str, list]) -> None:
+    rows = {"id": [0, 1], "sqsd_risk": [0.1, 0.2], "sqsd_status": ["scored", "scored"], **column}
+    with pytest.raises(InputError, match="sqsd_risk and sqsd_status hold no scores"):
+        next(iter(select(kind(Dataset.from_dict(rows)), **cut)[0]))
+
+
 def test_what_datasets_has_not_loaded_is_refused() -> None:
     with pytest.raises(UsageError, match="not str"):
         select("in.jsonl", drop_count=1)  # type: ignore[type-var]

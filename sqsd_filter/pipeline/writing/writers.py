@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sqsd_filter.errors import InputError, SQSDError, UsageError
+from sqsd_filter.errors import InputError, SQSDError, UsageError, option
 from sqsd_filter.pipeline.folder import TEMPORARY, write_whole
 from sqsd_filter.pipeline.reading.json_schema import with_marks
 from sqsd_filter.pipeline.writing.json_lines import has_form
@@ -146,7 +146,7 @@ class Output:
         if to not in FORMATS:
             raise UsageError(f"Rows can be written to {', '.join(FORMATS)}, not to '{to}'.")
         if with_scores and to != "jsonl":
-            raise UsageError(f"{to} files always hold the scores: leave --with-scores out, which is for --to jsonl.")
+            raise UsageError(f"{to} files always hold scores: leave out {option('with_scores')}, which is for jsonl.")
         from datasets.utils.py_utils import convert_file_size_to_int
 
         try:
