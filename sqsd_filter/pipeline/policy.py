@@ -36,9 +36,8 @@ class Policy:
         if errors <= allowed:
             return
         reasons = ", ".join(f"{count} {status}" for status, count in scored.reasons().items())
-        budget = f"{option('max_error_rate')} {float(self.max_error_rate):.4g}"
-        if self.on_error == "fail":
-            budget = f"{option('on_error')} fail"
+        rate = f"{option('max_error_rate')} {float(self.max_error_rate):.4g}"
+        budget = f"{option('on_error')} fail" if self.on_error == "fail" else rate
         first = int(np.flatnonzero(~scored.scored)[0])
         columns = scored.form.columns if scored.form else ["sqsd_status"]
         row = next(iter(scored.corpus.read(first, first + 1, columns)))
