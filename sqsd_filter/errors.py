@@ -7,6 +7,11 @@ class SQSDError(Exception):
     exit_code = 1
 
 
+def option(name: str) -> str:
+    """An option as Python and the command line spell it, for a sentence."""
+    return f"{name} (--{name.replace('_', '-')})"
+
+
 class ModelError(SQSDError):
     """The model or its tokenizer can't be had, or isn't one that can be scored with."""
 

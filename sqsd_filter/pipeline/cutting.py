@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sqsd_filter.errors import InputError, UsageError
-from sqsd_filter.pipeline.reading.spool import as_it_is, format_of, stored
+from sqsd_filter.pipeline.reading.spool import as_it_is, format_of, stored, with_types_of
 from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Cut, cut_rows
 from sqsd_filter.scoring.conversation import SCORED
 
@@ -44,7 +44,8 @@ def select(
     stays one, and each of the three parts reads it anew. Any other cut depends on all risks: then the stream is read
     here, once, into a file in the cache of `datasets` that goes when this process ends.
 
-    Raises `InputError` where the score columns are missing, `UsageError` unless exactly one cut is given.
+    Raises `InputError` where the score columns are missing or hold no scores, `UsageError` unless exactly one cut is
+    given, and makes sense.
     """
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
     if not isinstance(dataset, dict):
@@ -86,18 +87,16 @@ def _cut(splits: Sequence[Any], cut: Cut) -> list[tuple[Any, Any, Any]]:
 
 def _sieved(stream: IterableDataset, cut: Cut) -> tuple[Any, Any, Any]:
     """The parts of a stream as streams."""
-    plain, form = as_it_is(stream), format_of(stream)  # a tensor's risk is rounded
-    kept, dropped, errors = (
-        plain.filter(partial(_falls, place, cut), batched=True).with_format(form) for place in PLACES
-    )
+    bare = as_it_is(stream).cast(None)  # `filter` would encode and decode what has types; a tensor's risk is rounded
+    parts = [bare.filter(partial(_falls, place, cut), batched=True) for place in PLACES]
+    kept, dropped, errors = (with_types_of(stream, part) for part in parts)
     return kept, dropped, errors
 
 
 def _falls(place: int, cut: Cut, batch: pa.Table | Mapping[str, list[Any]]) -> list[bool]:
     names = batch.column_names if isinstance(batch, pa.Table) else batch
     _check(names)
-    columns = pa.table({name: batch[name] for name in COLUMNS})
-    falls: list[bool] = (cut_rows(*_risks(columns), cut).place == place).tolist()
+    falls: list[bool] = (cut_rows(*_risks(batch), cut).place == place).tolist()
     return falls
 
 
@@ -112,10 +111,16 @@ def _risks_of(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return _risks(dataset.select_columns(list(COLUMNS)).with_format("arrow")[:])
 
 
-def _risks(columns: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """The risk of each row (n,) float64, and whether it has one (n,) bool."""
-    risk = columns["sqsd_risk"].cast(pa.float64()).to_numpy()
-    scored = pc.equal(columns["sqsd_status"].cast(pa.string()), SCORED).fill_null(False)
+def _risks(rows: pa.Table | Mapping[str, list[Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """The risk of each row (n,) float64, and whether it has one (n,) bool. Raises `InputError`."""
+    try:
+        columns = pa.table({name: rows[name] for name in COLUMNS})
+        risk = columns["sqsd_risk"].cast(pa.float64()).to_numpy()
+        scored = pc.equal(columns["sqsd_status"].cast(pa.string()), SCORED).fill_null(False)
+    except pa.ArrowException as problem:
+        raise InputError(
+            f"{' and '.join(COLUMNS)} hold no scores ({problem}): remove these columns and score with SQSDScorer."
+        ) from problem
     return risk, scored.to_numpy() & np.isfinite(risk)
 
 

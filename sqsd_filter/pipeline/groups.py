@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sqsd_filter.errors import InputError
+from sqsd_filter.errors import InputError, option
 
 if TYPE_CHECKING:
     from sqsd_filter.pipeline.reading.sources import Part, Row
@@ -53,7 +53,7 @@ class GroupIndex:
         if code == MOST_GROUPS:
             raise InputError(
                 f"Column '{self.column}' has more than {MOST_GROUPS:,} different values ({row.file}, line {row.line}), "
-                "so it names no groups: give --per-group a column of categories."
+                f"so it names no groups: give {option('per_group')} a column of categories."
             )
         self._codes.append(code)
 
@@ -63,7 +63,9 @@ class GroupIndex:
             return None
         if self.column not in columns:
             names = ", ".join(f"'{name}'" for name in columns)
-            raise InputError(f"No row has the column '{self.column}' that --per-group names; the columns are {names}.")
+            raise InputError(
+                f"No row has the column '{self.column}' that {option('per_group')} names; the columns are {names}."
+            )
         values = [json.loads(key, parse_constant=str) for key in self._known]
         return Groups(np.array(self._codes, dtype=np.int32), values)
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from sqsd_filter.errors import RowErrorBudgetExceeded, UsageError
+from sqsd_filter.errors import RowErrorBudgetExceeded, UsageError, option
 from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.pipeline.selection import ERROR, KEPT, Selection, parse_share
 from sqsd_filter.scoring.conversation import BAD_JSON
@@ -26,8 +26,8 @@ class Policy:
     def of(cls, on_error: str, max_error_rate: str | float) -> Policy:
         """Raises `UsageError`."""
         if on_error not in ON_ERROR:
-            raise UsageError(f"on_error must be one of {', '.join(ON_ERROR)}, not '{on_error}'.")
-        return cls(on_error, parse_share(max_error_rate, "--max-error-rate", ""))
+            raise UsageError(f"{option('on_error')} must be one of {', '.join(ON_ERROR)}, not '{on_error}'.")
+        return cls(on_error, parse_share(max_error_rate, "max_error_rate", ""))
 
     def check(self, scored: Scored) -> None:
         """Raise `RowErrorBudgetExceeded` when more rows have no score than may be."""
@@ -36,7 +36,8 @@ class Policy:
         if errors <= allowed:
             return
         reasons = ", ".join(f"{count} {status}" for status, count in scored.reasons().items())
-        budget = "--on-error fail" if self.on_error == "fail" else f"--max-error-rate {float(self.max_error_rate):.4g}"
+        rate = f"{option('max_error_rate')} {float(self.max_error_rate):.4g}"
+        budget = f"{option('on_error')} fail" if self.on_error == "fail" else rate
         first = int(np.flatnonzero(~scored.scored)[0])
         columns = scored.form.columns if scored.form else ["sqsd_status"]
         row = next(iter(scored.corpus.read(first, first + 1, columns)))

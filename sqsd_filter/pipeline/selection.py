@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from sqsd_filter.errors import UsageError
+from sqsd_filter.errors import UsageError, option
 from sqsd_filter.pipeline.groups import Groups, apportion, nth_riskiest
 
 KEPT, DROPPED, ERROR = 0, 1, 2
@@ -24,10 +25,10 @@ KINDS = ("drop_top", "drop_count", "max_risk", "keep_lowest")
 FORMULA = "1 / (1 + exp((risk - threshold) / scale))"
 
 
-def parse_share(value: str | float | Fraction, flag: str = "--drop-top", rows_flag: str = "--drop-count") -> Fraction:
+def parse_share(value: str | float | Fraction, name: str = "drop_top", rows_name: str = "drop_count") -> Fraction:
     """A share as `5%`, `5pct` or `0.05`, exactly: 5 % of 60 rows is 3. Raises `UsageError`; a bare 5 could be rows.
 
-    `flag` takes the share and `rows_flag`, if any, a number of rows: an error says how to write either.
+    `name` is the option that takes the share, `rows_name` that for a number of rows, if any: an error names both.
     """
     text = str(value).strip().lower()
     number, divisor = text, 1
@@ -39,11 +40,26 @@ def parse_share(value: str | float | Fraction, flag: str = "--drop-top", rows_fl
     except (ValueError, ZeroDivisionError):
         raise UsageError(f"'{value}' is not a share: write it like 5%, 5pct or 0.05.") from None
     if divisor == 1 and share >= 1 and text != "1.0":
-        rows = f" or {rows_flag} {value}" if rows_flag else ""
-        raise UsageError(f"'{value}' could mean {value}% or {value} rows: write {flag} {value}%{rows}.")
+        rows = f" or {option(rows_name)} {value}" if rows_name else ""
+        raise UsageError(f"'{value}' could mean {value}% or {value} rows: write {option(name)} {value}%{rows}.")
     if not 0 <= share <= 1:
         raise UsageError(f"'{value}' is not a share between 0% and 100%.")
     return share
+
+
+def _risk(given: Any) -> float:
+    with suppress(TypeError, ValueError, ArithmeticError):
+        if math.isfinite(risk := float(given)):
+            return risk
+    raise UsageError(f"{option('max_risk')} must be a finite number, not {given!r}.")
+
+
+def _count(name: str, given: Any) -> int:
+    with suppress(TypeError, ValueError, ArithmeticError):
+        count = Fraction(given)
+        if count >= 0 and count.denominator == 1:
+            return int(count)
+    raise UsageError(f"{option(name)} must be a whole number of rows, 0 or more, not {given!r}.")
 
 
 @dataclass(frozen=True)
@@ -77,25 +93,22 @@ class Cut:
         given = {
             k: v for k, v in zip(KINDS, (drop_top, drop_count, max_risk, keep_lowest), strict=True) if v is not None
         }
-        flags = ", ".join("--" + k.replace("_", "-") for k in KINDS)
         if len(given) != 1:
-            raise UsageError(f"Say how to cut with exactly one of {flags} (for example --drop-top 5%).")
+            options = ", ".join(map(option, KINDS))
+            raise UsageError(f"Say how to cut with exactly one of {options}: 5% for the first, for example.")
         kind, number = next(iter(given.items()))
         if kind == "drop_top":
             value = parse_share(number)
         elif kind == "max_risk":
-            value = float(number)
-            if not math.isfinite(value):
-                raise UsageError("--max-risk must be a finite number.")
+            value = _risk(number)
             if per_group is not None or per_split:
                 apart = "split" if per_group is None else "group"
                 raise UsageError(
-                    f"--max-risk is the same cut in every {apart}: leave out --per-{apart}, or cut with --drop-top."
+                    f"{option('max_risk')} is the same cut in every {apart}: leave out {option(f'per_{apart}')}, or "
+                    f"cut with {option('drop_top')}."
                 )
         else:
-            value = int(number)
-            if value < 0:
-                raise UsageError(f"--{kind.replace('_', '-')} must not be negative.")
+            value = _count(kind, number)
         return cls(kind, value, per_group, per_split, weights)
 
     def __str__(self) -> str:

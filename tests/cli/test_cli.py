@@ -283,9 +283,11 @@ def test_output_that_cannot_be_printed_is_a_failure_but_no_bug(folder: Path, tin
 def test_a_bare_number_is_a_usage_error_that_names_both_readings(command: Command) -> None:
     code, out, err = command("in.jsonl", "out", "--drop-top", "5")
     assert (code, out) == (2, "")
-    assert one_sentence(err) == "Error: '5' could mean 5% or 5 rows: write --drop-top 5% or --drop-count 5."
+    fix = "write drop_top (--drop-top) 5% or drop_count (--drop-count) 5."
+    assert one_sentence(err) == f"Error: '5' could mean 5% or 5 rows: {fix}"
     code, _, err = command("in.jsonl", "out", *CUT, "--max-error-rate", "5")
-    assert code == 2 and one_sentence(err) == "Error: '5' could mean 5% or 5 rows: write --max-error-rate 5%."
+    fix = "write max_error_rate (--max-error-rate) 5%."
+    assert code == 2 and one_sentence(err) == f"Error: '5' could mean 5% or 5 rows: {fix}"
 
 
 @pytest.mark.parametrize(
@@ -304,7 +306,7 @@ def test_a_bare_number_is_a_usage_error_that_names_both_readings(command: Comman
         ("no.parquet out --drop-top 5%", 3, "truncated or corrupt"),
         ("in.jsonl out --drop-top 5% --format Alpaca", 2, "no row format 'Alpaca'"),
         ("in.jsonl out --max-risk inf", 2, "finite"),
-        ("in.jsonl out --max-risk 1 --per-group id", 2, "leave out --per-group"),
+        ("in.jsonl out --max-risk 1 --per-group id", 2, "leave out per_group (--per-group)"),
         ("in.jsonl out --drop-top 5% --per-group topic", 3, "the columns are 'id', 'instruction', 'output'"),
         ("in.jsonl out --drop-top 5% --max-error-rate 7 --dry-run", 2, "7%"),
         ("in.jsonl out --drop-top 5% --engine local --replicas 2", 2, "--engine ray"),

@@ -344,7 +344,7 @@ def test_a_column_that_no_row_has_is_an_error_that_names_those_there_are(
     elif run == "select a run":
         filter_dataset("in.jsonl", "run", drop_count=0, scorer=scorer)
     with pytest.raises(
-        InputError, match=r"'topic' that --per-group names; the columns are 'id', 'instruction', 'output'"
+        InputError, match=r"'topic' that per_group \(--per-group\) names; the columns are 'id', 'instruction', 'output'"
     ):
         calls[run](drop_count=1, per_group="topic")
     assert not Path("out").exists()
@@ -353,8 +353,8 @@ def test_a_column_that_no_row_has_is_an_error_that_names_those_there_are(
 @pytest.mark.parametrize(
     ("apart", "match"),
     [
-        ({"per_group": "category"}, "every group: leave out --per-group"),
-        ({"per_split": True}, "every split: leave out"),
+        ({"per_group": "category"}, "every group: leave out per_group"),
+        ({"per_split": True}, "every split: leave out per_split"),
     ],
     ids=["group", "split"],
 )

@@ -6,7 +6,6 @@ import gzip
 import json
 import math
 import os
-import resource
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from sqsd_filter.errors import DestinationExists, InputError, RowErrorBudgetExce
 from sqsd_filter.pipeline import shards
 from sqsd_filter.scoring.row_formats import Columns
 from tests.corpora import SPLITS, content, ids_of, make_rows, read_report, rows_of, split_file, write_jsonl
+from tests.disks import small_disk
 
 datasets.disable_progress_bars()
 
@@ -164,7 +164,7 @@ def test_rows_too_bad_to_score_can_be_kept_but_not_lines_that_are_no_rows(folder
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"on_error": "fail"}, "--on-error fail"), ({"max_error_rate": "40%"}, r"--max-error-rate 0\.4 ")],
+    [({"on_error": "fail"}, r"\(--on-error\) fail"), ({"max_error_rate": "40%"}, r"\(--max-error-rate\) 0\.4 ")],
     ids=["fail", "budget"],
 )
 def test_too_many_bad_rows_fail_with_a_report_and_keep_the_scores(
@@ -653,13 +653,12 @@ def test_a_kill_between_two_swaps_leaves_nothing_that_counts_as_done(folder: Pat
 
 @pytest.mark.parametrize("size", [100, 3000, 4500], ids=["start", "scores", "export"])
 def test_a_full_disk_gives_one_clear_sentence_and_room_finishes_the_run(
-    size: int, folder: Path, scorer: SQSDScorer, small_disk: Callable[[int], None], capfd: pytest.CaptureFixture[str]
+    size: int, folder: Path, scorer: SQSDScorer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     scorer.score([])  # nothing of the model is written
-    small_disk(size)
-    with pytest.raises(SQSDError, match=r"^[^\n]* can't (be written|go on) [^\n]*File too large[^\n]*\.$"):
+    sentence = r"^[^\n]* can't (be written|go on) [^\n]*File too large[^\n]*\.$"
+    with pytest.raises(SQSDError, match=sentence), small_disk(size):
         filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)
-    small_disk(resource.RLIM_INFINITY)
     assert not [p for p in Path("out").rglob("*") if p.name.endswith(".tmp") or p.name == "lock"]
     assert "Traceback" not in capfd.readouterr().err
     assert filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)["status"] == "ok"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pytest
 from datasets import (
@@ -32,6 +34,7 @@ from hypothesis import strategies as st
 from sqsd_filter import select
 from sqsd_filter.errors import InputError, SQSDError, UsageError
 from sqsd_filter.pipeline.reading import spool
+from tests.disks import small_disk
 
 RISK = [0.5, 0.1, 0.9, 0.5, None, 0.5, -0.2]
 CUTS: list[tuple[dict[str, Any], list[list[int]]]] = [
@@ -146,6 +149,15 @@ def test_a_dataset_without_scores_is_refused(kind: Kind, cut: dict[str, Any]) ->
         next(iter(select(kind(scored().select_columns("id")), **cut)[0]))
 
 
+@every_kind
+@pytest.mark.parametrize("cut", [{"drop_count": 1}, {"max_risk": 0.1}], ids=str)
+@pytest.mark.parametrize("column", [{"sqsd_risk": ["low", "high"]}, {"sqsd_status": [["scored"], []]}], ids=str)
+def test_columns_that_hold_no_scores_are_refused(kind: Kind, cut: dict[str, Any], column: dict[str, list]) -> None:
+    rows = {"id": [0, 1], "sqsd_risk": [0.1, 0.2], "sqsd_status": ["scored", "scored"], **column}
+    with pytest.raises(InputError, match="sqsd_risk and sqsd_status hold no scores"):
+        next(iter(select(kind(Dataset.from_dict(rows)), **cut)[0]))
+
+
 def test_what_datasets_has_not_loaded_is_refused() -> None:
     with pytest.raises(UsageError, match="not str"):
         select("in.jsonl", drop_count=1)  # type: ignore[type-var]
@@ -241,6 +253,24 @@ def test_values_and_types_go_through_a_stream_untouched(cut: dict[str, Any], for
         assert table.equals(source.with_format("arrow")[row : row + 1])
 
 
+@pytest.mark.parametrize("threads", [None, 2], ids=["plain", "threads"])
+@pytest.mark.parametrize("cut", [{"drop_count": 1}, {"max_risk": 0.1}], ids=str)
+def test_images_in_plain_rows_keep_their_bytes(cut: dict[str, Any], threads: int | None) -> None:
+    jpeg = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), (200, 10, 30)).save(jpeg, "JPEG", quality=35)
+    image = {"bytes": jpeg.getvalue(), "path": None}
+    rows = [{**row, "image": image, "more": [image]} for row in scored([0.5, 0.1, None]).to_list()]
+    types = Features({**TYPES, "image": Image(), "more": datasets.List(Image())})
+    stream = IterableDataset.from_generator(partial(iter, rows), features=types)
+    if threads:
+        stream = stream.decode(num_threads=threads)
+    for part, row in zip(select(stream, **cut), (1, 0, 2), strict=True):
+        assert part.features == types
+        assert list(part.decode(False)) == [rows[row]]
+        [shown] = part
+        assert shown["image"].size == shown["more"][0].size == (8, 8)
+
+
 def late(n: int) -> list[dict[str, Any]]:
     """Rows whose types show late, as those of a JSON Lines file may."""
     rows = []
@@ -280,10 +310,9 @@ def test_an_error_of_the_stream_itself_comes_through() -> None:
         select(IterableDataset.from_generator(generate), drop_top="10%")
 
 
-def test_a_full_disk_is_one_sentence(small_disk: Callable[[int], None]) -> None:
+def test_a_full_disk_is_one_sentence() -> None:
     stream = scored([0.1] * 10_000).to_iterable_dataset()
-    small_disk(50_000)
-    with pytest.raises(SQSDError, match=r"can't be stored in .*cache .*HF_DATASETS_CACHE"):
+    with pytest.raises(SQSDError, match=r"can't be stored in .*cache .*HF_DATASETS_CACHE"), small_disk(50_000):
         select(stream, drop_top="10%")
 
 

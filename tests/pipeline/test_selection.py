@@ -41,7 +41,8 @@ def test_a_share_is_read_exactly(text: Any, share: Fraction) -> None:
 
 @pytest.mark.parametrize("text", ["5", 5, 1, "1", "50.5", 2.0], ids=repr)
 def test_a_bare_number_names_both_of_its_readings(text: Any) -> None:
-    with pytest.raises(UsageError, match=rf"{text}% or {text} rows: write --drop-top {text}% or --drop-count {text}\."):
+    fix = rf"write drop_top \(--drop-top\) {text}% or drop_count \(--drop-count\) {text}\."
+    with pytest.raises(UsageError, match=rf"{text}% or {text} rows: {fix}"):
         parse_share(text)
 
 
@@ -111,13 +112,24 @@ def test_where_no_row_has_a_score_nothing_is_cut(apart: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "cut",
-    [{}, {"drop_top": "5%", "drop_count": 3}, {"max_risk": math.nan}, {"drop_count": -1}, {"keep_lowest": -1}],
-    ids=str,
+    ("cut", "named"),
+    [
+        ({}, ["drop_top", "drop_count", "max_risk", "keep_lowest"]),
+        ({"drop_top": "5%", "drop_count": 3}, ["drop_top", "drop_count", "max_risk", "keep_lowest"]),
+        *(({"max_risk": risk}, ["max_risk"]) for risk in (math.nan, -math.inf, "x", [1], 10**400)),
+        *(({"drop_count": count}, ["drop_count"]) for count in (-1, 2.7, "x", "1/0", math.nan, math.inf, [1])),
+        ({"keep_lowest": -1}, ["keep_lowest"]),
+    ],
+    ids=lambda value: str(value)[:40],
 )
-def test_no_cut_two_cuts_and_senseless_ones_are_usage_errors(cut: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="--"):
+def test_no_cut_two_cuts_and_senseless_ones_are_usage_errors(cut: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(UsageError) as error:
         Cut.of(**cut)
+    assert all(f"{name} (--{name.replace('_', '-')})" in str(error.value) for name in named)
+
+
+def test_whole_numbers_of_any_kind_count_rows() -> None:
+    assert [Cut.of(drop_count=count).value for count in (3, np.int64(3), 3.0, "3")] == [3] * 4  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

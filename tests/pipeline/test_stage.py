@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +29,7 @@ from sqsd_filter.pipeline.stage import RayEngine
 from sqsd_filter.progress import Silent
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import content, make_rows, read_report, write_jsonl
+from tests.disks import small_disk
 from tests.tiny import CONVERSATIONS
 
 # 660 rows are six shards, each with a few conversations of its own
@@ -174,24 +175,23 @@ def test_a_disk_that_fills_up_is_one_sentence_and_room_finishes_the_run(
     tiny_pack: Path,
     undisturbed: dict[str, Any],
     where: str,
-    small_disk: Callable[[int], None],
 ) -> None:
+    full = ExitStack()
+
     class Filling(RayEngine):
         def score(self, *arguments: Any, **named: Any) -> Any:
             for number, shard in enumerate(super().score(*arguments, **named)):
                 if number == 2 and where == "destination":
-                    small_disk(1000)
+                    full.enter_context(small_disk(1000))
                 yield shard
 
     shared = "full" if where == "shared store" else None
     if shared:
         Path(shared).symlink_to("/proc")
-    with pytest.raises(
-        SQSDError, match=r"^The scores can't be written to [^\n]*see to room and rights there and run the same"
-    ):
+    sentence = r"^The scores can't be written to [^\n]*see to room and rights there and run the same"
+    with pytest.raises(SQSDError, match=sentence), full:
         scorer = SQSDScorer(tiny_pack)
         filter_dataset(source, "out", drop_top="5%", scorer=scorer, engine=Filling(2), score_store=shared)
-    small_disk(resource.RLIM_INFINITY)
     assert len(list(Path("out/sqsd/scores").iterdir())) == (1 if shared else 2)
     assert not shared or read_report(Path("out"))["status"] == "failed"
     run(source, tiny_pack, RayEngine(2))

@@ -29,8 +29,19 @@ def format_of(stream: IterableDataset) -> str | None:
 
 
 def as_it_is(stream: IterableDataset) -> IterableDataset:
-    """The stream with its values as they are: in Arrow where it consists of that, else in plain rows."""
-    return stream.with_format("arrow" if stream._ex_iterable.iter_arrow else None)
+    """The stream with its values as they are: in Arrow where it consists of that, else in plain rows, whose images and
+    audio are left encoded where they are known as such."""
+    plain = stream.decode(False) if stream.features else stream
+    return plain.with_format("arrow" if stream._ex_iterable.iter_arrow else None)
+
+
+def with_types_of(stream: IterableDataset, part: IterableDataset) -> IterableDataset:
+    """What was made of `as_it_is`, in the stream's format, its images and audio decoded as the stream does it."""
+    part = part.with_format(None).cast(stream.features)
+    pool = getattr(stream._ex_iterable, "decoding_pool", None)  # `load_dataset` decodes what is remote in threads
+    if pool is not None:
+        part = part.decode(num_threads=pool.max_workers)
+    return part.with_format(format_of(stream))
 
 
 def stored(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow as pa
-
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.folder import TEMPORARY, sweep, write_whole
-from sqsd_filter.pipeline.writing.writers import FORMATS
+from sqsd_filter.pipeline.writing.export import REASONS
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
@@ -141,16 +140,24 @@ class Destination:
         if not report or report["status"] != "ok" or _neighbour(self.root, "old").exists():
             return False
         files = report.get("files", [])
+        empty = [] if report["rows"]["errors"] else [REASONS]
         try:
-            whole = all(self._is_whole(file, FORMATS[report["to"]].count) for file in files)
-        except (OSError, pa.ArrowException):
+            whole = all(self._is_whole(file) for file in files)
+            beside = all(self._is_written(path) for path in report.get("extra_files", []) if path not in empty)
+        except OSError:
             return False
-        beside = all((self.root / path).exists() for path in report.get("extra_files", []))
         return whole and beside and sum(file["rows"] for file in files) == report["rows"]["total"]
 
-    def _is_whole(self, file: Mapping[str, Any], count: Callable[[Path], int | None]) -> bool:
-        path = self.root / file["path"]
-        return path.stat().st_size == file["bytes"] and count(path) in (None, file["rows"])
+    def _is_whole(self, file: Mapping[str, Any]) -> bool:
+        with (self.root / file["path"]).open("rb") as content:
+            if os.fstat(content.fileno()).st_size != file["bytes"]:
+                return False
+            return hashlib.file_digest(content, "sha256").hexdigest() == file["sha256"]
+
+    def _is_written(self, path: str) -> bool:
+        """Does the file begin with something, other than the NULs that a disk leaves when the power goes?"""
+        with (self.root / path).open("rb") as content:
+            return content.read(1) not in (b"", b"\0")
 
     def publish(self) -> None:
         """Swap what stands beside into place."""

@@ -8,6 +8,13 @@ from collections.abc import Iterable, Sequence
 from markdown_it import MarkdownIt
 
 MARKUP = set("`|\\")  # what inline code in a table cell can't hold as it is
+HTML_ENDS = {
+    **{f"<{tag}": f"</{tag}>" for tag in ("pre", "script", "style", "textarea")},
+    "<!--": "-->",
+    "<![cdata[": "]]>",
+    "<?": "?>",
+    "<!": ">",
+}  # of blocks of HTML that go on past an empty line
 
 
 def code(text: str) -> str:
@@ -34,7 +41,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def demoted(page: str, levels: int = 2) -> str:
     """The page with its headings so many levels lower (6 is the lowest), so that it can be a section of another.
 
-    Line ends are to be \\n. A code block or comment left open is closed, so that it doesn't swallow what follows.
+    Line ends are to be \\n. A block of code or HTML left open is closed, so that it doesn't swallow what follows.
     """
     lines = page.split("\n")
     blocks = MarkdownIt("commonmark").enable("table").parse(f"{page}\n\n# what follows")
@@ -50,4 +57,8 @@ def demoted(page: str, levels: int = 2) -> str:
             end_mark = " #" * title.endswith("#")  # the last of them isn't shown
             lines[start:end] = [f"{mark} {title}{end_mark}", ""]  # the line below must not make it a table
     last = blocks[-1]
-    return "\n".join(lines if last.type == "heading_close" else [*lines, last.markup or "-->"])
+    if last.type == "heading_close":
+        return "\n".join(lines)
+    opening = last.content.lstrip().lower()
+    lines.append(last.markup or next(end for start, end in HTML_ENDS.items() if opening.startswith(start)))
+    return "\n".join(lines)

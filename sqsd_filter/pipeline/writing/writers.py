@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sqsd_filter.errors import InputError, SQSDError, UsageError
+from sqsd_filter.errors import InputError, SQSDError, UsageError, option
 from sqsd_filter.pipeline.folder import TEMPORARY, write_whole
 from sqsd_filter.pipeline.reading.json_schema import with_marks
 from sqsd_filter.pipeline.writing.json_lines import has_form
@@ -49,12 +49,7 @@ class File:
     @staticmethod
     def holds(kind: pa.DataType) -> bool:
         """Can it hold a column of this type?"""
-        return True
-
-    @staticmethod
-    def count(path: Path) -> int | None:
-        """The rows in such a file; None where all of it would have to be read."""
-        return None
+        raise NotImplementedError
 
 
 class ParquetFile(File):
@@ -75,8 +70,14 @@ class ParquetFile(File):
         super().close()
 
     @staticmethod
-    def count(path: Path) -> int | None:
-        return int(pq.read_metadata(path).num_rows)
+    def holds(kind: pa.DataType) -> bool:
+        try:
+            pq.write_table(pa.table({"column": pa.nulls(1, kind)}), pa.BufferOutputStream())
+        except pa.ArrowInvalid:
+            return True  # it holds the type, but the type no null
+        except (NotImplementedError, OSError):
+            return False
+        return True
 
 
 class ArrowFile(File):
@@ -110,11 +111,6 @@ class ArrowFile(File):
         except (ValueError, NotImplementedError):
             return False
         return True
-
-    @staticmethod
-    def count(path: Path) -> int | None:
-        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
-            return sum(batch.num_rows for batch in stream)
 
 
 class JsonLinesFile(File):
@@ -150,7 +146,7 @@ class Output:
         if to not in FORMATS:
             raise UsageError(f"Rows can be written to {', '.join(FORMATS)}, not to '{to}'.")
         if with_scores and to != "jsonl":
-            raise UsageError(f"{to} files always hold the scores: leave --with-scores out, which is for --to jsonl.")
+            raise UsageError(f"{to} files always hold scores: leave out {option('with_scores')}, which is for jsonl.")
         from datasets.utils.py_utils import convert_file_size_to_int
 
         try:
@@ -166,8 +162,10 @@ class Output:
         """Raise `InputError` for a column that can't be written so."""
         for field in schema:
             if not FORMATS[self.to].holds(field.type):
+                others = " or ".join(to for to, kind in FORMATS.items() if kind.holds(field.type))
                 raise InputError(
-                    f"Column {field.name!r} holds {field.type}, which can't be written to {self.to}: use --to parquet."
+                    f"Column {field.name!r} holds {field.type}, which can't be written to {self.to}: "
+                    + (f"use --to {others}." if others else "give it another type, or leave it out.")
                 )
 
     def files(self, root: Path, name: str) -> Files:

@@ -84,10 +84,28 @@ def test_a_finished_run_is_done_until_something_of_it_is_missing_or_cut_short(to
             path = Path("out", file["path"])
             path.write_bytes(path.read_bytes()[:-1])
             assert not cut("out", to).get("already_done") and content(Path("out")) == done
-    if to != "jsonl":  # a disk that lost what was not yet on it, when the power went
-        path = Path("out", report["files"][0]["path"])
-        path.write_bytes(bytes(report["files"][0]["bytes"]))
-        assert not cut("out", to).get("already_done") and content(Path("out")) == done
+    for name in [*report["extra_files"], report["files"][0]["path"]]:
+        path = Path("out", name)
+        for lost in (b"", bytes(path.stat().st_size)):  # a disk that lost what was not yet on it, when the power went
+            path.write_bytes(lost)
+            assert not cut("out", to).get("already_done") and content(Path("out")) == done
+
+
+def test_a_changed_byte_in_a_data_file_is_mended_and_no_reasons_are_no_damage(folder: Path) -> None:
+    write_jsonl(folder / "in.jsonl", ROWS)
+    report = cut("out", "jsonl")
+    assert Path("out/data/reasons.jsonl").read_bytes() == b"" and cut("out", "jsonl")["already_done"]
+    path = Path("out", report["files"][0]["path"])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + b"X" + whole[-2:])
+    assert not cut("out", "jsonl").get("already_done") and path.read_bytes() == whole
+
+
+def test_only_a_byte_order_mark_is_missing_from_lines_as_they_were(folder: Path) -> None:
+    written = b"".join(b'{"id" : %d,  "sqsd_risk":0.1,"sqsd_status":"scored"}\r\n' % k for k in range(3))
+    Path("in.jsonl").write_bytes(b"\xef\xbb\xbf" + written)
+    report = select_dataset("in.jsonl", "out", drop_count=0, to="jsonl", with_scores=True)
+    assert Path("out", report["files"][0]["path"]).read_bytes() == written
 
 
 @pytest.mark.parametrize("to", FORMATS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from hypothesis import example, given, settings
@@ -11,14 +12,16 @@ from markdown_it import MarkdownIt
 from sqsd_filter.pipeline.writing.markdown import code, demoted, fenced, table
 
 PARSER = MarkdownIt("commonmark").enable("table")
-PIECES = ["#", "# ", "=", "-", "---\n", "`", "```", "~~~~", ">", "> ", "- ", "    ", "|", "<!--", "-->", "a", " ", "\n"]
+PIECES = ["#", "# ", "=", "-", "---\n", "`", "```", "~~~~", ">", "> ", "- ", "    ", "|", "a", " ", "\n"]
+HTML = ["<!--", "-->", "<pre>", "</pre>", "<Script ", "</script>", "<?", "?>", "<!a", "<![CDATA[", "]]>", "<textarea\n"]
+ENDS = re.compile(r"(\s|-->|</\w+>|\?>|]]>|>)*$")
 LEAVES = ("inline", "fence", "code_block", "html_block")
 
 
 def blocks(markdown: str) -> list[tuple[str, str]]:
-    """Every block with its words, whatever its heading's level; of raw HTML without the end of a comment."""
+    """Every block with its words, whatever its heading's level; of raw HTML without what ends it."""
     leaves = [(token.type, " ".join(token.content.split())) for token in PARSER.parse(markdown) if token.type in LEAVES]
-    return [(kind, words.removesuffix("-->").rstrip() if kind == "html_block" else words) for kind, words in leaves]
+    return [(kind, ENDS.sub("", words) if kind == "html_block" else words) for kind, words in leaves]
 
 
 def top_levels(markdown: str) -> list[int]:
@@ -26,7 +29,7 @@ def top_levels(markdown: str) -> list[int]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(page=st.lists(st.sampled_from(PIECES), max_size=25).map("".join))
+@given(page=st.lists(st.sampled_from(PIECES + HTML), max_size=25).map("".join))
 @example(page="|\n---\n---\n")
 @example(page="a #\n=")
 def test_only_the_levels_of_headings_change_and_nothing_is_left_open(page: str) -> None:
@@ -38,7 +41,17 @@ def test_only_the_levels_of_headings_change_and_nothing_is_left_open(page: str) 
 
 def test_what_is_left_open_is_closed_as_it_was_opened() -> None:
     assert demoted("# a\n~~~~\n# b\n~~~") == "### a\n~~~~\n# b\n~~~\n~~~~"
-    assert demoted("a\n\n<!-- b") == "a\n\n<!-- b\n-->"
+    for start, end in [
+        ("<!-- b", "-->"),
+        ("<pre>", "</pre>"),
+        ("<SCRIPT src=''>\n\n# b -->", "</script>"),
+        ("  <style>", "</style>"),
+        ("<textarea", "</textarea>"),
+        ("<?b >", "?>"),
+        ("<![CDATA[ b >", "]]>"),
+        ("<!DOCTYPE", ">"),
+    ]:
+        assert demoted(f"a\n\n{start}") == f"a\n\n{start}\n{end}"
 
 
 def test_plain_names_are_plain_code() -> None:
