@@ -212,6 +212,14 @@ def test_a_batch_without_any_conversation_is_read_as_the_batches_before(tiny_pac
     assert scored["sqsd_status"][:] == ["scored", "scored", "no_answer", "no_answer"]
 
 
+def test_a_scorer_that_is_used_again_reads_the_columns_of_the_new_rows(tiny_pack: Path) -> None:
+    scorer, plain = SQSDScorer(tiny_pack), {"instruction": ["2+2?"], "output": ["4"]}
+    scorer(plain)
+    for more in ({"input": ["And 3+3?"]}, {"system": ["Be brief."]}, {}):
+        assert scorer(plain | more) == SQSDScorer(tiny_pack)(plain | more)
+    assert scorer(plain) != scorer(plain | {"input": ["And 3+3?"]})
+
+
 # ---------------------------------------------------------------------------------------------- wrong calls
 
 
