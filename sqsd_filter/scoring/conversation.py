@@ -37,6 +37,8 @@ ROLES = {
     }.items()
     for name in names.split()
 }
+_SAID = ("content", "value", "text")  # keys of a turn for its text
+_CALLED = ("tool_calls", "function_call")  # and for its calls
 _TEXTS = (None, "text", "input_text", "output_text")  # types of a part of the content that is text
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
@@ -77,6 +79,14 @@ def _more(turn: Message) -> list[Message]:
 # ---------------------------------------------------------------------------------------------- turns
 
 
+def is_turn(value: Any) -> bool:
+    """Does it look like a turn: an object with a known role and a place for what is said?"""
+    if not isinstance(value, Mapping):
+        return False
+    name = value.get("role") or value.get("from")
+    return isinstance(name, str) and name.lower() in ROLES and not value.keys().isdisjoint((*_SAID, *_CALLED))
+
+
 def read_turns(value: Any, where: str) -> list[Message]:
     """The turns that a list (or the JSON text of one) holds; `where` names it to a person.
 
@@ -106,7 +116,7 @@ def _read_turn(turn: Any, where: str) -> Message | None:
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise RowError(BAD_ROW, f"{where} has the role {name!r}; known are {', '.join(ROLES)}")
-    for key in ("content", "value", "text"):
+    for key in _SAID:
         if (content := turn.get(key)) is not None:
             break
     if not isinstance(content, str):

@@ -13,6 +13,7 @@ from sqsd_filter.scoring.conversation import (
     Message,
     RowError,
     is_transcript,
+    is_turn,
     loaded,
     read_tools,
     read_transcript,
@@ -67,9 +68,9 @@ class RowFormat:
         """Of the prompt's turns none is supervised; of the history's all are, but for a preference."""
         reply = self._reply(row)
         prompt = row.get(self.prompt) if self.prompt is not None else None
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt or [], self.prompt)
-        whole = bool(reply) and reply[0]["role"] != "assistant"
-        if self.prompt is None or (whole and (isinstance(prompt, str) or reply[: len(before)] == before)):
+        before = [{"role": "user", "content": prompt}] if _is_text(prompt) else _turns(prompt or [], self.prompt)
+        whole = self.name == "preference" and bool(reply) and reply[0]["role"] != "assistant"
+        if self.prompt is None or (whole and (_is_text(prompt) or reply[: len(before)] == before)):
             return _last_answer(reply)  # it repeats the prompt, if there is one
         if not before:
             raise RowError(BAD_ROW, f"column '{self.prompt}' is empty or missing")
@@ -86,7 +87,7 @@ class RowFormat:
         answer = row.get(self.answer)
         if answer is None or (isinstance(answer, str) and not answer.strip()):
             raise RowError(NO_ANSWER, f"column '{self.answer}' is empty or missing")
-        if not isinstance(answer, str):
+        if not _is_text(answer):
             return _turns(answer, self.answer)
         if self.prompt is None:
             return read_transcript(answer, f"column '{self.answer}'")
@@ -108,8 +109,8 @@ def _text(row: Mapping[str, Any], column: str | None) -> str | None:
 
 
 def _turns(value: Any, column: str | None) -> list[Message]:
-    """The turns of a list, or a single one."""
-    if not isinstance(value, list | tuple | Mapping):
+    """The turns of a list, or of its JSON text, or a single one."""
+    if not isinstance(value, list | tuple | Mapping | str):
         raise RowError(BAD_ROW, f"column '{column}' holds {type(value).__name__}, not text")
     return read_turns([value] if isinstance(value, Mapping) else value, f"column '{column}'")
 
@@ -119,6 +120,12 @@ def _last_answer(turns: list[Message]) -> list[Message]:
     last = max((k for k, turn in enumerate(turns) if speaks(turn)), default=0)
     asked = max((k for k, turn in enumerate(turns[:last]) if turn["role"] == "user"), default=0)
     return [*map(unsupervised, turns[:asked]), *turns[asked:]]
+
+
+def _is_text(value: Any) -> bool:
+    """Is it text, and not the JSON text of a list of turns?"""
+    turns = loaded(value)
+    return isinstance(value, str) and not (isinstance(turns, list) and turns and all(map(is_turn, turns)))
 
 
 def _is_pair(value: Any) -> bool:

@@ -269,6 +269,26 @@ SUPERVISED: dict[str, tuple[dict[str, Any], list[Message]]] = {  # row, its conv
         {"prompt": TURNS[:1], "completion": [TURNS[1], *chat("r", "b")]},
         chat("q", "a", "r", "b"),
     ),
+    "whole-completion-after-text": (
+        {"prompt": "Be terse.", "completion": chat("q", "a", "r", "b")},
+        chat("Be terse.") + chat("q", "a", "r", "b"),
+    ),
+    "whole-completion-after-its-prompt": (
+        {"prompt": chat("q"), "completion": chat("q", "a", "r", "b")},
+        [*chat("q"), *chat("q", "a", "r", "b")],
+    ),
+    "turns-as-json-text": (
+        {"prompt": json.dumps(LONGER[:3]), "completion": json.dumps([TURNS[1], *chat("r", "b")])},
+        [*chat("o"), unsupervised("p"), *chat("q", "a", "r", "b")],
+    ),
+    "chosen-as-json-text": (
+        {"prompt": "q", "chosen": json.dumps(LONGER), "rejected": json.dumps(REJECTED)},
+        [*chat("o"), unsupervised("p"), *TURNS],
+    ),
+    "chosen-whole-as-json-text": (
+        {"chosen": json.dumps(LONGER), "rejected": json.dumps(REJECTED)},
+        [*chat("o"), unsupervised("p"), *TURNS],
+    ),
     "whole-completion-after-other-turns": ({"prompt": chat("x"), "completion": TURNS}, [*chat("x"), *TURNS]),
     "chosen-whole": ({"chosen": LONGER, "rejected": REJECTED}, [*chat("o"), unsupervised("p"), *TURNS]),
     "chosen-ends-with-a-question": (
@@ -308,6 +328,15 @@ SUPERVISED: dict[str, tuple[dict[str, Any], list[Message]]] = {  # row, its conv
         ],
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "[1, 2]", "[[1], {}]", '[{"role": "admin", "content": "x"}]', '[{"from": "user", "to": "model"}]', json.dumps(json.dumps(TURNS))],
+)
+def test_json_text_that_holds_no_turns_is_text(text: str) -> None:
+    row = {"prompt": text, "completion": text}
+    assert Columns().choose([row]).conversation(row) == chat(text, text)
 
 
 @pytest.mark.parametrize(("row", "turns"), SUPERVISED.values(), ids=SUPERVISED)
