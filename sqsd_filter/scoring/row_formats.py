@@ -176,21 +176,19 @@ class Columns:
         unknown format.
         """
         if self.format is not None and self.format not in FORMATS:
-            raise UsageError(f"There is no row format '{self.format}': choose one of {', '.join(FORMATS)}.")
+            raise UsageError(f"{_flags('format')} names '{self.format}': choose one of {', '.join(FORMATS)}.")
         rows = [row for row in sample if row is not None]
         seen = list(dict.fromkeys(key for row in rows for key in row))
         if not rows:
             raise InputError(
                 "No readable row was found in the input: check that it is one of the supported file formats."
             )
-        for flag, column in self._named.items():
+        for name, column in self._named.items():
             if column not in seen:
-                raise InputError(f"--{flag}-column names '{column}', but the input has the columns {_names(seen)}.")
+                raise InputError(f"{_flags(name)} names '{column}', but the input has the columns {_names(seen)}.")
         if self.messages is not None:
-            if self.prompt or self.context or self.answer or self.history:
-                raise InputError(
-                    "--messages-column can't be combined with --prompt-, --context-, --history- or --answer-column."
-                )
+            if others := [name for name in ("prompt", "context", "answer", "history") if getattr(self, name)]:
+                raise InputError(f"{_flags('messages')} can't be combined with {_flags(*others)}.")
             return RowFormat(self.format if self.format in _LISTS else "messages", **self._named)
         if self.prompt and self.answer:
             return RowFormat(self.format or "custom", **self._named)
@@ -235,7 +233,9 @@ class Columns:
         found = {}
         for name in names:
             candidates, looks = _BESIDE[name]
-            there = [column for column in self._found(name, candidates, seen) if _looks(rows, column, looks)]
+            there = self._found(name, candidates, seen)
+            if name not in self._named:
+                there = [column for column in there if all(map(looks, _values(rows, column)))]
             found[name] = _only(name, there)
         return found
 
@@ -248,7 +248,7 @@ class Columns:
 def _only(name: str, found: Sequence[str]) -> str | None:
     if len(found) > 1:
         raise InputError(
-            f"The columns {_names(found)} could both be the {name} of a row: say which with --{name}-column."
+            f"The columns {_names(found)} could both be the {name} of a row: say which with {_flags(name)}."
         )
     return found[0] if found else None
 
@@ -257,8 +257,8 @@ def _unfit(fits: Sequence[RowFormat], name: str | None, seen: Sequence[str]) -> 
     """Why there is no format, and which flags decide."""
     if fits:
         names = " or ".join(f.name for f in fits)
-        return f"More than one row format fits the columns {_names(seen)}: choose with --format {names}."
-    flags = "name the columns with --prompt-column and --answer-column, or with --messages-column"
+        return f"More than one row format fits the columns {_names(seen)}: choose {names} with {_flags('format')}."
+    flags = f"name the columns with {_flags('prompt', 'answer')} or {_flags('messages')}"
     if name is not None:
         return f"The format {name} does not fit the columns {_names(seen)}: {flags}."
     if "text" in seen:
@@ -269,10 +269,21 @@ def _unfit(fits: Sequence[RowFormat], name: str | None, seen: Sequence[str]) -> 
     return f"No known row format fits the columns {_names(seen)}: {flags} (known formats: {', '.join(FORMATS)})."
 
 
+def _flags(*names: str) -> str:
+    """How to name these in Python and on the command line."""
+    flags = ", ".join(f"--{name}" if name == "format" else f"--{name}-column" for name in names)
+    return f"columns=Columns({', '.join(f'{name}=…' for name in names)}) ({flags})"
+
+
 def _looks(rows: Sequence[Mapping[str, Any]], column: str, looks: Callable[[Any], bool]) -> bool:
     """Does the column hold such values, or nothing at all yet?"""
-    values = [value for row in rows if (value := row.get(column)) not in (None, "")]
+    values = _values(rows, column)
     return any(map(looks, values)) or not values
+
+
+def _values(rows: Sequence[Mapping[str, Any]], column: str) -> list[Any]:
+    """What the column holds, but for what is as good as nothing."""
+    return [value for row in rows if (value := row.get(column)) not in (None, "", [], "[]")]
 
 
 def _is_list(value: Any) -> bool:

@@ -148,7 +148,7 @@ BAD_CHOICES: dict[str, tuple[dict[str, Any], dict[str, str], tuple[str, ...]]] =
     "two-answers": (
         {"instruction": "q", "output": "a", "response": "b"},
         {},
-        ("'output'", "'response'", "--answer-column"),
+        ("'output'", "'response'", "columns=Columns(answer=…) (--answer-column)"),
     ),
     "two-contexts": (
         {"instruction": "q", "input": "c", "context": "d", "output": "a"},
@@ -158,7 +158,7 @@ BAD_CHOICES: dict[str, tuple[dict[str, Any], dict[str, str], tuple[str, ...]]] =
     "two-formats": (
         {"messages": TURNS, "question": "q", "answer": "a"},
         {},
-        ("'messages'", "'question'", "--format messages or question-answer"),
+        ("'messages'", "'question'", "messages or question-answer with columns=Columns(format=…) (--format)"),
     ),
     "two-systems": (
         {"question": "q", "answer": "a", "system": "s", "system_prompt": "t"},
@@ -178,7 +178,7 @@ BAD_CHOICES: dict[str, tuple[dict[str, Any], dict[str, str], tuple[str, ...]]] =
     "preference-beside-messages": (
         {"messages": TURNS, "prompt": "q", "chosen": TURNS, "rejected": REJECTED},
         {},
-        ("'chosen'", "--format messages or preference"),
+        ("'chosen'", "messages or preference with", "--format"),
     ),
     "preference-without-prompt": (
         {"input": "q", "chosen": "a", "rejected": "b"},
@@ -186,16 +186,24 @@ BAD_CHOICES: dict[str, tuple[dict[str, Any], dict[str, str], tuple[str, ...]]] =
         ("'input'", "'chosen'", "--prompt-column"),
     ),
     "plain-text": ({"text": "Once upon a time", "url": "u"}, {}, ("'text'", "plain text", "no conversation")),
-    "no-format": ({"text": "q", "label": 1}, {}, ("'text'", "'label'", "--prompt-column", "--messages-column")),
+    "no-format": (
+        {"text": "q", "label": 1},
+        {},
+        ("'text'", "'label'", "Columns(prompt=…, answer=…) (--prompt-column, --answer-column)", "--messages-column"),
+    ),
     "messages-that-are-text": ({"messages": "hello"}, {}, ("'messages'", "--prompt-column")),
     "no-column-at-all": ({}, {}, ("(none)",)),
     "named-format-misses": ({"text": "q"}, {"format": "alpaca"}, ("alpaca", "'text'", "--prompt-column")),
-    "unknown-column": ({"text": "q"}, {"prompt": "txt"}, ("--prompt-column", "'txt'", "'text'")),
+    "unknown-column": (
+        {"text": "q"},
+        {"prompt": "txt"},
+        ("columns=Columns(prompt=…) (--prompt-column) names 'txt'", "'text'"),
+    ),
     "unknown-messages": ({"text": "q"}, {"messages": "chat"}, ("--messages-column", "'chat'", "'text'")),
     "messages-and-answer": (
         {"chat": TURNS, "a": "b"},
         {"messages": "chat", "answer": "a"},
-        ("--messages-column", "--answer-column"),
+        ("Columns(messages=…) (--messages-column) can't", "Columns(answer=…) (--answer-column)"),
     ),
     "unknown-tools": ({"messages": TURNS}, {"tools": "api"}, ("--tools-column", "'api'")),
 }
@@ -217,14 +225,16 @@ def test_an_input_without_rows_is_an_input_error() -> None:
 
 
 def test_a_format_that_does_not_exist_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match=", ".join(FORMATS)):
+    with pytest.raises(UsageError, match=rf"Columns\(format=…\) \(--format\) names 'chat'.* {', '.join(FORMATS)}"):
         Columns(format="chat").choose([{"messages": TURNS}])
 
 
 BESIDE: dict[str, tuple[list[Any], str | None]] = {  # values of a column `history`, which is taken or not
     "pairs": ([[["q", "a"]]], "history"),
-    "pairs-in-some-rows": ([None, [], [["q", "a"]], "broken"], "history"),
-    "nothing-yet": ([None, None], "history"),
+    "pairs-in-some-rows": ([None, "", [], "[]", [["q", "a"]]], "history"),
+    "pairs-and-text": ([[["q", "a"]], "broken"], None),
+    "nothing-yet": ([None, None, [], "[]", ""], "history"),
+    "nothing-and-turns": ([[], TURNS], None),
     "pairs-as-json-text": (['[["q", "a"]]'], "history"),
     "text": (["of Rome"], None),
     "list-of-texts": ([["q", "a"]], None),
@@ -238,6 +248,19 @@ def test_a_column_beside_is_taken_for_what_it_looks_like_in_the_sample_and_named
     form = Columns().choose([{"prompt": "q", "response": "a", "history": value} for value in values])
     assert form.history == taken
     assert ("history" in str(form)) == (taken is not None)
+
+
+def test_a_column_beside_that_the_user_names_is_taken_whatever_it_looks_like() -> None:
+    row = {"prompt": "q", "response": "a", "before": ["o", "p"], "persona": 3}
+    form = Columns(history="before", system="persona").choose([row])
+    assert (form.history, form.system) == ("before", "persona")
+
+
+@pytest.mark.parametrize("empty", [None, "", [], "[]"])
+def test_a_sample_with_and_without_an_empty_value_decides_the_same(empty: Any) -> None:
+    rows = [{"messages": TURNS, "tools": value, "history": value} for value in (empty, ["hammer"])]
+    for sample in (rows, rows[::-1], rows[1:]):
+        assert Columns().choose(sample) == RowFormat("messages", messages="messages")
 
 
 @pytest.mark.parametrize("value", [["hammer"], "hammer", [["name", "f"]], 3], ids=["names", "text", "pairs", "number"])
@@ -332,7 +355,14 @@ SUPERVISED: dict[str, tuple[dict[str, Any], list[Message]]] = {  # row, its conv
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", "[1, 2]", "[[1], {}]", '[{"role": "admin", "content": "x"}]', '[{"from": "user", "to": "model"}]', json.dumps(json.dumps(TURNS))],
+    [
+        "[]",
+        "[1, 2]",
+        "[[1], {}]",
+        '[{"role": "admin", "content": "x"}]',
+        '[{"from": "user", "to": "model"}]',
+        json.dumps(json.dumps(TURNS)),
+    ],
 )
 def test_json_text_that_holds_no_turns_is_text(text: str) -> None:
     row = {"prompt": text, "completion": text}
