@@ -176,7 +176,9 @@ class Columns:
         unknown format.
         """
         if self.format is not None and self.format not in FORMATS:
-            raise UsageError(f"{_flags('format')} names '{self.format}': choose one of {', '.join(FORMATS)}.")
+            raise UsageError(
+                f"There is no row format '{self.format}': choose one of {', '.join(FORMATS)} with {_flags('format')}."
+            )
         rows = [row for row in sample if row is not None]
         seen = list(dict.fromkeys(key for row in rows for key in row))
         if not rows:

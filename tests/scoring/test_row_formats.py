@@ -225,7 +225,7 @@ def test_an_input_without_rows_is_an_input_error() -> None:
 
 
 def test_a_format_that_does_not_exist_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match=rf"Columns\(format=…\) \(--format\) names 'chat'.* {', '.join(FORMATS)}"):
+    with pytest.raises(UsageError, match=rf"'chat'.* {', '.join(FORMATS)} with columns=.*format=….*--format"):
         Columns(format="chat").choose([{"messages": TURNS}])
 
 
