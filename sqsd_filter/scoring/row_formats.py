@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.scoring.conversation import (
@@ -122,7 +122,7 @@ def _last_answer(turns: list[Message]) -> list[Message]:
     return [*map(unsupervised, turns[:asked]), *turns[asked:]]
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any) -> TypeGuard[str]:
     """Is it text, and not the JSON text of a list of turns?"""
     turns = loaded(value)
     return isinstance(value, str) and not (isinstance(turns, list) and turns and all(map(is_turn, turns)))

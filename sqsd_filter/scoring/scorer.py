@@ -218,9 +218,9 @@ class Scorer:
         return Features({**{name: Value("float64") for name in floats}, "sqsd_status": Value("string")})
 
     def __call__(self, batch: Any, rank: int | None = None) -> Any:
-        """The score columns of a batch: a step of `map(..., batched=True)` of anything that `datasets` has, in the formats
-        None, arrow, numpy, pandas and torch, or of Ray Data's `map_batches` as a callable class (then the batch with the
-        columns added).
+        """The score columns of a batch: a step of `map(..., batched=True)` of anything that `datasets` has, in the
+        formats None, arrow, numpy, pandas and torch, or of Ray Data's `map_batches` as a callable class (then the batch
+        with the columns added).
 
         Columns of the same names are replaced; of the others only those of the row format are read. A row without a
         score has a null risk and its reason in `sqsd_status`. The row format is decided by `columns` on the first batch

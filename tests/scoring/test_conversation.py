@@ -268,7 +268,7 @@ calls = st.lists(
 
 @given(text=st.text() | st.none(), given_calls=calls, weight=st.sampled_from([None, 0, 1]))
 def test_a_conversation_travels_as_json(text: str | None, given_calls: list[Any], weight: int | None) -> None:
-    """Replicas get conversations as JSON, and answer with their keys; reading the JSON text of a read turn changes nothing."""
+    """Replicas get conversations as JSON, and answer with their keys; reading a read turn again changes nothing."""
     turns = read_turns([{"role": "assistant", "content": text, "tool_calls": given_calls, "weight": weight}], "it")
     there = json.loads(json.dumps(turns))
     assert there == turns and conversation_key(there) == conversation_key(turns)
