@@ -7,6 +7,7 @@ two renderings don't fit together the row is a `template_error`, never a guess.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, product
@@ -24,6 +25,8 @@ from sqsd_filter.scoring.conversation import (
 )
 
 Span = tuple[int, int]
+# A prompt that ends with an opening tag, or with an empty block
+_OPENED = re.compile(r"(?P<tag><(?P<name>[\w:]+)>)(?P<space>\s*)(?P<closing></(?P=name)>\s*)?\Z")
 
 
 class _Frame(NamedTuple):
@@ -43,7 +46,7 @@ class ChatTemplate:
 
     Every assistant turn is an answer, unless its weight is 0: its text and its tool calls, as the template writes them,
     and the token that ends the turn; not what the template adds after that. A last answer of text alone follows the
-    template's generation prompt, exactly as the model would be asked. A template that knows no tool calls leaves an
+    template's generation prompt, as the model would be asked. A template that knows no tool calls leaves an
     answer its text.
 
     Raises `ModelError` when a plain question and answer don't come through.
@@ -81,14 +84,35 @@ class ChatTemplate:
             *spans, (start, stop, end) = self._locate(turns[: last + 1], text)
             text = text[:stop]
         else:
-            text = self._apply(turns[:last], asks=True)
-            spans = self._locate(turns[:last], text, asks=True)
-            answer, end = turns[last]["content"], self._end
-            text += self._lead
-            start = len(text)
-            text += answer.strip() if self._trims else answer
+            prompt, end = self._apply(turns[:last], asks=True), self._end
+            spans = self._locate(turns[:last], prompt, asks=True)
+            before, answer = self._answered(turns[: last + 1], prompt)
+            text, start = before + answer, len(before)
         text += end
         return text, [*((start, stop + len(end)) for start, stop, end in spans), (start, len(text))]
+
+    def _answered(self, turns: Sequence[Message], prompt: str) -> tuple[str, str]:
+        """What stands before the last turn's text, and that text: as the template shows it after the prompt, or just as
+        it is where it shows it in another way. A block that the prompt has opened is not opened again."""
+        whole, answer = self._apply(turns), turns[-1]["content"]
+        before = prompt + self._lead
+        if not whole.startswith(before):
+            if self._asks:
+                before = prompt
+            elif whole.startswith(prompt):  # the lead has the turn's header, and perhaps an empty block
+                before = _shared(before, whole)
+        shown = whole[len(before) :].removesuffix(self._tail)
+        if shown.strip() and whole == before + shown + self._tail:
+            return before, shown
+        answer = answer.strip() if self._trims else answer
+        opened = _OPENED.search(before)
+        if opened is None or not answer.lstrip().startswith(opened["tag"]):
+            return before, answer
+        answer = answer.lstrip().removeprefix(opened["tag"])
+        space = _shared(opened["space"], answer)
+        if opened["closing"]:  # an empty block, which the answer fills
+            before = before[: opened.end("tag")] + space
+        return before, answer.removeprefix(space)
 
     def _locate(self, turns: Sequence[Message], text: str, *, asks: bool = False) -> list[tuple[int, int, str]]:
         """Where the answers stand in `text`, which is these turns rendered, and what ends each of their turns there."""
@@ -161,8 +185,7 @@ class ChatTemplate:
         start = len(prompt)
         if not marked.startswith(prompt if self._asks else prompt + self._lead):
             plain = after_before({"role": "assistant", "content": mark})
-            parted = (n for n, (a, b) in enumerate(zip(marked, plain, strict=False)) if a != b)
-            start = min(next(parted, len(marked)), plain.find(mark))
+            start = min(len(_shared(marked, plain)), plain.find(mark))
         if start < 0 or mark not in marked[start:]:
             raise RowError(TEMPLATE_ERROR, "the chat template leaves out a tool call")
         closing, end, rest = marked.rpartition(mark)[2], self._end, self._tail
@@ -256,6 +279,12 @@ def _marked(turn: Message, mark: str) -> Message:
         return {**turn, "content": mark}
     calls = [_with_arguments(call, lambda _: {mark: mark}) for call in turn["tool_calls"]]
     return {**turn, "content": mark if turn["content"].strip() else turn["content"], "tool_calls": calls}
+
+
+def _shared(a: str, b: str) -> str:
+    """The text with which both begin."""
+    parted = (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return a[: next(parted, min(len(a), len(b)))]
 
 
 def _json(value: Any) -> str:

@@ -37,6 +37,8 @@ ROLES = {
     }.items()
     for name in names.split()
 }
+_SAID = ("content", "value", "text")  # keys of a turn for its text
+_CALLED = ("tool_calls", "function_call")  # and for its calls
 _TEXTS = (None, "text", "input_text", "output_text")  # types of a part of the content that is text
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
@@ -77,18 +79,27 @@ def _more(turn: Message) -> list[Message]:
 # ---------------------------------------------------------------------------------------------- turns
 
 
+def is_turn(value: Any) -> bool:
+    """Does it look like a turn: an object with a known role and a place for what is said?"""
+    if not isinstance(value, Mapping):
+        return False
+    name = value.get("role") or value.get("from")
+    return isinstance(name, str) and name.lower() in ROLES and not value.keys().isdisjoint((*_SAID, *_CALLED))
+
+
 def read_turns(value: Any, where: str) -> list[Message]:
     """The turns that a list (or the JSON text of one) holds; `where` names it to a person.
 
-    Nulls are as good as missing: a parquet file gives every turn the keys of all. Several system turns that lead are
-    joined with a blank line. Raises `RowError` with `bad_row`.
+    Nulls are as good as missing, for a parquet file gives every turn the keys of all; but JSON text keeps those within
+    the arguments of its calls. Several system turns that lead are joined with a blank line. Raises `RowError` with
+    `bad_row`.
     """
-    value = loaded(value)
+    exact, value = isinstance(value, str), loaded(value)
     if not isinstance(value, list | tuple):
         raise RowError(BAD_ROW, f"{where} holds {type(value).__name__}, not a list of turns")
     turns: list[Message] = []
     for number, given in enumerate(value, 1):
-        turn = _read_turn(given, f"turn {number} of {where}")
+        turn = _read_turn(given, f"turn {number} of {where}", exact)
         if turn is None:
             continue
         if turn["role"] == "system" and [t["role"] for t in turns] == ["system"]:
@@ -98,15 +109,15 @@ def read_turns(value: Any, where: str) -> list[Message]:
     return turns
 
 
-def _read_turn(turn: Any, where: str) -> Message | None:
-    """One turn; None for a system turn that is null."""
+def _read_turn(turn: Any, where: str, exact: bool) -> Message | None:
+    """One turn; None for a system turn that is null. With `exact` its calls keep their nulls."""
     if not isinstance(turn, Mapping):
         raise RowError(BAD_ROW, f"{where} holds {type(turn).__name__}, not an object with role and content")
     name = turn.get("role") or turn.get("from")
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise RowError(BAD_ROW, f"{where} has the role {name!r}; known are {', '.join(ROLES)}")
-    for key in ("content", "value", "text"):
+    for key in _SAID:
         if (content := turn.get(key)) is not None:
             break
     if not isinstance(content, str):
@@ -118,7 +129,7 @@ def _read_turn(turn: Any, where: str) -> Message | None:
     more: Message = {}
     if role in ("assistant", _CALL):
         calls = content if role == _CALL else turn.get("tool_calls") or turn.get("function_call")
-        if calls and (calls := _read_calls(calls, where)):
+        if calls and (calls := _read_calls(calls, where, exact)):
             more["tool_calls"] = calls
         more |= _weight(turn, where)
     elif role == "tool":
@@ -143,18 +154,23 @@ def _read_content(content: Any, where: str) -> str | None:
     return "\n".join(texts) if texts else None
 
 
-def _read_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls in one form; none where all is null."""
-    value = _plain(loaded(value), where)
+def _read_calls(value: Any, where: str, exact: bool) -> list[dict[str, Any]]:
+    """Tool calls in one form; none where all is null. Arguments keep their nulls where they were JSON text."""
+    exact = exact or isinstance(value, str)
+    value = _plain(loaded(value), where, nulls=exact)
+    if isinstance(value, dict):
+        value = [] if all(part is None for part in value.values()) else [value]
     calls = []
     for call in value if isinstance(value, list) else [value] if value else []:
-        function: Any = call.get("function", call) if isinstance(call, dict) else None
+        function: Any = (call.get("function") or call) if isinstance(call, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
-        arguments = loaded(function.get("arguments") or {}) if name else None
+        given = function.get("arguments") or {} if name else None
+        arguments = loaded(given)
         if not isinstance(name, str) or not isinstance(arguments, dict):
             raise RowError(BAD_ROW, f"{where} has a tool call that is not a name and an object of arguments")
         tagged = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        function = {"name": name, "arguments": _plain(arguments, where)}
+        nulls = exact or isinstance(given, str)
+        function = {"name": name, "arguments": _plain(arguments, where, nulls=nulls)}
         calls.append({**tagged, "type": "function", "function": function})
     return calls
 
@@ -206,20 +222,20 @@ def loaded(value: Any) -> Any:
         return value
 
 
-def _plain(value: Any, where: str) -> Any:
-    """The value as JSON has it, without keys that are null."""
+def _plain(value: Any, where: str, *, nulls: bool = False) -> Any:
+    """The value as JSON has it, without keys that are null unless `nulls` are kept."""
     try:
-        return _without_nulls(value)
+        return _as_json(value, nulls)
     except (TypeError, RecursionError) as problem:
         reason = problem if isinstance(problem, TypeError) else "something nested too deeply"
         raise RowError(BAD_ROW, f"{where} describes a tool or a call with {reason}, which JSON can't hold") from problem
 
 
-def _without_nulls(value: Any) -> Any:
+def _as_json(value: Any, nulls: bool) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _without_nulls(item) for key, item in value.items() if item is not None}
+        return {str(key): _as_json(item, nulls) for key, item in value.items() if nulls or item is not None}
     if isinstance(value, list | tuple):
-        return [_without_nulls(item) for item in value]
+        return [_as_json(item, nulls) for item in value]
     if value is None or isinstance(value, str | int | float):
         return value
     raise TypeError(type(value).__name__)

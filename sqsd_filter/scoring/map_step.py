@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from sqsd_filter.errors import UsageError
+from sqsd_filter.scoring.conversation import is_turn
 
 if TYPE_CHECKING:
     from sqsd_filter.scoring.scorer import Scores
@@ -28,6 +29,8 @@ class Batch:
         self._columns: dict[str, list[Any]] = {}
         if isinstance(given, pa.Table):
             self.names = given.column_names
+        elif _is_lazy_row(given):
+            raise _single_row()
         elif isinstance(given, Mapping) or _is_frame(given):
             self.names = list(given.keys())
         else:
@@ -43,10 +46,17 @@ class Batch:
         if name not in self._columns:
             values = self._read(self._source[name])
             first = next((v for v in values if v is not None), None) if isinstance(values, list) else values
-            if not isinstance(values, list) or _is_turn(first):
-                raise _single_row(name)
+            if not isinstance(values, list) or (is_turn(first) and self._may_be_a_row()):
+                raise _single_row()
             self._columns[name] = values
         return self._columns[name]
+
+    def _may_be_a_row(self) -> bool:
+        """Could this be a single row? Its columns are no lists, or of several lengths; or it has but one."""
+        if not isinstance(self._source, Mapping) or hasattr(self._source, "pa_table"):
+            return False
+        lengths = {_length(values) for values in self._source.values()}
+        return len(lengths) > 1 or None in lengths or len(self.names) == 1
 
     def _read(self, values: Any) -> Any:
         if isinstance(self._source, pa.Table):
@@ -65,11 +75,12 @@ class Batch:
         known = getattr(self._source, "pa_table", self._source)  # `datasets` would decode a column to count it
         if isinstance(known, pa.Table) or _is_frame(known):
             return len(known)
-        name = next(iter(self.names), "")
-        try:
-            return len(known[name]) if name else 0
-        except TypeError:  # a number, say
-            raise _single_row(name) from None
+        if not self.names:
+            return 0
+        length = _length(known[self.names[0]])
+        if length is None:
+            raise _single_row()
+        return length
 
     def with_scores(self, scores: Scores) -> Any:
         """What the caller takes back: `datasets` the new columns alone, so that it leaves the others as they are, but a
@@ -120,11 +131,16 @@ class _Floats(list[float | None]):
         return pa.array(list(self), type or pa.float64())
 
 
-def _single_row(column: str) -> UsageError:
-    return UsageError(
-        f"SQSDScorer takes batches of rows, but column '{column}' came as that of a single row: call map with "
-        "batched=True."
-    )
+def _single_row() -> UsageError:
+    return UsageError("SQSDScorer takes batches of rows, and this is a single row: call map with batched=True.")
+
+
+def _length(values: Any) -> int | None:
+    """How many values a column has; None where it is one value."""
+    try:
+        return None if isinstance(values, str | bytes | Mapping) else len(values)
+    except TypeError:  # a number, say, or an array of one
+        return None
 
 
 def _plain(value: Any) -> Any:
@@ -136,8 +152,9 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _is_turn(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(value.get(key), str) for key in ("role", "from"))
+def _is_lazy_row(batch: Any) -> bool:
+    datasets = sys.modules.get("datasets.formatting.formatting")
+    return datasets is not None and isinstance(batch, datasets.LazyRow)
 
 
 def _is_frame(batch: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.scoring.conversation import (
@@ -13,6 +13,7 @@ from sqsd_filter.scoring.conversation import (
     Message,
     RowError,
     is_transcript,
+    is_turn,
     loaded,
     read_tools,
     read_transcript,
@@ -67,9 +68,9 @@ class RowFormat:
         """Of the prompt's turns none is supervised; of the history's all are, but for a preference."""
         reply = self._reply(row)
         prompt = row.get(self.prompt) if self.prompt is not None else None
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt or [], self.prompt)
-        whole = bool(reply) and reply[0]["role"] != "assistant"
-        if self.prompt is None or (whole and (isinstance(prompt, str) or reply[: len(before)] == before)):
+        before = [{"role": "user", "content": prompt}] if _is_text(prompt) else _turns(prompt or [], self.prompt)
+        whole = self.name == "preference" and bool(reply) and reply[0]["role"] != "assistant"
+        if self.prompt is None or (whole and (_is_text(prompt) or reply[: len(before)] == before)):
             return _last_answer(reply)  # it repeats the prompt, if there is one
         if not before:
             raise RowError(BAD_ROW, f"column '{self.prompt}' is empty or missing")
@@ -86,7 +87,7 @@ class RowFormat:
         answer = row.get(self.answer)
         if answer is None or (isinstance(answer, str) and not answer.strip()):
             raise RowError(NO_ANSWER, f"column '{self.answer}' is empty or missing")
-        if not isinstance(answer, str):
+        if not _is_text(answer):
             return _turns(answer, self.answer)
         if self.prompt is None:
             return read_transcript(answer, f"column '{self.answer}'")
@@ -108,8 +109,8 @@ def _text(row: Mapping[str, Any], column: str | None) -> str | None:
 
 
 def _turns(value: Any, column: str | None) -> list[Message]:
-    """The turns of a list, or a single one."""
-    if not isinstance(value, list | tuple | Mapping):
+    """The turns of a list, or of its JSON text, or a single one."""
+    if not isinstance(value, list | tuple | Mapping | str):
         raise RowError(BAD_ROW, f"column '{column}' holds {type(value).__name__}, not text")
     return read_turns([value] if isinstance(value, Mapping) else value, f"column '{column}'")
 
@@ -119,6 +120,12 @@ def _last_answer(turns: list[Message]) -> list[Message]:
     last = max((k for k, turn in enumerate(turns) if speaks(turn)), default=0)
     asked = max((k for k, turn in enumerate(turns[:last]) if turn["role"] == "user"), default=0)
     return [*map(unsupervised, turns[:asked]), *turns[asked:]]
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Is it text, and not the JSON text of a list of turns?"""
+    turns = loaded(value)
+    return isinstance(value, str) and not (isinstance(turns, list) and turns and all(map(is_turn, turns)))
 
 
 def _is_pair(value: Any) -> bool:
@@ -169,21 +176,21 @@ class Columns:
         unknown format.
         """
         if self.format is not None and self.format not in FORMATS:
-            raise UsageError(f"There is no row format '{self.format}': choose one of {', '.join(FORMATS)}.")
+            raise UsageError(
+                f"There is no row format '{self.format}': choose one of {', '.join(FORMATS)} with {_flags('format')}."
+            )
         rows = [row for row in sample if row is not None]
         seen = list(dict.fromkeys(key for row in rows for key in row))
         if not rows:
             raise InputError(
                 "No readable row was found in the input: check that it is one of the supported file formats."
             )
-        for flag, column in self._named.items():
+        for name, column in self._named.items():
             if column not in seen:
-                raise InputError(f"--{flag}-column names '{column}', but the input has the columns {_names(seen)}.")
+                raise InputError(f"{_flags(name)} names '{column}', but the input has the columns {_names(seen)}.")
         if self.messages is not None:
-            if self.prompt or self.context or self.answer or self.history:
-                raise InputError(
-                    "--messages-column can't be combined with --prompt-, --context-, --history- or --answer-column."
-                )
+            if others := [name for name in ("prompt", "context", "answer", "history") if getattr(self, name)]:
+                raise InputError(f"{_flags('messages')} can't be combined with {_flags(*others)}.")
             return RowFormat(self.format if self.format in _LISTS else "messages", **self._named)
         if self.prompt and self.answer:
             return RowFormat(self.format or "custom", **self._named)
@@ -228,7 +235,9 @@ class Columns:
         found = {}
         for name in names:
             candidates, looks = _BESIDE[name]
-            there = [column for column in self._found(name, candidates, seen) if _looks(rows, column, looks)]
+            there = self._found(name, candidates, seen)
+            if name not in self._named:
+                there = [column for column in there if all(map(looks, _values(rows, column)))]
             found[name] = _only(name, there)
         return found
 
@@ -241,7 +250,7 @@ class Columns:
 def _only(name: str, found: Sequence[str]) -> str | None:
     if len(found) > 1:
         raise InputError(
-            f"The columns {_names(found)} could both be the {name} of a row: say which with --{name}-column."
+            f"The columns {_names(found)} could both be the {name} of a row: say which with {_flags(name)}."
         )
     return found[0] if found else None
 
@@ -250,8 +259,8 @@ def _unfit(fits: Sequence[RowFormat], name: str | None, seen: Sequence[str]) -> 
     """Why there is no format, and which flags decide."""
     if fits:
         names = " or ".join(f.name for f in fits)
-        return f"More than one row format fits the columns {_names(seen)}: choose with --format {names}."
-    flags = "name the columns with --prompt-column and --answer-column, or with --messages-column"
+        return f"More than one row format fits the columns {_names(seen)}: choose {names} with {_flags('format')}."
+    flags = f"name the columns with {_flags('prompt', 'answer')} or {_flags('messages')}"
     if name is not None:
         return f"The format {name} does not fit the columns {_names(seen)}: {flags}."
     if "text" in seen:
@@ -262,10 +271,21 @@ def _unfit(fits: Sequence[RowFormat], name: str | None, seen: Sequence[str]) -> 
     return f"No known row format fits the columns {_names(seen)}: {flags} (known formats: {', '.join(FORMATS)})."
 
 
+def _flags(*names: str) -> str:
+    """How to name these in Python and on the command line."""
+    flags = ", ".join(f"--{name}" if name == "format" else f"--{name}-column" for name in names)
+    return f"columns=Columns({', '.join(f'{name}=…' for name in names)}) ({flags})"
+
+
 def _looks(rows: Sequence[Mapping[str, Any]], column: str, looks: Callable[[Any], bool]) -> bool:
     """Does the column hold such values, or nothing at all yet?"""
-    values = [value for row in rows if (value := row.get(column)) not in (None, "")]
+    values = _values(rows, column)
     return any(map(looks, values)) or not values
+
+
+def _values(rows: Sequence[Mapping[str, Any]], column: str) -> list[Any]:
+    """What the column holds, but for what is as good as nothing."""
+    return [value for row in rows if (value := row.get(column)) not in (None, "", [], "[]")]
 
 
 def _is_list(value: Any) -> bool:

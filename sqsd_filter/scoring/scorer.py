@@ -143,7 +143,7 @@ class Scorer:
         self._device, self._dtype = device, dtype or self.default_dtype
         self._content: tuple[str | None] | None = None
         self._encoder: ChatEncoder | None = None
-        self._form: RowFormat | None = None
+        self._form: tuple[frozenset[str], RowFormat] | None = None
         self._rank: int | None = None
 
     @property
@@ -218,12 +218,14 @@ class Scorer:
         return Features({**{name: Value("float64") for name in floats}, "sqsd_status": Value("string")})
 
     def __call__(self, batch: Any, rank: int | None = None) -> Any:
-        """The score columns of a batch: a step of `map(..., batched=True)` of anything that `datasets` has, in any of
-        its formats, or of Ray Data's `map_batches` as a callable class (then the batch with the columns added).
+        """The score columns of a batch: a step of `map(..., batched=True)` of anything that `datasets` has, in the
+        formats None, arrow, numpy, pandas and torch, or of Ray Data's `map_batches` as a callable class (then the batch
+        with the columns added).
 
         Columns of the same names are replaced; of the others only those of the row format are read. A row without a
         score has a null risk and its reason in `sqsd_status`. The row format is decided by `columns` on the first batch
-        and kept while its columns are there. With `rank` (`map(..., with_rank=True)`) processes take turns on the GPUs.
+        and kept while batches have the same columns. With `rank` (`map(..., with_rank=True)`) processes take turns on
+        the GPUs.
 
         Raises `InputError` where no format fits, `UsageError` for a single row.
         """
@@ -234,13 +236,15 @@ class Scorer:
         if self._rank is None:
             self._rank = rank
         rows = Batch(batch)
-        if self._form is None or not set(self._form.columns) <= set(rows.names):
-            self._form = self.columns.choose(rows)
+        names = frozenset(rows.names)
+        if self._form is None or self._form[0] != names:
+            self._form = names, self.columns.choose(rows)
+        _, form = self._form
         turns: list[list[Message]] = []
         reasons: dict[int, str] = {}
         for k, row in enumerate(rows):
             try:
-                turns.append(self._form.conversation(row))
+                turns.append(form.conversation(row))
             except RowError as problem:
                 reasons[k] = problem.status
                 turns.append([])

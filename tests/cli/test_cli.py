@@ -311,7 +311,7 @@ def test_a_bare_number_is_a_usage_error_that_names_both_readings(command: Comman
         ("in.jsonl out --drop-top 5% --max-error-rate 7 --dry-run", 2, "7%"),
         ("in.jsonl out --drop-top 5% --engine local --replicas 2", 2, "--engine ray"),
         ("in.jsonl out --drop-top 5% --format messages", 3, "does not fit the columns"),
-        ("in.jsonl out --drop-top 5% --prompt-column q", 3, "--prompt-column names 'q'"),
+        ("in.jsonl out --drop-top 5% --prompt-column q", 3, "(--prompt-column) names 'q'"),
         ("in.jsonl nowhere/out --drop-top 5%", 3, "The folder nowhere does not exist"),
         ("in.jsonl in.jsonl/out --drop-top 5%", 3, "in.jsonl"),
         ("select in.jsonl out --drop-top 5%", 3, "score it first"),

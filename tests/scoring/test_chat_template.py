@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,9 @@ from sqsd_filter.errors import ModelError
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
 from sqsd_filter.scoring.conversation import Message, RowError
 from tests.scoring.styles import (
+    LLAMA3,
     PLAIN,
+    QWEN3,
     STYLES,
     Style,
     encode,
@@ -150,6 +154,56 @@ def test_the_empty_thinking_block_is_prompt_not_answer(name: str) -> None:
     encoder = STYLES[name].encoder()
     row = encode(encoder, chat("q", "yes"))
     assert text_of(encoder, row.ids[~row.answer]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+THOUGHT = "<think>\nwhy\n</think>\n\nbecause"
+OPENED_BY_PROMPT = QWEN3.replace("{% if enable_thinking", "{{ '<think>\n' }}{% if enable_thinking")
+LLAMA3_OPENED = LLAMA3.removesuffix("' }}{% endif %}") + "<think>\n' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("style", "asked", "answer"),
+    [
+        (STYLES["qwen3"], "<|im_start|>assistant\n", THOUGHT),
+        (STYLES["qwen3-thinking-off"], "<|im_start|>assistant\n<think>\n", THOUGHT.removeprefix("<think>\n")),
+        (Style(OPENED_BY_PROMPT), "<|im_start|>assistant\n<think>\n", THOUGHT.removeprefix("<think>\n")),
+        (
+            Style(QWEN3.split("{% if add_generation_prompt")[0]),
+            "<|im_start|>assistant\n<think>\n",
+            THOUGHT.removeprefix("<think>\n"),
+        ),
+        (STYLES["drops-reasoning"], "<|assistant|><think>\n", THOUGHT.removeprefix("<think>\n")),
+        (STYLES["chatml"], "<|im_start|>assistant\n", THOUGHT),
+        (
+            replace(STYLES["llama3"], template=LLAMA3_OPENED),
+            "assistant<|end_header_id|>\n\n<think>\n",
+            THOUGHT.removeprefix("<think>\n"),
+        ),
+    ],
+    ids=[
+        "qwen3",
+        "thinking-off",
+        "opened-by-the-prompt",
+        "no-generation-prompt",
+        "drops-reasoning",
+        "chatml",
+        "opened-by-the-prompt-alone",
+    ],
+)
+@pytest.mark.parametrize("earlier", [[], chat("p", "a")], ids=["one-turn", "two-turns"])
+def test_a_thought_is_opened_once(style: Style, asked: str, answer: str, earlier: list[Message]) -> None:
+    encoder = style.encoder()
+    row = encode(encoder, [*earlier, *chat("q", THOUGHT)])
+    text = text_of(encoder, row.ids)
+    assert text.endswith(asked + answer + style.end) and text.count("<think>") == 1
+    assert supervised(encoder, [*earlier, *chat("q", THOUGHT)])[-1] == answer + style.end
+
+
+def test_an_empty_thought_of_the_answer_is_the_prompts() -> None:
+    for name in ("qwen3", "qwen3-thinking-off"):
+        encoder = STYLES[name].encoder()
+        empty, plain = (encode(encoder, chat("q", lead + "yes")) for lead in ("<think>\n\n</think>\n\n", ""))
+        assert np.array_equal(empty.ids, plain.ids) and np.array_equal(empty.answer, plain.answer)
 
 
 def test_text_around_an_answer_is_trimmed_where_the_template_trims() -> None:

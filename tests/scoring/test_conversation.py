@@ -188,6 +188,24 @@ def test_nulls_that_a_table_puts_into_turns_calls_and_tools_are_as_good_as_missi
     assert read_tools(row["tools"], "it") == read_tools(tools, "it") == [{"role": "tools", "content": tools}]
 
 
+def test_nulls_in_the_arguments_of_a_call_stay_where_the_arguments_or_more_are_json_text() -> None:
+    arguments = {"a": None, "b": 1, "of": [{"c": None}, None]}
+    function = {"name": "f", "arguments": arguments}
+    wrapped = {"id": None, "type": "function", "function": function}
+    given_turns: list[Any] = [
+        [assistant(tool_calls=[{"name": "f", "arguments": json.dumps(arguments)}])],
+        [assistant(function_call=json.dumps(function))],
+        [assistant(tool_calls=json.dumps([wrapped]))],
+        json.dumps([assistant(tool_calls=[wrapped], function_call=None)]),
+        json.dumps([assistant(tool_calls=[{**function, "function": None}])]),
+    ]
+    calls = [{"type": "function", "function": function}]
+    for form in given_turns:
+        assert read_turns(form, "it") == [assistant(tool_calls=calls)]
+    (turn,) = read_turns([assistant(tool_calls=[wrapped])], "it")
+    assert turn["tool_calls"][0]["function"]["arguments"] == {"b": 1, "of": [{}, None]}
+
+
 def test_tools_are_functions_in_one_form() -> None:
     function = {"name": "f", "description": "F", "parameters": {"type": "object", "properties": {}}}
     wrapped = {"type": "function", "function": function}
@@ -254,4 +272,4 @@ def test_a_conversation_travels_as_json(text: str | None, given_calls: list[Any]
     turns = read_turns([{"role": "assistant", "content": text, "tool_calls": given_calls, "weight": weight}], "it")
     there = json.loads(json.dumps(turns))
     assert there == turns and conversation_key(there) == conversation_key(turns)
-    assert read_turns(turns, "it") == turns
+    assert read_turns(turns, "it") == read_turns(json.dumps(turns), "it") == turns

@@ -212,6 +212,33 @@ def test_a_batch_without_any_conversation_is_read_as_the_batches_before(tiny_pac
     assert scored["sqsd_status"][:] == ["scored", "scored", "no_answer", "no_answer"]
 
 
+def test_a_scorer_that_is_used_again_reads_the_columns_of_the_new_rows(tiny_pack: Path) -> None:
+    scorer, plain = SQSDScorer(tiny_pack), {"instruction": ["2+2?"], "output": ["4"]}
+    scorer(plain)
+    for more in ({"input": ["And 3+3?"]}, {"system": ["Be brief."]}, {}):
+        assert scorer(plain | more) == SQSDScorer(tiny_pack)(plain | more)
+    assert scorer(plain) != scorer(plain | {"input": ["And 3+3?"]})
+
+
+@every_format
+@pytest.mark.parametrize("streamed", [False, True], ids=["stored", "streamed"])
+@pytest.mark.parametrize("batch_size", [1, 1000])
+def test_a_single_turn_a_row_is_an_answer(tiny_pack: Path, form: str | None, streamed: bool, batch_size: int) -> None:
+    pairs = [turns[-2:] for turns in CONVERSATIONS]
+    dataset: Any = Dataset.from_list([{"prompt": ask["content"], "chosen": a, "rejected": a} for ask, a in pairs])
+    dataset = dataset.to_iterable_dataset() if streamed else dataset
+    scored = dataset.with_format(form).map(SQSDScorer(tiny_pack), batched=True, batch_size=batch_size)
+    found = scored.with_format(None)
+    assert [row["sqsd_status"] for row in found] == ["scored"] * len(pairs)
+    assert close(list(found), SQSDScorer(tiny_pack).score(pairs).risk)
+
+
+def test_a_single_turn_a_row_is_an_answer_in_a_batch_of_lists(tiny_pack: Path) -> None:
+    ask, answer = chat("2+2?", "4")
+    batch = {"prompt": [ask], "chosen": [answer], "rejected": [answer]}
+    assert SQSDScorer(tiny_pack)(batch) == SQSDScorer(tiny_pack)({"messages": [[ask, answer]]})
+
+
 # ---------------------------------------------------------------------------------------------- wrong calls
 
 
@@ -221,7 +248,15 @@ def pairs() -> Dataset:
 
 @pytest.mark.parametrize("form", [None, "numpy", "torch"])
 @pytest.mark.parametrize(
-    "make", [pairs, lambda: rows(CONVERSATIONS), lambda: rows([None])], ids=["pair", "chat", "none"]
+    "make",
+    [
+        pairs,
+        lambda: rows(CONVERSATIONS),
+        lambda: rows(CONVERSATIONS).select_columns("messages"),
+        lambda: rows(CONVERSATIONS).map(lambda row: {"prompt": "2+2?", "chosen": row["messages"], "rejected": [row]}),
+        lambda: rows([None]),
+    ],
+    ids=["pair", "chat", "chat-alone", "preference", "none"],
 )
 @pytest.mark.parametrize("streamed", [False, True], ids=["stored", "streamed"])
 def test_a_single_row_is_one_sentence(

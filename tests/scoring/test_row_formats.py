@@ -1,4 +1,4 @@
-"""Rows to conversations: which columns are read, decided over a sample, and what is supervised of them."""
+"""Rows to conversations: which columns are read, decided over a sample."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sqsd_filter.errors import InputError, UsageError
-from sqsd_filter.scoring.conversation import Message, RowError, conversation_key
+from sqsd_filter.scoring.conversation import conversation_key
 from sqsd_filter.scoring.row_formats import FORMATS, Columns, RowFormat
 from tests.tiny import chat
 
@@ -148,7 +148,7 @@ BAD_CHOICES: dict[str, tuple[dict[str, Any], dict[str, str], tuple[str, ...]]] =
     "two-answers": (
         {"instruction": "q", "output": "a", "response": "b"},
         {},
-        ("'output'", "'response'", "--answer-column"),
+        ("'output'", "'response'", "columns=Columns(answer=…) (--answer-column)"),
     ),
     "two-contexts": (
         {"instruction": "q", "input": "c", "context": "d", "output": "a"},
@@ -158,7 +158,7 @@ BAD_CHOICES: dict[str, tuple[dict[str, Any], dict[str, str], tuple[str, ...]]] =
     "two-formats": (
         {"messages": TURNS, "question": "q", "answer": "a"},
         {},
-        ("'messages'", "'question'", "--format messages or question-answer"),
+        ("'messages'", "'question'", "messages or question-answer with columns=Columns(format=…) (--format)"),
     ),
     "two-systems": (
         {"question": "q", "answer": "a", "system": "s", "system_prompt": "t"},
@@ -178,7 +178,7 @@ BAD_CHOICES: dict[str, tuple[dict[str, Any], dict[str, str], tuple[str, ...]]] =
     "preference-beside-messages": (
         {"messages": TURNS, "prompt": "q", "chosen": TURNS, "rejected": REJECTED},
         {},
-        ("'chosen'", "--format messages or preference"),
+        ("'chosen'", "messages or preference with", "--format"),
     ),
     "preference-without-prompt": (
         {"input": "q", "chosen": "a", "rejected": "b"},
@@ -186,16 +186,24 @@ BAD_CHOICES: dict[str, tuple[dict[str, Any], dict[str, str], tuple[str, ...]]] =
         ("'input'", "'chosen'", "--prompt-column"),
     ),
     "plain-text": ({"text": "Once upon a time", "url": "u"}, {}, ("'text'", "plain text", "no conversation")),
-    "no-format": ({"text": "q", "label": 1}, {}, ("'text'", "'label'", "--prompt-column", "--messages-column")),
+    "no-format": (
+        {"text": "q", "label": 1},
+        {},
+        ("'text'", "'label'", "Columns(prompt=…, answer=…) (--prompt-column, --answer-column)", "--messages-column"),
+    ),
     "messages-that-are-text": ({"messages": "hello"}, {}, ("'messages'", "--prompt-column")),
     "no-column-at-all": ({}, {}, ("(none)",)),
     "named-format-misses": ({"text": "q"}, {"format": "alpaca"}, ("alpaca", "'text'", "--prompt-column")),
-    "unknown-column": ({"text": "q"}, {"prompt": "txt"}, ("--prompt-column", "'txt'", "'text'")),
+    "unknown-column": (
+        {"text": "q"},
+        {"prompt": "txt"},
+        ("columns=Columns(prompt=…) (--prompt-column) names 'txt'", "'text'"),
+    ),
     "unknown-messages": ({"text": "q"}, {"messages": "chat"}, ("--messages-column", "'chat'", "'text'")),
     "messages-and-answer": (
         {"chat": TURNS, "a": "b"},
         {"messages": "chat", "answer": "a"},
-        ("--messages-column", "--answer-column"),
+        ("Columns(messages=…) (--messages-column) can't", "Columns(answer=…) (--answer-column)"),
     ),
     "unknown-tools": ({"messages": TURNS}, {"tools": "api"}, ("--tools-column", "'api'")),
 }
@@ -217,14 +225,16 @@ def test_an_input_without_rows_is_an_input_error() -> None:
 
 
 def test_a_format_that_does_not_exist_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match=", ".join(FORMATS)):
+    with pytest.raises(UsageError, match=rf"'chat'.* {', '.join(FORMATS)} with columns=.*format=….*--format"):
         Columns(format="chat").choose([{"messages": TURNS}])
 
 
 BESIDE: dict[str, tuple[list[Any], str | None]] = {  # values of a column `history`, which is taken or not
     "pairs": ([[["q", "a"]]], "history"),
-    "pairs-in-some-rows": ([None, [], [["q", "a"]], "broken"], "history"),
-    "nothing-yet": ([None, None], "history"),
+    "pairs-in-some-rows": ([None, "", [], "[]", [["q", "a"]]], "history"),
+    "pairs-and-text": ([[["q", "a"]], "broken"], None),
+    "nothing-yet": ([None, None, [], "[]", ""], "history"),
+    "nothing-and-turns": ([[], TURNS], None),
     "pairs-as-json-text": (['[["q", "a"]]'], "history"),
     "text": (["of Rome"], None),
     "list-of-texts": ([["q", "a"]], None),
@@ -240,6 +250,19 @@ def test_a_column_beside_is_taken_for_what_it_looks_like_in_the_sample_and_named
     assert ("history" in str(form)) == (taken is not None)
 
 
+def test_a_column_beside_that_the_user_names_is_taken_whatever_it_looks_like() -> None:
+    row = {"prompt": "q", "response": "a", "before": ["o", "p"], "persona": 3}
+    form = Columns(history="before", system="persona").choose([row])
+    assert (form.history, form.system) == ("before", "persona")
+
+
+@pytest.mark.parametrize("empty", [None, "", [], "[]"])
+def test_a_sample_with_and_without_an_empty_value_decides_the_same(empty: Any) -> None:
+    rows = [{"messages": TURNS, "tools": value, "history": value} for value in (empty, ["hammer"])]
+    for sample in (rows, rows[::-1], rows[1:]):
+        assert Columns().choose(sample) == RowFormat("messages", messages="messages")
+
+
 @pytest.mark.parametrize("value", [["hammer"], "hammer", [["name", "f"]], 3], ids=["names", "text", "pairs", "number"])
 def test_tools_that_are_not_descriptions_of_functions_are_another_column(value: Any) -> None:
     assert Columns().choose([{"messages": TURNS, "tools": value}]).tools is None
@@ -250,136 +273,6 @@ def test_whoever_names_the_main_columns_names_all_that_is_read() -> None:
     assert Columns(messages="messages").choose([row]) == RowFormat("messages", messages="messages")
     named = Columns(prompt="instruction", answer="output").choose([row])
     assert named == RowFormat("custom", prompt="instruction", answer="output")
-
-
-# ---------------------------------------------------------------------------------------------- what is supervised
-
-
-def unsupervised(text: str) -> Message:
-    return {"role": "assistant", "content": text, "weight": 0}
-
-
-LONGER = [*chat("o", "p"), *TURNS]
-SUPERVISED: dict[str, tuple[dict[str, Any], list[Message]]] = {  # row, its conversation
-    "prompt-turns": (
-        {"prompt": LONGER[:3], "completion": TURNS[1:]},
-        [*chat("o"), unsupervised("p"), *TURNS],
-    ),
-    "completion-turns": (
-        {"prompt": TURNS[:1], "completion": [TURNS[1], *chat("r", "b")]},
-        chat("q", "a", "r", "b"),
-    ),
-    "whole-completion-after-other-turns": ({"prompt": chat("x"), "completion": TURNS}, [*chat("x"), *TURNS]),
-    "chosen-whole": ({"chosen": LONGER, "rejected": REJECTED}, [*chat("o"), unsupervised("p"), *TURNS]),
-    "chosen-ends-with-a-question": (
-        {"chosen": [*LONGER, *chat("r")], "rejected": REJECTED},
-        [*chat("o"), unsupervised("p"), *TURNS, *chat("r")],
-    ),
-    "chosen-transcript": (
-        {"chosen": "\n\nHuman: o\n\nAssistant: p\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: b"},
-        [*chat("o"), unsupervised("p"), *TURNS],
-    ),
-    "chosen-turn": (
-        {"prompt": LONGER[:3], "chosen": TURNS[1], "rejected": REJECTED[1]},
-        [*chat("o"), unsupervised("p"), *TURNS],
-    ),
-    "history": ({"instruction": "q", "output": "a", "history": [["o", "p"]]}, LONGER),
-    "history-as-json-text": ({"instruction": "q", "output": "a", "history": '[["o", "p"]]'}, LONGER),
-    "history-of-a-preference": (
-        {"prompt": "q", "chosen": "a", "rejected": "b", "history": [["o", "p"]]},
-        [*chat("o"), unsupervised("p"), *TURNS],
-    ),
-    "system": ({"instruction": "q", "output": "a", "system": "s"}, chat("q", "a", system="s")),
-    "system-prompt": ({"system_prompt": "s", "question": "q", "response": "a"}, chat("q", "a", system="s")),
-    "system-before-history": (
-        {"prompt": "q", "response": "a", "history": [["o", "p"]], "system": "s"},
-        [{"role": "system", "content": "s"}, *LONGER],
-    ),
-    "system-of-turns": ({"conversations": SHAREGPT, "system": "s"}, chat("q", "a", system="s")),
-    "a-system-turn-of-its-own-wins": (
-        {"messages": chat("q", "a", system="own"), "system": "s"},
-        chat("q", "a", system="own"),
-    ),
-    "tools": (
-        {"conversations": SHAREGPT, "system": "s", "tools": '[{"name": "f", "parameters": {}}]'},
-        [
-            {"role": "tools", "content": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
-            *chat("q", "a", system="s"),
-        ],
-    ),
-}
-
-
-@pytest.mark.parametrize(("row", "turns"), SUPERVISED.values(), ids=SUPERVISED)
-def test_only_what_a_model_is_trained_to_write_is_supervised(row: dict[str, Any], turns: list[Message]) -> None:
-    assert Columns().choose([row]).conversation(row) == turns
-
-
-MESSAGES = RowFormat("messages", messages="messages")
-ALPACA = RowFormat("alpaca", prompt="instruction", context="input", answer="output")
-HISTORY = RowFormat("prompt-completion", prompt="prompt", answer="response", history="history")
-SYSTEM = RowFormat("messages", messages="messages", system="persona")
-TOOLS = RowFormat("messages", messages="messages", tools="tools")
-PAIRED = RowFormat("preference", answer="chosen")
-UNREADABLE: dict[str, tuple[RowFormat, dict[str, Any], str, str]] = {  # format, row, status, what its detail names
-    "no-answer-null": (ALPACA, {"instruction": "q", "output": None}, "no_answer", "'output'"),
-    "no-answer-missing": (ALPACA, {"instruction": "q"}, "no_answer", "'output'"),
-    "no-answer-blank": (ALPACA, {"instruction": "q", "output": " \n"}, "no_answer", "'output'"),
-    "no-answer-turns-null": (MESSAGES, {"messages": None}, "no_answer", "'messages'"),
-    "no-answer-turns-empty": (MESSAGES, {"messages": []}, "no_answer", "'messages'"),
-    "no-answer-user-only": (MESSAGES, {"messages": TURNS[:1]}, "no_answer", "'messages'"),
-    "no-answer-assistant-null": (
-        MESSAGES,
-        {"messages": [TURNS[0], {"role": "assistant", "content": None}]},
-        "no_answer",
-        "'messages'",
-    ),
-    "prompt-missing": (ALPACA, {"output": "a"}, "bad_row", "'instruction'"),
-    "answer-number": (ALPACA, {"instruction": "q", "output": 4}, "bad_row", "int"),
-    "context-list": (ALPACA, {"instruction": "q", "input": ["c"], "output": "a"}, "bad_row", "'input'"),
-    "turns-text": (MESSAGES, {"messages": "hello"}, "bad_row", "str"),
-    "turn-text": (MESSAGES, {"messages": ["hello"]}, "bad_row", "turn 1"),
-    "unknown-role": (MESSAGES, {"messages": [TURNS[0], {"role": "narrator", "content": "x"}]}, "bad_row", "'narrator'"),
-    "no-role": (MESSAGES, {"messages": [{"content": "x"}]}, "bad_row", "None"),
-    "role-not-text": (MESSAGES, {"messages": [{"role": ["user"], "content": "x"}]}, "bad_row", "role"),
-    "user-without-content": (MESSAGES, {"messages": [{"role": "user"}, TURNS[1]]}, "bad_row", "turn 1"),
-    "answer-turns-empty": (ALPACA, {"instruction": "q", "output": []}, "no_answer", "'output'"),
-    "answer-turns-blank": (
-        ALPACA,
-        {"instruction": "q", "output": [{"role": "assistant", "content": " "}]},
-        "no_answer",
-        "'output'",
-    ),
-    "prompt-number": (ALPACA, {"instruction": 4, "output": "a"}, "bad_row", "int"),
-    "prompt-no-turns": (ALPACA, {"instruction": [], "output": "a"}, "bad_row", "'instruction'"),
-    "history-broken": (HISTORY, {"prompt": "q", "response": "a", "history": [["q"]]}, "bad_row", "'history'"),
-    "history-number": (HISTORY, {"prompt": "q", "response": "a", "history": 3}, "bad_row", "'history'"),
-    "system-number": (SYSTEM, {"messages": TURNS, "persona": 3}, "bad_row", "'persona'"),
-    "tools-number": (TOOLS, {"messages": TURNS, "tools": 3}, "bad_row", "'tools'"),
-    "tools-nameless": (TOOLS, {"messages": TURNS, "tools": [{"type": "function"}]}, "bad_row", "'tools'"),
-    "transcript-without-speaker": (PAIRED, {"chosen": "hello"}, "bad_row", "'Human:'"),
-    "transcript-of-a-human": (PAIRED, {"chosen": "\n\nHuman: hello"}, "no_answer", "'chosen'"),
-    "weight-0-throughout": (
-        MESSAGES,
-        {"messages": [TURNS[0], {**TURNS[1], "weight": 0}]},
-        "no_answer",
-        "'messages'",
-    ),
-    "content-parts": (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "bad_row", "list"),
-}
-
-
-@pytest.mark.parametrize(("form", "row", "status", "named"), UNREADABLE.values(), ids=UNREADABLE)
-def test_a_row_that_holds_no_conversation_says_why(form: RowFormat, row: dict, status: str, named: str) -> None:
-    with pytest.raises(RowError) as problem:
-        form.conversation(row)
-    assert problem.value.status == status
-    assert named in problem.value.detail
-
-
-def test_a_conversation_is_read_whatever_else_the_turns_hold() -> None:
-    turns = [{**TURNS[0], "id": 7, "weight": None}, {"role": "assistant", "content": "a", "value": "ignored"}]
-    assert MESSAGES.conversation({"messages": turns}) == TURNS
 
 
 def test_equal_conversations_share_a_key_whatever_format_they_came_in() -> None:
