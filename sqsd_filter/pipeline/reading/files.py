@@ -30,7 +30,8 @@ class File:
 
     @property
     def suffixes(self) -> list[str]:
-        return PurePosixPath(urlsplit(self.name).path).suffixes
+        """As `pathlib` gives them."""
+        raise NotImplementedError
 
     @property
     def compression(self) -> str:
@@ -65,16 +66,31 @@ class LocalFile(File):
 class RemoteFile(File):
     """Behind a URL that pyarrow or an fsspec package knows: only what is asked for is fetched, nothing is stored."""
 
+    def __init__(self, url: str, folder: str | None = None, path: str | None = None) -> None:
+        """`path` is where the file is in the file system that the URL `folder` names, if that is known."""
+        super().__init__(url)
+        self._folder, self._path = folder or url, path
+
+    @property
+    def suffixes(self) -> list[str]:
+        path = self._path or self.name
+        has_query = "://" in path and not path.startswith("hf://")
+        return PurePosixPath(urlsplit(path).path if has_query else path).suffixes
+
     def open(self) -> IO[bytes]:
-        return io.BufferedReader(_Patient(*connect(self.name)), BUFFER)
+        return io.BufferedReader(_Patient(*self._place()), BUFFER)
 
     def size(self) -> int:
-        there, path = connect(self.name)
+        there, path = self._place()
         with plainly():
             found = patiently(lambda: there.get_file_info(path))
         if not found.is_file:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name)
         return int(found.size)
+
+    def _place(self) -> tuple[Any, str]:
+        there, path = connect(self._folder)
+        return there, self._path or path
 
 
 class HubFile(File):
@@ -83,6 +99,10 @@ class HubFile(File):
     def __init__(self, repo: str, commit: str, path: str) -> None:
         super().__init__(f"hf://datasets/{repo}@{commit}/{path}")
         self._repo, self._commit, self._path = repo, commit, path
+
+    @property
+    def suffixes(self) -> list[str]:
+        return PurePosixPath(self._path).suffixes
 
     def open(self) -> IO[bytes]:
         return self._local().open("rb")

@@ -18,6 +18,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFile
 
 from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.folder import connect
 from sqsd_filter.pipeline.reading.addresses import Opener, Source
 from sqsd_filter.pipeline.reading.sources import Corpus
 from tests.hub import Hub
@@ -67,7 +68,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A bucket in which files are `Leaving`."""
     bucket = fsspec.filesystem("memory")
     bucket.pipe("/bucket/a.jsonl", lines(*range(100_000)))
-    bucket.pipe("/bucket/b.parquet", parquet(100_000))
+    bucket.pipe("/bucket/b.parquet", parquet(200_000))
     monkeypatch.setattr(
         type(bucket), "_open", lambda self, path, *_, **__: Leaving(self, path, self.store[path].getvalue())
     )
@@ -111,3 +112,77 @@ def test_a_pickled_corpus_is_read_as_patiently_and_tells_of_it(
     assert [row.value["n"] for row in corpus.read(0, 3000) if row.value] == list(range(3000))
     told = [record for record in caplog.records if "refused; trying again in" in record.getMessage()]
     assert [record.levelname for record in told] == ["INFO"] * 3
+
+
+ODD = ["a#1.jsonl", "b?x=1.jsonl", "c%41.jsonl", "d é.jsonl", "e[1].jsonl", "f*.jsonl", "g=1/h+1,(2).jsonl", "e1.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[str]:
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    yield "{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "s3", "file"])
+def place(
+    request: pytest.FixtureRequest, moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, str]]:
+    """A folder that holds a row in each file of an odd name, with its own number: its URL and the query of that."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+    query = f"?endpoint_override={moto}&scheme=http&allow_bucket_creation=true" if request.param == "s3" else ""
+    base = {"memory": "memory://odd/in", "s3": "s3://odd/in", "file": f"file://{tmp_path}"}[request.param]
+    there, root = connect(base + query)
+    there.create_dir(root.partition("/")[0] or root)
+    for number, name in enumerate(ODD):
+        there.create_dir(f"{root}/{name}".rpartition("/")[0], recursive=True)
+        with there.open_output_stream(f"{root}/{name}") as sink:
+            sink.write(lines(number))
+    yield base, query
+    there.delete_dir_contents(root)
+
+
+def test_each_name_that_was_found_opens_its_own_file_and_does_so_again_by_its_address(place: tuple[str, str]) -> None:
+    base, query = place
+    sources = Opener().open([f"{base}/**/*.jsonl{query}"])
+    found = {source.spec: rows([source]) for source in sources}
+    assert sorted(row.value["n"] for [row] in found.values()) == list(range(len(ODD)))
+    for spec, [row] in found.items():
+        [again] = Opener().open([spec])
+        assert again.spec == again.reader.name == spec
+        assert rows([again]) == [row]
+
+
+def test_a_pattern_finds_odd_names_by_their_address(place: tuple[str, str]) -> None:
+    base, query = place
+    hash_, mark = ("#", "?") if base.startswith("memory") else ("%23", "%3F")
+    assert numbers(f"{base}/a{hash_}*.jsonl{query}") == [0]
+    assert numbers(f"{base}/b{mark}*.jsonl{query}") == [1]
+    assert numbers(f"{base}/[bd]*.jsonl{query}") == [1, 3]
+    with pytest.raises(InputError, match="No file matches"):
+        numbers(f"{base}/a{mark}*.jsonl{query}")
+
+
+def test_local_paths_with_odd_names_are_read_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(ODD):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(lines(number))
+    for number, name in enumerate(ODD):
+        assert numbers(name) == numbers(str(tmp_path / name)) == [number]
+    Path("a.jsonl?x").write_bytes(lines(0))
+    with pytest.raises(InputError, match=r"a\.jsonl\?x has no extension that says what it holds"):
+        numbers("a.jsonl?x")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_odd_names_of_the_hub_are_read_kept_or_streamed(hub: Hub, streaming: bool) -> None:
+    names = ["a#1.jsonl", "b%41.jsonl", "c é.jsonl"]
+    hub.add("org/sums", {name: lines(number) for number, name in enumerate(names)})
+    opener = Opener(streaming=streaming)
+    for number, name in enumerate(names):
+        [source] = opener.open([f"hf://datasets/org/sums/{name}"])
+        assert [row.value for row in rows([source])] == [{"n": number, "text": "yes"}]
+        assert [row.value for row in rows(opener.open([source.spec]))] == [{"n": number, "text": "yes"}]
