@@ -210,8 +210,10 @@ def _expand_url(url: str) -> list[RemoteFile]:
     listed = {i.path.removeprefix(root).lstrip("/"): i.path for i in infos if i.type == fs.FileType.File}
     pattern = path[len(base) + 1 :]
     if quoted:
-        pattern = re.sub(r"(%[0-9A-Fa-f]{2})+", lambda found: glob.escape(unquote(found[0])), pattern)
-    names = [pattern] if pattern in listed else _matching(pattern.replace("?", "[?]"), sorted(listed), url)
+        glob_pattern = re.sub(r"(%[0-9A-Fa-f]{2})+", lambda found: glob.escape(unquote(found[0])), pattern)
+    else:
+        glob_pattern = pattern.replace("?", "[?]")
+    names = [pattern] if pattern in listed and not quoted else _matching(glob_pattern, sorted(listed), url)
     return [
         RemoteFile(f"{base}/{quote(name, safe=_READABLE) if quoted else name}{mark}{query}", folder, listed[name])
         for name in names

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFile
+from moto.server import ThreadedMotoServer
 
 from sqsd_filter.errors import InputError
 from sqsd_filter.pipeline.folder import connect
@@ -141,7 +142,7 @@ def place(
         with there.open_output_stream(f"{root}/{name}") as sink:
             sink.write(lines(number))
     yield base, query
-    there.delete_dir_contents(root)
+    there.delete_dir(root)
 
 
 def test_each_name_that_was_found_opens_its_own_file_and_does_so_again_by_its_address(place: tuple[str, str]) -> None:
