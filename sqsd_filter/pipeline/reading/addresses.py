@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from sqsd_filter.errors import InputError, UsageError
-from sqsd_filter.pipeline.folder import connect, first_line
+from sqsd_filter.pipeline.folder import connect
 from sqsd_filter.pipeline.patience import patiently
-from sqsd_filter.pipeline.reading.files import LocalFile, RemoteFile, unreadable
+from sqsd_filter.pipeline.reading.files import LocalFile, RemoteFile, plainly, unreadable
 from sqsd_filter.pipeline.reading.formats import Reader, kind, open_file
 from sqsd_filter.pipeline.reading.repositories import HUB, Repository, check_splits, is_split, quiet_datasets
 from sqsd_filter.pipeline.reading.spool import stored
@@ -36,6 +36,7 @@ from sqsd_filter.pipeline.reading.text_formats import JsonLines, TextFile
 
 SPLIT = "train"  # of rows that have no split of their own
 STDIN = "-"
+_READABLE = "/=,+@()"  # characters that a URL may hold as they are
 _ON_HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^:@]+))?(:(?P<part>.+))?")
 
 
@@ -120,7 +121,7 @@ class Opener:
     def _url(self, url: str) -> Iterator[Source]:
         if not url.startswith(HUB):
             for found in _expand_url(url):
-                yield Source(open_file(RemoteFile(found)), found, roots=(_root(found),))
+                yield Source(open_file(found), found.name, roots=(_root(found.name),))
             return
         first, _, rest = url.removeprefix(HUB).partition("/")
         second, _, path = rest.partition("/") if ":" not in rest.partition("/")[0] else (rest, "", "")
@@ -208,24 +209,47 @@ def expand(paths: Sequence[Any]) -> list[Any]:
     return found
 
 
-def _expand_url(url: str) -> list[str]:
-    """The files that a URL names, with * and [...] in its path; sorted."""
+def _expand_url(url: str) -> list[RemoteFile]:
+    """The files that a URL names, with * and [...] in its path; sorted.
+
+    URLs of pyarrow's own kinds are quoted and may have a query; those of fsspec packages are taken letter by letter.
+    """
     from pyarrow import fs
 
     path, mark, query = url.partition("?")
-    there, _ = connect(url)
-    if not re.search(r"[*\[]", path):
-        return [url]
-    base = re.split(r"[*\[]", path, maxsplit=1)[0].rpartition("/")[0]
-    _, root = connect(base + mark + query)
+    there, root = connect(_base(path) + mark + query)
+    quoted = not isinstance(there, fs.PyFileSystem)
+    if mark and not quoted and not url.startswith("http"):
+        path, mark, query = url, "", ""
+        there, root = connect(_base(path))
+    base = _base(path)
+    if base == path:
+        return [RemoteFile(url, url, root)]
+    folder = base + mark + query
     try:
-        infos = patiently(lambda: there.get_file_info(fs.FileSelector(root, recursive=True)))
+        with plainly():
+            infos = patiently(lambda: there.get_file_info(fs.FileSelector(root, recursive=True)))
     except OSError as problem:
         raise InputError(
-            f"{base} can't be listed ({first_line(problem)}): check the address and your rights."
+            f"{base} can't be listed ({problem.strerror}): check the address and your rights."
         ) from problem
-    names = [info.path.removeprefix(root).lstrip("/") for info in infos if info.type == fs.FileType.File]
-    return [f"{base}/{name}{mark}{query}" for name in _matching(path[len(base) + 1 :], sorted(names), url)]
+    listed = {i.path.removeprefix(root).lstrip("/"): i.path for i in infos if i.type == fs.FileType.File}
+    pattern = path[len(base) + 1 :]
+    if quoted:
+        glob_pattern = re.sub(r"(%[0-9A-Fa-f]{2})+", lambda found: glob.escape(unquote(found[0])), pattern)
+    else:
+        glob_pattern = pattern.replace("?", "[?]")
+    names = [pattern] if pattern in listed and not quoted else _matching(glob_pattern, sorted(listed), url)
+    return [
+        RemoteFile(f"{base}/{quote(name, safe=_READABLE) if quoted else name}{mark}{query}", folder, listed[name])
+        for name in names
+    ]
+
+
+def _base(path: str) -> str:
+    """The folder above the first part that has * or [ in it; all of a path that has none."""
+    start, *magic = re.split(r"[*\[]", path, maxsplit=1)
+    return start.rpartition("/")[0] if magic else path
 
 
 def _matching(pattern: str, names: Sequence[str], asked: str) -> list[str]:

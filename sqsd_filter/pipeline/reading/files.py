@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -28,7 +30,8 @@ class File:
 
     @property
     def suffixes(self) -> list[str]:
-        return PurePosixPath(urlsplit(self.name).path).suffixes
+        """As `pathlib` gives them."""
+        raise NotImplementedError
 
     @property
     def compression(self) -> str:
@@ -63,15 +66,31 @@ class LocalFile(File):
 class RemoteFile(File):
     """Behind a URL that pyarrow or an fsspec package knows: only what is asked for is fetched, nothing is stored."""
 
+    def __init__(self, url: str, folder: str | None = None, path: str | None = None) -> None:
+        """`path` is where the file is in the file system that the URL `folder` names, if that is known."""
+        super().__init__(url)
+        self._folder, self._path = folder or url, path
+
+    @property
+    def suffixes(self) -> list[str]:
+        path = self._path or self.name
+        has_query = "://" in path and not path.startswith("hf://")
+        return PurePosixPath(urlsplit(path).path if has_query else path).suffixes
+
     def open(self) -> IO[bytes]:
-        return io.BufferedReader(_Patient(self.name), BUFFER)
+        return io.BufferedReader(_Patient(*self._place()), BUFFER)
 
     def size(self) -> int:
-        there, path = connect(self.name)
-        found = patiently(lambda: there.get_file_info(path))
+        there, path = self._place()
+        with plainly():
+            found = patiently(lambda: there.get_file_info(path))
         if not found.is_file:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name)
         return int(found.size)
+
+    def _place(self) -> tuple[Any, str]:
+        there, path = connect(self._folder)
+        return there, self._path or path
 
 
 class HubFile(File):
@@ -80,6 +99,10 @@ class HubFile(File):
     def __init__(self, repo: str, commit: str, path: str) -> None:
         super().__init__(f"hf://datasets/{repo}@{commit}/{path}")
         self._repo, self._commit, self._path = repo, commit, path
+
+    @property
+    def suffixes(self) -> list[str]:
+        return PurePosixPath(self._path).suffixes
 
     def open(self) -> IO[bytes]:
         return self._local().open("rb")
@@ -100,11 +123,12 @@ class HubFile(File):
 class _Patient(io.RawIOBase):
     """A remote file that survives dropped connections: it is opened again where reading stopped."""
 
-    def __init__(self, url: str) -> None:
-        self._there, self._path = connect(url)
+    def __init__(self, there: Any, path: str) -> None:
+        self._there, self._path = there, path
         self._file: Any = None
         self._at = 0
-        self._size = patiently(self._open).size()
+        with plainly():
+            self._size = patiently(lambda: self._open().size())
 
     def _open(self) -> Any:
         if self._file is None:
@@ -125,7 +149,8 @@ class _Patient(io.RawIOBase):
             raise
 
     def readinto(self, buffer: Any) -> int:
-        data = patiently(lambda: self._read(len(buffer)))
+        with plainly():
+            data = patiently(lambda: self._read(len(buffer)))
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -144,7 +169,19 @@ class _Patient(io.RawIOBase):
         return True
 
 
+@contextmanager
+def plainly() -> Iterator[None]:
+    """The libraries of services raise errors of their own: hand them on as `OSError`, with an errno and one line."""
+    try:
+        yield
+    except FileNotFoundError as problem:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from problem
+    except Exception as problem:
+        number, reason = getattr(problem, "errno", None), getattr(problem, "strerror", None)
+        raise OSError(number or errno.EIO, reason or first_line(problem)) from problem
+
+
 def unreadable(file: object, problem: BaseException) -> InputError:
     """What is said of a file that can't be read."""
     reason = getattr(problem, "strerror", None) or first_line(problem)
-    return InputError(f"Cannot read {file}: {reason}.")
+    return InputError(f"Cannot read {file}: {reason.rstrip('.')}.")

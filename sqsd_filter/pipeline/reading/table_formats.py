@@ -94,9 +94,10 @@ class Table:
         """What goes wrong in reading, as an error the user can act on."""
         try:
             yield
-        except FileNotFoundError as error:
-            raise unreadable(self.name, error) from error
         except (pa.ArrowException, OSError, ValueError) as error:
+            # a disk or a network gives its errors a number, and pyarrow gives none to those of the content
+            if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) is not None:
+                raise unreadable(self.name, error) from error
             reason = " ".join(str(error).split()).rstrip(".")
             raise InputError(f"{self.name} is truncated or corrupt ({reason}); write or fetch it again.") from error
 
