@@ -40,6 +40,7 @@ from sqsd_filter.progress import Meter, Progress, Silent
 from sqsd_filter.scoring.row_formats import Columns, RowFormat
 from sqsd_filter.scoring.scorer import SQSDScorer
 
+PARQUET = Output("parquet", shard_size=1, with_scores=False)
 Sources = Any  # a path, URL or Hub id (see `reading.addresses`), a dataset of `datasets`, or a sequence of these
 
 
@@ -195,7 +196,7 @@ def score_dataset(
         finish,
         Outlet(place, has_card=False),
         {},
-        lambda corpus: None,
+        lambda corpus: check_columns(corpus, PARQUET),
         Work(sources, scorer or SQSDScorer(pack), engine, columns, limit, score_store, streaming, progress, record),
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sqsd_filter import PushTo, SQSDScorer, filter_dataset, select_dataset
+from sqsd_filter import PushTo, SQSDScorer, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.forecast import estimate
@@ -327,3 +327,13 @@ def test_another_run_in_the_repository_is_found_before_scoring(scorer: SQSDScore
 def test_a_forecast_is_made_for_a_url_too(scorer: SQSDScorer, folder: Path) -> None:
     write_jsonl(folder / "in.jsonl", make_rows(20))
     assert estimate("in.jsonl", "memory://bucket/out", scorer)["to_score"] == 20
+
+
+def test_what_parquet_does_not_hold_is_refused_before_scoring(folder: Path) -> None:
+    table = pa.Table.from_pylist(make_rows(3)).append_column("empty", pa.array([{}] * 3, pa.struct([])))
+    with pa.ipc.new_stream("in.arrow", table.schema) as sink:
+        sink.write_table(table)
+    with pytest.raises(InputError, match="Column 'empty' holds .* can't be written to parquet"):
+        score_dataset("in.arrow", "scored.parquet")
+    with pytest.raises(InputError, match="Column 'empty' holds .* can't be written to parquet"):
+        filter_dataset("in.arrow", "out", drop_top="5%")

@@ -120,8 +120,8 @@ class Opener:
 
     def _url(self, url: str) -> Iterator[Source]:
         if not url.startswith(HUB):
-            for found in _expand_url(url):
-                yield Source(open_file(found), found.name, roots=(_root(found.name),))
+            for file in _expand_url(url):
+                yield Source(open_file(file), file.name, roots=(_root(file.name),))
             return
         first, _, rest = url.removeprefix(HUB).partition("/")
         second, _, path = rest.partition("/") if ":" not in rest.partition("/")[0] else (rest, "", "")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -26,22 +26,6 @@ from sqsd_filter.pipeline.reading.table_formats import DatasetTable, FileTable, 
 HUB = "hf://datasets/"
 _OURS = ("json", "csv", "parquet", "arrow")  # of datasets' own modules, those whose files are read here
 _NEUTRAL = ("name", "version", "data_dir", "data_files", "description")  # settings that change no value
-
-
-class _OnHub(File):
-    """With a name that is a path to its end, where other URLs have a query or a fragment."""
-
-    @property
-    def suffixes(self) -> list[str]:
-        return PurePosixPath(self.name).suffixes
-
-
-class _Streamed(_OnHub, RemoteFile):
-    pass
-
-
-class _Fetched(_OnHub, HubFile):
-    pass
 
 
 @dataclass(frozen=True)
@@ -81,8 +65,8 @@ class Repository:
         if self.commit is None:
             return LocalFile(Path(self.where) / path)
         if self.streaming:
-            return _Streamed(f"{self.spec}/{path}")
-        return _Fetched(self.where, self.commit, path)
+            return RemoteFile(f"{self.spec}/{path}")
+        return HubFile(self.where, self.commit, path)
 
     def paths(self) -> list[str]:
         """Of all its files at this commit, sorted."""
