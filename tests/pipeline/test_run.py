@@ -125,7 +125,7 @@ def test_nasty_lines_are_all_accounted_for_and_their_values_intact(folder: Path,
     assert {e["sqsd_file"] for e in errors} == {"nasty.jsonl"}
     assert [e["sqsd_raw"] for e in errors] == [*NASTY[6:10], None, None, None, None]
     assert errors[1]["sqsd_reason"] == "not UTF-8: byte 18"
-    assert errors[5]["sqsd_reason"] == "column 'instruction' holds int, neither text nor a list of turns"
+    assert errors[5]["sqsd_reason"] == "column 'instruction' holds int, not text"
     assert all(e["sqsd_reason"] for e in errors)
 
 
