@@ -348,6 +348,7 @@ def main(pack, how):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    print("the same scores everywhere")
 """
 
 
@@ -360,7 +361,7 @@ def test_processes_of_a_parent_that_has_computed_do_not_wait_for_its_threads(
     monkeypatch.setitem(tiny.ARCHITECTURES, "llama", large)
     pack = make_pack(tmp_path / "pack")
     (tmp_path / "script.py").write_text(PROCESSES)
-    run_script(tmp_path / "script.py", str(pack), how)
+    assert "the same scores everywhere" in run_script(tmp_path / "script.py", str(pack), how)
 
 
 def run_script(*arguments: str | Path, **environment: str) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 
 import fsspec
 import pytest
-from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from sqsd_filter.errors import DestinationExists, SQSDError, UsageError
@@ -44,14 +43,6 @@ def finished(folder: Path, run: str = "one", files: dict[str, bytes] = FILES) ->
 def memory() -> Iterator[str]:
     yield "memory://bucket/out"
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[str]:
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    yield "{}:{}".format(*server.get_host_and_port())
-    server.stop()
 
 
 @pytest.fixture

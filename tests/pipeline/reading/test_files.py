@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFile
-from moto.server import ThreadedMotoServer
 
 from sqsd_filter.errors import InputError
 from sqsd_filter.pipeline.folder import connect
@@ -116,14 +115,6 @@ def test_a_pickled_corpus_is_read_as_patiently_and_tells_of_it(
 
 
 ODD = ["a#1.jsonl", "b?x=1.jsonl", "c%41.jsonl", "d é.jsonl", "e[1].jsonl", "f*.jsonl", "g=1/h+1,(2).jsonl", "e1.jsonl"]
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[str]:
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    yield "{}:{}".format(*server.get_host_and_port())
-    server.stop()
 
 
 @pytest.fixture(params=["memory", "s3", "file"])
