@@ -453,7 +453,10 @@ def test_a_killed_driver_is_followed_by_one_that_goes_on(
     assert before.items() <= {p: p.stat().st_mtime_ns for p in folder.glob("out/sqsd/scores/*.parquet")}.items()
     found = content(folder / "out")
     found["sqsd/report.json"]["settings"] = undisturbed["sqsd/report.json"]["settings"]  # the command's and the API's
-    assert found == undisturbed
+    assert found["sqsd/report.json"].pop("command")[:3] == ["sqsd-filter", "in.jsonl", "out"]
+    card = found.pop("README.md").decode()  # which tells the command, too
+    assert "sqsd-filter in.jsonl out" in card
+    assert found == {name: what for name, what in undisturbed.items() if name != "README.md"}
 
 
 @pytest.mark.slow
