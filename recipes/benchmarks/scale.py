@@ -38,6 +38,7 @@ from sqsd_filter import SQSDScorer, filter_dataset
 from sqsd_filter.directions.pack import Pack
 from sqsd_filter.pipeline.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.groups import Groups
+from sqsd_filter.pipeline.reading.addresses import Opener
 from sqsd_filter.pipeline.scan import Scan
 from sqsd_filter.pipeline.scores.keys import KEYS
 from sqsd_filter.pipeline.scores.store import ScoreStore
@@ -137,7 +138,7 @@ def nightly(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def known(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = write_rows(folder / "rows.jsonl", options.rows, (5, 15))
     pack = make_pack(folder / "pack", rows, SMALL, vocabulary=512)
-    keys = Scan([str(rows)], Columns(), None, Silent()).index.conversations.keys
+    keys = Scan(Opener().open([rows]), Columns(), None, Silent()).index.conversations.keys
     fill(ScoreStore(folder / "store", SQSDScorer(pack.path).settings(), ["danger", "safety"]), keys)
     found = [watched(rows, options.rows, folder, pack, "local", folder / "store") for _ in range(options.rounds)]
     assert all(run["scored"] == 0 for run in found)

@@ -64,10 +64,13 @@ def unsupervised(turn: Message) -> Message:
     return {**turn, "weight": 0} if turn["role"] == "assistant" else turn
 
 
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def conversation_key(turns: Sequence[Message]) -> bytes:
     """16 bytes that equal conversations share: BLAKE2b over all that their turns hold."""
     items = [[turn["role"], turn["content"], *_more(turn)] for turn in turns]
-    text = json.dumps(items, ensure_ascii=False, separators=(",", ":"))
+    text = _COMPACT.encode(items)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

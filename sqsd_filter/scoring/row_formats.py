@@ -94,7 +94,9 @@ class RowFormat:
         return [{"role": "assistant", "content": answer}]
 
     def _earlier(self, row: Mapping[str, Any]) -> list[Message]:
-        pairs = loaded(row.get(self.history) or []) if self.history is not None else []
+        if self.history is None:
+            return []
+        pairs = loaded(row.get(self.history) or [])
         if not _is_list_of(_is_pair, pairs):
             raise RowError(BAD_ROW, f"column '{self.history}' holds something other than [question, answer] pairs")
         roles = ("user", "assistant")
@@ -124,8 +126,10 @@ def _last_answer(turns: list[Message]) -> list[Message]:
 
 def _is_text(value: Any) -> TypeGuard[str]:
     """Is it text, and not the JSON text of a list of turns?"""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return isinstance(value, str)
     turns = loaded(value)
-    return isinstance(value, str) and not (isinstance(turns, list) and turns and all(map(is_turn, turns)))
+    return not (isinstance(turns, list) and turns and all(map(is_turn, turns)))
 
 
 def _is_pair(value: Any) -> bool:

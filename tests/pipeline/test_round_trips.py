@@ -141,6 +141,15 @@ def test_a_dataset_equals_itself_by_any_way_in(way: str, rich: datasets.Dataset,
     assert [d["id"] for d in report["datasets"]] == (["org/rich"] if way == "hub" else [])
 
 
+@pytest.mark.parametrize(("to", "part"), [("parquet", "default"), ("jsonl", "default"), ("arrow", "kept")])
+def test_the_kept_rows_of_a_run_are_read_by_naming_them(to: str, part: str, scorer: SQSDScorer, folder: Path) -> None:
+    write_jsonl(folder / "in.jsonl", make_rows(40))
+    filter_dataset("in.jsonl", "out", drop_top="10%", scorer=scorer, to=to)
+    with pytest.raises(InputError, match=f"name what to read of it: 'out:{part}'"):
+        filter_dataset("out", "again", drop_top="10%", scorer=scorer)
+    assert filter_dataset(f"out:{part}", "again", drop_top="10%", scorer=scorer)["rows"]["total"] == 36
+
+
 def test_splits_stay_splits(scorer: SQSDScorer) -> None:
     given = datasets.DatasetDict(
         {"train": datasets.Dataset.from_list(make_rows(20)), "test": datasets.Dataset.from_list(make_rows(30)[20:])}

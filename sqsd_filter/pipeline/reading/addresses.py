@@ -100,6 +100,11 @@ class Opener:
     def _local(self, path: Path, part: str) -> Iterator[Source]:
         if not path.is_dir():
             yield Source(open_file(LocalFile(path)), str(path), roots=(str(path),))
+        elif (path / "sqsd" / "run.json").exists() and not part:
+            kept = "kept" if (path / "dataset_dict.json").exists() else "default"
+            raise InputError(
+                f"{path} holds what was filtered before; name what to read of it: '{path}:{kept}' for the kept rows."
+            )
         elif (path / "state.json").exists():
             if part:
                 raise InputError(f"{path} is one split that was saved alone: leave out ':{part}'.")
@@ -108,10 +113,6 @@ class Opener:
             for split in _saved_splits(path, part):
                 own = path / split
                 yield Source(SavedDataset(own), str(own), split, card=_card(path), roots=(str(path),))
-        elif (path / "sqsd" / "run.json").exists() and not part:
-            raise InputError(
-                f"{path} holds what was filtered before; name what to read of it: '{path}:default' for the kept rows."
-            )
         else:
             yield from _of_repository(Repository(str(path)), part)
 
