@@ -120,7 +120,6 @@ class ColumnIndex:
         self._risk: list[float] = []
         self._codes = bytearray()
         self._statuses = [SCORED]
-        self._missing: Row | None = None
 
     def visit(self, row: Row) -> None:
         value: Mapping[str, Any] = row.value or {}
