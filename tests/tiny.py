@@ -112,13 +112,17 @@ def make_pack(
     architecture: str = "llama",
     ranks: Sequence[int] = (4, 6, 8),
     safety_scaling: float | None = 1.0,
+    aligned: bool = False,
     **fields: Any,
 ) -> Path:
-    """A pack with the usual probes on a tiny model: danger (first rank) at `initial` (second), safety (third)."""
+    """A pack with the usual probes on a tiny model: danger (first rank) at `initial` (second), safety (third); the
+    model has a base adapter, if it is to be `aligned`."""
     folder.mkdir(parents=True, exist_ok=True)
     model = model or make_model(folder / "base", architecture)
     for seed, (name, rank) in enumerate(zip(("danger", "initial", "safety"), ranks, strict=True), 1):
         make_adapter(model, folder / name, r=rank, alpha=16, seed=seed)
+    if aligned:
+        fields["base_adapter"] = make_adapter(model, folder / "aligned", r=3, alpha=9, seed=4).name
     pack = {
         "format": 1,
         "name": "tiny",

@@ -236,7 +236,8 @@ def pack() -> None:
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 def build(recipe: Path, out: Path) -> None:
     """Train a pack as CONFIG.toml says and write it to the folder OUT; the same command resumes."""
-    from sqsd_filter.directions.build import PackRecipe, build_pack
+    from sqsd_filter.directions.build import build_pack
+    from sqsd_filter.directions.recipe import PackRecipe
 
     loaded = PackRecipe.load(recipe)
     warnings.simplefilter("ignore")

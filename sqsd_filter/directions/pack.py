@@ -6,6 +6,7 @@
                 {"name": "safety", "weight": -1.0, "direction": "safety", "state": "safety", "state_scaling": 1.0}]}
 
 `direction` and `state` are adapter folders inside the pack. `state_scaling` null keeps the adapter's own α/r.
+`base_adapter`, if there is one, is an adapter folder, too: it is merged into the base model before all else.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Pack:
     base_model: str
     probes: tuple[Probe, ...]
     base_revision: str | None = None
+    base_adapter: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 1024
     notes: Mapping[str, Any] = field(default_factory=dict)  # provenance, licences, quantiles: kept, not interpreted
@@ -64,9 +66,19 @@ class Pack:
         return self.path / name
 
     @property
+    def base_folder(self) -> Path | None:
+        """The folder of the adapter that makes the base model what the others were trained on."""
+        return self.adapter(self.base_adapter) if self.base_adapter else None
+
+    @property
     def adapters(self) -> list[str]:
         """Names of all adapters that the probes use, sorted."""
         return sorted({name for p in self.probes for name in (p.direction, p.state)})
+
+    @property
+    def folders(self) -> list[str]:
+        """Names of all adapters that the pack needs."""
+        return [*self.adapters, *([self.base_adapter] if self.base_adapter else [])]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -81,8 +93,10 @@ class Pack:
             "chat_template_kwargs": dict(self.chat_template_kwargs),
             "probes": [asdict(p) for p in self.probes],
         }
+        if self.base_adapter:
+            settings["base_adapter"] = self.base_adapter
         digest.update(json.dumps(settings, sort_keys=True).encode())
-        for name in self.adapters:
+        for name in self.folders:
             for file in ADAPTER_FILES:
                 with (self.adapter(name) / file).open("rb") as stream:
                     digest.update(hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).digest())
@@ -151,6 +165,7 @@ def _read(folder: Path) -> Pack:
         name=_field(data, "name", str, path),
         base_model=_field(data, "base_model", str, path),
         base_revision=_field(data, "base_revision", str, path, None),
+        base_adapter=_field(data, "base_adapter", str, path, None),
         chat_template_kwargs=_field(data, "chat_template_kwargs", dict, path, {}),
         max_length=_field(data, "max_length", int, path, 1024),
         probes=tuple(_probe(entry, path) for entry in probes),
@@ -161,7 +176,7 @@ def _read(folder: Path) -> Pack:
     names = [p.name for p in pack.probes]
     if len(set(names)) < len(names):
         raise PackError(f"{path} names a probe twice: {', '.join(names)}.")
-    for name in pack.adapters:
+    for name in pack.folders:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
             raise PackError(f"{path}: the adapter '{name}' must be a folder inside the pack.")
@@ -171,7 +186,10 @@ def _read(folder: Path) -> Pack:
     return pack
 
 
-_CORE = ("format", "name", "base_model", "base_revision", "chat_template_kwargs", "max_length", "probes")
+_CORE = {
+    *("format", "name", "base_model", "base_revision", "base_adapter"),
+    *("chat_template_kwargs", "max_length", "probes"),
+}
 _REQUIRED: Any = object()
 
 

@@ -107,6 +107,28 @@ def load_adapter(folder: str | Path) -> Adapter:
     return Adapter(folder, factors)
 
 
+def merge(model: Any, adapter: Adapter, dtype: torch.dtype) -> Any:
+    """The model in `dtype` with W + s·B·A in the place of W, each sum taken in float32 at least and rounded once.
+
+    Raises `PackError` where the adapter does not fit.
+    """
+    modules = dict(model.named_modules())
+    model = model.to(torch.promote_types(next(model.parameters()).dtype, dtype))
+    for name, factor in adapter.factors.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None:
+            raise PackError(f"{adapter.path} adapts '{name}', which {type(model).__name__} does not have.")
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        change = factor.scaling * (factor.B.to(weight.device, exact) @ factor.A.to(weight.device, exact))
+        if not isinstance(modules[name], torch.nn.Linear):
+            change = change.t()  # GPT-2's Conv1D has it the other way round
+        if change.shape != weight.shape:
+            raise PackError(f"{adapter.path} does not fit the model: '{name}' has another shape there.")
+        with torch.no_grad():
+            weight.copy_(weight.to(exact) + change)
+    return model.to(dtype)
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():

@@ -218,6 +218,7 @@ class Engine:
             dtype=getattr(torch, scorer.dtype),
             device=None if scorer.gpus > 1 else scorer.device,
             attention=scorer.attention,
+            adapter=scorer.pack.base_folder,
             trust_remote_code=scorer.trust_remote_code,
         )
         try:

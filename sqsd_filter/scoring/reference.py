@@ -42,6 +42,9 @@ class ReferenceScorer(Scorer):
 
         dtype = getattr(torch, self.dtype)
         model = load_model(self.base_model, self.base_revision, dtype=dtype, device=self.device)
+        if (base := self.pack.base_folder) is not None:
+            aligned: Any = PeftModel.from_pretrained(model, base, autocast_adapter_dtype=False).to(dtype)
+            model = aligned.merge_and_unload()
         first, *others = self.pack.adapters
         self._peft = PeftModel.from_pretrained(
             model, self.pack.adapter(first), adapter_name=first, autocast_adapter_dtype=False

@@ -192,17 +192,24 @@ def load_model(
     dtype: torch.dtype,
     device: str | None = "cpu",
     attention: str | None = None,
+    adapter: Path | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A frozen causal language model in evaluation mode; device None spreads it over all GPUs. Raises `ModelError`."""
+    """A frozen causal language model in evaluation mode; device None spreads it over all GPUs.
+
+    `adapter` is a LoRA folder to merge into the weights as they are stored, before they become `dtype`. Raises
+    `ModelError`, `PackError`.
+    """
     from transformers import AutoModelForCausalLM
+
+    from sqsd_filter.scoring.adapters import load_adapter, merge
 
     path = locate(base_model)
     with _quiet_transformers(), _as_model_error(base_model, "weights"):
         model = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision,
-            dtype=dtype,
+            dtype="auto" if adapter else dtype,
             device_map="auto" if device is None else None,
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
@@ -210,6 +217,8 @@ def load_model(
     placed: Any = model
     if device is not None:
         placed = placed.to(device)
+    if adapter is not None:
+        placed = merge(placed, load_adapter(adapter), dtype)
     return placed.eval().requires_grad_(False)
 
 

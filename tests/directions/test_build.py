@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from sqsd_filter.directions.build import PackRecipe, build_pack
+from sqsd_filter.directions.build import build_pack
 from sqsd_filter.directions.pack import ADAPTER_FILES, PACK_FILE, load_pack
+from sqsd_filter.directions.recipe import PackRecipe
 from sqsd_filter.errors import DestinationExists, InputError, SQSDError, UsageError
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import make_rows, write_jsonl
@@ -120,6 +121,16 @@ def test_a_pack_says_what_it_was_trained_on_and_how(built: Path) -> None:
 def test_training_moves_a_model_towards_its_rows(built: Path) -> None:
     losses = [e["loss"] for e in json.loads((built / PACK_FILE).read_text())["provenance"]["danger"]["losses"]]
     assert losses[-1] < losses[0]
+
+
+def test_a_base_adapter_is_trained_first_and_lies_under_the_others(recipe: Path, built: Path, tmp_path: Path) -> None:
+    aligned = replace(PackRecipe.load(recipe), base_adapter="initial")
+    pack = build_pack(aligned, tmp_path / "aligned")
+    assert pack.base_adapter == "initial" and load_pack(pack.path) == pack
+    same = {name: (pack.path / name).read_bytes() == (built / name).read_bytes() for name in files(built)}
+    assert same["initial/adapter_model.safetensors"] and not same["danger/adapter_model.safetensors"]
+    first = [json.loads((p / "danger" / "training.json").read_text())["losses"][0]["loss"] for p in (built, pack.path)]
+    assert first[1] < first[0]  # the base has been moved towards such rows
 
 
 def test_a_build_that_is_killed_goes_on_from_its_checkpoint_to_the_same_bytes(recipe: Path, built: Path) -> None:

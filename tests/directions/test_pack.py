@@ -154,6 +154,7 @@ COUNTS: dict[str, Callable[[Path], object]] = {
     "state": lambda f: write(f, probes=probes(state="danger")),
     "state-scaling": lambda f: write(f, probes=probes(state_scaling=1.0)),
     "one-probe-less": lambda f: write(f, probes=[DANGER]),
+    "base-adapter": lambda f: write(f, base_adapter="safety"),
     "weights": lambda f: (f / "danger" / "adapter_model.safetensors").write_text("other"),
     "adapter-settings": lambda f: (f / "initial" / "adapter_config.json").write_text("other"),
 }

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from sqsd_filter.errors import PackError
 from sqsd_filter.scoring.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from sqsd_filter.scoring.scorer import SQSDScorer
-from tests.tiny import CONVERSATIONS, make_adapter, make_pack
+from sqsd_filter.scoring.weights import load_model
+from tests.tiny import CONVERSATIONS, make_adapter, make_model, make_pack
 
 
 def peft_deltas(model: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -216,3 +217,29 @@ def test_a_direction_on_the_output_head_counts_only_where_its_state_has_modules(
     scorer = SQSDScorer(pack)
     assert scorer.score(CONVERSATIONS[:1]).status == ["scored"]
     assert scorer.engine.coverage["danger"] == 2
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_base_adapter_is_added_in_full_precision_and_rounded_once(
+    tmp_path: Path, stored: torch.dtype, wanted: torch.dtype
+) -> None:
+    base = make_model(tmp_path / "model")
+    folder = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    AutoModelForCausalLM.from_pretrained(base, dtype=stored).save_pretrained(base)
+    before = dict(AutoModelForCausalLM.from_pretrained(base, dtype=stored).named_parameters())
+    merged = load_model(str(base), dtype=wanted, adapter=folder)
+    factors = load_adapter(folder).factors
+    assert len(factors) == 4
+    for name, weight in merged.named_parameters():
+        expected, factor = before[name].double(), factors.get(name.removesuffix(".weight"))
+        if factor is not None:
+            expected = expected + factor.scaling * (factor.B.double() @ factor.A.double())
+        assert weight.dtype == wanted
+        rounding = 2**-7 if wanted == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(weight, expected.to(wanted), rtol=rounding, atol=1e-6)
+
+
+def test_a_base_adapter_of_another_model_is_refused(tmp_path: Path, packs: dict[str, Path]) -> None:
+    with pytest.raises(PackError, match=r"adapts .*, which .* does not have"):
+        load_model(str(packs["gpt2"] / "base"), dtype=torch.float32, adapter=packs["llama"] / "danger")

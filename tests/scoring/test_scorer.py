@@ -43,6 +43,15 @@ def test_float64_batches_agree_with_the_dense_form_to_rounding(packs: dict[str, 
     assert gap(fast, ReferenceScorer(pack).score(CONVERSATIONS)) <= 1e-8
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_base_adapter_lies_under_every_state(tmp_path: Path, architecture: str) -> None:
+    aligned = make_pack(tmp_path / "aligned", architecture=architecture, aligned=True)
+    plain = make_pack(tmp_path / "plain", aligned / "base")
+    scores = SQSDScorer(aligned).score(CONVERSATIONS)
+    assert gap(scores, ReferenceScorer(aligned).score(CONVERSATIONS)) <= 1e-5
+    assert gap(scores, SQSDScorer(plain).score(CONVERSATIONS)) > 0.01
+
+
 def test_a_row_scores_the_same_alone_and_among_others(tiny_pack: Path) -> None:
     together = SQSDScorer(tiny_pack, token_budget=100_000).score(CONVERSATIONS)
     alone = SQSDScorer(tiny_pack, token_budget=1).score(CONVERSATIONS)

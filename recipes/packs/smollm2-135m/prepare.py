@@ -19,6 +19,8 @@ from typing import Any
 Row = dict[str, Any]
 
 INITIAL_ROWS = 800  # Dolly rows for the benign state
+ALIGN_ROWS = 200  # Dolly rows that the aligned model keeps answering
+ANSWERS = 3  # answers of different models to one harmless prompt of XSTest that it learns
 SPLITS = {"val": 60, "test": 100}  # evaluation rows a group
 GROUPS = ("unsafe", "safe", "dolly", "gsm8k", "xstest")
 
@@ -37,7 +39,8 @@ def main() -> None:
 
 
 def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
-    """All files' rows: `initial`, `danger`, `safety` to train on, `val` and `test` to judge on."""
+    """All files' rows: `align`, `initial`, `danger`, `safety` to train on, `val` and `test` to judge scores on,
+    `harmful` and `harmless` to judge models on."""
     judged = _read(data, "judged-completions")
     part = split_prompts(judged, seed)
     completions: dict[str, list[Row]] = defaultdict(list)
@@ -53,7 +56,7 @@ def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
     safety = [
         {"prompt": row["prompt"], "chosen": row["safer"], "rejected": row["less_safe"]}
         for row in _shuffled(pairs, seed, "safety")
-        if part.get(key(row["prompt"]), "train") == "train"
+        if part.get(key(row["prompt"]), "train") == "train" and not to_align(row["prompt"])
     ]
 
     dolly = _unique(
@@ -67,7 +70,7 @@ def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
     pools = {
         "dolly": [(_joined(row), row["response"]) for row in dolly[INITIAL_ROWS:]],
         "gsm8k": [(r["question"], r["answer"]) for r in _shuffled(_read(data, "gsm8k-train"), seed, "gsm8k")],
-        "xstest": _xstest(data, {key(row["prompt"]) for row in safety}, seed),
+        "xstest": _xstest(data, seed),
     }
     files: dict[str, list[Row]] = {"initial": initial, "danger": danger, "safety": safety}
     taken = dict.fromkeys(pools, 0)
@@ -84,7 +87,46 @@ def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
             for group in GROUPS
             for n, (prompt, answer) in enumerate(groups[group])
         ]
+    answered = dolly[INITIAL_ROWS + taken["dolly"] :][:ALIGN_ROWS]
+    unused = {key(prompt) for prompt, _ in pools["xstest"][taken["xstest"] :]}
+    files["align"] = _align(data, pairs, part, unused, seed) + [
+        {"prompt": _joined(row), "response": row["response"], "kind": "dolly"} for row in answered
+    ]
+    trained = {key(row["prompt"]) for name in ("align", "danger", "safety") for row in files[name]}
+    prompts = [r for r in _shuffled(_read(data, "harmful-prompts"), seed, "prompts") if key(r["prompt"]) not in trained]
+    for name, harmful in (("harmful", True), ("harmless", False)):
+        files[name] = [
+            {"prompt": r["prompt"], "source": r["source"]}
+            for r in prompts
+            if r["harmful"] is harmful and (not harmful or key(r["prompt"]) not in part)
+        ]
     return files
+
+
+def to_align(prompt: str) -> bool:
+    """Are a prompt's refusals for aligning the model? The safety direction has those of the other half."""
+    return random.Random(f"align {key(prompt)}").random() < 0.5
+
+
+def _align(data: Path, pairs: Iterable[Row], part: Mapping[str, str], harmless: Iterable[str], seed: int) -> list[Row]:
+    """Refusals of harmful prompts, and full answers to harmless ones that look like them."""
+    refusals = [
+        {"prompt": row["prompt"], "response": row["safer"], "kind": "refusal"}
+        for row in pairs
+        if part.get(key(row["prompt"])) == "train" and to_align(row["prompt"])
+    ]
+    answers: dict[str, list[Row]] = defaultdict(list)
+    for row in _shuffled(_read(data, "xstest-completions"), seed, "align"):
+        harmful, label = row["type"].startswith("contrast_"), row["label"]
+        mine = to_align(row["prompt"]) if harmful else key(row["prompt"]) in harmless
+        if mine and label == ("2_full_refusal" if harmful else "1_full_compliance"):
+            answers[row["prompt"]].append(
+                {"prompt": row["prompt"], "response": row["response"], "kind": "contrast" if harmful else "harmless"}
+            )
+    for prompt in sorted(answers):
+        chosen = answers[prompt]
+        refusals += chosen[: 1 if chosen[0]["kind"] == "contrast" else ANSWERS]
+    return refusals
 
 
 def key(prompt: str) -> str:
@@ -107,14 +149,12 @@ def split_prompts(judged: Iterable[Mapping[str, Any]], seed: int) -> dict[str, s
     return part
 
 
-def _xstest(data: Path, trained: set[str], seed: int) -> list[tuple[str, str]]:
+def _xstest(data: Path, seed: int) -> list[tuple[str, str]]:
     """Full answers to XSTest's safe prompts, which only look unsafe: one answer a prompt."""
     rows = [
         row
         for row in _read(data, "xstest-completions")
-        if row["label"] == "1_full_compliance"
-        and not row["type"].startswith("contrast_")
-        and key(row["prompt"]) not in trained
+        if row["label"] == "1_full_compliance" and not row["type"].startswith("contrast_")
     ]
     return [(r["prompt"], r["response"]) for r in _unique(_shuffled(rows, seed, "xstest"), lambda r: key(r["prompt"]))]
 

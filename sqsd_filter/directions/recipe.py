@@ -1,0 +1,165 @@
+"""A pack's recipe, a TOML file: which adapters are trained on what, and which probes they make.
+
+name = "my-pack"
+base_model = "org/model"
+seed = 0
+[lora]
+r = 8
+alpha = 16
+[adapters.danger]
+method = "sft"
+data = "unsafe.jsonl"          # a file beside the recipe, or a Hub dataset
+prompt = "prompt"              # columns; DPO takes prompt, chosen and rejected
+answer = "response"
+licence = "Apache-2.0"
+epochs = 2
+learning_rate = 2e-4
+[[probes]]
+name = "danger"
+weight = 1.0
+direction = "danger"
+state = "initial"
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from sqsd_filter.directions.pack import PROBE_NAME, RESERVED, Probe
+from sqsd_filter.errors import InputError, UsageError
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """The adapters' shape. Defaults are the reference settings."""
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass(frozen=True)
+class AdapterRecipe:
+    """How one adapter is trained.
+
+    `where` keeps the rows whose columns equal the given values; `rows` then keeps a seeded sample. `take_step` takes
+    the checkpoint after that many updates instead of the last one (a state belongs to the middle of a trajectory);
+    `save_steps` says how often checkpoints are written.
+    """
+
+    method: str
+    data: str
+    prompt: str
+    answer: str | None = None
+    context: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    where: Mapping[str, Any] = field(default_factory=dict)
+    rows: int | None = None
+    licence: str | None = None
+    split: str = "train"
+    max_length: int = 1024
+    epochs: float = 1.0
+    learning_rate: float = 5e-6
+    schedule: str = "linear"
+    warmup_ratio: float = 0.1
+    batch_size: int = 8
+    device_batch_size: int | None = None
+    beta: float = 0.1
+    save_steps: int = 50
+    take_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in ("sft", "dpo"):
+            raise UsageError(f"An adapter's method must be 'sft' or 'dpo', not {self.method!r}.")
+        needed = {"sft": ("answer",), "dpo": ("chosen", "rejected")}[self.method]
+        if missing := [n for n in needed if getattr(self, n) is None]:
+            raise UsageError(f"An adapter with method '{self.method}' must name its columns: {', '.join(missing)}.")
+        if self.take_step is not None and self.take_step % self.save_steps:
+            raise UsageError(f"take_step must be a multiple of save_steps ({self.save_steps}).")
+        if self.batch_size % (self.device_batch_size or 1):
+            raise UsageError("batch_size must be a multiple of device_batch_size.")
+
+
+@dataclass(frozen=True)
+class PackRecipe:
+    """A whole recipe, as read from its TOML file."""
+
+    name: str
+    base_model: str
+    adapters: Mapping[str, AdapterRecipe]
+    probes: tuple[Probe, ...]
+    base_revision: str | None = None
+    base_adapter: str | None = None  # trained first, and merged into the base model for the others
+    seed: int = 0
+    dtype: str = "bfloat16"
+    keep_checkpoints: bool = False
+    max_length: int = 1024
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    lora: LoraShape = field(default_factory=LoraShape)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path = field(default_factory=Path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PackRecipe:
+        """Read a recipe. Raises `InputError` where it can't be read, `UsageError` where it makes no sense."""
+        path = Path(path)
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as problem:
+            raise InputError(f"The recipe {path} can't be read: {problem.strerror}.") from problem
+        except ValueError as problem:
+            raise InputError(f"The recipe {path} is not valid TOML: {problem}.") from problem
+        recipe = {
+            **data,
+            "lora": _typed(LoraShape, data.get("lora", {}), "[lora]"),
+            "adapters": {
+                name: _typed(AdapterRecipe, table, f"[adapters.{name}]")
+                for name, table in data.get("adapters", {}).items()
+            },
+            "probes": tuple(_typed(Probe, table, "[[probes]]") for table in data.get("probes", [])),
+            "folder": path.parent,
+        }
+        for probe in recipe["probes"]:
+            if not PROBE_NAME.fullmatch(probe.name) or probe.name in RESERVED:
+                raise UsageError(f"[[probes]]: '{probe.name}' can't be a probe's name.")
+        loaded: PackRecipe = _typed(cls, recipe, str(path))
+        used = {name for p in loaded.probes for name in (p.direction, p.state)}
+        if used and loaded.base_adapter:
+            used.add(loaded.base_adapter)
+        if not used or (missing := used - set(loaded.adapters)):
+            what = f"names the adapters {', '.join(sorted(missing))} without" if used else "has no probes or"
+            raise UsageError(f"The recipe {path} {what} saying how to train them.")
+        return loaded
+
+
+def _typed(kind: Any, table: Mapping[str, Any], where: str) -> Any:
+    known = {f.name: f for f in fields(kind)}
+    if unknown := sorted(set(table) - set(known)):
+        raise UsageError(f"{where} has unknown keys: {', '.join(unknown)} (known: {', '.join(known)}).")
+    needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [n for n in needed if n not in table]:
+        raise UsageError(f"{where} lacks {', '.join(missing)}.")
+    hints = get_type_hints(kind)
+    for name, value in table.items():
+        if not _fits(value, hints[name]):
+            raise UsageError(f"{where}: '{name}' can't be {value!r}.")
+    return kind(**table)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Is a TOML value of the type that a field is annotated with?"""
+    if get_origin(hint) in (UnionType, Union):
+        return any(_fits(value, option) for option in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    kind = get_origin(hint) or hint
+    return True if kind is Any else isinstance(value, type(None) if kind is None else kind)
