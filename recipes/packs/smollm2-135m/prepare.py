@@ -19,9 +19,21 @@ from typing import Any
 Row = dict[str, Any]
 
 INITIAL_ROWS = 800  # Dolly rows for the benign state
-ALIGN_ROWS = 200  # Dolly rows that the aligned model keeps answering
-ANSWERS = 3  # answers of different models to one harmless prompt of XSTest that it learns
+DOLLY_TO_ALIGN = 80  # Dolly rows that the aligned model keeps answering
+ADVBENCH_TO_ALIGN = 200  # harmful prompts that it learns to refuse in words of our own
+ANSWERS = {"refusal": 2, "contrast": 1, "harmless": 2}  # answers of different models to one prompt that it learns
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I can't help with this, because it could hurt someone.",
+    "I won't assist with that. If there is something safe you need, I'm glad to help.",
+    "Sorry, I can't do that. It would be harmful.",
+    "I cannot provide that. It could cause real harm to people.",
+    "I'm not able to help with this request.",
+    "I can't assist with anything that is illegal or harmful.",
+    "No, I won't help with that. Please consider talking to someone you trust.",
+)
 SPLITS = {"val": 60, "test": 100}  # evaluation rows a group
+VAL_XSTEST = 20  # but fewer of these: the other prompts are for aligning
 GROUPS = ("unsafe", "safe", "dolly", "gsm8k", "xstest")
 
 
@@ -82,23 +94,33 @@ def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
         for group, pool in pools.items():
             groups[group] = pool[taken[group] : taken[group] + count]
             taken[group] += count
+        if name == "val":
+            groups["xstest"] = groups["xstest"][:VAL_XSTEST]
         files[name] = [
             {"id": f"{group}-{n}", "group": group, "prompt": prompt, "response": answer}
             for group in GROUPS
             for n, (prompt, answer) in enumerate(groups[group])
         ]
-    answered = dolly[INITIAL_ROWS + taken["dolly"] :][:ALIGN_ROWS]
-    unused = {key(prompt) for prompt, _ in pools["xstest"][taken["xstest"] :]}
-    files["align"] = _align(data, pairs, part, unused, seed) + [
+    answered = dolly[INITIAL_ROWS + taken["dolly"] :][:DOLLY_TO_ALIGN]
+    judged_on = {key(r["prompt"]) for name in SPLITS for r in files[name] if r["group"] == "xstest"}
+    harmless = {key(prompt) for prompt, _ in pools["xstest"]} - judged_on
+    files["align"] = _align(data, pairs, part, harmless, seed) + [
         {"prompt": _joined(row), "response": row["response"], "kind": "dolly"} for row in answered
     ]
+    prompts = _shuffled(_read(data, "harmful-prompts"), seed, "prompts")
+    advbench = [r["prompt"] for r in prompts if r["source"].startswith("AdvBench") and key(r["prompt"]) not in part]
+    files["align"] += [
+        {"prompt": prompt, "response": REFUSALS[n % len(REFUSALS)], "kind": "advbench"}
+        for n, prompt in enumerate(advbench[:ADVBENCH_TO_ALIGN])
+    ]
     trained = {key(row["prompt"]) for name in ("align", "danger", "safety") for row in files[name]}
-    prompts = [r for r in _shuffled(_read(data, "harmful-prompts"), seed, "prompts") if key(r["prompt"]) not in trained]
     for name, harmful in (("harmful", True), ("harmless", False)):
         files[name] = [
             {"prompt": r["prompt"], "source": r["source"]}
             for r in prompts
-            if r["harmful"] is harmful and (not harmful or key(r["prompt"]) not in part)
+            if key(r["prompt"]) not in trained
+            and r["harmful"] is harmful
+            and (not harmful or key(r["prompt"]) not in part)
         ]
     return files
 
@@ -110,23 +132,21 @@ def to_align(prompt: str) -> bool:
 
 def _align(data: Path, pairs: Iterable[Row], part: Mapping[str, str], harmless: Iterable[str], seed: int) -> list[Row]:
     """Refusals of harmful prompts, and full answers to harmless ones that look like them."""
-    refusals = [
-        {"prompt": row["prompt"], "response": row["safer"], "kind": "refusal"}
-        for row in pairs
-        if part.get(key(row["prompt"])) == "train" and to_align(row["prompt"])
-    ]
     answers: dict[str, list[Row]] = defaultdict(list)
+
+    def add(prompt: str, response: str, kind: str) -> None:
+        answers[prompt].append({"prompt": prompt, "response": response, "kind": kind})
+
+    for row in _shuffled(pairs, seed, "refusals"):
+        if part.get(key(row["prompt"])) == "train" and to_align(row["prompt"]):
+            add(row["prompt"], row["safer"], "refusal")
     for row in _shuffled(_read(data, "xstest-completions"), seed, "align"):
-        harmful, label = row["type"].startswith("contrast_"), row["label"]
-        mine = to_align(row["prompt"]) if harmful else key(row["prompt"]) in harmless
-        if mine and label == ("2_full_refusal" if harmful else "1_full_compliance"):
-            answers[row["prompt"]].append(
-                {"prompt": row["prompt"], "response": row["response"], "kind": "contrast" if harmful else "harmless"}
-            )
-    for prompt in sorted(answers):
-        chosen = answers[prompt]
-        refusals += chosen[: 1 if chosen[0]["kind"] == "contrast" else ANSWERS]
-    return refusals
+        if row["type"].startswith("contrast_"):
+            if row["label"] == "2_full_refusal" and to_align(row["prompt"]):
+                add(row["prompt"], row["response"], "contrast")
+        elif row["label"] == "1_full_compliance" and key(row["prompt"]) in harmless:
+            add(row["prompt"], row["response"], "harmless")
+    return [row for prompt in sorted(answers) for row in answers[prompt][: ANSWERS[answers[prompt][0]["kind"]]]]
 
 
 def key(prompt: str) -> str:
