@@ -1,13 +1,17 @@
-"""`sqsd-filter pack`: make direction packs."""
+"""`sqsd-filter pack`: make direction packs, and look at them."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from sqsd_filter.cli import output
+
+as_json = click.option("--json", "json_output", is_flag=True, help="Print the result as one JSON object.")
 
 
 @click.group()
@@ -26,4 +30,37 @@ def build(recipe: Path, out: Path) -> None:
     loaded = PackRecipe.load(recipe)
     warnings.simplefilter("ignore")
     built = build_pack(loaded, out, output.Display())
-    click.echo(f"pack {built.name} ({built.fingerprint}) in {out}: use it with --pack {out}")
+    click.echo(_ready({"pack": built.name, "fingerprint": built.fingerprint, "path": out}))
+
+
+@pack.command("import")
+@click.argument("source", metavar="SRC")
+@click.option("--as", "name", required=True, metavar="NAME", help="The pack's name.")
+@click.argument("out", required=False, type=click.Path(path_type=Path), metavar="[OUT]")
+@click.option(
+    "--danger",
+    type=click.Choice(["Beaver-Danger", "Ageis_Danger", "both"]),
+    default="Beaver-Danger",
+    show_default=True,
+    help="The published danger direction; both make two probes of half the weight.",
+)
+@click.option("--base-model", metavar="DIR|HUB", help="Base model, where the adapters don't name one of the Hub.")
+@as_json
+def import_command(
+    source: str, name: str, out: Path | None, danger: str, base_model: str | None, json_output: bool
+) -> None:
+    """Make a pack of what SQSD's authors publish: SRC is Wxxxx/SQSD, or a folder of that layout.
+
+    The folder OUT is called NAME where it is left out.
+    """
+    from sqsd_filter.directions.importing import import_pack
+
+    target = out or Path(name)
+    made = import_pack(source, name, target, danger=danger, base_model=base_model)
+    report = {"pack": made.name, "fingerprint": made.fingerprint, "path": str(target), "base_model": made.base_model}
+    report["provenance"] = made.notes["provenance"]
+    output.show(report, as_json=json_output, quiet=False, text=_ready)
+
+
+def _ready(report: Mapping[str, Any]) -> str:
+    return "pack {pack} ({fingerprint}) in {path}: use it with --pack {path}".format_map(report)

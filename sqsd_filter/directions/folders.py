@@ -1,4 +1,4 @@
-"""Adapter folders as they go into a pack: plain, without traces of the machine they were made on, whole or not there."""
+"""Adapter folders as they go into a pack: plain, without traces of the machine that made them, whole or not there."""
 
 from __future__ import annotations
 
