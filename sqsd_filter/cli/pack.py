@@ -64,3 +64,17 @@ def import_command(
 
 def _ready(report: Mapping[str, Any]) -> str:
     return "pack {pack} ({fingerprint}) in {path}: use it with --pack {path}".format_map(report)
+
+
+@pack.command()
+@click.argument("where", metavar="PACK")
+@click.option("--modules", is_flag=True, help="List the norm of every module.")
+@as_json
+def inspect(where: str, modules: bool, json_output: bool) -> None:
+    """Say what is in a pack, and what looks wrong with it; PACK is a name, a folder or a Hub repository."""
+    from sqsd_filter.cli.inspection import inspection
+    from sqsd_filter.directions.inspection import inspect_pack
+    from sqsd_filter.directions.pack import load_pack
+
+    report = inspect_pack(load_pack(where))
+    output.show(report, as_json=json_output, quiet=False, text=lambda found: inspection(found, modules=modules))

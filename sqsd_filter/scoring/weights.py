@@ -68,7 +68,7 @@ def locate(base_model: str) -> str:
     embedded = EMBEDDED.get(base_model)
     if embedded is None:
         return base_model
-    target = cache_dir() / "models" / f"{base_model}-{embedded.sha256[:12]}"
+    target = _kept(base_model)
     if not (target / "config.json").is_file():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +88,27 @@ def locate(base_model: str) -> str:
                 "SQSD_FILTER_CACHE to another folder."
             ) from problem
     return str(target)
+
+
+def _kept(embedded: str) -> Path:
+    """Where an embedded model is kept once it was fetched."""
+    return cache_dir() / "models" / f"{embedded}-{EMBEDDED[embedded].sha256[:12]}"
+
+
+def is_here(base_model: str, revision: str | None = None) -> bool:
+    """Can `base_model` be loaded without fetching anything? Nothing is loaded, and no network is used."""
+    if base_model in EMBEDDED:
+        return (_kept(base_model) / "config.json").is_file()
+    if Path(base_model).is_dir():
+        return (Path(base_model) / "config.json").is_file()
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    names = ("model.safetensors", "model.safetensors.index.json")
+    try:
+        return any(isinstance(try_to_load_from_cache(base_model, n, revision=revision), str) for n in names)
+    except HFValidationError:  # a path where nothing is
+        return False
 
 
 def content_id(base_model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> str | None:
