@@ -39,6 +39,26 @@ def inspection(report: Mapping[str, Any], *, modules: bool) -> str:
     return "\n".join(lines)
 
 
+def conversion(report: Mapping[str, Any]) -> str:
+    """What was kept of a checkpoint's change, by type of module, and what could not be."""
+    rank, modules = report["rank"], report["modules"]
+    ranks = f"rank {rank['min']}" if rank["min"] == rank["max"] else f"ranks {rank['min']} to {rank['max']}"
+    lines = [
+        f"{report['path']}: {report['checkpoint']} minus {report['base']} in {len(modules):,} modules, {ranks}",
+        f"  energy kept  {report['energy']:.1%} of ‖D‖² in them, {min(m['energy'] for m in modules.values()):.1%} to "
+        f"{max(m['energy'] for m in modules.values()):.1%} a module; --json has each",
+        f"  they are     {report['linear_share']:.1%} of ‖θ - θ0‖², whose root is {report['norm']:.4g}",
+    ]
+    for kind, found in report["not_held"].items():
+        count, share = len(found["tensors"]), found["share"]
+        lines.append(f"  not held     {share:.2%} in {kind} ({count:,} tensor{'s' * (count != 1)})")
+    if report["unchanged"]:
+        lines.append(f"  unchanged    {len(report['unchanged']):,} modules, which are left out")
+    if report["unmatched"]:
+        lines.append(f"  not compared, since they are not in both or not alike: {', '.join(report['unmatched'])}")
+    return "\n".join(lines)
+
+
 def _pass(state: Mapping[str, Any]) -> str:
     scaling = "its own scaling" if state["scaling"] is None else f"scaling {state['scaling']:g}"
     return f"{', '.join(state['probes'])} at '{state['adapter']}' ({scaling})"

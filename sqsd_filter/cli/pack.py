@@ -78,3 +78,20 @@ def inspect(where: str, modules: bool, json_output: bool) -> None:
 
     report = inspect_pack(load_pack(where))
     output.show(report, as_json=json_output, quiet=False, text=lambda found: inspection(found, modules=modules))
+
+
+@pack.command()
+@click.argument("checkpoint", metavar="CHECKPOINT")
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
+@click.option("--base", required=True, metavar="DIR|HUB", help="The model that CHECKPOINT was trained from.")
+@click.option("--rank", type=int, metavar="R", help="Rank of each module, 8 by default; with --energy the highest one.")
+@click.option("--energy", type=float, metavar="SHARE", help="Lowest rank that keeps this share of each module's ‖D‖².")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; the default is a GPU if there is one.")
+@as_json
+def convert(checkpoint: str, out: Path, json_output: bool, **params: Any) -> None:
+    """Make a direction of a fully fine-tuned model: its change from --base, as a LoRA adapter in the folder OUT."""
+    from sqsd_filter.cli.inspection import conversion
+    from sqsd_filter.directions.conversion import convert
+
+    report = {"path": str(out), **convert(checkpoint, out, **params, progress=output.Display())}
+    output.show(report, as_json=json_output, quiet=False, text=conversion)

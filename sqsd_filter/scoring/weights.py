@@ -206,6 +206,15 @@ def longest_input(base_model: str, revision: str | None = None, *, trust_remote_
     return positions
 
 
+def outline(base_model: str) -> Any:
+    """A causal language model's modules without any weights, by its configuration. Raises `ModelError`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _quiet_transformers(), _as_model_error(base_model, "configuration"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(locate(base_model)))
+
+
 def load_model(
     base_model: str,
     revision: str | None = None,
