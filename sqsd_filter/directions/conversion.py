@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from sqsd_filter.directions.checkpoints import Checkpoint, Layout, model_folder, open_checkpoint
 from sqsd_filter.directions.folders import whole_folder, write_adapter
+from sqsd_filter.directions.model_files import Checkpoint, Layout, open_checkpoint
 from sqsd_filter.errors import PackError, UsageError
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.placement import check_device, choose_device
+from sqsd_filter.scoring.weights import weights_folder
 
 RANK = 8
 CONVERSION_FILE = "conversion.json"
@@ -59,7 +60,8 @@ def convert(
     where that is given as well. The report, which is also written beside the adapter, has each module's rank, norm and
     share of energy kept, and what changed but can't be held, with its share of ‖θ - θ0‖².
 
-    Raises `PackError` where the two don't belong together or can't be read, `UsageError`, `DestinationExists`.
+    Raises `PackError` where the two don't belong together or can't be read, `ModelError` where they can't be had,
+    `UsageError`, `DestinationExists`.
     """
     if rank is not None and rank < 1:
         raise UsageError("rank (--rank) must be at least 1.")
@@ -68,8 +70,8 @@ def convert(
     device, progress = choose_device(device), progress or Silent()
     check_device(device)
     with whole_folder(Path(target)) as folder:
-        folders = [model_folder(where) for where in (base, checkpoint)]
-        layout = Layout(folders[0])
+        folders = [weights_folder(where) for where in (base, checkpoint)]
+        layout = Layout(base)
         with (
             open_checkpoint(base, folders[0], layout) as before,
             open_checkpoint(checkpoint, folders[1], layout) as after,

@@ -78,8 +78,8 @@ def _steering(report: Mapping[str, Any]) -> Iterator[Flag]:
             yield (
                 "not-steered",
                 direction,
-                f"Nobody has tried whether '{direction}' moves the model as its name says: run sqsd-filter steer on "
-                "the pack with --record.",
+                f"Nothing says whether moving the model along '{direction}' changes it as the name says: run "
+                "sqsd-filter steer on the pack, with safe and unsafe answers and --record.",
             )
         elif not steers:
             yield (

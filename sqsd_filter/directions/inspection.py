@@ -104,18 +104,17 @@ def _probe(pack: Pack, probe: Probe, adapters: Mapping[str, Adapter]) -> dict[st
             "common": cosine.pop("modules"),
         },
         "cosine_to_state": cosine,
-        "steers": _steers(pack, probe),
+        "steers": _steers(pack, probe.direction),
     }
 
 
-def _steers(pack: Pack, probe: Probe) -> bool | None:
-    """What `steer --record` found of the probe's direction, None where it was not asked."""
+def _steers(pack: Pack, direction: str) -> bool | None:
+    """What `steer --record` found of a direction, None where it found nothing."""
     validation = pack.notes.get("validation")
     steering = validation.get("steering") if isinstance(validation, dict) else None
-    found = steering.get("directions") if isinstance(steering, dict) else None
-    entry = found.get(probe.name, found.get(probe.direction)) if isinstance(found, dict) else None
-    steers = entry.get("steers") if isinstance(entry, dict) else None
-    return steers if isinstance(steers, bool) else None
+    curves = steering.get("directions") if isinstance(steering, dict) else None
+    found = [c for c in curves if isinstance(c, dict)] if isinstance(curves, list) else []
+    return next((c.get("steers") for c in found if c.get("adapter") == direction), None)
 
 
 def _adapter(pack: Pack, adapter: Adapter, norms: Mapping[str, float], name: str) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sqsd_filter.cli.main import main
-from sqsd_filter.directions.checkpoints import Layout
 from sqsd_filter.directions.conversion import CONVERSION_FILE, convert, truncate
+from sqsd_filter.directions.model_files import Layout
 from sqsd_filter.directions.pack import ADAPTER_FILES
 from sqsd_filter.errors import DestinationExists, ModelError, PackError, SQSDError, UsageError
 from sqsd_filter.scoring.adapters import load_adapter
@@ -73,7 +73,7 @@ def test_a_change_of_low_rank_comes_back_exactly(architecture: str, tmp_path: Pa
     base = make_model(tmp_path / "base", architecture)
     tuned = finetune(base, tmp_path / "tuned", low_rank(3))
     report = convert(str(tuned), tmp_path / "out", base=str(base), rank=3)
-    factors, layout = load_adapter(tmp_path / "out").factors, Layout(base)
+    factors, layout = load_adapter(tmp_path / "out").factors, Layout(str(base))
     exact = changes(base, tuned)
     assert set(factors) == set(layout.linears.values())
     for name, module in layout.linears.items():
@@ -95,7 +95,7 @@ def test_peft_reads_the_adapter_and_merges_it_to_the_truncated_checkpoint(
     report = convert(str(tuned), tmp_path / "out", base=str(base), **how)
     model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
     merged = model.merge_and_unload().state_dict()
-    layout, before, exact = Layout(base), state(base), changes(base, tuned)
+    layout, before, exact = Layout(str(base)), state(base), changes(base, tuned)
     for name, module in layout.linears.items():
         U, S, Vh = torch.linalg.svd(exact[name])
         k = report["modules"][module]["rank"]
@@ -136,7 +136,7 @@ def test_the_linear_layers_are_those_that_peft_calls_all_linear(tmp_path: Path) 
         config = LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM")
         wrapped: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
         adapted = {n for n, m in wrapped.base_model.model.named_modules() if hasattr(m, "lora_A")}
-        assert set(Layout(base).linears.values()) == adapted, architecture
+        assert set(Layout(str(base)).linears.values()) == adapted, architecture
 
 
 def test_what_cannot_be_held_is_named_with_its_share(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[SQSDError], str]] = {
     "energy": ({"energy": 0.0}, UsageError, "--energy"),
     "percent": ({"energy": 90.0}, UsageError, "--energy"),
     "device": ({"device": "cuda:7"}, UsageError, "cuda:7"),
-    "no-base": ({"base": "./nowhere"}, PackError, "no model './nowhere'"),
+    "no-base": ({"base": "./nowhere"}, ModelError, "'./nowhere' can't be loaded"),
     "other-architecture": ({"base": "gpt2"}, PackError, "--base must be the model"),
     "no-config": ({"base": "bare"}, ModelError, "configuration"),
 }

@@ -22,7 +22,7 @@ from sqsd_filter.scoring.adapters import load_adapter
 from tests.tiny import make_adapter, make_pack
 
 TRAINED = {"data": {"file": "a.jsonl"}, "licence": "CC0-1.0", "rows": 16, "steps": 2}
-STEERED = {"steering": {"directions": {"danger": {"steers": True}, "safety": {"steers": True}}}}
+STEERED = {"steering": {"directions": [{"adapter": name, "steers": True} for name in ("danger", "safety")]}}
 
 
 @pytest.fixture
@@ -123,8 +123,8 @@ def broken(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.fill_(math.nan) if "layers.0.mlp.up_proj.lora_A" in name else tensor
 
 
-def steered(**found: bool) -> Callable[[Path], None]:
-    directions = {name: {"steers": steers} for name, steers in found.items()}
+def steered(**found: bool | None) -> Callable[[Path], None]:
+    directions = [{"adapter": name, "steers": steers} for name, steers in found.items()]
     return lambda folder: rewrite(folder, validation={"steering": {"directions": directions}})
 
 
@@ -150,6 +150,7 @@ def elsewhere(folder: Path) -> None:
 FLAGS: dict[str, tuple[Callable[[Path], object], list[tuple[str, str]]]] = {
     "never-steered": (lambda f: rewrite(f, validation={}), [("not-steered", "danger"), ("not-steered", "safety")]),
     "odd-validation": (lambda f: rewrite(f, validation=7), [("not-steered", "danger"), ("not-steered", "safety")]),
+    "not-judged": (steered(danger=None, safety=True), [("not-steered", "danger")]),
     "does-not-steer": (steered(danger=False, safety=True), [("does-not-steer", "danger")]),
     "fresh-state": (lambda f: retensor(f / "initial", zero), [("insensitive-state", "initial")]),
     "zero-direction": (lambda f: retensor(f / "danger", zero), [("zero-direction", "danger")]),

@@ -12,11 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from sqsd_filter.directions.pack import HUB_NAME, from_hub
 from sqsd_filter.errors import PackError
-from sqsd_filter.pipeline.patience import patiently
 from sqsd_filter.scoring.adapters import CONFIG_FILE
-from sqsd_filter.scoring.weights import locate, outline
+from sqsd_filter.scoring.weights import skeleton
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _UNQUANTISED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -29,10 +27,11 @@ class Layout:
     all-linear; `transposed` are those of them that are stored as (d_in, d_out), as GPT-2's are.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, base_model: str) -> None:
+        """Raises `ModelError`."""
         from transformers.pytorch_utils import Conv1D
 
-        model = outline(str(folder))
+        model = skeleton(base_model)
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._head, self._prefix = model.get_output_embeddings(), model.base_model_prefix
         self._names = set(model.state_dict())
@@ -80,22 +79,6 @@ class Checkpoint:
         if tensor.dtype not in _UNQUANTISED:
             raise PackError(f"'{name}' in {self.where} is quantised ({tensor.dtype}): name the weights as trained.")
         return tensor
-
-
-def model_folder(where: str) -> Path:
-    """The folder of a model: `where` itself, a copy of a Hub repository (`org/name[@revision]`), or what an embedded
-    one was unpacked to. Raises `PackError`, `ModelError`."""
-    folder = Path(locate(where)).expanduser()
-    if folder.is_dir():
-        return folder
-    if not HUB_NAME.fullmatch(where):
-        raise PackError(f"There is no model '{where}': name a folder, or a Hub repository as org/name.")
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = where.partition("@")
-    which: Any = {"revision": revision or None, "allow_patterns": ["*.safetensors", "*.json"], "ignore_patterns": "*/*"}
-    with from_hub(f"model '{where}'"):
-        return Path(patiently(lambda: snapshot_download(repo, **which)))
 
 
 @contextmanager
