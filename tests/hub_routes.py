@@ -45,6 +45,12 @@ class Refusal(Exception):
         self.answer = reply({"error": message}, status, **{"X-Error-Message": message, **coded, **headers})
 
 
+def _head(card: str) -> Any:
+    """The metadata that a card begins with. Raises `yaml.YAMLError`."""
+    head = re.match(r"---\r?\n(.*?)\r?\n---", card, re.DOTALL)
+    return yaml.safe_load(head[1]) if head else {}
+
+
 Route = Callable[["Call"], Answer]
 ROUTES: list[tuple[str, re.Pattern[str], Route]] = []
 
@@ -143,9 +149,8 @@ class Call:
 
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self) -> Answer:
-        head = re.match(r"---\r?\n(.*?)\r?\n---", self.json()["content"], re.DOTALL)
         try:
-            fine = head is None or isinstance(yaml.safe_load(head[1]), dict)
+            fine = isinstance(_head(self.json()["content"]), dict)
         except yaml.YAMLError:
             fine = False
         errors = [] if fine else [{"message": "The metadata is no YAML mapping."}]
@@ -181,6 +186,8 @@ class Call:
             for path, file in sorted(commit.files.items())
         ]
         told = {"id": repo.name, "sha": commit.sha, "lastModified": commit.when, "disabled": False, "tags": []}
+        if "README.md" in commit.files:
+            told["cardData"] = _head(commit.files["README.md"].data.decode())
         gated = "manual" if repo.gated else False
         return reply({**told, "private": repo.private, "gated": gated, "siblings": siblings})
 

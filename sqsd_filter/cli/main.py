@@ -10,12 +10,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import click
 
 from sqsd_filter.cli import options, output
+from sqsd_filter.cli.pack import pack
 from sqsd_filter.cli.store import store
 from sqsd_filter.errors import SQSDError, UsageError
 
@@ -226,25 +226,7 @@ def select(context: click.Context, **params: Any) -> None:
     _finish(context, report)
 
 
-@cli.group()
-def pack() -> None:
-    """Make and look at direction packs."""
-
-
-@pack.command()
-@click.argument("recipe", type=click.Path(path_type=Path), metavar="CONFIG.toml")
-@click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
-def build(recipe: Path, out: Path) -> None:
-    """Train a pack as CONFIG.toml says and write it to the folder OUT; the same command resumes."""
-    from sqsd_filter.directions.build import build_pack
-    from sqsd_filter.directions.recipe import PackRecipe
-
-    loaded = PackRecipe.load(recipe)
-    warnings.simplefilter("ignore")
-    built = build_pack(loaded, out, output.Display())
-    click.echo(f"pack {built.name} ({built.fingerprint}) in {out}: use it with --pack {out}")
-
-
+cli.add_command(pack)
 cli.add_command(store)
 
 

@@ -15,7 +15,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,7 @@ FORMAT = 1
 PACKS_DIR = Path(__file__).resolve().parent.parent / "packs"  # the embedded ones
 PROBE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED = ("risk", "status", "reason", "file", "line", "raw")  # other columns are called sqsd_ and this
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -121,7 +123,7 @@ def load_pack(where: str | Path) -> Pack:
         return _read(PACKS_DIR / text)
     if folder.is_dir():
         return _read(folder)
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", text) and not folder.exists():
+    if HUB_NAME.fullmatch(text) and not folder.exists():
         return _read(_download(text))
     raise PackError(
         f"There is no pack '{text}': give one of {', '.join(embedded_packs()) or '(none embedded)'}, a folder that "
@@ -131,17 +133,25 @@ def load_pack(where: str | Path) -> Pack:
 
 def _download(where: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo, _, revision = where.partition("@")
     patterns = [PACK_FILE, *(f"*{name}" for name in ADAPTER_FILES)]
-    try:
+    with from_hub(f"pack '{where}'"):
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as problem:
+
+
+@contextmanager
+def from_hub(what: str) -> Iterator[None]:
+    """Turns what the Hub's client raises while it gets `what` into `PackError`."""
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    try:
+        yield
+    except (HTTPError, HFValidationError, OSError) as problem:
         first = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
         raise PackError(
-            f"The pack '{where}' is no folder here and can't be had from the Hub ({first}): check the name, the "
-            "network and, for a private repository, the token in HF_TOKEN."
+            f"The {what} is no folder here and can't be had from the Hub ({first}): check the name, the network and, "
+            "for a private repository, the token in HF_TOKEN."
         ) from problem
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sqsd_filter.directions.folders import write_adapter
 from sqsd_filter.directions.pack import ADAPTER_FILES
 from sqsd_filter.directions.recipe import AdapterRecipe, PackRecipe
 from sqsd_filter.errors import InputError, PackError, UsageError
@@ -132,19 +133,14 @@ def _told(progress: Progress, name: str, batch_size: int) -> Any:
 
 
 def _publish(trained: Path, target: Path) -> None:
-    """Copy an adapter into the pack in bfloat16, without the paths of the machine it was trained on."""
+    """Copy an adapter into the pack in bfloat16."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     config_file, weights_file = ADAPTER_FILES
-    target.mkdir(parents=True, exist_ok=True)
-    config = json.loads((trained / config_file).read_text())
-    config["base_model_name_or_path"] = None
-    if not isinstance(config["target_modules"], str):  # else a pattern
-        config["target_modules"] = sorted(config["target_modules"])
-    (target / config_file).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     tensors = load_file(trained / weights_file)
-    save_file({k: v.to(torch.bfloat16) for k, v in sorted(tensors.items())}, target / weights_file)
+    config = json.loads((trained / config_file).read_text(encoding="utf-8"))
+    write_adapter(target, config, {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()})
 
 
 def _sft(

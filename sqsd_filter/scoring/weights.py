@@ -68,7 +68,7 @@ def locate(base_model: str) -> str:
     embedded = EMBEDDED.get(base_model)
     if embedded is None:
         return base_model
-    target = cache_dir() / "models" / f"{base_model}-{embedded.sha256[:12]}"
+    target = _kept(base_model)
     if not (target / "config.json").is_file():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +88,27 @@ def locate(base_model: str) -> str:
                 "SQSD_FILTER_CACHE to another folder."
             ) from problem
     return str(target)
+
+
+def _kept(embedded: str) -> Path:
+    """Where an embedded model is kept once it was fetched."""
+    return cache_dir() / "models" / f"{embedded}-{EMBEDDED[embedded].sha256[:12]}"
+
+
+def is_here(base_model: str, revision: str | None = None) -> bool:
+    """Can `base_model` be loaded without fetching anything? Nothing is loaded, and no network is used."""
+    if base_model in EMBEDDED:
+        return (_kept(base_model) / "config.json").is_file()
+    if Path(base_model).is_dir():
+        return (Path(base_model) / "config.json").is_file()
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    names = ("model.safetensors", "model.safetensors.index.json")
+    try:
+        return any(isinstance(try_to_load_from_cache(base_model, n, revision=revision), str) for n in names)
+    except HFValidationError:  # a path where nothing is
+        return False
 
 
 def content_id(base_model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> str | None:
@@ -183,6 +204,27 @@ def longest_input(base_model: str, revision: str | None = None, *, trust_remote_
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions
+
+
+def weights_folder(base_model: str, revision: str | None = None) -> Path:
+    """The folder with a base model's safetensors, fetched from the Hub where it has to be. Raises `ModelError`."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(locate(base_model)).expanduser()
+    if folder.is_dir():
+        return folder
+    with _as_model_error(base_model, "weights"):
+        return Path(snapshot_download(base_model, revision=revision, allow_patterns=["*.json", "model*.safetensors"]))
+
+
+def skeleton(base_model: str, revision: str | None = None) -> Any:
+    """A base model's modules without their weights (on the device `meta`). Raises `ModelError`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = locate(base_model)
+    with _quiet_transformers(), _as_model_error(base_model, "configuration"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, revision=revision))
 
 
 def load_model(

@@ -1,0 +1,142 @@
+"""What `pack inspect` and `pack convert` print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Row = Sequence[str]
+
+
+def inspection(report: Mapping[str, Any], *, modules: bool) -> str:
+    """A pack as tables; with `modules` the norm of every module."""
+    base, passes = report["base"], len(report["states"])
+    lines = [f"{report['name']}   {report['fingerprint']}   {report['path']}"]
+    revision = f" at {base['revision']}" if base["revision"] else ""
+    aligned = f", with the adapter '{base['adapter']}' merged in" if base["adapter"] else ""
+    lines.append(f"base      {base['model']}{revision}{aligned}")
+    template = report["chat_template_kwargs"]
+    lines.append(f"rows      up to {report['max_length']:,} tokens" + (f", {json.dumps(template)}" if template else ""))
+    shared = "; shared state" if report["shared_state"] else ""
+    lines.append(f"passes    {passes} a row{shared}: " + "; ".join(_pass(state) for state in report["states"]))
+    lines += [
+        "",
+        *_table(("probe", "weight", "direction", "state", "modules", "cos to state", "steers"), _probes(report)),
+    ]
+    adapters = report["adapters"]
+    shape = ("adapter", "role", "rank", "α/r", "modules", "layers", "size", "‖V‖")
+    lines += ["", *_table(shape, (_adapter(name, a) for name, a in adapters.items()))]
+    lines += ["", *_table(("adapter", "trained on", "licence"), (_origin(name, a) for name, a in adapters.items()))]
+    lines += ["", *_norms("type", adapters), "", *_norms("layer", adapters)]
+    if modules:
+        lines += ["", *_modules(adapters)]
+    if report["cosines"]:
+        columns = ("directions", "modules", "cos", "mean of cos_m", "sum of cos_m")
+        lines += ["", *_table(columns, (_cosine(pair) for pair in report["cosines"]))]
+    lines += ["", *_validation(report["validation"]), ""]
+    lines += [f"! {flag['code']}: {flag['message']}" for flag in report["flags"]] or ["no flags"]
+    return "\n".join(lines)
+
+
+def conversion(report: Mapping[str, Any]) -> str:
+    """What was kept of a checkpoint's change, by type of module, and what could not be."""
+    rank, modules = report["rank"], report["modules"]
+    ranks = f"rank {rank['min']}" if rank["min"] == rank["max"] else f"ranks {rank['min']} to {rank['max']}"
+    lines = [
+        f"{report['path']}: {report['checkpoint']} minus {report['base']} in {len(modules):,} modules, {ranks}",
+        f"  energy kept  {report['energy']:.1%} of ‖D‖² in them, {min(m['energy'] for m in modules.values()):.1%} to "
+        f"{max(m['energy'] for m in modules.values()):.1%} a module; --json has each",
+        f"  they are     {report['linear_share']:.1%} of ‖θ - θ0‖², whose root is {report['norm']:.4g}",
+    ]
+    for kind, found in report["not_held"].items():
+        count, share = len(found["tensors"]), found["share"]
+        lines.append(f"  not held     {share:.2%} in {kind} ({count:,} tensor{'s' * (count != 1)})")
+    if report["unchanged"]:
+        lines.append(f"  unchanged    {len(report['unchanged']):,} modules, which are left out")
+    if report["unmatched"]:
+        lines.append(f"  not compared, since they are not in both or not alike: {', '.join(report['unmatched'])}")
+    return "\n".join(lines)
+
+
+def _pass(state: Mapping[str, Any]) -> str:
+    scaling = "its own scaling" if state["scaling"] is None else f"scaling {state['scaling']:g}"
+    return f"{', '.join(state['probes'])} at '{state['adapter']}' ({scaling})"
+
+
+def _probes(report: Mapping[str, Any]) -> Iterator[Row]:
+    for p in report["probes"]:
+        n = p["modules"]
+        cover = f"{n['common']:,} of {n['direction']:,} and {n['state']:,}"
+        steers = {None: "not tried", True: "yes", False: "no"}[p["steers"]]
+        cosine = _number(p["cosine_to_state"]["global"], "+.3f")
+        yield p["name"], f"{p['weight']:+g}", p["direction"], p["state"], cover, cosine, steers
+
+
+def _adapter(name: str, a: Mapping[str, Any]) -> Row:
+    ranks, scalings = a["rank"], [f"{s:g}" for s in a["scaling"]]
+    return (
+        name,
+        ", ".join(a["roles"]),
+        str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        scalings[0] if len(scalings) == 1 else f"{scalings[0]} to {scalings[-1]}",
+        f"{a['modules']:,}",
+        f"{a['layers']:,}",
+        f"{a['bytes'] / 1e6:,.1f} MB",
+        _number(a["norm"], ".4g"),
+    )
+
+
+def _origin(name: str, a: Mapping[str, Any]) -> Row:
+    told = a["provenance"] or {}
+    data = told.get("data")
+    data = data.get("dataset") or data.get("file") if isinstance(data, dict) else data
+    counts = (f"{told[what]:,} {what}" for what in ("rows", "steps") if isinstance(told.get(what), int))
+    return name, ", ".join([*([str(data)] if data else []), *counts]) or "-", str(told.get("licence") or "-")
+
+
+def _norms(what: str, adapters: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Minimum, median and maximum of ‖V_m‖, a kind of module in a row and an adapter in a column."""
+    summaries = [a[f"by_{what}"] for a in adapters.values()]
+    kinds = list(dict.fromkeys(kind for found in summaries for kind in found))
+    rows = [[str(kind), *(_spread(found.get(kind)) for found in summaries)] for kind in kinds]
+    return _table((f"‖V_m‖ by {what}", *(f"{name}: min, median, max" for name in adapters)), rows)
+
+
+def _spread(found: Mapping[str, Any] | None) -> str:
+    return " ".join(f"{_number(found[k], '.4f'):>7}" for k in ("min", "median", "max")) if found else "-"
+
+
+def _modules(adapters: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    names = list(dict.fromkeys(m for a in adapters.values() for m in a["norms"]))
+    rows = [[m, *(_number(a["norms"].get(m), ".6f") for a in adapters.values())] for m in names]
+    return _table(("module", *adapters), rows)
+
+
+def _cosine(pair: Mapping[str, Any]) -> Row:
+    numbers = (_number(pair["global"], "+.4f"), _number(pair["mean"], "+.4f"), _number(pair["sum"], "+.3f"))
+    return ", ".join(pair["directions"]), f"{pair['modules']:,}", *numbers
+
+
+def _validation(validation: Any) -> list[str]:
+    done = ", ".join(validation) if isinstance(validation, dict) else ""
+    return [f"validated {done} (figures with --json)" if done else "validated nothing yet"]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _table(head: Row, rows: Any) -> list[str]:
+    """Lines with aligned columns, the first to the left and numbers to the right."""
+    cells = [list(head), *map(list, rows)]
+    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [all(_numeric(row[k]) for row in cells[1:]) for k in range(len(head))]
+    return [
+        "  ".join(f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(row, wide, right, strict=True)).rstrip()
+        for row in cells
+    ]
+
+
+def _numeric(cell: str) -> bool:
+    return cell.replace(" MB", "").replace(" ", "").replace(",", "").replace(".", "").strip("+-e").isdigit()

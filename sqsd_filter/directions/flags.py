@@ -1,0 +1,106 @@
+"""What `pack inspect` points at: each flag has a code, what it is about, and one sentence with the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+PARALLEL = 0.95  # |cos| above which two directions say the same
+Flag = tuple[str, str, str]
+
+
+def flags(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The flags of an inspected pack (`inspection.inspect_pack`)."""
+    found = [*_base(report["base"]), *_adapters(report["adapters"]), *_probes(report["probes"])]
+    found += [*_steering(report), *_cosines(report["cosines"])]
+    return [{"code": code, "about": about, "message": message} for code, about, message in found]
+
+
+def _base(base: Mapping[str, Any]) -> Iterator[Flag]:
+    if not base["here"]:
+        yield (
+            "no-base-weights",
+            base["model"],
+            f"The weights of '{base['model']}' are not on this machine: the first scoring fetches them if it can reach "
+            "the Hub or a package index; else copy them here and name the folder with --model.",
+        )
+
+
+def _adapters(adapters: Mapping[str, Mapping[str, Any]]) -> Iterator[Flag]:
+    for name, a in adapters.items():
+        if a["not_finite"]:
+            yield (
+                "not-finite",
+                name,
+                f"The adapter '{name}' has values that are not finite in {_of(a['not_finite'], a)}: copy or build it "
+                "again.",
+            )
+        elif "direction" in a["roles"] and a["norm"] == 0:
+            yield "zero-direction", name, f"The direction '{name}' is zero, so it scores nothing: build it again."
+        if "state" in a["roles"] and a["zero_B"]:
+            yield (
+                "insensitive-state",
+                name,
+                f"The state '{name}' has B = 0 in {_of(a['zero_B'], a)}, where half of the gradient is missing: take a "
+                "checkpoint of a fine-tune as state.",
+            )
+        if not (a["provenance"] or {}).get("licence"):
+            yield (
+                "no-licence",
+                name,
+                f"The pack names no licence for what '{name}' was trained on: add it to \"provenance\" in pack.json.",
+            )
+
+
+def _probes(probes: list[Mapping[str, Any]]) -> Iterator[Flag]:
+    for probe in probes:
+        name, weight = probe["name"], probe["weight"]
+        if weight == 0 or (name.startswith("danger") and weight < 0) or (name.startswith("safety") and weight > 0):
+            yield (
+                "unusual-weight",
+                name,
+                f"The probe '{name}' has the weight {weight:g}: danger counts positively in the risk and safety "
+                "negatively, so mend it in pack.json or name the probe otherwise.",
+            )
+        if not probe["modules"]["common"]:
+            yield (
+                "no-overlap",
+                name,
+                f"The probe '{name}' is always 0, since its direction '{probe['direction']}' and its state "
+                f"'{probe['state']}' adapt no module in common: train both on the same modules.",
+            )
+
+
+def _steering(report: Mapping[str, Any]) -> Iterator[Flag]:
+    found = {probe["direction"]: probe["steers"] for probe in report["probes"]}
+    for direction, steers in found.items():
+        if steers is None:
+            yield (
+                "not-steered",
+                direction,
+                f"Nothing says whether moving the model along '{direction}' changes it as the name says: run "
+                "sqsd-filter steer on the pack, with safe and unsafe answers and --record.",
+            )
+        elif not steers:
+            yield (
+                "does-not-steer",
+                direction,
+                f"Moving the model along '{direction}' does not change it as the name says: build the direction again, "
+                "on more or clearer data.",
+            )
+
+
+def _cosines(cosines: list[Mapping[str, Any]]) -> Iterator[Flag]:
+    for pair in cosines:
+        a, b = pair["directions"]
+        if abs(pair["global"] or 0.0) > PARALLEL:
+            yield (
+                "parallel-directions",
+                f"{a}, {b}",
+                f"The directions '{a}' and '{b}' are nearly parallel (cosine {pair['global']:.3f}), so one says what "
+                "the other does: drop one, or train them on data that differ.",
+            )
+
+
+def _of(some: list[str], adapter: Mapping[str, Any]) -> str:
+    return f"{len(some)} of {adapter['modules']} modules ({some[0]}{', ...' if len(some) > 1 else ''})"

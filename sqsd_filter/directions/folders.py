@@ -1,0 +1,50 @@
+"""Adapter folders as they go into a pack: plain, without traces of the machine that made them, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqsd_filter.directions.pack import ADAPTER_FILES
+from sqsd_filter.errors import DestinationExists
+
+if TYPE_CHECKING:
+    import torch
+
+
+def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a PEFT adapter folder; its config names no base model, which is the pack's to name."""
+    from safetensors.torch import save_file
+
+    config_file, weights_file = ADAPTER_FILES
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {**config, "base_model_name_or_path": None}
+    if not isinstance(plain["target_modules"], str):  # else a pattern
+        plain["target_modules"] = sorted(plain["target_modules"])
+    (folder / config_file).write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, folder / weights_file)
+
+
+def is_free(target: Path) -> bool:
+    """Is there nothing at `target`, or an empty folder?"""
+    return not target.exists() or (target.is_dir() and not any(target.iterdir()))
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` when all is written; where that fails nothing is left of it.
+
+    Raises `DestinationExists` when `target` holds anything.
+    """
+    if not is_free(target):
+        raise DestinationExists(f"{target} exists and holds something else: choose another folder or remove it.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as beside:
+        folder = Path(beside) / target.name
+        folder.mkdir()
+        yield folder
+        folder.rename(target)

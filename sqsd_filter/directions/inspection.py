@@ -1,0 +1,181 @@
+"""What a pack holds, read from its files alone: norms and cosines come from r-sized Gram matrices, no model is loaded.
+
+    ⟨V, V'⟩ = ⟨B_Vᵀ B_V', A_V A_V'ᵀ⟩ (scalings included)      ‖V‖² = ⟨V, V⟩
+
+A module's cosine is 0 where either norm is 0, as it is in a score.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
+from statistics import median
+from typing import Any
+
+import torch
+
+from sqsd_filter.directions.flags import flags
+from sqsd_filter.directions.pack import ADAPTER_FILES, Pack, Probe
+from sqsd_filter.errors import PackError
+from sqsd_filter.scoring.adapters import Adapter, LoraFactors, load_adapter
+from sqsd_filter.scoring.weights import is_here
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")  # the first number in a module's name, and what is below that layer
+_TOLD = ("data", "licence", "rows", "steps", "source")
+
+
+def inspect_pack(pack: Pack) -> dict[str, Any]:
+    """All that can be said of a pack without its model; numbers that are not finite are None.
+
+    `probes`, `states` (adapter, scaling and the probes that share the pass), `adapters` with norms a module, `cosines`
+    between each two directions, `validation` as it was recorded, and `flags`: what should be looked at, each with a
+    code and a sentence that says how to mend it. Raises `PackError` for adapters that can't be read, or not together.
+    """
+    adapters = {name: load_adapter(pack.adapter(name)) for name in pack.folders}
+    norms = {name: {m: norm(f) for m, f in a.factors.items()} for name, a in adapters.items()}
+    report: dict[str, Any] = {
+        "name": pack.name,
+        "path": str(pack.path),
+        "fingerprint": pack.fingerprint,
+        "base": {
+            "model": pack.base_model,
+            "revision": pack.base_revision,
+            "adapter": pack.base_adapter,
+            "here": is_here(pack.base_model, pack.base_revision),
+        },
+        "max_length": pack.max_length,
+        "chat_template_kwargs": dict(pack.chat_template_kwargs),
+        "probes": [_probe(pack, probe, adapters) for probe in pack.probes],
+        "states": [
+            {"adapter": state, "scaling": scaling, "probes": [p.name for p in pack.probes if p.at == (state, scaling)]}
+            for state, scaling in dict.fromkeys(p.at for p in pack.probes)
+        ],
+        "adapters": {name: _adapter(pack, adapters[name], norms[name], name) for name in pack.folders},
+        "cosines": [
+            {"directions": [a, b], **_cosine(adapters[a], adapters[b])}
+            for a, b in combinations(dict.fromkeys(p.direction for p in pack.probes), 2)
+        ],
+        "validation": pack.notes.get("validation"),
+    }
+    report["shared_state"] = len(report["states"]) == 1
+    return {**report, "flags": flags(report)}
+
+
+def inner(a: LoraFactors, b: LoraFactors) -> float:
+    """⟨s_a B_a A_a, s_b B_b A_b⟩, in float64. Raises `PackError` where the two belong to modules of other shapes."""
+    if a.A.shape[1] != b.A.shape[1] or a.B.shape[0] != b.B.shape[0]:
+        raise PackError("Two adapters of the pack are of other shapes in one module: they belong to different models.")
+    gram_A, gram_B = a.A.double() @ b.A.double().T, a.B.double().T @ b.B.double()
+    return a.scaling * b.scaling * float((gram_A * gram_B).sum())
+
+
+def norm(factors: LoraFactors) -> float:
+    """‖s B A‖, the Frobenius norm."""
+    squared = inner(factors, factors)
+    return math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else math.nan
+
+
+def _cosine(a: Adapter, b: Adapter) -> dict[str, Any]:
+    """The cosine over all common modules as one vector, and the sum and mean of the modules' own."""
+    common = [(factors, b.factors[m]) for m, factors in a.factors.items() if m in b.factors]
+    dots = [inner(x, y) for x, y in common]
+    norms = [(norm(x), norm(y)) for x, y in common]
+    each = [dot / (x * y) if x * y else 0.0 for dot, (x, y) in zip(dots, norms, strict=True)]
+    length = math.hypot(*(x for x, _ in norms)) * math.hypot(*(y for _, y in norms))
+    mean = _ratio(sum(each), len(each))
+    return {"modules": len(each), "global": _ratio(sum(dots), length), "sum": _finite(sum(each)), "mean": mean}
+
+
+def _probe(pack: Pack, probe: Probe, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    direction, state = adapters[probe.direction], adapters[probe.state].with_scaling(probe.state_scaling)
+    cosine = _cosine(direction, state)
+    return {
+        "name": probe.name,
+        "weight": probe.weight,
+        "direction": probe.direction,
+        "state": probe.state,
+        "state_scaling": probe.state_scaling,
+        "modules": {
+            "direction": len(direction.factors),
+            "state": len(state.factors),
+            "common": cosine.pop("modules"),
+        },
+        "cosine_to_state": cosine,
+        "steers": _steers(pack, probe.direction),
+    }
+
+
+def _steers(pack: Pack, direction: str) -> bool | None:
+    """What `steer --record` found of a direction, None where it found nothing."""
+    validation = pack.notes.get("validation")
+    steering = validation.get("steering") if isinstance(validation, dict) else None
+    curves = steering.get("directions") if isinstance(steering, dict) else None
+    found = [c for c in curves if isinstance(c, dict)] if isinstance(curves, list) else []
+    return next((c.get("steers") for c in found if c.get("adapter") == direction), None)
+
+
+def _adapter(pack: Pack, adapter: Adapter, norms: Mapping[str, float], name: str) -> dict[str, Any]:
+    """One adapter: its shape, its norms, where it comes from."""
+    files = [pack.adapter(name) / file for file in ADAPTER_FILES]
+    config = json.loads(files[0].read_text(encoding="utf-8"))
+    factors = adapter.factors
+    told = pack.notes.get("provenance")
+    told = told.get(name) if isinstance(told, dict) else None
+    places = {module: _place(module) for module in factors}
+    layers = {layer for layer, _ in places.values() if layer is not None}
+    return {
+        "roles": list(_roles(pack, name)),
+        "rank": sorted({f.A.shape[0] for f in factors.values()}),
+        "alpha": config.get("lora_alpha"),
+        "scaling": sorted({f.scaling for f in factors.values()}),
+        "modules": len(factors),
+        "layers": len(layers),
+        "bytes": sum(file.stat().st_size for file in files),
+        "provenance": {k: told[k] for k in _TOLD if k in told} if isinstance(told, dict) else None,
+        "norm": _finite(math.hypot(*norms.values())),
+        "norms": {module: _finite(n) for module, n in norms.items()},
+        "by_type": _summaries((kind, norms[m]) for m, (_, kind) in places.items()),
+        "by_layer": _summaries((layer, norms[m]) for m, (layer, _) in places.items() if layer is not None),
+        "zero_B": [m for m, f in factors.items() if not f.B.any()],
+        "not_finite": [m for m, f in factors.items() if not (torch.isfinite(f.A).all() and torch.isfinite(f.B).all())],
+    }
+
+
+def _roles(pack: Pack, name: str) -> Iterator[str]:
+    if name == pack.base_adapter:
+        yield "base"
+    for role in ("direction", "state"):
+        if any(getattr(probe, role) == name for probe in pack.probes):
+            yield role
+
+
+def _place(module: str) -> tuple[int | None, str]:
+    """A module's layer and type: `model.layers.3.mlp.up_proj` is an `mlp.up_proj` in layer 3."""
+    found = _LAYER.search(module)
+    return (int(found[1]), re.sub(r"\b\d+\b", "*", found[2])) if found else (None, module)
+
+
+def _summaries(norms: Iterable[tuple[Any, float]]) -> dict[Any, dict[str, Any]]:
+    """Count, minimum, median and maximum of the norms of each kind; what is not finite is counted only."""
+    kinds: dict[Any, list[float]] = {}
+    for kind, value in norms:
+        kinds.setdefault(kind, []).append(value)
+    return {kind: {"modules": len(kinds[kind]), **_spread(kinds[kind])} for kind in sorted(kinds)}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return dict.fromkeys(("min", "median", "max"))
+    return {"min": min(finite), "median": median(finite), "max": max(finite)}
+
+
+def _ratio(value: float, scale: float) -> float | None:
+    return _finite(value / scale) if scale else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,114 @@
+"""Whole models on disk, read one tensor at a time: never is a model in memory, let alone two."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from sqsd_filter.errors import PackError
+from sqsd_filter.scoring.adapters import CONFIG_FILE
+from sqsd_filter.scoring.weights import skeleton
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_UNQUANTISED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Layout:
+    """What a model consists of, by its configuration alone: its tensors' names, and what each of them is.
+
+    `linears` maps the weights' names of all linear layers but the head to the modules', the set that PEFT calls
+    all-linear; `transposed` are those of them that are stored as (d_in, d_out), as GPT-2's are.
+    """
+
+    def __init__(self, base_model: str) -> None:
+        """Raises `ModelError`."""
+        from transformers.pytorch_utils import Conv1D
+
+        model = skeleton(base_model)
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._head, self._prefix = model.get_output_embeddings(), model.base_model_prefix
+        self._names = set(model.state_dict())
+        kinds = {m: module for m, module in self._modules.items() if isinstance(module, nn.Linear | Conv1D)}
+        self.linears = {f"{m}.weight": m for m, module in kinds.items() if module is not self._head}
+        self.transposed = {f"{m}.weight" for m, module in kinds.items() if isinstance(module, Conv1D)}
+
+    def name(self, stored: str) -> str:
+        """The model's name of a stored tensor, which may lack the prefix of the model's backbone."""
+        prefixed = f"{self._prefix}.{stored}"
+        return prefixed if stored not in self._names and prefixed in self._names else stored
+
+    def kind(self, name: str) -> str:
+        """What a tensor is that no low-rank product can hold."""
+        owner, _, what = name.rpartition(".")
+        module = self._modules.get(owner)
+        if module is not None and module is self._head:
+            return "head"
+        if what == "bias":
+            return "biases"
+        if isinstance(module, nn.Embedding):
+            return "embeddings"
+        return "norms" if "norm" in type(module).__name__.lower() else "others"
+
+
+class Checkpoint:
+    """The tensors of a model's safetensors by the names that its layout gives them; opened by `open_checkpoint`."""
+
+    def __init__(self, where: str, stored: Mapping[str, tuple[Any, str]]) -> None:
+        self.where = where
+        self._stored = stored
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        file, stored = self._stored[name]
+        return tuple(file.get_slice(stored).get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor as it is stored. Raises `PackError` for one that is quantised."""
+        file, stored = self._stored[name]
+        tensor: torch.Tensor = file.get_tensor(stored)
+        if tensor.dtype not in _UNQUANTISED:
+            raise PackError(f"'{name}' in {self.where} is quantised ({tensor.dtype}): name the weights as trained.")
+        return tensor
+
+
+@contextmanager
+def open_checkpoint(where: str, folder: Path, layout: Layout) -> Iterator[Checkpoint]:
+    """The weights in a folder, one file or many with an index. Raises `PackError` where they can't be read."""
+    with ExitStack() as stack:
+        stored = {}
+        for path in _files(where, folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as problem:
+                raise PackError(f"{path} can't be read ({problem}): copy the checkpoint again.") from problem
+            stored.update({layout.name(name): (file, name) for name in file.keys()})  # noqa: SIM118, it is no dict
+        yield Checkpoint(where, stored)
+
+
+def _files(where: str, folder: Path) -> list[Path]:
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            return sorted({folder / name for name in index.values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            raise PackError(f"{folder / INDEX} is no index of weights: copy the checkpoint again.") from problem
+    if (folder / CONFIG_FILE).is_file():
+        raise PackError(f"{where} holds a LoRA adapter, which is a low-rank direction already: use it as it is.")
+    if list(folder.glob("*.bin")):
+        raise PackError(
+            f"{where} holds pickled weights (.bin), which are never loaded: save the model again with "
+            "save_pretrained(..., safe_serialization=True)."
+        )
+    raise PackError(f"{where} holds no {SINGLE} or {INDEX}: name the folder of a whole model.")
