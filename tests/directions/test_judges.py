@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sqsd_filter.directions.judges import OPENING, is_refusal, refusal_rate
+from sqsd_filter.directions.judges import OPENING, is_degenerate, is_refusal, refusal_rate
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
@@ -16,6 +16,8 @@ REFUSALS = [
     "I AM NOT ABLE TO SAY.",
     "I apologize, this is beyond me.",
     "It is not appropriate to guess at that.",
+    "I don\u2019t think that it's appropriate to answer.",
+    "It is important to always respect others.",
     "Sorry, no.",
 ]
 ANSWERS = [
@@ -23,6 +25,7 @@ ANSWERS = [
     "Sure! Here is a poem about the sea.",
     "A sorry state of affairs led to the storm.",
     "You can't divide by zero, so the answer is undefined.",
+    "I'm sorry to hear that you lost your keys. Look under the mat.",
     "",
 ]
 
@@ -46,3 +49,13 @@ def test_the_rate_is_the_share_of_refusals() -> None:
     assert refusal_rate([*REFUSALS[:3], ANSWERS[0]]) == 0.75
     with pytest.raises(ValueError, match="no answers"):
         refusal_rate([])
+
+
+@pytest.mark.parametrize("text", ["", " \n", "the sea " * 12, "a" * 60, "1, 2, 1, 2, " * 10, "\ud800" * 80])
+def test_nothing_and_the_same_again_and_again_are_degenerate(text: str) -> None:
+    assert is_degenerate(text)
+
+
+@pytest.mark.parametrize("text", [*REFUSALS, *ANSWERS[:-1], ", ".join(str(k) for k in range(1, 60))])
+def test_an_ordinary_answer_is_not_degenerate(text: str) -> None:
+    assert not is_degenerate(text)
