@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from sqsd_filter.cli import options, output
+from sqsd_filter.cli.steer import steer
 from sqsd_filter.cli.store import store
 from sqsd_filter.errors import SQSDError, UsageError
 
@@ -245,6 +246,7 @@ def build(recipe: Path, out: Path) -> None:
     click.echo(f"pack {built.name} ({built.fingerprint}) in {out}: use it with --pack {out}")
 
 
+cli.add_command(steer)
 cli.add_command(store)
 
 
