@@ -1,5 +1,5 @@
-"""A tiny pack whose directions truly steer: a model that half refuses, a LoRA towards its compliance and one towards its
-refusals. All texts are harmless."""
+"""A tiny pack whose directions truly steer: a model that half refuses, a LoRA towards complying and one towards
+refusing. All texts are harmless."""
 
 from __future__ import annotations
 

@@ -10,13 +10,8 @@ import pytest
 
 from sqsd_filter.cli.main import main
 from sqsd_filter.directions.pack import load_pack
-from tests.compass import PAIRS, make_compass
+from tests.compass import PAIRS
 from tests.corpora import write_jsonl
-
-
-@pytest.fixture(scope="module")
-def compass(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_compass(tmp_path_factory.mktemp("compass"))
 
 
 def called(*words: object) -> int:

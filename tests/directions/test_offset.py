@@ -53,8 +53,8 @@ def test_after_any_offset_the_model_is_bit_for_bit_what_it_was(tiny_pack: Path, 
             assert not torch.equal(logits(model), before)
         with offset(model, adapter, 0.0):
             assert torch.equal(logits(model), before)
-    with pytest.raises(ZeroDivisionError), offset(model, adapter, 1.0):
-        1 / 0
+    with pytest.raises(KeyError), offset(model, adapter, 1.0):
+        raise KeyError
     assert torch.equal(logits(model), before)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 

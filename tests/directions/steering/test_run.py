@@ -31,17 +31,12 @@ from sqsd_filter.scoring.adapters import Adapter, LoraFactors, load_adapter, mer
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
 from sqsd_filter.scoring.scorer import SQSDScorer
 from sqsd_filter.scoring.weights import load_model, load_tokenizer
-from tests.compass import COMPLIANCE, PAIRS, QUESTIONS, REFUSAL, make_compass
+from tests.compass import COMPLIANCE, PAIRS, QUESTIONS, REFUSAL
 from tests.corpora import write_jsonl
 from tests.tiny import chat, make_pack
 
 GRID = parse_alphas("-1:1:0.5")
 FILES = ["answers.jsonl", "steer.csv", "steer.json", "steer.png"]
-
-
-@pytest.fixture(scope="session")
-def compass(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_compass(tmp_path_factory.mktemp("compass"))
 
 
 @pytest.fixture(scope="session")
