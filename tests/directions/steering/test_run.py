@@ -174,10 +174,10 @@ def test_the_same_call_again_does_nothing(compass: Path, rows: Path, steered: Pa
 
 
 @pytest.mark.slow
-def test_after_every_point_a_killed_run_ends_in_the_same_bytes(
+def test_a_run_killed_again_and_again_ends_in_the_same_bytes(
     compass: Path, rows: Path, steered: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL as soon as another point is there, again and again."""
+    """SIGKILL as soon as a few more points are there."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "sqsd_filter", "steer", str(compass), "--rows", str(rows), "--out", str(out)]
     command += ["--alpha", "-1:1:0.5", "--max-new-tokens", "16", "-q"]
