@@ -13,6 +13,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from tests.compass import make_compass
 from tests.hub import Hub
 from tests.tiny import ARCHITECTURES, make_pack
 
@@ -30,6 +31,12 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def tiny_pack(packs: dict[str, Path]) -> Path:
     return packs["llama"]
+
+
+@pytest.fixture(scope="session")
+def compass(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack whose directions truly steer."""
+    return make_compass(tmp_path_factory.mktemp("compass"))
 
 
 @pytest.fixture

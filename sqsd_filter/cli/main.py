@@ -16,6 +16,7 @@ import click
 
 from sqsd_filter.cli import options, output
 from sqsd_filter.cli.pack import pack
+from sqsd_filter.cli.steer import steer
 from sqsd_filter.cli.store import store
 from sqsd_filter.errors import SQSDError, UsageError
 
@@ -227,6 +228,7 @@ def select(context: click.Context, **params: Any) -> None:
 
 
 cli.add_command(pack)
+cli.add_command(steer)
 cli.add_command(store)
 
 

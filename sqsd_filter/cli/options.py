@@ -110,14 +110,19 @@ cuts = together(
     option("--per-split", is_flag=True, help="Cut each split on its own."),
     option("--weights", is_flag=True, help="Drop nothing: add sqsd_weight, from 1 down to 0 as risk grows."),
 )
+device = option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; the default is a GPU if there is one.")
+dtype = option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: float32 on a CPU, bfloat16 on a GPU."
+)
+trust_remote_code = option("--trust-remote-code", is_flag=True, help="Run model code that comes from the Hub.")
 scoring = together(
     option("--pack", default="smollm2-135m", show_default=True, metavar="NAME|DIR|HUB", help="Direction pack."),
     option("--model", metavar="DIR|HUB", help="Score with this base model instead of the pack's."),
-    option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; the default is a GPU if there is one."),
-    option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: float32 on a CPU, bfloat16 on a GPU."),
+    device,
+    dtype,
     option("--max-length", type=int, metavar="TOKENS", help="Truncate conversations here; default: the pack's."),
     option("--token-budget", type=int, metavar="TOKENS", help="Padded tokens in one batch; default: by the device."),
-    option("--trust-remote-code", is_flag=True, help="Run model code that comes from the Hub."),
+    trust_remote_code,
 )
 engine = together(
     option(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,23 +107,35 @@ def load_adapter(folder: str | Path) -> Adapter:
     return Adapter(folder, factors)
 
 
+def adapted(model: Any, adapter: Adapter) -> Iterator[tuple[Any, LoraFactors]]:
+    """The modules of the model that the adapter adapts, each with its factors.
+
+    Raises `PackError` where the adapter does not fit.
+    """
+    modules = dict(model.named_modules())
+    for name, factors in adapter.factors.items():
+        module = modules.get(name)
+        weight = getattr(module, "weight", None)
+        if weight is None:
+            raise PackError(f"{adapter.path} adapts '{name}', which {type(model).__name__} does not have.")
+        shape = [factors.B.shape[0], factors.A.shape[1]]
+        if list(weight.shape) != (shape if isinstance(module, torch.nn.Linear) else shape[::-1]):
+            raise PackError(f"{adapter.path} does not fit the model: '{name}' has another shape there.")
+        yield module, factors
+
+
 def merge(model: Any, adapter: Adapter, dtype: torch.dtype) -> Any:
     """The model in `dtype` with W + s·B·A in the place of W, each sum taken in float32 at least and rounded once.
 
     Raises `PackError` where the adapter does not fit.
     """
-    modules = dict(model.named_modules())
     model = model.to(torch.promote_types(next(model.parameters()).dtype, dtype))
-    for name, factor in adapter.factors.items():
-        weight = getattr(modules.get(name), "weight", None)
-        if weight is None:
-            raise PackError(f"{adapter.path} adapts '{name}', which {type(model).__name__} does not have.")
+    for module, factors in adapted(model, adapter):
+        weight = module.weight
         exact = torch.promote_types(weight.dtype, torch.float32)
-        change = factor.scaling * (factor.B.to(weight.device, exact) @ factor.A.to(weight.device, exact))
-        if not isinstance(modules[name], torch.nn.Linear):
+        change = factors.scaling * (factors.B.to(weight.device, exact) @ factors.A.to(weight.device, exact))
+        if not isinstance(module, torch.nn.Linear):
             change = change.t()  # GPT-2's Conv1D has it the other way round
-        if change.shape != weight.shape:
-            raise PackError(f"{adapter.path} does not fit the model: '{name}' has another shape there.")
         with torch.no_grad():
             weight.copy_(weight.to(exact) + change)
     return model.to(dtype)

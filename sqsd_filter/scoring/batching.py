@@ -1,12 +1,15 @@
-"""Rows into bins: sorted by length, as many as a token budget holds, halved when memory runs out or a row fails."""
+"""Rows into bins: sorted by length, as many as a token budget holds, halved when memory runs out or a row fails; and
+bins into tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 from sqsd_filter.errors import SQSDError
+from sqsd_filter.scoring.chat_encoder import Encoded
 
 # Rough bytes a token's activations take between forward and backward, as multiples of a layer's widths: residuals,
 # norms, attention and its inputs (hidden), the gated product and its factors (intermediate).
@@ -44,6 +47,21 @@ def default_budget(*, free_bytes: int | None, layers: int, hidden: int, intermed
         return 512
     per_token = bytes_per_value * layers * (_PER_HIDDEN * hidden + _PER_INTERMEDIATE * intermediate)
     return max(1024, min(65536, int(free_bytes * 0.5) // per_token))
+
+
+def next_tokens(rows: Sequence[Encoded], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded inputs and next-token targets (b, t), the target -1 where nothing is supervised.
+
+    A causal model needs no attention mask for right padding: no real token sees a pad, and pads get no gradient.
+    """
+    lasts = [int(np.flatnonzero(row.answer)[-1]) for row in rows]  # nothing after it has a gradient
+    ids_bt = torch.zeros((len(rows), max(lasts)), dtype=torch.long)
+    targets_bt = torch.full((len(rows), max(lasts)), -1, dtype=torch.long)
+    for k, (row, last) in enumerate(zip(rows, lasts, strict=True)):
+        ids = torch.from_numpy(row.ids)
+        ids_bt[k, :last] = ids[:last]
+        targets_bt[k, :last] = torch.where(torch.from_numpy(row.answer)[1 : last + 1], ids[1 : last + 1], -1)
+    return ids_bt.to(device), targets_bt.to(device)
 
 
 def is_out_of_memory(problem: BaseException) -> bool:

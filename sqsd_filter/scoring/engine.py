@@ -13,7 +13,7 @@ import torch
 
 from sqsd_filter.errors import ModelError, SQSDError
 from sqsd_filter.scoring.adapters import load_adapter
-from sqsd_filter.scoring.batching import default_budget
+from sqsd_filter.scoring.batching import default_budget, next_tokens
 from sqsd_filter.scoring.capture import Capture
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.weights import load_model
@@ -45,18 +45,8 @@ class LossGradient:
         self._head_apart = self._can_run_head_apart()
 
     def tensors(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Right-padded inputs and next-token targets (b, t), the target -1 where nothing is supervised.
-
-        A causal model needs no attention mask for right padding: no real token sees a pad, and pads get no gradient.
-        """
-        lasts = [int(np.flatnonzero(row.answer)[-1]) for row in rows]  # nothing after it has a gradient
-        ids_bt = torch.zeros((len(rows), max(lasts)), dtype=torch.long)
-        targets_bt = torch.full((len(rows), max(lasts)), -1, dtype=torch.long)
-        for k, (row, last) in enumerate(zip(rows, lasts, strict=True)):
-            ids = torch.from_numpy(row.ids)
-            ids_bt[k, :last] = ids[:last]
-            targets_bt[k, :last] = torch.where(torch.from_numpy(row.answer)[1 : last + 1], ids[1 : last + 1], -1)
-        return ids_bt.to(self.device), targets_bt.to(self.device)
+        """As `batching.next_tokens`."""
+        return next_tokens(rows, self.device)
 
     @torch.inference_mode(False)
     @torch.enable_grad()

@@ -80,6 +80,8 @@ def names(folder: Path) -> list[str]:
         ("pack inspect --help", 0),
         ("pack import --help", 0),
         ("pack convert --help", 0),
+        ("steer --help", 0),
+        ("steer pack", 2),
         ("", 2),
         ("in.jsonl", 2),
         ("in.jsonl out", 2),

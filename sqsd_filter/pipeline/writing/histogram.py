@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sqsd_filter.pipeline.folder import write_whole
+from sqsd_filter.pictures import BLUE, ORANGE, picture
 from sqsd_filter.pipeline.selection import DROPPED
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 MOST_BARS = 61  # odd, so that there is one in the middle
 BLOCK = 2**20  # rows counted at a time
 FAR = 1e100  # beyond it the sums of a drawing overflow
-BLUE, ORANGE = "#0072b2", "#d55e00"  # told apart with any colour vision
 
 
 def write_histogram(
@@ -31,21 +30,14 @@ def write_histogram(
 
     The report's quantiles give the limits, and its threshold a line, unless groups were cut at several.
     """
-    import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     weights, groups = report.get("weights"), report.get("groups")
     cut = None if groups else (weights or report)["threshold"]
     bars = min(MOST_BARS, 2 * math.isqrt(int(scored.sum())) + 1)
     edges = bar_edges(bars, report["risk_quantiles"], cut)
     counts = count_rows(edges, risk, scored, place)
     names = ("kept, weighted by risk", "", "threshold of the weights") if weights else ("kept", "dropped", "cut")
-    with matplotlib.style.context(["default", {"axes.unicode_minus": False}]):  # whatever the user's own is
-        figure = Figure(figsize=(12, 5), dpi=100, facecolor="white", layout="constrained")
-        FigureCanvasAgg(figure)
+    with picture(path, 12, 5) as figure:
         _draw(figure, edges, counts, cut, names)
-        write_whole(path, lambda sink: figure.savefig(sink, format="png", metadata={"Software": None}))
 
 
 def bar_edges(bars: int, quantiles: Mapping[str, float], cut: float | None) -> np.ndarray:

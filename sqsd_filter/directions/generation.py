@@ -1,0 +1,102 @@
+"""A model answers prompts: greedily and in batches, with each answer the one that its prompt would get alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sqsd_filter.errors import InputError, ModelError
+
+# Whatever a model's own generation settings say, an answer is the likeliest token at each step.
+_GREEDY = {
+    **{"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50},
+    **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "use_cache": True},
+}
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 48,
+    batch_size: int = 16,
+    template: Mapping[str, Any] = {},
+) -> list[str]:
+    """The model's greedy answers to single questions, in their order and without special tokens.
+
+    `template` are further arguments of the chat template. An answer ends at any token that the model's generation
+    settings or its tokenizer name as an end, or after `max_new_tokens`. Dropout is off while it runs.
+
+    Raises `InputError` for a prompt that leaves the model no room for an answer, `ModelError` where there is no chat
+    template.
+    """
+    asked = _tokens(tokenizer, prompts, template)
+    _check_room(model, asked, max_new_tokens)
+    ends = _ends(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    answers = [""] * len(asked)
+    order = sorted(range(len(asked)), key=lambda k: -len(asked[k]))  # longest first: what fits once fits for good
+    training = model.training
+    model.eval()
+    try:
+        for at in range(0, len(order), batch_size):
+            members = order[at : at + batch_size]
+            ids, mask = _pad_left([asked[k] for k in members], pad)
+            with torch.inference_mode():
+                found = model.generate(
+                    input_ids=ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=sorted(ends) or None,
+                    pad_token_id=pad,
+                    **_GREEDY,
+                )
+            for k, new in zip(members, found[:, ids.shape[1] :].tolist(), strict=True):
+                stop = next((n for n, token in enumerate(new) if token in ends), len(new))
+                answers[k] = tokenizer.decode(
+                    new[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
+                ).strip()
+    finally:
+        model.train(training)
+    return answers
+
+
+def _tokens(tokenizer: Any, prompts: Sequence[str], template: Mapping[str, Any]) -> list[list[int]]:
+    """The prompts as the chat template asks them."""
+    if not (template.get("chat_template") or getattr(tokenizer, "chat_template", None)):
+        raise ModelError("The tokenizer has no chat template: use an instruction-tuned model.")
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **template
+        )
+        for prompt in prompts
+    ]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def _check_room(model: Any, asked: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(range(len(asked)), key=lambda k: len(asked[k]), default=None)
+    if room is not None and longest is not None and len(asked[longest]) + max_new_tokens > room:
+        raise InputError(
+            f"Prompt {longest + 1} has {len(asked[longest])} tokens, which leaves no room for {max_new_tokens} more in "
+            f"the model's {room}: leave it out or ask for shorter answers."
+        )
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end a turn."""
+    own = model.generation_config.eos_token_id
+    named = own if isinstance(own, list | tuple) else [own]
+    return {int(token) for token in (*named, tokenizer.eos_token_id) if token is not None}
+
+
+def _pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (b, t) with the answers' places at the right end of all, and the mask (b, t) of those that are there."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask

@@ -1,0 +1,224 @@
+"""The model at θ0 + αV for each direction of a pack: what it answers, and how likely it finds given answers.
+
+Along the danger direction it should refuse harmful prompts less and less and find unsafe answers likelier than safe
+ones, along the safety direction the reverse. Each point of a curve is kept when it is done, so that the same call goes
+on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sqsd_filter.directions.generation import answer
+from sqsd_filter.directions.judges import is_degenerate, is_refusal
+from sqsd_filter.directions.likelihood import log_probabilities
+from sqsd_filter.directions.offset import offset, random_like
+from sqsd_filter.directions.pack import Pack
+from sqsd_filter.directions.steering.curves import RANDOM, steers, trend, wilson
+from sqsd_filter.directions.steering.folder import LIKELIHOODS, REPORT, Results
+from sqsd_filter.directions.steering.rows import TrialColumns, Trials, read_trials
+from sqsd_filter.errors import UsageError
+from sqsd_filter.progress import Progress, Silent
+from sqsd_filter.scoring.adapters import Adapter, load_adapter
+from sqsd_filter.scoring.chat_encoder import Encoded
+from sqsd_filter.scoring.scorer import Scorer
+from sqsd_filter.scoring.weights import load_model
+
+STEERING = 1  # to be raised whenever a change gives other figures
+BASE = "base"  # the point that all curves share: the model itself
+
+
+def steer(
+    scorer: Scorer,
+    rows: str | Path,
+    out: str | Path,
+    *,
+    alphas: Sequence[Decimal],
+    columns: TrialColumns | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 48,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Move the model of the scorer's pack along each of its directions, and write the curves to the folder `out`.
+
+    `rows` are harmful prompts, with a safe and an unsafe answer where `columns` finds them. Of `scorer` the pack,
+    dtype, device and length limit are taken. `alphas` are what `parse_alphas` gives.
+
+    Returns the report, as in steer.json. Raises `DestinationExists` where `out` holds anything else, `InputError`,
+    `PackError`, `ModelError`, `UsageError`.
+    """
+    if max_new_tokens < 1:
+        raise UsageError("max_new_tokens (--max-new-tokens) must be at least 1.")
+    scorer.check_device()
+    progress = progress or Silent()
+    trials = read_trials(rows, columns or TrialColumns(), limit)
+    settings = {
+        **{name: value for name, value in scorer.settings().items() if name != "scoring"},
+        "steering": STEERING,
+        "alphas": [float(alpha) for alpha in alphas],
+        "max_new_tokens": max_new_tokens,
+        "rows": trials.source,
+    }
+    encoded = trials.encoded(scorer.encoder)
+    results = Results(Path(out), settings)
+    if results.report is not None:
+        progress.note(f"{results.out / REPORT} is there already: nothing to do")
+        return results.report
+    _Measuring(scorer, trials, encoded, results, max_new_tokens, progress).all(alphas)
+    curves = [
+        _curve(results, name, place, sign, alphas, with_pairs=bool(trials.pairs))
+        for name, (place, sign) in directions(scorer.pack).items()
+    ]
+    report = {"pack": scorer.pack.name, "settings": settings, "directions": curves}
+    results.finish(report, _answers(results, [c["name"] for c in curves], alphas, trials.prompts))
+    return report
+
+
+def directions(pack: Pack) -> dict[str, tuple[str, int]]:
+    """Each distinct direction of a pack by the name of the first probe that uses it: its adapter, and 1 where moving
+    along it is expected to make the model less safe, -1 where safer (a negative weight)."""
+    first = {probe.direction: probe for probe in reversed(pack.probes)}
+    return {p.name: (p.direction, -1 if p.weight < 0 else 1) for p in pack.probes if first[p.direction] is p}
+
+
+def _point(name: str, alpha: Decimal) -> str:
+    return f"{name}@{alpha}" if alpha else BASE
+
+
+def _random(name: str, seed: int, alpha: Decimal) -> str:
+    return _point(f"{name}~{seed}", alpha)
+
+
+class _Measuring:
+    """The model and the rows of a run, and what is left to do."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        trials: Trials,
+        encoded: tuple[list[Encoded], list[Encoded]],
+        results: Results,
+        max_new_tokens: int,
+        progress: Progress,
+    ) -> None:
+        self.scorer, self.trials, self.results = scorer, trials, results
+        self.safe, self.unsafe = encoded
+        self.max_new_tokens, self.progress = max_new_tokens, progress
+
+    @cached_property
+    def model(self) -> Any:
+        scorer = self.scorer
+        return load_model(
+            scorer.base_model,
+            scorer.base_revision,
+            dtype=getattr(torch, scorer.dtype),
+            device=scorer.device,
+            adapter=scorer.pack.base_folder,
+            trust_remote_code=scorer.trust_remote_code,
+        )
+
+    def all(self, alphas: Sequence[Decimal]) -> None:
+        """Measure every point that there isn't yet, the model itself first."""
+        pack, prompts = self.scorer.pack, len(self.trials.prompts)
+        adapters = {name: load_adapter(pack.adapter(place)) for name, (place, _) in directions(pack).items()}
+        points = {BASE: (next(iter(adapters.values())), Decimal(0))}
+        points |= {_point(name, a): (adapter, a) for name, adapter in adapters.items() for a in alphas if a}
+        left = {label: where for label, where in points.items() if not self.results.has(label)}
+        self.progress.start("steering", len(left) * prompts)
+        for label, (adapter, alpha) in left.items():
+            self.results.keep(label, self._measure(adapter, alpha))
+            self.progress.advance(prompts)
+        if self.trials.pairs:
+            self._random_directions(adapters, [alpha for alpha in (alphas[0], alphas[-1]) if alpha])
+        self.progress.finish()
+
+    def _random_directions(self, adapters: Mapping[str, Adapter], ends: Sequence[Decimal]) -> None:
+        wanted = [(name, seed, alpha) for name in adapters for seed in range(RANDOM) for alpha in ends]
+        left = [(name, seed, alpha) for name, seed, alpha in wanted if not self.results.has(_random(name, seed, alpha))]
+        self.progress.start("random directions", len(left) * len(self.trials.pairs))
+        for name, seed, alpha in left:
+            with offset(self.model, random_like(adapters[name], seed), float(alpha)):
+                self.results.keep(_random(name, seed, alpha), self._likelihoods())
+            self.progress.advance(len(self.trials.pairs))
+
+    def _measure(self, adapter: Adapter, alpha: Decimal) -> dict[str, Any]:
+        with offset(self.model, adapter, float(alpha)):
+            answers = answer(
+                self.model,
+                self.scorer.encoder.tokenizer,
+                self.trials.prompts,
+                max_new_tokens=self.max_new_tokens,
+                template=self.scorer.pack.chat_template_kwargs,
+            )
+            return {"answers": answers, **self._likelihoods()}
+
+    def _likelihoods(self) -> dict[str, float | None]:
+        """Mean log-probabilities over the rows of the safe and the unsafe answers, and by how much the latter are
+        likelier; None where there are no answers or the model overflows."""
+        if not self.trials.pairs:
+            return dict.fromkeys(LIKELIHOODS)
+        safe, unsafe = (float(log_probabilities(self.model, rows).mean()) for rows in (self.safe, self.unsafe))
+        found = zip(LIKELIHOODS, (safe, unsafe, unsafe - safe), strict=True)
+        return {name: value if math.isfinite(value) else None for name, value in found}
+
+
+def _curve(
+    results: Results, name: str, place: str, sign: int, alphas: Sequence[Decimal], *, with_pairs: bool
+) -> dict[str, Any]:
+    """A direction's points, and what they say of it."""
+    points = [{"alpha": float(alpha), **_figures(results.read(_point(name, alpha)))} for alpha in alphas]
+    numbers = [point["alpha"] for point in points]
+    refusals = trend(numbers, [point["refusal_rate"] for point in points], -sign)
+    curve = {"name": name, "adapter": place, "expected": {"refusals": -sign, "margin": sign}, "points": points}
+    if not with_pairs:
+        return {**curve, "refusals": refusals, "margin": None, "random": [], "steers": None}
+    margin = trend(numbers, [point["margin"] for point in points], sign)
+    random = []
+    for seed in range(RANDOM):
+        start, stop = (results.read(_random(name, seed, alpha))["margin"] for alpha in (alphas[0], alphas[-1]))
+        change = None if start is None or stop is None else stop - start
+        random.append({"seed": seed, "start": start, "stop": stop, "change": change})
+    verdict = steers(margin, sign, [other["change"] for other in random])
+    return {**curve, "refusals": refusals, "margin": margin, "random": random, "steers": verdict}
+
+
+def _figures(point: Mapping[str, Any]) -> dict[str, Any]:
+    answers = point["answers"]
+    refusals = sum(map(is_refusal, answers))
+    low, high = wilson(refusals, len(answers))
+    return {
+        "prompts": len(answers),
+        "refusals": refusals,
+        "refusal_rate": refusals / len(answers),
+        "refusal_low": low,
+        "refusal_high": high,
+        "degenerate_rate": sum(map(is_degenerate, answers)) / len(answers),
+        **{name: point[name] for name in LIKELIHOODS},
+    }
+
+
+def _answers(
+    results: Results, names: Sequence[str], alphas: Sequence[Decimal], prompts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Every answer with what it is an answer to; those of the model itself once, with the direction null."""
+    places: list[tuple[str | None, Decimal]] = [(None, Decimal(0))]
+    places += [(name, alpha) for name in names for alpha in alphas if alpha]
+    return [
+        {
+            "direction": name,
+            "alpha": float(alpha),
+            "prompt": prompt,
+            "answer": text,
+            "refusal": is_refusal(text),
+            "degenerate": is_degenerate(text),
+        }
+        for name, alpha in places
+        for prompt, text in zip(prompts, results.read(_point(name or BASE, alpha))["answers"], strict=True)
+    ]

@@ -1,0 +1,35 @@
+"""What was found about a pack stands in its `pack.json` under "validation", beside what scores depend on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sqsd_filter.directions.pack import PACK_FILE, embedded_packs
+from sqsd_filter.errors import UsageError
+from sqsd_filter.pipeline.folder import write_whole
+
+
+def recordable(where: str | Path) -> Path:
+    """The folder of a pack that may be written to: `where` as `load_pack` takes it.
+
+    Raises `UsageError` for the name of an embedded pack or one of the Hub, and for a folder that is read-only.
+    """
+    folder = Path(where).expanduser()
+    if str(where) in embedded_packs() or not folder.is_dir():
+        raise UsageError(f"The pack '{where}' is no folder of yours to record in: copy it and name the copy's folder.")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"The pack in {folder} can't be recorded in, the folder is read-only: copy it.")
+    return folder
+
+
+def record(folder: Path, key: str, found: Mapping[str, Any]) -> None:
+    """Put `found` under "validation" and `key` into the pack's page. Its fingerprint stays what it was."""
+    path = folder / PACK_FILE
+    page = json.loads(path.read_text(encoding="utf-8"))
+    page["validation"] = {**page.get("validation", {}), key: found}
+    text = json.dumps(page, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda sink: sink.write(text.encode()))

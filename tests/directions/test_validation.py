@@ -1,0 +1,44 @@
+"""Results stand in the pack's page and change nothing else of the pack."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sqsd_filter.directions.pack import load_pack
+from sqsd_filter.directions.validation import record, recordable
+from sqsd_filter.errors import UsageError
+
+
+def test_a_record_joins_the_others_and_leaves_the_fingerprint(tiny_pack: Path, tmp_path: Path) -> None:
+    pack = shutil.copytree(tiny_pack, tmp_path / "pack")
+    before, page = load_pack(pack).fingerprint, json.loads((pack / "pack.json").read_text())
+    record(pack, "states", {"best": 3})
+    record(pack, "steering", {"x": 1})
+    record(pack, "steering", {"x": "α"})
+    assert json.loads((pack / "pack.json").read_text()) == {
+        **page,
+        "validation": {"states": {"best": 3}, "steering": {"x": "α"}},
+    }
+    assert load_pack(pack).fingerprint == before
+    assert load_pack(pack).notes["validation"]["states"] == {"best": 3}
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "org/name", "nowhere"])
+def test_only_a_folder_can_be_recorded_in(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()  # the name means the embedded one
+    with pytest.raises(UsageError, match=f"The pack '{name}' is no folder of yours"):
+        recordable(name)
+    assert recordable("./smollm2-135m") == Path("smollm2-135m")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pack").mkdir(mode=0o555)
+    with pytest.raises(UsageError, match="read-only"):
+        recordable(tmp_path / "pack")
