@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from sqsd_filter.cli import options, output
+from sqsd_filter.cli.drift import drift
 from sqsd_filter.cli.store import store
 from sqsd_filter.errors import SQSDError, UsageError
 
@@ -246,6 +247,7 @@ def build(recipe: Path, out: Path) -> None:
 
 
 cli.add_command(store)
+cli.add_command(drift)
 
 
 def _terminate(*_: object) -> None:

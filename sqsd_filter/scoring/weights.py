@@ -185,6 +185,27 @@ def longest_input(base_model: str, revision: str | None = None, *, trust_remote_
     return positions
 
 
+def weights_folder(base_model: str, revision: str | None = None) -> Path:
+    """The folder with a base model's safetensors, fetched from the Hub where it has to be. Raises `ModelError`."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(locate(base_model)).expanduser()
+    if folder.is_dir():
+        return folder
+    with _as_model_error(base_model, "weights"):
+        return Path(snapshot_download(base_model, revision=revision, allow_patterns=["*.json", "model*.safetensors"]))
+
+
+def skeleton(base_model: str, revision: str | None = None) -> Any:
+    """A base model's modules without their weights (on the device `meta`). Raises `ModelError`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = locate(base_model)
+    with _quiet_transformers(), _as_model_error(base_model, "configuration"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, revision=revision))
+
+
 def load_model(
     base_model: str,
     revision: str | None = None,
