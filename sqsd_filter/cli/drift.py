@@ -26,13 +26,15 @@ def drift(context: click.Context, run: Path, **params: Any) -> None:
     """Project the change of every checkpoint in RUN_DIR on the pack's directions."""
     from sqsd_filter.cli.main import _log
     from sqsd_filter.directions.drift import measure_drift
-    from sqsd_filter.directions.drift_files import write_drift
+    from sqsd_filter.directions.drift_files import check_folder, write_drift
     from sqsd_filter.directions.pack import load_pack
     from sqsd_filter.directions.refusals import read_prompts
 
     display = _log(context)
     if params["limit"] and not params["refusals"]:
         raise UsageError("--limit says how many prompts to ask: add --refusals.")
+    if params["out"]:
+        check_folder(params["out"])
     prompts = read_prompts(params["refusals"], params["limit"]) if params["refusals"] else ()
     found = measure_drift(
         run,

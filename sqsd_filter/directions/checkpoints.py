@@ -55,8 +55,9 @@ class Origin:
     @classmethod
     def of(cls, pack: Pack, base: str | None) -> Origin:
         """The pack's base model, unless `base` names another model, or a LoRA folder on the pack's that went on being
-        trained."""
+        trained. Raises `ModelError` where it is neither."""
         if base is not None and not (Path(base) / CONFIG_FILE).is_file():
+            skeleton(base)  # a misspelt LoRA folder must not pass for a model that is never looked at
             return cls(base)
         return cls(pack.base_model, pack.base_revision, pack.base_folder, None if base is None else Path(base))
 

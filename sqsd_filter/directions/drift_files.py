@@ -24,13 +24,14 @@ COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # 
 MARKERS = "os^Dv*"
 
 
-def write_drift(drift: Drift, out: Path) -> None:
-    """Write drift.csv, modules.csv, drift.json and drift.png to the folder `out`, in place of an earlier run's.
-
-    Raises `DestinationExists` where `out` is a file.
-    """
+def check_folder(out: Path) -> None:
+    """Raise `DestinationExists` where `out` is a file."""
     if out.exists() and not out.is_dir():
         raise DestinationExists(f"{out} is a file: name a folder.")
+
+
+def write_drift(drift: Drift, out: Path) -> None:
+    """Write drift.csv, modules.csv, drift.json and drift.png to the folder `out`, in place of an earlier run's."""
     out.mkdir(parents=True, exist_ok=True)
     texts = {
         "drift.csv": _csv(rows(drift)),
@@ -114,7 +115,7 @@ def _styled(drift: Drift) -> Iterator[tuple[str, dict[str, Any], list[float]]]:
 def _projections(axes: Axes, drift: Drift, steps: list[int]) -> None:
     for name, look, values in _styled(drift):
         axes.plot(steps, values, label=name, **look)
-    axes.set_ylabel("projection of θ_t - θ_0 (length, unit of the weights)", fontsize=12)
+    axes.set_ylabel(r"projection of $\theta_t - \theta_0$ (unit of the weights)", fontsize=12)
 
 
 def _speed(axes: Axes, drift: Drift, steps: list[int]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sqsd_filter.directions.checkpoints import difference, find_checkpoints
 from sqsd_filter.directions.drift import Drift, inner, length, load_directions, measure_drift
 from sqsd_filter.directions.pack import load_pack
-from sqsd_filter.errors import InputError, PackError, SQSDError
+from sqsd_filter.errors import InputError, ModelError, PackError, SQSDError
 from sqsd_filter.scoring.adapters import LoraFactors
 from tests.directions.runs import Matrices, full_run, lora_run, minus, multiplied, stored, textbook
 from tests.tiny import ARCHITECTURES, make_adapter, make_model, make_pack
@@ -249,9 +249,10 @@ def test_a_run_on_clearly_another_base_model_is_warned_of(
     run = lora_run(tmp_path / "run", tiny_pack / "base")
     for config in run.glob("*/adapter_config.json"):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": named}))
-    with caplog.at_level(logging.WARNING):
-        measure_drift(run, load_pack(tiny_pack), base="org/tiny-base")  # LoRA needs no weights of it
-    expected = [f"the run was trained on '{named}', but the directions belong to 'org/tiny-base'"] * warned
+    base = tmp_path / "tiny-base"
+    base.symlink_to(tiny_pack / "base")
+    measure_drift(run, load_pack(tiny_pack), base=str(base))
+    expected = [f"the run was trained on '{named}', but the directions belong to '{base}'"] * warned
     assert [record.getMessage() for record in caplog.records] == expected
 
 
@@ -311,6 +312,8 @@ def test_damaged_checkpoints_are_named(tiny_pack: Path, tmp_path: Path) -> None:
     assert "No such file" in fails(run, tiny_pack, InputError)
 
 
-def test_a_base_model_that_is_nowhere_is_named(tiny_pack: Path, tmp_path: Path) -> None:
-    run = full_run(tmp_path / "run", tiny_pack / "base", (1,))
-    assert "'org/none' can't be loaded" in fails(run, tiny_pack, SQSDError, base="org/none")
+@pytest.mark.parametrize("kind", [lora_run, full_run])
+def test_a_start_that_is_nowhere_is_named(kind: Callable[..., Path], tiny_pack: Path, tmp_path: Path) -> None:
+    run = kind(tmp_path / "run", tiny_pack / "base", (1,))
+    assert "'org/none' can't be loaded" in fails(run, tiny_pack, ModelError, base="org/none")
+    assert "can't be loaded" in fails(run, tiny_pack, ModelError, base=str(run))

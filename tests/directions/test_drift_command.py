@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ def command(tmp_path: Path, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch, ca
     """Runs `drift` in this process, on the tiny pack: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SQSD_FILTER_PACK", str(tiny_pack))
+    logger = logging.getLogger("sqsd_filter")
+    level = logger.level
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
@@ -43,7 +46,8 @@ def command(tmp_path: Path, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch, ca
         assert "Traceback" not in out + err
         return int(left.value.code or 0), out, err
 
-    return run
+    yield run
+    logger.setLevel(level)  # the command set another
 
 
 @pytest.fixture
@@ -235,8 +239,11 @@ def test_mistakes_get_one_sentence(
     assert err.strip().splitlines()[-1].startswith("Error: ") and said in err and err.strip().endswith(".")
 
 
-def test_what_is_left_out_is_told_on_stderr_unless_quiet(command: Command, run: Path) -> None:
+def test_what_is_left_out_is_told_unless_quiet(command: Command, run: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.move(run / "checkpoint-20" / "adapter_model.safetensors", run / "checkpoint-20" / "adapter_model.bin")
-    code, _, err = command(run)
-    assert code == 0 and err == f"{run / 'checkpoint-20'} has no weights in safetensors: it is left out\n"
-    assert command(run, "-q") == (0, "", "")
+    assert command(run)[0] == 0
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{run / 'checkpoint-20'} has no weights in safetensors: it is left out"
+    ]
+    caplog.clear()
+    assert command(run, "-q") == (0, "", "") and caplog.records == []
