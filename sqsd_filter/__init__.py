@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sqsd_filter.directions.callback import DriftCallback
     from sqsd_filter.directions.pack import Pack, load_pack
     from sqsd_filter.errors import SQSDError
     from sqsd_filter.pipeline.cutting import select
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "SQSDScorer": "scoring.scorer",
     "Columns": "scoring.row_formats",
+    "DriftCallback": "directions.callback",
     "Pack": "directions.pack",
     "load_pack": "directions.pack",
     "PushTo": "pipeline.publishing.hub",
@@ -29,6 +31,7 @@ _HOMES = {
 
 __all__ = [
     "Columns",
+    "DriftCallback",
     "Pack",
     "PushTo",
     "SQSDError",

@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from sqsd_filter.cli import options, output
+from sqsd_filter.cli.drift import drift
 from sqsd_filter.cli.pack import pack
 from sqsd_filter.cli.steer import steer
 from sqsd_filter.cli.store import store
@@ -230,6 +231,7 @@ def select(context: click.Context, **params: Any) -> None:
 cli.add_command(pack)
 cli.add_command(steer)
 cli.add_command(store)
+cli.add_command(drift)
 
 
 def _terminate(*_: object) -> None:

@@ -1,0 +1,238 @@
+"""The checkpoints of a fine-tuning run, and what each of them changed in each module: θ_t - θ_0.
+
+A checkpoint is a PEFT LoRA folder or a full model in safetensors. Of a full one, and of the base model beside it, one
+module's weights are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sqsd_filter.directions.pack import Pack
+from sqsd_filter.errors import InputError, PackError
+from sqsd_filter.scoring.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraFactors, load_adapter
+from sqsd_filter.scoring.weights import skeleton, weights_folder
+
+log = logging.getLogger(__name__)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+STATE_FILE = "trainer_state.json"
+Change = LoraFactors | torch.Tensor  # of one module: a product s·B·A, or dense (d_out, d_in)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run had after `step` updates."""
+
+    step: int
+    folder: Path
+
+    @property
+    def is_adapter(self) -> bool:
+        return (self.folder / CONFIG_FILE).is_file()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """θ_0, where a run started: a base model, the LoRA folder merged into it, and the one that the run went on from."""
+
+    model: str
+    revision: str | None = None
+    merged: Path | None = None
+    continued: Path | None = None
+
+    @classmethod
+    def of(cls, pack: Pack, base: str | None) -> Origin:
+        """The pack's base model, unless `base` names another model, or a LoRA folder on the pack's that went on being
+        trained. Raises `ModelError` where it is neither."""
+        if base is not None and not (Path(base) / CONFIG_FILE).is_file():
+            skeleton(base)  # a misspelt LoRA folder must not pass for a model that is never looked at
+            return cls(base)
+        return cls(pack.base_model, pack.base_revision, pack.base_folder, None if base is None else Path(base))
+
+    @cached_property
+    def factors(self) -> Mapping[str, LoraFactors]:
+        """The LoRA that the run went on from, by module."""
+        return load_adapter(self.continued).factors if self.continued else {}
+
+    @cached_property
+    def under(self) -> Mapping[str, LoraFactors]:
+        return load_adapter(self.merged).factors if self.merged else {}
+
+    @cached_property
+    def modules(self) -> dict[str, Any]:
+        return dict(skeleton(self.model, self.revision).named_modules())
+
+    @cached_property
+    def weights(self) -> Weights:
+        return Weights(weights_folder(self.model, self.revision))
+
+
+class Weights:
+    """A model's tensors in safetensors, in one file or several with an index. Raises `InputError`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+        if index.is_file():
+            try:
+                self._files = {key: folder / name for key, name in json.loads(index.read_bytes())["weight_map"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as problem:
+                raise InputError(f"{index} is no index of safetensors files: save the model again.") from problem
+        elif single.is_file():
+            self._files = dict.fromkeys(_read(single, lambda file: list(file.keys())), single)
+        else:
+            raise InputError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: save the model as safetensors.")
+
+    def module(self, name: str) -> torch.Tensor:
+        """The weight of a module as it is stored, also where the file names it with more or less of a prefix."""
+        wanted = f"{name}.weight"
+        keys = [wanted] if wanted in self._files else [k for k in self._files if _same_end(k, wanted)]
+        if len(keys) != 1:
+            raise InputError(f"{self._folder} has no weight for '{name}': it is of another architecture than the base.")
+        weight: torch.Tensor = _read(self._files[keys[0]], lambda file: file.get_tensor(keys[0]))
+        return weight
+
+
+def _same_end(one: str, other: str) -> bool:
+    return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
+
+
+def _read(path: Path, take: Callable[[Any], Any]) -> Any:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return take(file)
+    except (SafetensorError, OSError) as problem:
+        raise InputError(f"{path} can't be read ({problem}): copy or save the checkpoint again.") from problem
+
+
+def find_checkpoints(run: Path) -> list[Checkpoint]:
+    """The folders checkpoint-<step> of a run with weights in safetensors, by step, and the model in `run` itself where
+    its step is known and no checkpoint's.
+
+    Raises `InputError` where there are none.
+    """
+    if not run.is_dir():
+        raise InputError(f"{run} is not a folder: give the output folder of a training run.")
+    found = {}
+    for folder in run.iterdir():
+        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and folder.is_dir():
+            if _has_weights(folder):
+                found[int(match[1])] = Checkpoint(int(match[1]), folder)
+            else:
+                log.warning("%s has no weights in safetensors: it is left out", folder)
+    found.pop(0, None)  # the origin, which is there anyway
+    if _has_weights(run):
+        step = _state(run).get("global_step")
+        last = _state(found[max(found)].folder) if found else {}
+        if step:
+            found.setdefault(step, Checkpoint(step, run))
+        elif not last or last.get("global_step") != last.get("max_steps"):
+            log.warning("the model in %s is left out, because no %s beside it tells its step", run, STATE_FILE)
+    if not found:
+        raise InputError(
+            f"{run} holds no folder checkpoint-<step> with {WEIGHTS_FILE}, {SINGLE_FILE} or {INDEX_FILE}: name the "
+            "folders so, and convert pickled weights and the shards of FSDP or ZeRO to safetensors."
+        )
+    return [found[step] for step in sorted(found)]
+
+
+def _has_weights(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    return {CONFIG_FILE, WEIGHTS_FILE} <= names or bool({SINGLE_FILE, INDEX_FILE} & names)
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """What the trainer wrote of its state, or nothing."""
+    path = folder / STATE_FILE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as problem:
+        raise InputError(f"{path} can't be read as JSON ({problem}): copy or remove it.") from problem
+    return state if isinstance(state, dict) else {}
+
+
+def trained_on(folder: Path) -> str | None:
+    """The base model that a LoRA folder names, if it does."""
+    name = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def changes(checkpoint: Checkpoint, origin: Origin) -> Callable[[str], Change | None]:
+    """A function from a module's name to its change since the origin, None where the run does not train it.
+
+    Raises `PackError` or `InputError` where the checkpoint can't be read or belongs to another architecture; so does
+    the function.
+    """
+    if checkpoint.is_adapter:
+        now, before = load_adapter(checkpoint.folder).factors, origin.factors
+        return lambda module: difference(now.get(module), before.get(module))
+    weights = Weights(checkpoint.folder)
+    return lambda module: _dense(module, weights, origin)
+
+
+def difference(now: LoraFactors | None, before: LoraFactors | None) -> LoraFactors | None:
+    """B_1 A_1 - B_0 A_0 as one product of both ranks, (B_1 - B_0) A_1 + B_0 (A_1 - A_0), the scalings in the B's: small
+    differences lose no digits, and none is exactly zero. The smaller rank is filled up with zeros.
+
+    Raises `PackError` where the shapes differ.
+    """
+    if before is None or now is None:
+        return now if before is None else LoraFactors(before.A, before.B, -before.scaling)
+    if shape(now) != shape(before):
+        raise PackError("The run's LoRA has other shapes than the one it is said to have started from: name that one.")
+    rank = max(now.A.shape[0], before.A.shape[0])
+    A_1, A_0 = (_fill(exact(f.A), rank) for f in (now, before))
+    B_1, B_0 = (_fill(f.scaling * exact(f.B).T, rank).T for f in (now, before))
+    return LoraFactors(torch.cat([A_1, A_1 - A_0]), torch.cat([B_1 - B_0, B_0], dim=1), 1.0)
+
+
+def _fill(rows: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.nn.functional.pad(rows, (0, 0, 0, count - rows.shape[0]))
+
+
+def shape(change: Change) -> tuple[int, ...]:
+    """(d_out, d_in)."""
+    return tuple(change.shape) if isinstance(change, torch.Tensor) else (change.B.shape[0], change.A.shape[1])
+
+
+def exact(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, or what comes closest to it on this device."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def upright(weight: torch.Tensor, module: Any) -> torch.Tensor:
+    """A module's weight as (d_out, d_in): GPT-2's Conv1D has it the other way round."""
+    return weight if isinstance(module, torch.nn.Linear) else weight.T
+
+
+def _dense(name: str, weights: Weights, origin: Origin) -> torch.Tensor:
+    module = origin.modules.get(name)
+    if module is None:
+        raise PackError(f"The base model '{origin.model}' has no module '{name}', which the pack has: name another.")
+    now, before = weights.module(name), origin.weights.module(name)
+    if now.shape != before.shape or now.ndim != 2:
+        raise InputError(
+            f"'{name}' has the shape {tuple(now.shape)} in the checkpoint and {tuple(before.shape)} in the base model "
+            f"'{origin.model}': name the model that the run started from with --base."
+        )
+    change = upright(exact(now) - exact(before), module)
+    for factors in (origin.under.get(name), origin.factors.get(name)):
+        if factors is not None:
+            if shape(factors) != shape(change):
+                raise PackError(f"'{name}' has another shape in the base model '{origin.model}' than in its adapter.")
+            change = change - factors.scaling * (exact(factors.B) @ exact(factors.A))
+    return change

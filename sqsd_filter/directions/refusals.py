@@ -1,0 +1,99 @@
+"""How often each checkpoint of a run refuses: it answers prompts greedily, and its answers are judged."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import torch
+
+from sqsd_filter.directions.checkpoints import Checkpoint, Origin
+from sqsd_filter.directions.generation import answer
+from sqsd_filter.directions.judges import is_refusal
+from sqsd_filter.directions.pack import Pack
+from sqsd_filter.errors import InputError
+from sqsd_filter.progress import Progress
+from sqsd_filter.scoring.adapters import load_adapter, merge
+from sqsd_filter.scoring.placement import check_device, choose_device
+from sqsd_filter.scoring.weights import load_model, load_tokenizer
+
+Z = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """How many of a checkpoint's answers are refusals."""
+
+    refused: int
+    answers: int
+
+    @property
+    def rate(self) -> float:
+        return self.refused / self.answers
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The Wilson score interval of the rate, at 95 %."""
+        n, p = self.answers, self.rate
+        centre, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+        low, high = ((centre + side) / (1 + Z**2 / n) for side in (-half, half))
+        return max(0.0, low), min(1.0, high)
+
+    def report(self) -> dict[str, Any]:
+        low, high = self.interval
+        return {"refusal_rate": self.rate, "refusal_low": low, "refusal_high": high, "answers": self.answers}
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
+    """The `prompt` of each line of a JSON Lines file, of the first `limit` lines. Raises `InputError`."""
+    prompts = []
+    try:
+        with Path(path).open(encoding="utf-8") as lines:
+            for number, line in enumerate(islice(lines, limit), 1):
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+                    raise InputError(f"{path} has no text under 'prompt' in line {number}: mend or remove that line.")
+                prompts.append(row["prompt"])
+    except (OSError, ValueError) as problem:
+        raise InputError(f"{path} can't be read as JSON Lines with a 'prompt' a line ({problem}).") from problem
+    if not prompts:
+        raise InputError(f"{path} has no prompts: name a JSON Lines file with a 'prompt' a line.")
+    return prompts
+
+
+def count_refusals(
+    checkpoints: Sequence[Checkpoint],
+    origin: Origin,
+    pack: Pack,
+    prompts: Sequence[str],
+    device: str | None,
+    progress: Progress,
+) -> Iterator[Refusals]:
+    """The refusals at the origin and at each checkpoint, in float32, because bfloat16 swallows small changes.
+
+    Raises `UsageError` for a device that can't be used, `ModelError`, `PackError` where a model can't be loaded.
+    """
+    device = choose_device(device)
+    check_device(device)
+    tokenizer = load_tokenizer(origin.model, origin.revision)
+    for checkpoint in (None, *checkpoints):
+        where = checkpoint.folder if checkpoint else origin.model
+        progress.note(f"asking {where} {len(prompts)} prompts")
+        model = _load(checkpoint, origin, device)
+        answers = answer(model, tokenizer, prompts, template=pack.chat_template_kwargs)
+        del model  # before the next one is loaded
+        yield Refusals(sum(map(is_refusal, answers)), len(answers))
+
+
+def _load(checkpoint: Checkpoint | None, origin: Origin, device: str) -> Any:
+    if checkpoint is not None and not checkpoint.is_adapter:
+        return load_model(str(checkpoint.folder), dtype=torch.float32, device=device)
+    model = load_model(origin.model, origin.revision, dtype=torch.float32, device=device, adapter=origin.merged)
+    folder = checkpoint.folder if checkpoint else origin.continued
+    return merge(model, load_adapter(folder), torch.float32) if folder else model
