@@ -84,7 +84,10 @@ def command(context: click.Context) -> list[str]:
         value = context.params.get(parameter.name or "")
         given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
         if given and isinstance(parameter, click.Option) and parameter.name not in _UNRECORDED | _BESIDES:
-            words += [parameter.opts[0], *([] if parameter.is_flag else [str(value)])]
+            values = value if isinstance(value, tuple) else (value,)
+            words += (
+                [parameter.opts[0]] if parameter.is_flag else [w for v in values for w in (parameter.opts[0], str(v))]
+            )
     return words
 
 
@@ -109,6 +112,14 @@ cuts = together(
     option("--per-group", metavar="COLUMN", help="Share the cut among groups of equal values there; empty none."),
     option("--per-split", is_flag=True, help="Cut each split on its own."),
     option("--weights", is_flag=True, help="Drop nothing: add sqsd_weight, from 1 down to 0 as risk grows."),
+)
+combined = together(
+    option("--scores", multiple=True, metavar="FILE|DIR", help="Scores of the same rows by another pack; repeatable."),
+    option(
+        "--consensus",
+        type=click.Choice(["mean-rank", "max"]),
+        help="With --scores: a row's risk is the mean of its ranks by all packs, or the largest.",
+    ),
 )
 scoring = together(
     option("--pack", default="smollm2-135m", show_default=True, metavar="NAME|DIR|HUB", help="Direction pack."),
