@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sqsd_filter.directions import processes
 from sqsd_filter.directions.build import build_pack
 from sqsd_filter.directions.pack import ADAPTER_FILES, PACK_FILE, load_pack
 from sqsd_filter.directions.recipe import PackRecipe
@@ -30,6 +31,21 @@ def recipe(tmp_path: Path, tiny_pack: Path) -> Path:
     text = path.read_text().replace("alpha = 4", "alpha = 4\ndropout = 0.0")  # processes draw masks of their own
     path.write_text(text.replace("[lora]", 'base_adapter = "initial"\n[lora]'))
     return path
+
+
+@pytest.mark.parametrize(
+    ("gpus", "started", "expected"),
+    [(0, 1, "cpu"), (0, 2, "cpu"), (1, 1, "cuda:0"), (4, 1, None), (4, 2, "cuda:1")],
+    ids=["no GPU", "no GPU, two processes", "one GPU", "one process with all GPUs", "one of two processes"],
+)
+def test_a_process_trains_on_its_gpu_or_alone_on_all(
+    gpus: int, started: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("WORLD_SIZE", str(started))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert processes.device() == expected
 
 
 @pytest.mark.slow

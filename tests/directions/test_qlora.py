@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
 
 from sqsd_filter.directions import training
 from sqsd_filter.directions.build import build_pack
@@ -19,6 +22,8 @@ from sqsd_filter.scoring.scorer import SQSDScorer
 from sqsd_filter.scoring.weights import load_in_4bit, load_model
 from tests.directions.test_build import write_recipe
 from tests.tiny import CONVERSATIONS, make_model
+
+PACKED = "packing_format_for_cpu"
 
 
 @pytest.fixture
@@ -39,15 +44,25 @@ WIDE: dict[str, Any] = {  # a block of 64 weights shares a scale
 }
 
 
-def test_weights_in_4_bits_are_near_those_they_were_made_of(recipe: PackRecipe) -> None:
-    whole = load_model(recipe.base_model, dtype=torch.float32)
+def test_a_base_in_4_bits_gives_the_gradients_of_the_weights_that_it_stands_for(recipe: PackRecipe) -> None:
     quarter = load_in_4bit(recipe.base_model, dtype=torch.float32, device="cpu")
-    linear = quarter.model.layers[0].mlp.down_proj
-    assert linear.weight.dtype == torch.uint8 and linear.weight.numel() == 64 * 64 / 2
-    ids = torch.arange(20).reshape(1, -1)
-    ours, theirs = quarter(ids).logits, whole(ids).logits
-    cosine = torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0)
-    assert 0.9 < cosine < 0.9999
+    dense = load_model(recipe.base_model, dtype=torch.float32)
+    for name, module in quarter.named_modules():
+        if isinstance(module, Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            twin = dense.get_submodule(name).weight
+            assert module.weight.dtype == torch.uint8 and 0 < (weight - twin).norm() / twin.norm() < 0.2
+            twin.copy_(weight)
+    ids, gradients = torch.arange(20).reshape(1, -1), []
+    for model in (quarter, dense.train()):
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear"))
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in adapted.named_parameters() if p.requires_grad})
+    ours, theirs = gradients
+    assert ours and ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_a_pack_is_trained_on_a_base_in_4_bits_and_scores_on_one_in_16(
@@ -60,6 +75,8 @@ def test_a_pack_is_trained_on_a_base_in_4_bits_and_scores_on_one_in_16(
         seen.append({p.dtype for p in model.parameters() if p.requires_grad})
         frozen = {name for name, p in model.named_parameters() if p.dtype == torch.uint8}
         assert frozen and all("proj" in name for name in frozen)
+        packed = [m for m in model.modules() if isinstance(m, Linear4bit) and hasattr(m.weight.quant_state, PACKED)]
+        assert packed == []  # a product of repacked weights has no gradient
 
     in_float32 = training._in_float32
     monkeypatch.setattr(training, "_in_float32", look)
