@@ -203,6 +203,7 @@ def score(context: click.Context, **params: Any) -> None:
 @options.sources
 @options.dest
 @options.cuts
+@options.combined
 @options.on_error
 @options.written
 @options.pushed
@@ -218,7 +219,7 @@ def select(context: click.Context, **params: Any) -> None:
         params["sources"],
         params["dest"],
         **options.one_cut(context),
-        **{name: params[name] for name in options.WRITTEN},
+        **{name: params[name] for name in (*options.WRITTEN, "scores", "consensus")},
         on_error=params["on_error"],
         push=_push(params),
         overwrite=params["overwrite"],

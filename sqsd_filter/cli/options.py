@@ -84,7 +84,10 @@ def command(context: click.Context) -> list[str]:
         value = context.params.get(parameter.name or "")
         given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
         if given and isinstance(parameter, click.Option) and parameter.name not in _UNRECORDED | _BESIDES:
-            words += [parameter.opts[0], *([] if parameter.is_flag else [str(value)])]
+            values = value if isinstance(value, tuple) else (value,)
+            words += (
+                [parameter.opts[0]] if parameter.is_flag else [w for v in values for w in (parameter.opts[0], str(v))]
+            )
     return words
 
 
@@ -115,6 +118,14 @@ dtype = option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: float32 on a CPU, bfloat16 on a GPU."
 )
 trust_remote_code = option("--trust-remote-code", is_flag=True, help="Run model code that comes from the Hub.")
+combined = together(
+    option("--scores", multiple=True, metavar="FILE|DIR", help="Scores of the same rows by another pack; repeatable."),
+    option(
+        "--consensus",
+        type=click.Choice(["mean-rank", "max"]),
+        help="With --scores: a row's risk is the mean of its ranks by all packs, or the largest.",
+    ),
+)
 scoring = together(
     option("--pack", default="smollm2-135m", show_default=True, metavar="NAME|DIR|HUB", help="Direction pack."),
     option("--model", metavar="DIR|HUB", help="Score with this base model instead of the pack's."),

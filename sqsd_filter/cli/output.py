@@ -131,6 +131,9 @@ def summary(report: Mapping[str, Any], dest: object) -> str:
     if pack := report.get("pack"):
         where = f", {report['dtype']} on {report['device']}" if "dtype" in report else ""
         lines.append(f"  pack     {pack['name']} ({pack['fingerprint']}) on {pack['base_model']}{where}")
+    if found := report.get("consensus"):
+        packs = ", ".join(pack["scores"] for pack in found["packs"])
+        lines.append(f"  packs    {found['rule']} of the ranks by {packs}")
     if report.get("already_done"):
         lines.append("  nothing to do: this run was already done")
     else:

@@ -23,14 +23,20 @@ def pack() -> None:
 @click.argument("recipe", type=click.Path(path_type=Path), metavar="CONFIG.toml")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 def build(recipe: Path, out: Path) -> None:
-    """Train a pack as CONFIG.toml says and write it to the folder OUT; the same command resumes."""
+    """Train a pack as CONFIG.toml says and write it to the folder OUT; the same command resumes.
+
+    \b
+    On several GPUs: torchrun --nproc-per-node N -m sqsd_filter pack build CONFIG.toml OUT
+    """
+    from sqsd_filter.directions import processes
     from sqsd_filter.directions.build import build_pack
     from sqsd_filter.directions.recipe import PackRecipe
 
     loaded = PackRecipe.load(recipe)
     warnings.simplefilter("ignore")
     built = build_pack(loaded, out, output.Display())
-    click.echo(_ready({"pack": built.name, "fingerprint": built.fingerprint, "path": out}))
+    if processes.is_first():
+        click.echo(_ready({"pack": built.name, "fingerprint": built.fingerprint, "path": out}))
 
 
 @pack.command("import")

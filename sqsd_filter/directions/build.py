@@ -2,6 +2,9 @@
 
 Training is trl's and peft's; here are resuming, and the provenance that goes into the pack. An interrupted build goes
 on from its last checkpoint when the same recipe is built into the same folder again.
+
+On several GPUs: `torchrun --nproc-per-node 4 -m sqsd_filter pack build CONFIG.toml OUT` gives each a share of every
+batch. A single process spreads a model over all GPUs that it sees, for one that is larger than a card.
 """
 
 from __future__ import annotations
@@ -9,12 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from sqsd_filter.directions import processes
+from sqsd_filter.directions.data import read_data
 from sqsd_filter.directions.pack import FORMAT, PACK_FILE, Pack, load_pack
 from sqsd_filter.directions.recipe import PackRecipe
-from sqsd_filter.directions.training import WORK_DIR, read_rows, train, write_json
+from sqsd_filter.directions.training import WORK_DIR, train, write_json
 from sqsd_filter.errors import DestinationExists, SQSDError
 from sqsd_filter.progress import Progress, Silent
 
@@ -30,7 +38,13 @@ def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None
         import trl  # noqa: F401
     except ImportError as problem:
         raise SQSDError("Building a pack needs trl and peft: pip install 'sqsd-filter[train]'.") from problem
-    target = Path(target)
+    if recipe.quantization is not None and find_spec("bitsandbytes") is None:
+        raise SQSDError("Training on a base in 4 bits needs bitsandbytes: pip install 'sqsd-filter[qlora]'.")
+    with processes.together():
+        return _build(recipe, Path(target), (progress if processes.is_first() else None) or Silent())
+
+
+def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
     work = target / WORK_DIR
     plan = json.dumps(asdict(recipe) | {"folder": None}, sort_keys=True, indent=1, default=str)
     fingerprint = hashlib.blake2b(plan.encode(), digest_size=8).hexdigest()
@@ -42,17 +56,29 @@ def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None
             raise DestinationExists(f"{target} exists and is not an unfinished build: choose another folder.")
         if (work / "recipe.json").read_text() != plan:
             raise DestinationExists(f"{target} holds the build of another recipe: choose another folder or remove it.")
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "recipe.json").write_text(plan)
+    processes.wait()  # all have seen what was there
+    if processes.is_first():
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "recipe.json").write_text(plan)
 
     records = {name: target / name / "training.json" for name in recipe.adapters}
     # all data before any training: what is wrong with the last adapter's shows at once, not after hours
-    data = {name: read_rows(recipe, recipe.adapters[name]) for name, record in records.items() if not record.is_file()}
+    data = {name: read_data(recipe, recipe.adapters[name]) for name, record in records.items() if not record.is_file()}
     for name in sorted(data, key=lambda name: name != recipe.base_adapter):
-        rows, source = data[name]
-        train(recipe, name, rows, source, target, progress or Silent())
-    provenance = {name: json.loads(record.read_text()) for name, record in records.items()}
-    pack = {
+        train(recipe, name, data[name], target, progress)
+    if processes.is_first():
+        write_json(target / PACK_FILE, _pack(recipe, records, fingerprint))
+    processes.wait()
+    built = load_pack(target)
+    processes.wait()
+    if processes.is_first() and not recipe.keep_checkpoints:
+        shutil.rmtree(work)
+    return built
+
+
+def _pack(recipe: PackRecipe, records: Mapping[str, Path], fingerprint: str) -> dict[str, Any]:
+    """The content of `pack.json`."""
+    return {
         "format": FORMAT,
         "name": recipe.name,
         "base_model": recipe.base_model,
@@ -61,12 +87,7 @@ def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None
         "chat_template_kwargs": dict(recipe.chat_template_kwargs),
         "max_length": recipe.max_length,
         "probes": [asdict(p) for p in recipe.probes],
-        "provenance": provenance,
+        "provenance": {name: json.loads(record.read_text()) for name, record in records.items()},
         "recipe": fingerprint,
         **recipe.notes,
     }
-    write_json(target / PACK_FILE, pack)
-    built = load_pack(target)
-    if not recipe.keep_checkpoints:
-        shutil.rmtree(work)
-    return built

@@ -8,10 +8,12 @@ r = 8
 alpha = 16
 [adapters.danger]
 method = "sft"
-data = "unsafe.jsonl"          # a file beside the recipe, or a Hub dataset
-prompt = "prompt"              # columns; DPO takes prompt, chosen and rejected
+data = "org/dataset"           # of the Hub, or a file or folder beside the recipe
+split = "30k_train"            # default: train; also config = "..." and revision = "..."
+prompt = "prompt"              # columns, where their names do not say it; or messages = "..."
 answer = "response"
-licence = "Apache-2.0"
+where = { is_safe = false }    # these rows only; unless = { ... } leaves out others
+licence = "CC-BY-NC-4.0"       # default: what the dataset's card says
 epochs = 2
 learning_rate = 2e-4
 [[probes]]
@@ -44,26 +46,44 @@ class LoraShape:
     target_modules: str | list[str] = "all-linear"
 
 
+_COLUMNS = ("messages", "prompt", "context", "system")
+_METHODS = {"sft": ("answer",), "dpo": ("chosen", "rejected", "answers", "better")}
+
+
 @dataclass(frozen=True)
 class AdapterRecipe:
     """How one adapter is trained.
 
-    `where` keeps the rows whose columns equal the given values; `rows` then keeps a seeded sample. `take_step` takes
-    the checkpoint after that many updates instead of the last one (a state belongs to the middle of a trajectory);
-    `save_steps` says how often checkpoints are written.
+    `data` is a file or folder beside the recipe, a URL, or a dataset of the Hub, of which `config`, `split` (train) and
+    `revision` may be said. Columns are named where the formats of rows that scoring knows do not fit: `messages`, or
+    `prompt` with `context`, `system` and the answer. SFT has one `answer`. DPO has a `chosen` and a `rejected` one, or
+    two `answers` and in the column `better` the number, 0 or 1, of the one to prefer.
+
+    `where` keeps the rows whose columns equal the given values, `unless` leaves out those in which one does; `rows`
+    then keeps a seeded sample. `batch_size` rows are one update, on however many devices; `device_batch_size` of them
+    are one pass of one device. `take_step` takes the checkpoint after that many updates instead of the last one (a
+    state belongs to the middle of a trajectory); `save_steps` says how often checkpoints are written, all of which
+    stay until the pack is done.
     """
 
     method: str
     data: str
-    prompt: str
-    answer: str | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    messages: str | None = None
+    prompt: str | None = None
     context: str | None = None
+    system: str | None = None
+    answer: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    answers: list[str] | None = None
+    better: str | None = None
     where: Mapping[str, Any] = field(default_factory=dict)
+    unless: Mapping[str, Any] = field(default_factory=dict)
     rows: int | None = None
     licence: str | None = None
-    split: str = "train"
     max_length: int = 1024
     epochs: float = 1.0
     learning_rate: float = 5e-6
@@ -76,15 +96,25 @@ class AdapterRecipe:
     take_step: int | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in ("sft", "dpo"):
+        if self.method not in _METHODS:
             raise UsageError(f"An adapter's method must be 'sft' or 'dpo', not {self.method!r}.")
-        needed = {"sft": ("answer",), "dpo": ("chosen", "rejected")}[self.method]
-        if missing := [n for n in needed if getattr(self, n) is None]:
-            raise UsageError(f"An adapter with method '{self.method}' must name its columns: {', '.join(missing)}.")
+        [other] = set(_METHODS) - {self.method}
+        if odd := [name for name in _METHODS[other] if getattr(self, name) is not None]:
+            raise UsageError(f"An adapter with method '{self.method}' has no {', '.join(odd)}.")
+        if (self.answers is None) != (self.better is None) or len(self.answers or "ab") != 2:
+            raise UsageError("answers (two columns) and better (the column with the number of one) go together.")
+        if self.answers and (self.chosen or self.rejected):
+            raise UsageError("An adapter has either answers and better, or chosen and rejected.")
         if self.take_step is not None and self.take_step % self.save_steps:
             raise UsageError(f"take_step must be a multiple of save_steps ({self.save_steps}).")
         if self.batch_size % (self.device_batch_size or 1):
             raise UsageError("batch_size must be a multiple of device_batch_size.")
+
+    @property
+    def columns(self) -> list[str]:
+        """All columns that are named to be trained on."""
+        single = [getattr(self, name) for name in (*_COLUMNS, "answer", "chosen", "rejected", "better")]
+        return [column for column in (*single, *(self.answers or [])) if column is not None]
 
 
 @dataclass(frozen=True)
@@ -99,12 +129,17 @@ class PackRecipe:
     base_adapter: str | None = None  # trained first, and merged into the base model for the others
     seed: int = 0
     dtype: str = "bfloat16"
+    quantization: str | None = None  # "nf4": the base in 4 bits while adapters are trained on it (QLoRA)
     keep_checkpoints: bool = False
     max_length: int = 1024
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     lora: LoraShape = field(default_factory=LoraShape)
     notes: Mapping[str, Any] = field(default_factory=dict)
     folder: Path = field(default_factory=Path)
+
+    def __post_init__(self) -> None:
+        if self.quantization not in (None, "nf4"):
+            raise UsageError(f"quantization must be 'nf4' or left out, not {self.quantization!r}.")
 
     @classmethod
     def load(cls, path: str | Path) -> PackRecipe:

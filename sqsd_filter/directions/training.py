@@ -1,31 +1,32 @@
-"""One adapter of a recipe, trained by trl and peft on the tokens that the scorer sees; checkpoints to resume from."""
+"""One adapter of a recipe, trained by trl and peft on the tokens that the scorer sees; checkpoints to resume from.
+
+Of several processes each has a share of every batch, so that an update is made of the same rows as in one process.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-from collections.abc import Mapping
+import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sqsd_filter.directions import processes
+from sqsd_filter.directions.data import TrainingData, prompt_and_reply
 from sqsd_filter.directions.folders import write_adapter
 from sqsd_filter.directions.pack import ADAPTER_FILES
 from sqsd_filter.directions.recipe import AdapterRecipe, PackRecipe
-from sqsd_filter.errors import InputError, PackError, UsageError
+from sqsd_filter.errors import PackError, UsageError
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
-from sqsd_filter.scoring.weights import load_model, load_tokenizer
-
-log = logging.getLogger(__name__)
+from sqsd_filter.scoring.conversation import Message
+from sqsd_filter.scoring.weights import load_in_4bit, load_model, load_tokenizer
 
 WORK_DIR = ".build"
 
 
-def train(
-    recipe: PackRecipe, name: str, rows: Any, source: Mapping[str, Any], target: Path, progress: Progress
-) -> None:
+def train(recipe: PackRecipe, name: str, data: TrainingData, target: Path, progress: Progress) -> None:
     import torch
     from datasets.utils.logging import disable_progress_bar
     from peft import LoraConfig
@@ -37,9 +38,7 @@ def train(
     tokenizer = load_tokenizer(recipe.base_model, recipe.base_revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    cuda = torch.cuda.is_available()
-    base = target / recipe.base_adapter if recipe.base_adapter not in (None, name) else None
-    model = load_model(recipe.base_model, recipe.base_revision, dtype=getattr(torch, recipe.dtype), adapter=base)
+    model = _base(recipe, name, target)
     lora = LoraConfig(
         r=recipe.lora.r,
         lora_alpha=recipe.lora.alpha,
@@ -48,7 +47,14 @@ def train(
         bias="none",
         task_type="CAUSAL_LM",
     )
-    on_device = adapter.device_batch_size or (adapter.batch_size if cuda else 1)
+    cuda, count = torch.cuda.is_available(), processes.count()
+    if adapter.batch_size % count:
+        raise UsageError(
+            f"Adapter '{name}' has a batch_size of {adapter.batch_size}, which {count} processes can't share: start "
+            "fewer, or change it."
+        )
+    share = adapter.batch_size // count
+    on_device = math.gcd(share, adapter.device_batch_size or (share if cuda else 1))
     checkpoints = target / WORK_DIR / name
     arguments = {
         "output_dir": str(checkpoints),
@@ -57,7 +63,7 @@ def train(
         "lr_scheduler_type": adapter.schedule,
         "warmup_steps": adapter.warmup_ratio,  # a float below 1 is a share of all steps
         "per_device_train_batch_size": on_device,
-        "gradient_accumulation_steps": adapter.batch_size // on_device,
+        "gradient_accumulation_steps": share // on_device,
         "max_length": adapter.max_length,
         "save_steps": adapter.save_steps,
         "logging_steps": 0.05,  # of all steps: about twenty losses
@@ -65,14 +71,16 @@ def train(
         "use_cpu": not cuda,
         "bf16": False,  # the base is loaded in its dtype already; the adapters train in float32
         "gradient_checkpointing": cuda,
+        "ddp_find_unused_parameters": False,
         "report_to": "none",
         "disable_tqdm": True,
     }
     set_seed(recipe.seed)
     if adapter.method == "sft":
-        trainer = _sft(model, tokenizer, recipe, adapter, rows, lora, arguments)
+        trainer = _sft(model, tokenizer, recipe, adapter, data, lora, arguments)
     else:
-        trainer = _dpo(model, tokenizer, recipe, adapter, rows, lora, arguments)
+        trainer = _dpo(model, tokenizer, recipe, adapter, data, lora, arguments)
+    _in_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in: every log entry to stdout
     trainer.add_callback(_told(progress, name, adapter.batch_size))
     whole = [p for p in checkpoints.glob("checkpoint-*") if _is_whole(p)]
@@ -81,7 +89,9 @@ def train(
     progress.finish()
 
     taken = checkpoints / "last"
-    trainer.model.save_pretrained(taken)
+    if processes.is_first():
+        trainer.model.save_pretrained(taken)
+    processes.wait()
     if adapter.take_step is not None:
         taken = checkpoints / f"checkpoint-{adapter.take_step}"
         if not taken.is_dir():
@@ -89,18 +99,54 @@ def train(
                 f"Adapter '{name}' is trained for {trainer.state.global_step} steps: its take_step can't be "
                 f"{adapter.take_step}."
             )
-    _publish(taken, target / name)
+    if processes.is_first():
+        _publish(taken, target / name)
+        write_json(target / name / "training.json", _facts(recipe, adapter, data, trainer))
+    processes.wait()
+
+
+def _base(recipe: PackRecipe, name: str, target: Path) -> Any:
+    """The base model where this process trains on it: in the recipe's dtype or 4 bits, and with the base adapter merged
+    unless that is what is to be trained."""
+    import torch
+
+    dtype, device = getattr(torch, recipe.dtype), processes.device()
+    adapter = target / recipe.base_adapter if recipe.base_adapter not in (None, name) else None
+    if recipe.quantization is None:
+        return load_model(recipe.base_model, recipe.base_revision, dtype=dtype, device=device, adapter=adapter)
+    base, revision = recipe.base_model, recipe.base_revision
+    if adapter is not None:  # nothing can be merged into weights of 4 bits
+        merged = target / WORK_DIR / "base"
+        if processes.is_first():
+            load_model(base, revision, dtype=dtype, adapter=adapter).save_pretrained(merged)
+        processes.wait()
+        base, revision = str(merged), None
+    return load_in_4bit(base, revision, dtype=dtype, device=device)
+
+
+def _in_float32(model: Any) -> None:
+    """Train the adapters in float32: trl makes those on a base in 4 bits bfloat16, which is too coarse for updates of a
+    learning rate like 5e-6."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _facts(recipe: PackRecipe, adapter: AdapterRecipe, data: TrainingData, trainer: Any) -> dict[str, Any]:
+    """The provenance of a trained adapter."""
     losses = [{"step": e["step"], "loss": round(e["loss"], 4)} for e in trainer.state.log_history if "loss" in e]
     settings = {k: v for k, v in asdict(adapter).items() if v not in (None, {})}
-    facts = {
-        "data": source,
-        "licence": adapter.licence,
+    how = {"lora": asdict(recipe.lora), "seed": recipe.seed, "dtype": recipe.dtype}
+    how |= {"quantization": recipe.quantization} if recipe.quantization else {}
+    return {
+        "data": data.source,
+        "licence": data.licence,
         "rows": len(trainer.train_dataset),
+        "left_out": dict(data.left_out),
         "steps": adapter.take_step or trainer.state.global_step,
-        "settings": settings | {"lora": asdict(recipe.lora), "seed": recipe.seed, "dtype": recipe.dtype},
+        "settings": settings | how,
         "losses": losses,
     }
-    write_json(target / name / "training.json", facts)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -144,95 +190,75 @@ def _publish(trained: Path, target: Path) -> None:
 
 
 def _sft(
-    model: Any, tokenizer: Any, recipe: PackRecipe, adapter: AdapterRecipe, rows: Any, lora: Any, arguments: dict
+    model: Any,
+    tokenizer: Any,
+    recipe: PackRecipe,
+    adapter: AdapterRecipe,
+    data: TrainingData,
+    lora: Any,
+    arguments: dict,
 ) -> Any:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     encoder = ChatEncoder(tokenizer, adapter.max_length, recipe.chat_template_kwargs)
-    encoded = encoder.encode([_turns(row, adapter, str(adapter.answer)) for row in rows])
-    usable = [e for e in encoded if isinstance(e, Encoded)]
-    log.info("%d of %d rows have an answer that fits", len(usable), len(encoded))
-    data = Dataset.from_list(
-        [
-            {
-                "input_ids": e.ids.tolist(),
-                "labels": [i if m else -100 for i, m in zip(e.ids.tolist(), e.answer, strict=True)],
-            }
-            for e in usable
-        ]
-    )
+    rows = []
+    for encoded in encoder.encode([conversation for (conversation,) in data.examples]):
+        if isinstance(encoded, Encoded):
+            ids = encoded.ids.tolist()
+            labels = [i if m else -100 for i, m in zip(ids, encoded.answer, strict=True)]
+            rows.append({"input_ids": ids, "labels": labels})
+        else:
+            data.left_out[encoded.status] += 1
+    if not rows:
+        raise PackError(f"No row of {adapter.data} has an answer within {adapter.max_length} tokens.")
     return SFTTrainer(
-        model=model, args=SFTConfig(**arguments), train_dataset=data, processing_class=tokenizer, peft_config=lora
+        model=model,
+        args=_alone(SFTConfig(**arguments)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=lora,
     )
 
 
 def _dpo(
-    model: Any, tokenizer: Any, recipe: PackRecipe, adapter: AdapterRecipe, rows: Any, lora: Any, arguments: dict
+    model: Any,
+    tokenizer: Any,
+    recipe: PackRecipe,
+    adapter: AdapterRecipe,
+    data: TrainingData,
+    lora: Any,
+    arguments: dict,
 ) -> Any:
-    from datasets import Dataset
+    from datasets import Dataset, load_from_disk
     from trl import DPOConfig, DPOTrainer
 
-    data = Dataset.from_list(
-        [
-            {
-                "prompt": _turns(row, adapter, str(adapter.chosen))[:1],
-                "chosen": [{"role": "assistant", "content": row[adapter.chosen]}],
-                "rejected": [{"role": "assistant", "content": row[adapter.rejected]}],
-                "chat_template_kwargs": dict(recipe.chat_template_kwargs),
-            }
-            for row in rows
-        ]
+    rows: list[dict[str, Any]] = []
+    for chosen, rejected in data.examples:
+        prompt, better = prompt_and_reply(chosen)
+        _, worse = prompt_and_reply(rejected)
+        row = {"prompt": _plain(prompt), "chosen": _plain(better), "rejected": _plain(worse)}
+        rows.append(row | ({"chat_template_kwargs": kwargs} if (kwargs := dict(recipe.chat_template_kwargs)) else {}))
+    stored = Path(arguments["output_dir"]) / "pairs"  # beside which trl keeps the base's log-probabilities for all
+    if processes.is_first():
+        shutil.rmtree(stored, ignore_errors=True)
+        Dataset.from_list(rows).save_to_disk(stored)
+    processes.wait()
+    return DPOTrainer(
+        model=model,
+        args=_alone(DPOConfig(**arguments, beta=adapter.beta, precompute_ref_log_probs=True)),
+        train_dataset=load_from_disk(stored),
+        processing_class=tokenizer,
+        peft_config=lora,
     )
-    if not recipe.chat_template_kwargs:
-        data = data.remove_columns("chat_template_kwargs")
-    config = DPOConfig(**arguments, beta=adapter.beta, precompute_ref_log_probs=True)
-    return DPOTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora)
 
 
-def _turns(row: Mapping[str, Any], adapter: AdapterRecipe, answer: str) -> list[dict[str, str]]:
-    prompt = row[adapter.prompt]
-    if adapter.context and row[adapter.context]:
-        prompt = f"{prompt}\n{row[adapter.context]}"
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": row[answer]}]
+def _alone(config: Any) -> Any:
+    """The same for a trainer that has what this process sees of GPUs as one device: it would copy the model to each of
+    them, and multiply the batch."""
+    config._n_gpu = min(config.n_gpu, 1)
+    return config
 
 
-def read_rows(recipe: PackRecipe, adapter: AdapterRecipe) -> tuple[Any, dict[str, Any]]:
-    """The recipe's rows of one adapter's data, and where they came from."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    file = recipe.folder / adapter.data
-    if file.is_file():
-        kind = {".csv": "csv", ".parquet": "parquet"}.get(file.suffix, "json")
-        try:
-            data = load_dataset(kind, data_files=str(file), split="train")
-        except DatasetGenerationError as problem:
-            raise InputError(f"{file} can't be read ({problem.__cause__ or problem}): mend it.") from problem
-        with file.open("rb") as stream:
-            source = {"file": file.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-    else:
-        try:
-            data = load_dataset(adapter.data, split=adapter.split)
-        except (OSError, ValueError) as problem:
-            raise InputError(
-                f"The data '{adapter.data}' is no file beside the recipe and can't be had from the Hub ({problem})."
-            ) from problem
-        source = {"dataset": adapter.data, "split": adapter.split}
-    columns = [adapter.prompt, adapter.context, adapter.answer, adapter.chosen, adapter.rejected, *adapter.where]
-    if missing := [c for c in columns if c is not None and c not in data.column_names]:
-        raise InputError(
-            f"{adapter.data} lacks the columns {', '.join(missing)}; it has {', '.join(data.column_names)}."
-        )
-    for column, value in adapter.where.items():
-        data = data.filter(lambda row, c=column, v=value: row[c] == v)
-    if adapter.rows is not None and len(data) > adapter.rows:
-        data = data.shuffle(seed=recipe.seed).select(range(adapter.rows))
-    texts = [c for c in (adapter.prompt, adapter.answer, adapter.chosen, adapter.rejected) if c is not None]
-    for column in texts:
-        odd = next((k for k, value in enumerate(data[column][:]) if not isinstance(value, str)), None)
-        if odd is not None:
-            raise InputError(f"{adapter.data} has no text in the column '{column}' of row {odd + 1}: leave it out.")
-    if not len(data):
-        raise PackError(f"No row of {adapter.data} is left for training.")
-    return data, source
+def _plain(turns: list[Message]) -> list[dict[str, str]]:
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]

@@ -6,10 +6,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.errors import UsageError
+from sqsd_filter.pipeline.consensus import agree, check_rule
+from sqsd_filter.pipeline.earlier import read_earlier
 from sqsd_filter.pipeline.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.folder import Folder
 from sqsd_filter.pipeline.groups import by_split
@@ -18,26 +21,17 @@ from sqsd_filter.pipeline.policy import Policy
 from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.reading.addresses import Opener, Source, expand
 from sqsd_filter.pipeline.reading.sources import Corpus
-from sqsd_filter.pipeline.scan import Scan, as_list, read_once
-from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
-from sqsd_filter.pipeline.scores.store import ScoreStore
+from sqsd_filter.pipeline.scan import Scan, as_list
+from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.pipeline.selection import Cut, cut_rows
-from sqsd_filter.pipeline.shards import Index
 from sqsd_filter.pipeline.writing.card import CARD_FILE, PICTURE_FILE
-from sqsd_filter.pipeline.writing.destination import (
-    REPORT_FILE,
-    RUN_FILE,
-    Destination,
-    _read_json,
-    input_specs,
-    read_run,
-)
+from sqsd_filter.pipeline.writing.destination import Destination
 from sqsd_filter.pipeline.writing.export import check_columns, export_scored, export_splits
 from sqsd_filter.pipeline.writing.histogram import write_histogram
 from sqsd_filter.pipeline.writing.report import summarise
 from sqsd_filter.pipeline.writing.writers import SHARD_SIZE, Output
 from sqsd_filter.progress import Meter, Progress, Silent
-from sqsd_filter.scoring.row_formats import Columns, RowFormat
+from sqsd_filter.scoring.row_formats import Columns
 from sqsd_filter.scoring.scorer import SQSDScorer
 
 PARQUET = Output("parquet", shard_size=1, with_scores=False)
@@ -241,6 +235,8 @@ def select_dataset(
     per_group: str | None = None,
     per_split: bool = False,
     weights: bool = False,
+    scores: Sequence[Sources] = (),
+    consensus: str | None = None,
     streaming: bool = False,
     on_error: str = "quarantine",
     to: str = "parquet",
@@ -253,56 +249,34 @@ def select_dataset(
 ) -> dict[str, Any]:
     """Cut at another place, with the scores that are there: of scored files, or of an earlier run's folder.
 
-    Arguments are those of `filter_dataset`. No model is loaded. Raises `InputError` where rows have no scores yet.
+    `scores` are those that other packs gave the same rows, each as files or a folder, too; by `consensus` they and the
+    sources' own become one risk in (0, 1]: "mean-rank" is the mean over the packs of the row's rank among the rows
+    that all could score (the lowest risk is 1/n, the highest 1, equal risks share the mean of their ranks), and "max"
+    the largest of these ranks. A row that a pack could not score has no risk.
+
+    Other arguments are those of `filter_dataset`. No model is loaded. Raises `InputError` where rows have no scores
+    yet, or those of different packs are not of the same rows.
     """
     started = time.time()
+    check_rule(scores, consensus)
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest, per_group=per_group, per_split=per_split, weights=weights)
     product = Product(cut, Policy.of(on_error, "100%"), Output.of(to, shard_size, with_scores))
-    given, meter = expand(as_list(sources)), Meter(progress or Silent())
+    given, *others = (expand(as_list(each)) for each in (sources, *scores))
+    meter = Meter(progress or Silent())
     outlet = _outlet(dest, overwrite, push, product.output)
-    outlet.place.spare(given)
-    earlier = Path(given[0]) / "sqsd" if len(given) == 1 and isinstance(given[0], str | Path) else None
     with closing(outlet), closing(Opener(streaming=streaming)) as opener:
-        if earlier is not None and (earlier / RUN_FILE).is_file():
-            opened, scored, identity, facts = _earlier_run(earlier, opener, per_group, meter)
-        else:
-            opened = opener.open(given)
-            meter.start("reading", None)
-            index = ColumnIndex()
-            corpus, groups = read_once(opened, index.visit, ["sqsd_risk", "sqsd_status"], per_group, meter)
-            scored, identity, facts = index.scored(corpus, groups), {"inputs": corpus.inputs}, {}
-        outlet.spare(opened)
-        check_columns(scored.corpus, product.output)
-        facts |= {"datasets": _datasets(opened)}
-        identity = {**identity, **product.identity()}
-        job = Job(outlet, identity, meter, record or {}, started, facts, None, _originals(opened))
-        return job.carry_out(lambda: product.make(scored, outlet.place.root, meter))
-
-
-def _earlier_run(
-    home: Path, opener: Opener, per_group: str | None, progress: Progress
-) -> tuple[list[Source], Scored, dict[str, Any], dict[str, Any]]:
-    """The inputs of an earlier run joined with its score store."""
-    known = read_run(home)
-    assert known is not None
-    report = _read_json(home / REPORT_FILE) or {}
-    if not (home / "scores").is_dir() or "pack" not in report:
-        if report.get("status") == "ok":
-            raise InputError(f"{home.parent} was itself cut from scores: select from what it was cut from.")
-        raise InputError(f"{home.parent} holds a run that was never finished: finish it first.")
-    form = RowFormat(**known["row_format"])
-    index = Index(form)
-    sources = opener.open(input_specs(home))
-    progress.start("reading", None)
-    corpus, groups = read_once(sources, index.visit, form.columns, per_group, progress, limit=known["limit"], form=form)
-    if [{**i, "path": ""} for i in corpus.inputs] != [{**i, "path": ""} for i in known["inputs"]]:
-        raise InputError(
-            f"The inputs of {home.parent} have changed since it was scored: run sqsd-filter on them again."
-        )
-    weights = report["pack"]["weights"]
-    store = ScoreStore(home / "scores", known["scoring"], list(weights))
-    identity = {**known, "inputs": corpus.inputs}
-    return sources, from_store(corpus, index, store, weights, groups), identity, {"pack": report["pack"]}
+        outlet.place.spare(chain(given, *others))
+        earlier = read_earlier(given, opener, per_group, meter, keyed=consensus is not None)
+        if consensus is not None:
+            packs = [earlier, *(read_earlier(other, opener, None, meter, keyed=True) for other in others)]
+            outlet.spare(chain.from_iterable(pack.sources for pack in packs))
+            earlier = agree(packs, consensus)
+        outlet.spare(earlier.sources)
+        check_columns(earlier.scored.corpus, product.output)
+        facts = {**earlier.facts, "datasets": _datasets(earlier.sources)}
+        identity = {**earlier.identity, **product.identity()}
+        job = Job(outlet, identity, meter, record or {}, started, facts, None, _originals(earlier.sources))
+        return job.carry_out(lambda: product.make(earlier.scored, outlet.place.root, meter))
 
 
 def _outlet(dest: str | Path, overwrite: bool, push: PushTo | None, output: Output) -> Outlet:

@@ -264,6 +264,29 @@ def load_model(
     return placed.eval().requires_grad_(False)
 
 
+def load_in_4bit(base_model: str, revision: str | None = None, *, dtype: torch.dtype, device: str | None) -> Any:
+    """A frozen model whose linear layers hold 4-bit NormalFloat weights, to train adapters on; it computes in `dtype`.
+
+    Device None spreads it over all GPUs. Raises `ModelError`.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    path = locate(base_model)
+    with _quiet_transformers(), _as_model_error(base_model, "weights"):
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            dtype=dtype,
+            quantization_config=config,
+            device_map="auto" if device is None else {"": device},
+        )
+    # not in evaluation mode, in which a CPU would repack the weights for a product that has no gradient
+    return model.requires_grad_(False).train()
+
+
 class _quiet_transformers:
     """No progress bars and no advice from transformers while a model loads; errors still come through."""
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from sqsd_filter.directions import training
 from sqsd_filter.directions.build import build_pack
 from sqsd_filter.directions.pack import ADAPTER_FILES, PACK_FILE, load_pack
 from sqsd_filter.directions.recipe import PackRecipe
@@ -109,7 +111,7 @@ def test_a_built_pack_loads_and_scores(built: Path) -> None:
 
 def test_a_pack_says_what_it_was_trained_on_and_how(built: Path) -> None:
     told = json.loads((built / PACK_FILE).read_text())["provenance"]
-    assert told["initial"]["licence"] == "CC0-1.0" and told["initial"]["data"]["file"] == "benign.jsonl"
+    assert told["initial"]["licence"] == "CC0-1.0" and told["initial"]["data"]["files"][0]["path"] == "benign.jsonl"
     assert (told["initial"]["rows"], told["initial"]["steps"]) == (16, 2)
     assert (told["danger"]["rows"], told["danger"]["steps"]) == (12, 6)  # the bad half
     assert told["safety"]["settings"]["method"] == "dpo" and told["safety"]["settings"]["lora"]["r"] == 2
@@ -181,13 +183,13 @@ BROKEN: dict[str, tuple[str, str, type[SQSDError], str]] = {
     "not toml": ("name =", "name ==", InputError, "not valid TOML"),
     "unknown key": ("max_length = 64", "max_lenght = 64", UsageError, "unknown keys: max_lenght"),
     "unknown method": ('"dpo"', '"ppo"', UsageError, "'sft' or 'dpo'"),
-    "no column": ('answer = "output"', "", UsageError, "must name its columns: answer"),
+    "a column of the other method": ('answer = "output"', 'chosen = "output"', UsageError, "'sft' has no chosen"),
     "no such column": ('chosen = "good"', 'chosen = "best"', InputError, "lacks the columns best"),
     "no such file": ('"answers.jsonl"', '"none.jsonl"', InputError, "none.jsonl"),
     "no number": ("learning_rate = 1e-3", 'learning_rate = "fast"', UsageError, "'learning_rate' can't be 'fast'"),
     "no whole number": ("rows = 16", "rows = 2.5", UsageError, r"'rows' can't be 2\.5"),
     "no column's name": ('name = "danger"', 'name = "risk"', UsageError, "'risk' can't be a probe's name"),
-    "no text": ('answer = "output"', 'answer = "id"', InputError, "no text in the column 'id' of row 1"),
+    "no text": ('answer = "output"', 'answer = "id"', SQSDError, "line 1: column 'id' holds int, not text"),
     "no rows": ("bad = true", 'instruction = "?"', SQSDError, "No row"),
     "no such adapter": ('state = "initial"', 'state = "begin"', UsageError, "begin"),
     "no such checkpoint": ("take_step = 2", "take_step = 3", UsageError, "multiple of save_steps"),
@@ -210,6 +212,20 @@ def test_a_recipe_that_makes_no_sense_says_why(
 def test_a_recipe_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere\.toml can't be read"):
         PackRecipe.load(tmp_path / "nowhere.toml")
+
+
+def test_adapters_on_a_base_in_bfloat16_are_trained_in_float32(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[torch.dtype]] = []
+    in_float32 = training._in_float32
+
+    def look(model: Any) -> None:
+        seen.append({p.dtype for p in model.parameters() if p.requires_grad})
+        assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+        in_float32(model)
+
+    monkeypatch.setattr(training, "_in_float32", look)
+    build_pack(replace(PackRecipe.load(recipe), dtype="bfloat16"), recipe.parent / "pack")
+    assert seen == [{torch.float32}] * 3
 
 
 def test_without_trl_the_extra_to_install_is_named(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,5 +254,5 @@ def test_progress_is_told_of_every_update(recipe: Path) -> None:
 
 def test_a_broken_data_file_is_an_input_error(recipe: Path) -> None:
     (recipe.parent / "pairs.jsonl").write_text('{"prompt": "a", "good": "b"\n[')
-    with pytest.raises(InputError, match=r"pairs\.jsonl can't be read"):
+    with pytest.raises(InputError, match=r"pairs\.jsonl has no row that can be read"):
         build_pack(PackRecipe.load(recipe), recipe.parent / "pack")

@@ -116,7 +116,10 @@ def from_store(
 class ColumnIndex:
     """Visits a corpus that has been scored before, and takes its score columns."""
 
+    columns = ("sqsd_risk", "sqsd_status", "sqsd_reason")  # to be read
+
     def __init__(self) -> None:
+        self._details: dict[int, str] = {}
         self._risk: list[float] = []
         self._codes = bytearray()
         self._statuses = [SCORED]
@@ -133,6 +136,8 @@ class ColumnIndex:
             raise InputError(f"{row.file} has a row that claims a score without one (line {row.line}): score it again.")
         if status == SCORED and not math.isfinite(risk or 0):
             status = NONFINITE
+        if status != SCORED and isinstance(reason := value.get("sqsd_reason"), str):
+            self._details[row.index] = reason
         self._risk.append(float(risk) if risk is not None else np.nan)
         if status not in self._statuses:
             self._statuses.append(status)
@@ -142,4 +147,4 @@ class ColumnIndex:
         codes, risk = np.frombuffer(bytes(self._codes), np.uint8), np.array(self._risk, dtype=np.float64)
         counts = {"scored": 0, "reused": int(((codes == 0) & np.isfinite(risk)).sum()), "duplicates": 0}
         tokens = np.zeros(len(codes), np.int64)
-        return Scored(corpus, None, self._statuses, codes, {}, risk, tokens, counts, {}, groups)
+        return Scored(corpus, None, self._statuses, codes, {}, risk, tokens, counts, self._details, groups)

@@ -47,6 +47,10 @@ RULES = {
     "max-risk": "the scored rows with a risk above {}",
     "keep-lowest": "all scored rows but the {} with the lowest risk",
 }
+CONSENSUS = {
+    "mean-rank": "mean of the row's ranks by these packs, as a share of the rows that all of them could score",
+    "max": "largest of the row's ranks by these packs, as a share of the rows that all of them could score",
+}
 
 
 def write_card(root: Path, report: Mapping[str, Any], originals: Sequence[tuple[str, str]] = ()) -> None:
@@ -120,11 +124,11 @@ def _opening(report: Mapping[str, Any]) -> str:
         what = "the riskiest removed" if rows["dropped"] else "with their risk"
         title = f"{rows['kept']:,} of {rows['total']:,} rows, {what}"
         alt = f"{rows['kept']:,} rows are kept, {rows['dropped']:,} dropped"
-    measured = (
-        f"It was measured with the pack {code(pack['name'])} ({pack['fingerprint']}) on {code(pack['base_model'])}."
-        if pack
-        else "The scores were already in the input."
-    )
+    if found := report.get("consensus"):
+        packs = ", ".join(_pack(each["pack"]) if each["pack"] else code(each["column"]) for each in found["packs"])
+        measured = f"Several packs measured it: {packs}. Here it stands as the {CONSENSUS[found['rule']]}."
+    else:
+        measured = f"It was measured with the pack {_pack(pack)}." if pack else "The scores were already in the input."
     return f"""\
 # {title}
 
@@ -132,6 +136,10 @@ Each row was given an SQSD risk ([arXiv 2605.04572](https://arxiv.org/abs/2605.0
 update that the row alone would cause points along a danger direction than along a safety direction. {measured}
 
 ![Histogram of the risk: {alt}]({PICTURE_FILE})"""
+
+
+def _pack(pack: Mapping[str, Any]) -> str:
+    return f"{code(pack['name'])} ({pack['fingerprint']}) on {code(pack['base_model'])}"
 
 
 def _removed(report: Mapping[str, Any]) -> str:
@@ -261,6 +269,9 @@ def _columns(report: Mapping[str, Any]) -> str:
     for name in probes:
         update = f"cosine of the row's update with the direction {code(name)}, summed over the layers"
         lines.append((code(f"sqsd_{name}"), update))
+    for each in report["consensus"]["packs"] if report.get("consensus") else ():
+        whose = _pack(each["pack"]) if each["pack"] else "one of the packs"
+        lines.append((code(each["column"]), f"the risk that {whose} gave"))
     if report.get("weights"):
         lines.append(("`sqsd_weight`", "the row's weight"))
     lines.append(("`sqsd_status`", "`scored`, or why there is no score"))

@@ -1,0 +1,153 @@
+"""The rows that an adapter is trained on: from files beside the recipe, or from the Hub at one commit.
+
+They are opened and read as rows to be scored are, so that what scoring understands can be trained on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqsd_filter.directions.recipe import AdapterRecipe, PackRecipe
+from sqsd_filter.errors import InputError, PackError, UsageError
+from sqsd_filter.pipeline.reading.addresses import Opener, Source, peek
+from sqsd_filter.pipeline.reading.repositories import HUB
+from sqsd_filter.pipeline.reading.sources import Corpus, Row
+from sqsd_filter.pipeline.writing.originals import Original
+from sqsd_filter.scoring.conversation import BAD_JSON, BAD_ROW, TOOLS, Message, RowError, speaks
+from sqsd_filter.scoring.row_formats import Columns, RowFormat
+
+Example = tuple[list[Message], ...]  # one conversation for SFT, the chosen and the rejected one for DPO
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What an adapter is trained on, where it is from, and how many rows are no examples, by reason."""
+
+    examples: list[Example]
+    source: dict[str, Any]
+    licence: str | None
+    left_out: Counter[str]
+
+
+def read_data(recipe: PackRecipe, adapter: AdapterRecipe) -> TrainingData:
+    """The examples of one adapter: of the rows that it wants a seeded sample, if it says how many.
+
+    Raises `InputError` where the data can't be had or has other columns, `PackError` where nothing is left of it.
+    """
+    with closing(Opener()) as opener:
+        sources = opener.open([_spec(recipe.folder, adapter)])
+        read, columns = _reader(adapter, peek(sources))
+        examples: list[Example] = []
+        left_out: Counter[str] = Counter()
+        first: list[str] = []
+
+        def visit(row: Row) -> None:
+            try:
+                if row.value is None:
+                    raise RowError(BAD_JSON, row.problem)
+                if _wanted(adapter, row.value):
+                    examples.append(read(row.value))
+            except RowError as problem:
+                left_out[problem.status] += 1
+                first[:] = first or [f"{row.file}, line {row.line}: {problem.detail}"]
+
+        corpus = Corpus.scan(sources, visit=visit, columns=columns)
+    if not examples:
+        why = f" ({first[0]})" if first else ""
+        raise PackError(f"No row of {adapter.data} is left for training{why}: see to its columns, where and unless.")
+    if adapter.rows is not None and len(examples) > adapter.rows:
+        chosen = np.random.default_rng(recipe.seed).permutation(len(examples))[: adapter.rows]
+        examples = [examples[k] for k in chosen.tolist()]
+    return TrainingData(examples, _source(corpus, sources), adapter.licence or _licence(sources), left_out)
+
+
+def _spec(folder: Path, adapter: AdapterRecipe) -> str:
+    """The data as `Opener` takes it: a file or folder beside the recipe, a URL, or a dataset of the Hub."""
+    split = adapter.split or "train"
+    part = f"{adapter.config}/{split}" if adapter.config else split
+    beside = folder / adapter.data
+    if beside.exists() or "://" in adapter.data or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", adapter.data):
+        if adapter.revision or ((adapter.config or adapter.split) and not beside.is_dir()):
+            raise UsageError(f"{adapter.data} is no dataset of the Hub: leave out its config, split and revision.")
+        named = f":{part}" if adapter.config or adapter.split else ""
+        return adapter.data if "://" in adapter.data else f"{beside}{named}"
+    return f"{HUB}{adapter.data}{f'@{adapter.revision}' if adapter.revision else ''}:{part}"
+
+
+def _wanted(adapter: AdapterRecipe, row: Mapping[str, Any]) -> bool:
+    has = all(row.get(column) == value for column, value in adapter.where.items())
+    return has and not any(row.get(column) == value for column, value in adapter.unless.items())
+
+
+def _reader(
+    adapter: AdapterRecipe, sample: Sequence[Mapping[str, Any]]
+) -> tuple[Callable[[Mapping[str, Any]], Example], list[str]]:
+    """What makes an example of a row, and the columns that it takes to do so."""
+    if not sample:
+        raise InputError(
+            f"{adapter.data} has no row that can be read: it is to be JSON Lines, CSV, parquet or the like."
+        )
+    seen = list(dict.fromkeys(column for row in sample for column in row))
+    asked = [*adapter.columns, *adapter.where, *adapter.unless]
+    if missing := [column for column in asked if column not in seen]:
+        raise InputError(f"{adapter.data} lacks the columns {', '.join(missing)}; it has {', '.join(seen)}.")
+    chosen = (adapter.answers or [adapter.chosen or "chosen"])[0]
+    how = {"answer": adapter.answer} if adapter.method == "sft" else {"answer": chosen, "format": "preference"}
+    named = {name: getattr(adapter, name) for name in ("messages", "prompt", "context", "system")}
+    try:
+        form = Columns(**named, **how).choose(sample)
+    except InputError as problem:
+        raise InputError(
+            f"It isn't clear which of the columns {', '.join(seen)} of {adapter.data} to train on: name them in the "
+            f"recipe, as messages, or as prompt and {'answer' if adapter.method == 'sft' else 'chosen and rejected'}."
+        ) from problem
+    if adapter.method == "sft":
+        return lambda row: (form.conversation(row),), [*form.columns, *asked]
+    return lambda row: _pair(form, adapter, row), [*form.columns, adapter.rejected or "rejected", *asked]
+
+
+def _pair(form: RowFormat, adapter: AdapterRecipe, row: Mapping[str, Any]) -> Example:
+    """The chosen conversation and the rejected one, the same up to their answers. Raises `RowError`."""
+    columns = [adapter.chosen or "chosen", adapter.rejected or "rejected"]
+    if adapter.answers:
+        better = row.get(str(adapter.better))
+        if better not in (0, 1):
+            raise RowError(BAD_ROW, f"column '{adapter.better}' holds {better!r}, which is neither 0 nor 1")
+        columns = adapter.answers if better == 0 else adapter.answers[::-1]
+    chosen, rejected = (replace(form, answer=column).conversation(row) for column in columns)
+    if chosen[0]["role"] == TOOLS:
+        raise RowError(BAD_ROW, "the row has tools, with which DPO does not train")
+    if prompt_and_reply(chosen)[0] != prompt_and_reply(rejected)[0]:
+        raise RowError(BAD_ROW, f"the columns '{columns[0]}' and '{columns[1]}' answer different prompts")
+    return chosen, rejected
+
+
+def prompt_and_reply(turns: list[Message]) -> tuple[list[Message], list[Message]]:
+    """What stands before the first supervised turn, and the rest."""
+    start = next(k for k, turn in enumerate(turns) if speaks(turn))
+    return turns[:start], turns[start:]
+
+
+def _source(corpus: Corpus, sources: Sequence[Source]) -> dict[str, Any]:
+    """The files that were read, without the folders of this machine, and the dataset at its commit."""
+    files = [{**given, "path": _name(given["path"])} for given in corpus.inputs]
+    datasets = [source.dataset for source in sources if source.dataset is not None]
+    return {"files": files, **({"dataset": dict(datasets[0])} if datasets else {})}
+
+
+def _name(path: str) -> str:
+    return path if "://" in path else Path(path).name
+
+
+def _licence(sources: Sequence[Source]) -> str | None:
+    """What the card of the dataset says."""
+    cards = {source.card for source in sources if source.card is not None}
+    return ", ".join(licence for card in sorted(cards) for licence in Original.of(*card).licences) or None

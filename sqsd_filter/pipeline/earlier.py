@@ -1,0 +1,104 @@
+"""Rows that have been scored before: in the folder of an earlier run, or in files with score columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.reading.addresses import Opener, Source, peek
+from sqsd_filter.pipeline.reading.sources import Row
+from sqsd_filter.pipeline.scan import read_once
+from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
+from sqsd_filter.pipeline.scores.store import ScoreStore
+from sqsd_filter.pipeline.shards import Index
+from sqsd_filter.pipeline.writing.destination import REPORT_FILE, RUN_FILE, _read_json, input_specs, read_run
+from sqsd_filter.progress import Progress
+from sqsd_filter.scoring.row_formats import Columns, RowFormat
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """Scored rows and where they are from.
+
+    `identity` tells them from others, `facts` are for the report. `keys` (n,) S16 are those of the conversations, zero
+    where there is none, and `pack` is what is known of the pack.
+    """
+
+    where: str
+    sources: list[Source]
+    scored: Scored
+    identity: dict[str, Any]
+    facts: dict[str, Any]
+    keys: np.ndarray
+    pack: Mapping[str, Any] | None
+
+
+def read_earlier(
+    given: Sequence[Any], opener: Opener, per_group: str | None, progress: Progress, *, keyed: bool = False
+) -> Earlier:
+    """The rows of an earlier run's folder, or of scored files; the keys of the latter only if they are to be `keyed`.
+
+    Raises `InputError` where rows have no scores yet.
+    """
+    home = Path(given[0]) / "sqsd" if len(given) == 1 and isinstance(given[0], str | Path) else None
+    if home is not None and (home / RUN_FILE).is_file():
+        return _run(home, opener, per_group, progress)
+    sources = opener.open(given)
+    beside = Path(f"{given[0]}.sqsd") if home is not None else None  # left by `score`
+    index = _keying(sources, beside) if keyed else None
+    progress.start("reading", None)
+    scores = ColumnIndex()
+
+    def visit(row: Row) -> None:
+        scores.visit(row)
+        if index is not None:
+            index.visit(row)
+
+    columns = [*scores.columns, *(index.form.columns if index is not None else [])]
+    corpus, groups = read_once(sources, visit, columns, per_group, progress)
+    report = (_read_json(beside / REPORT_FILE) if beside is not None else None) or {}
+    return Earlier(
+        ", ".join(str(each) if isinstance(each, str | Path) else "the dataset" for each in given),
+        sources,
+        scores.scored(corpus, groups),
+        {"inputs": corpus.inputs},
+        {},
+        index.keys if index is not None else np.zeros(0, "S16"),
+        report.get("pack"),
+    )
+
+
+def _keying(sources: Sequence[Source], beside: Path | None) -> Index:
+    """What takes the keys of conversations, read as when they were scored, if that is known."""
+    known = read_run(beside) if beside is not None else None
+    return Index(RowFormat(**known["row_format"]) if known else Columns().choose(peek(sources)))
+
+
+def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) -> Earlier:
+    """The inputs of an earlier run joined with its score store."""
+    known = read_run(home)
+    assert known is not None
+    report = _read_json(home / REPORT_FILE) or {}
+    if not (home / "scores").is_dir() or "pack" not in report:
+        if report.get("status") == "ok":
+            raise InputError(f"{home.parent} was itself cut from scores: select from what it was cut from.")
+        raise InputError(f"{home.parent} holds a run that was never finished: finish it first.")
+    form = RowFormat(**known["row_format"])
+    index = Index(form)
+    sources = opener.open(input_specs(home))
+    progress.start("reading", None)
+    corpus, groups = read_once(sources, index.visit, form.columns, per_group, progress, limit=known["limit"], form=form)
+    if [{**i, "path": ""} for i in corpus.inputs] != [{**i, "path": ""} for i in known["inputs"]]:
+        raise InputError(
+            f"The inputs of {home.parent} have changed since it was scored: run sqsd-filter on them again."
+        )
+    pack = report["pack"]
+    store = ScoreStore(home / "scores", known["scoring"], list(pack["weights"]))
+    scored = from_store(corpus, index, store, pack["weights"], groups)
+    identity = {**known, "inputs": corpus.inputs}
+    return Earlier(str(home.parent), sources, scored, identity, {"pack": pack}, index.keys, pack)
