@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from sqsd_filter.cli import options, output
+from sqsd_filter.cli.states import states
 from sqsd_filter.cli.store import store
 from sqsd_filter.errors import SQSDError, UsageError
 
@@ -55,10 +56,12 @@ def _columns(params: dict[str, Any]) -> Any:
 
 
 def _scorer(params: dict[str, Any]) -> Any:
+    from sqsd_filter.directions.pack import load_pack
     from sqsd_filter.scoring.scorer import SQSDScorer
 
+    pack, shared_state = load_pack(params["pack"]), params["shared_state"]
     return SQSDScorer(
-        params["pack"],
+        pack if shared_state is None else pack.at_one_state(shared_state),
         model=params["model"],
         device=params["device"],
         dtype=params["dtype"],
@@ -246,6 +249,7 @@ def build(recipe: Path, out: Path) -> None:
 
 
 cli.add_command(store)
+pack.add_command(states)
 
 
 def _terminate(*_: object) -> None:

@@ -112,6 +112,7 @@ cuts = together(
 )
 scoring = together(
     option("--pack", default="smollm2-135m", show_default=True, metavar="NAME|DIR|HUB", help="Direction pack."),
+    option("--shared-state", metavar="NAME", help="Fast mode: all of the pack's directions at this one of its states."),
     option("--model", metavar="DIR|HUB", help="Score with this base model instead of the pack's."),
     option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; the default is a GPU if there is one."),
     option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: float32 on a CPU, bfloat16 on a GPU."),

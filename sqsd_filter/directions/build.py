@@ -1,7 +1,8 @@
 """Build a pack from a recipe: the danger direction by SFT, the safety direction by DPO, the benign state by SFT.
 
-Training is trl's and peft's; here are resuming, and the provenance that goes into the pack. An interrupted build goes
-on from its last checkpoint when the same recipe is built into the same folder again.
+Training is trl's and peft's; here are resuming, the choice of states, and the provenance that goes into the pack. An
+interrupted build goes on from its last checkpoint when the same recipe is built into the same folder again; a choice
+that was interrupted is made again.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from sqsd_filter.directions.pack import FORMAT, PACK_FILE, Pack, load_pack
 from sqsd_filter.directions.recipe import PackRecipe
-from sqsd_filter.directions.training import WORK_DIR, read_rows, train, write_json
-from sqsd_filter.errors import DestinationExists, SQSDError
+from sqsd_filter.directions.states import checkpoints, compare_states
+from sqsd_filter.directions.training import WORK_DIR, _turns, read_rows, take_checkpoint, train, write_json
+from sqsd_filter.errors import DestinationExists, InputError, SQSDError
 from sqsd_filter.progress import Progress, Silent
 
 
@@ -48,9 +52,11 @@ def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None
     records = {name: target / name / "training.json" for name in recipe.adapters}
     # all data before any training: what is wrong with the last adapter's shows at once, not after hours
     data = {name: read_rows(recipe, recipe.adapters[name]) for name, record in records.items() if not record.is_file()}
+    state_rows = _state_rows(recipe)
     for name in sorted(data, key=lambda name: name != recipe.base_adapter):
         rows, source = data[name]
         train(recipe, name, rows, source, target, progress or Silent())
+    chosen = {name: _choose_state(recipe, name, *state_rows, target, progress) for name in recipe.sensitive}
     provenance = {name: json.loads(record.read_text()) for name, record in records.items()}
     pack = {
         "format": FORMAT,
@@ -63,6 +69,7 @@ def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None
         "probes": [asdict(p) for p in recipe.probes],
         "provenance": provenance,
         "recipe": fingerprint,
+        **({"validation": {"states": chosen}} if chosen else {}),
         **recipe.notes,
     }
     write_json(target / PACK_FILE, pack)
@@ -70,3 +77,37 @@ def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None
     if not recipe.keep_checkpoints:
         shutil.rmtree(work)
     return built
+
+
+def _state_rows(recipe: PackRecipe) -> tuple[Any, dict[str, Any]]:
+    """The rows on which states are compared, and where they came from; none where no state is to be chosen."""
+    if recipe.states is None:
+        return [], {}
+    rows, source = read_rows(recipe, recipe.states.source)
+    if missing := sorted(set(recipe.states.positive) - set(rows.column_names)):
+        raise InputError(
+            f"{recipe.states.data} lacks the columns {', '.join(missing)}; it has {', '.join(rows.column_names)}."
+        )
+    return rows, source
+
+
+def _choose_state(
+    recipe: PackRecipe, name: str, rows: Any, source: Mapping[str, Any], target: Path, progress: Progress | None
+) -> dict[str, Any]:
+    """Publish the most sensitive checkpoint of an adapter; the record of all."""
+    how = recipe.states
+    assert how is not None
+    settings = ("base_model", "probes", "base_revision", "base_adapter", "chat_template_kwargs", "max_length")
+    pack = Pack(target, recipe.name, **{key: getattr(recipe, key) for key in settings})
+    candidates = checkpoints(target / WORK_DIR / name)
+    found = compare_states(
+        pack,
+        candidates,
+        [_turns(row, how.source, how.answer) for row in rows],
+        [all(row[k] == v for k, v in how.positive.items()) for row in rows] if how.positive else None,
+        answer_tokens=how.answer_tokens,
+        progress=progress,
+    )
+    best = next(c for c in candidates if c.name == found["chosen"])
+    take_checkpoint(target, name, best.folder, best.step)
+    return {**found, "data": source, "asked": {k: v for k, v in asdict(how).items() if v not in (None, {})}}

@@ -81,12 +81,12 @@ def train(
 
     taken = checkpoints / "last"
     trainer.model.save_pretrained(taken)
-    if adapter.take_step is not None:
-        taken = checkpoints / f"checkpoint-{adapter.take_step}"
+    step = adapter.take_step if isinstance(adapter.take_step, int) else None
+    if step is not None:
+        taken = checkpoints / f"checkpoint-{step}"
         if not taken.is_dir():
             raise UsageError(
-                f"Adapter '{name}' is trained for {trainer.state.global_step} steps: its take_step can't be "
-                f"{adapter.take_step}."
+                f"Adapter '{name}' is trained for {trainer.state.global_step} steps: its take_step can't be {step}."
             )
     _publish(taken, target / name)
     losses = [{"step": e["step"], "loss": round(e["loss"], 4)} for e in trainer.state.log_history if "loss" in e]
@@ -95,11 +95,18 @@ def train(
         "data": source,
         "licence": adapter.licence,
         "rows": len(trainer.train_dataset),
-        "steps": adapter.take_step or trainer.state.global_step,
+        "steps": step or trainer.state.global_step,
         "settings": settings | {"lora": asdict(recipe.lora), "seed": recipe.seed, "dtype": recipe.dtype},
         "losses": losses,
     }
     write_json(target / name / "training.json", facts)
+
+
+def take_checkpoint(target: Path, name: str, checkpoint: Path, step: int) -> None:
+    """Publish this checkpoint of an adapter that is trained already, in the place of its last state."""
+    _publish(checkpoint, target / name)
+    record = target / name / "training.json"
+    write_json(record, json.loads(record.read_text()) | {"steps": step})
 
 
 def write_json(path: Path, value: Any) -> None:
