@@ -17,6 +17,7 @@ import click
 from sqsd_filter.cli import options, output
 from sqsd_filter.cli.drift import drift
 from sqsd_filter.cli.pack import pack
+from sqsd_filter.cli.states import states
 from sqsd_filter.cli.steer import steer
 from sqsd_filter.cli.store import store
 from sqsd_filter.errors import SQSDError, UsageError
@@ -57,10 +58,12 @@ def _columns(params: dict[str, Any]) -> Any:
 
 
 def _scorer(params: dict[str, Any]) -> Any:
+    from sqsd_filter.directions.pack import load_pack
     from sqsd_filter.scoring.scorer import SQSDScorer
 
+    pack, shared_state = load_pack(params["pack"]), params["shared_state"]
     return SQSDScorer(
-        params["pack"],
+        pack if shared_state is None else pack.at_one_state(shared_state),
         model=params["model"],
         device=params["device"],
         dtype=params["dtype"],
@@ -233,6 +236,7 @@ cli.add_command(pack)
 cli.add_command(steer)
 cli.add_command(store)
 cli.add_command(drift)
+pack.add_command(states)
 
 
 def _terminate(*_: object) -> None:

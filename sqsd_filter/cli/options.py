@@ -128,6 +128,7 @@ combined = together(
 )
 scoring = together(
     option("--pack", default="smollm2-135m", show_default=True, metavar="NAME|DIR|HUB", help="Direction pack."),
+    option("--shared-state", metavar="NAME", help="Fast mode: all of the pack's directions at this one of its states."),
     option("--model", metavar="DIR|HUB", help="Score with this base model instead of the pack's."),
     device,
     dtype,

@@ -130,6 +130,7 @@ def summary(report: Mapping[str, Any], dest: object) -> str:
         lines.append(f"  risk     min {q['0%']:.3f}, median {q['50%']:.3f}, 95% {q['95%']:.3f}, max {q['100%']:.3f}")
     if pack := report.get("pack"):
         where = f", {report['dtype']} on {report['device']}" if "dtype" in report else ""
+        where += f", shared state: {pack['shared_state']}" if pack.get("shared_state") else ""
         lines.append(f"  pack     {pack['name']} ({pack['fingerprint']}) on {pack['base_model']}{where}")
     if found := report.get("consensus"):
         packs = ", ".join(pack["scores"] for pack in found["packs"])
@@ -205,3 +206,18 @@ def compacted(found: Mapping[str, Any]) -> str:
 
 def _many(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def states(found: Mapping[str, Any]) -> str:
+    """What `pack states` says: a line for each candidate."""
+    columns = ("sensitivity", "reliability", "length", "stability", "directions", "auc")
+    shown = [c for c in columns if any(entry[c] is not None for entry in found["candidates"])]
+    names = [f"{'* ' if e['state'] == found['chosen'] else '  '}{e['state']}" for e in found["candidates"]]
+    wide = max(map(len, names))
+    lines = [" ".join([" " * wide, *(f"{name:>11}" for name in shown)])]
+    for name, entry in zip(names, found["candidates"], strict=True):
+        cells = ("-" if entry[c] is None else f"{entry[c]:.4f}" for c in shown)
+        lines.append(" ".join([f"{name:<{wide}}", *(f"{cell:>11}" for cell in cells)]))
+    left = ", ".join(f"{count:,} {status}" for status, count in found["left_out"].items())
+    lines.append(f"{_many(found['rows'], 'row')}{f'; left out: {left}' if left else ''}; chosen: {found['chosen']}")
+    return "\n".join(lines)

@@ -1,7 +1,8 @@
 """Build a pack from a recipe: the danger direction by SFT, the safety direction by DPO, the benign state by SFT.
 
-Training is trl's and peft's; here are resuming, and the provenance that goes into the pack. An interrupted build goes
-on from its last checkpoint when the same recipe is built into the same folder again.
+Training is trl's and peft's; here are resuming, the choice of states, and the provenance that goes into the pack. An
+interrupted build goes on from its last checkpoint when the same recipe is built into the same folder again; a choice
+that was interrupted is made again.
 
 On several GPUs: `torchrun --nproc-per-node 4 -m sqsd_filter pack build CONFIG.toml OUT` gives each a share of every
 batch. A single process spreads a model over all GPUs that it sees, for one that is larger than a card.
@@ -19,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from sqsd_filter.directions import processes
-from sqsd_filter.directions.data import read_data
+from sqsd_filter.directions.data import TrainingData, read_data
 from sqsd_filter.directions.pack import FORMAT, PACK_FILE, Pack, load_pack
 from sqsd_filter.directions.recipe import PackRecipe
-from sqsd_filter.directions.training import WORK_DIR, train, write_json
+from sqsd_filter.directions.states import checkpoints, compare_states
+from sqsd_filter.directions.training import WORK_DIR, take_checkpoint, train, write_json
 from sqsd_filter.errors import DestinationExists, SQSDError
 from sqsd_filter.progress import Progress, Silent
 
@@ -64,10 +66,12 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
     records = {name: target / name / "training.json" for name in recipe.adapters}
     # all data before any training: what is wrong with the last adapter's shows at once, not after hours
     data = {name: read_data(recipe, recipe.adapters[name]) for name, record in records.items() if not record.is_file()}
+    shown = read_data(recipe, recipe.states.source, recipe.states.positive) if recipe.states else None
     for name in sorted(data, key=lambda name: name != recipe.base_adapter):
         train(recipe, name, data[name], target, progress)
     if processes.is_first():
-        write_json(target / PACK_FILE, _pack(recipe, records, fingerprint))
+        chosen = {name: _choose_state(recipe, name, shown, target, progress) for name in recipe.sensitive if shown}
+        write_json(target / PACK_FILE, _pack(recipe, records, fingerprint, chosen))
     processes.wait()
     built = load_pack(target)
     processes.wait()
@@ -76,7 +80,9 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
     return built
 
 
-def _pack(recipe: PackRecipe, records: Mapping[str, Path], fingerprint: str) -> dict[str, Any]:
+def _pack(
+    recipe: PackRecipe, records: Mapping[str, Path], fingerprint: str, chosen: Mapping[str, Any]
+) -> dict[str, Any]:
     """The content of `pack.json`."""
     return {
         "format": FORMAT,
@@ -89,5 +95,28 @@ def _pack(recipe: PackRecipe, records: Mapping[str, Path], fingerprint: str) -> 
         "probes": [asdict(p) for p in recipe.probes],
         "provenance": {name: json.loads(record.read_text()) for name, record in records.items()},
         "recipe": fingerprint,
+        **({"validation": {"states": chosen}} if chosen else {}),
         **recipe.notes,
     }
+
+
+def _choose_state(
+    recipe: PackRecipe, name: str, shown: TrainingData, target: Path, progress: Progress
+) -> dict[str, Any]:
+    """Publish the most sensitive checkpoint of an adapter; the record of all."""
+    how = recipe.states
+    assert how is not None
+    settings = ("base_model", "probes", "base_revision", "base_adapter", "chat_template_kwargs", "max_length")
+    pack = Pack(target, recipe.name, **{key: getattr(recipe, key) for key in settings})
+    candidates = checkpoints(target / WORK_DIR / name)
+    found = compare_states(
+        pack,
+        candidates,
+        [turns for (turns,) in shown.examples],
+        shown.positive,
+        answer_tokens=how.answer_tokens,
+        progress=progress,
+    )
+    best = next(c for c in candidates if c.name == found["chosen"])
+    take_checkpoint(target, name, best.folder, best.step)
+    return {**found, "data": shown.source, "asked": {k: v for k, v in asdict(how).items() if v not in (None, {})}}

@@ -29,23 +29,27 @@ Example = tuple[list[Message], ...]  # one conversation for SFT, the chosen and 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What an adapter is trained on, where it is from, and how many rows are no examples, by reason."""
+    """What an adapter is trained on, where it is from, and how many rows are no examples, by reason. `positive` marks
+    examples, if that was asked for."""
 
     examples: list[Example]
+    positive: list[bool] | None
     source: dict[str, Any]
     licence: str | None
     left_out: Counter[str]
 
 
-def read_data(recipe: PackRecipe, adapter: AdapterRecipe) -> TrainingData:
-    """The examples of one adapter: of the rows that it wants a seeded sample, if it says how many.
+def read_data(recipe: PackRecipe, adapter: AdapterRecipe, positive: Mapping[str, Any] | None = None) -> TrainingData:
+    """The examples of one adapter: of the rows that it wants a seeded sample, if it says how many. Those whose columns
+    equal `positive`, if it names any, are marked.
 
     Raises `InputError` where the data can't be had or has other columns, `PackError` where nothing is left of it.
     """
     with closing(Opener()) as opener:
         sources = opener.open([_spec(recipe.folder, adapter)])
-        read, columns = _reader(adapter, peek(sources))
+        read, columns = _reader(adapter, peek(sources), list(positive or ()))
         examples: list[Example] = []
+        marks: list[bool] = []
         left_out: Counter[str] = Counter()
         first: list[str] = []
 
@@ -55,6 +59,7 @@ def read_data(recipe: PackRecipe, adapter: AdapterRecipe) -> TrainingData:
                     raise RowError(BAD_JSON, row.problem)
                 if _wanted(adapter, row.value):
                     examples.append(read(row.value))
+                    marks.append(all(row.value.get(column) == value for column, value in (positive or {}).items()))
             except RowError as problem:
                 left_out[problem.status] += 1
                 first[:] = first or [f"{row.file}, line {row.line}: {problem.detail}"]
@@ -64,9 +69,10 @@ def read_data(recipe: PackRecipe, adapter: AdapterRecipe) -> TrainingData:
         why = f" ({first[0]})" if first else ""
         raise PackError(f"No row of {adapter.data} is left for training{why}: see to its columns, where and unless.")
     if adapter.rows is not None and len(examples) > adapter.rows:
-        chosen = np.random.default_rng(recipe.seed).permutation(len(examples))[: adapter.rows]
-        examples = [examples[k] for k in chosen.tolist()]
-    return TrainingData(examples, _source(corpus, sources), adapter.licence or _licence(sources), left_out)
+        chosen = np.random.default_rng(recipe.seed).permutation(len(examples))[: adapter.rows].tolist()
+        examples, marks = [examples[k] for k in chosen], [marks[k] for k in chosen]
+    marked = marks if positive else None
+    return TrainingData(examples, marked, _source(corpus, sources), adapter.licence or _licence(sources), left_out)
 
 
 def _spec(folder: Path, adapter: AdapterRecipe) -> str:
@@ -88,7 +94,7 @@ def _wanted(adapter: AdapterRecipe, row: Mapping[str, Any]) -> bool:
 
 
 def _reader(
-    adapter: AdapterRecipe, sample: Sequence[Mapping[str, Any]]
+    adapter: AdapterRecipe, sample: Sequence[Mapping[str, Any]], besides: Sequence[str]
 ) -> tuple[Callable[[Mapping[str, Any]], Example], list[str]]:
     """What makes an example of a row, and the columns that it takes to do so."""
     if not sample:
@@ -96,7 +102,7 @@ def _reader(
             f"{adapter.data} has no row that can be read: it is to be JSON Lines, CSV, parquet or the like."
         )
     seen = list(dict.fromkeys(column for row in sample for column in row))
-    asked = [*adapter.columns, *adapter.where, *adapter.unless]
+    asked = [*adapter.columns, *adapter.where, *adapter.unless, *besides]
     if missing := [column for column in asked if column not in seen]:
         raise InputError(f"{adapter.data} lacks the columns {', '.join(missing)}; it has {', '.join(seen)}.")
     chosen = (adapter.answers or [adapter.chosen or "chosen"])[0]

@@ -17,12 +17,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sqsd_filter.errors import PackError
+from sqsd_filter.errors import PackError, UsageError
 
 PACK_FILE = "pack.json"
 FORMAT = 1
@@ -81,6 +81,26 @@ class Pack:
     def folders(self) -> list[str]:
         """Names of all adapters that the pack needs."""
         return [*self.adapters, *([self.base_adapter] if self.base_adapter else [])]
+
+    @property
+    def shared_state(self) -> str | None:
+        """The one state at which several probes are taken together: the fast mode, not the paper's form."""
+        places = {p.at for p in self.probes}
+        return self.probes[0].state if len(places) == 1 < len(self.probes) else None
+
+    def at_one_state(self, state: str) -> Pack:
+        """The pack with every probe at this one of its states, with the scaling that it has there: one forward and
+        backward pass for all. These are other scores, so it is another fingerprint.
+
+        Raises `UsageError` where no probe is at that state.
+        """
+        scalings = {p.state: p.state_scaling for p in reversed(self.probes)}
+        if state not in scalings:
+            raise UsageError(
+                f"The pack {self.name} takes no gradients at '{state}': its states are {', '.join(sorted(scalings))}."
+            )
+        probes = (replace(p, state=state, state_scaling=scalings[state]) for p in self.probes)
+        return replace(self, probes=tuple(probes))
 
     @cached_property
     def fingerprint(self) -> str:

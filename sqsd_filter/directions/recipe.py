@@ -20,7 +20,11 @@ learning_rate = 2e-4
 name = "danger"
 weight = 1.0
 direction = "danger"
-state = "initial"
+state = "initial"              # an adapter with take_step = "sensitive" is chosen among its checkpoints
+[states]                       # by these rows, benign ones or others
+data = "benign.jsonl"
+prompt = "prompt"
+answer = "response"
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sqsd_filter.directions.pack import PROBE_NAME, RESERVED, Probe
 from sqsd_filter.errors import InputError, UsageError
+
+SENSITIVE = "sensitive"
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,8 @@ class AdapterRecipe:
     `where` keeps the rows whose columns equal the given values, `unless` leaves out those in which one does; `rows`
     then keeps a seeded sample. `batch_size` rows are one update, on however many devices; `device_batch_size` of them
     are one pass of one device. `take_step` takes the checkpoint after that many updates instead of the last one (a
-    state belongs to the middle of a trajectory); `save_steps` says how often checkpoints are written, all of which
-    stay until the pack is done.
+    state belongs to the middle of a trajectory), or with "sensitive" the one that `states.compare_states` chooses;
+    `save_steps` says how often checkpoints are written, all of which stay until the pack is done.
     """
 
     method: str
@@ -93,7 +99,7 @@ class AdapterRecipe:
     device_batch_size: int | None = None
     beta: float = 0.1
     save_steps: int = 50
-    take_step: int | None = None
+    take_step: int | str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in _METHODS:
@@ -105,7 +111,9 @@ class AdapterRecipe:
             raise UsageError("answers (two columns) and better (the column with the number of one) go together.")
         if self.answers and (self.chosen or self.rejected):
             raise UsageError("An adapter has either answers and better, or chosen and rejected.")
-        if self.take_step is not None and self.take_step % self.save_steps:
+        if isinstance(self.take_step, str) and self.take_step != SENSITIVE:
+            raise UsageError(f"take_step must be a number of updates or '{SENSITIVE}', not {self.take_step!r}.")
+        if isinstance(self.take_step, int) and self.take_step % self.save_steps:
             raise UsageError(f"take_step must be a multiple of save_steps ({self.save_steps}).")
         if self.batch_size % (self.device_batch_size or 1):
             raise UsageError("batch_size must be a multiple of device_batch_size.")
@@ -115,6 +123,31 @@ class AdapterRecipe:
         """All columns that are named to be trained on."""
         single = [getattr(self, name) for name in (*_COLUMNS, "answer", "chosen", "rejected", "better")]
         return [column for column in (*single, *(self.answers or [])) if column is not None]
+
+
+@dataclass(frozen=True)
+class StateRows:
+    """The rows on which states are compared: `rows` of them, a seeded sample of those whose columns equal `where`.
+
+    Rows whose columns equal `positive`, if that is given, should have the higher risk. `answer_tokens` cuts all answers
+    to this many tokens and leaves out rows with shorter ones.
+    """
+
+    data: str
+    prompt: str
+    answer: str
+    context: str | None = None
+    where: Mapping[str, Any] = field(default_factory=dict)
+    positive: Mapping[str, Any] = field(default_factory=dict)
+    rows: int = 64
+    split: str = "train"
+    answer_tokens: int | None = None
+
+    @property
+    def source(self) -> AdapterRecipe:
+        """The same rows as training would read them."""
+        kept = {k: v for k, v in vars(self).items() if k not in ("positive", "answer_tokens")}
+        return AdapterRecipe(method="sft", **kept)
 
 
 @dataclass(frozen=True)
@@ -134,6 +167,7 @@ class PackRecipe:
     max_length: int = 1024
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     lora: LoraShape = field(default_factory=LoraShape)
+    states: StateRows | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
     folder: Path = field(default_factory=Path)
 
@@ -161,6 +195,8 @@ class PackRecipe:
             "probes": tuple(_typed(Probe, table, "[[probes]]") for table in data.get("probes", [])),
             "folder": path.parent,
         }
+        if "states" in data:
+            recipe["states"] = _typed(StateRows, data["states"], "[states]")
         for probe in recipe["probes"]:
             if not PROBE_NAME.fullmatch(probe.name) or probe.name in RESERVED:
                 raise UsageError(f"[[probes]]: '{probe.name}' can't be a probe's name.")
@@ -171,7 +207,24 @@ class PackRecipe:
         if not used or (missing := used - set(loaded.adapters)):
             what = f"names the adapters {', '.join(sorted(missing))} without" if used else "has no probes or"
             raise UsageError(f"The recipe {path} {what} saying how to train them.")
+        loaded._check_states()
         return loaded
+
+    @property
+    def sensitive(self) -> list[str]:
+        """The adapters that are chosen among their checkpoints."""
+        return [name for name, adapter in self.adapters.items() if adapter.take_step == SENSITIVE]
+
+    def _check_states(self) -> None:
+        fixed = {self.base_adapter, *(p.direction for p in self.probes)}
+        for name in self.sensitive:
+            if name in fixed or name not in {p.state for p in self.probes}:
+                raise UsageError(
+                    f"[adapters.{name}]: take_step = '{SENSITIVE}' is for an adapter that is a state only, not a "
+                    "direction or the base: the directions decide."
+                )
+        if bool(self.sensitive) != (self.states is not None):
+            raise UsageError(f"[states] and an adapter with take_step = '{SENSITIVE}' need each other: give both.")
 
 
 def _typed(kind: Any, table: Mapping[str, Any], where: str) -> Any:

@@ -16,7 +16,7 @@ from sqsd_filter.directions import processes
 from sqsd_filter.directions.data import TrainingData, prompt_and_reply
 from sqsd_filter.directions.folders import write_adapter
 from sqsd_filter.directions.pack import ADAPTER_FILES
-from sqsd_filter.directions.recipe import AdapterRecipe, PackRecipe
+from sqsd_filter.directions.recipe import SENSITIVE, AdapterRecipe, PackRecipe
 from sqsd_filter.errors import PackError, UsageError
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
@@ -92,12 +92,12 @@ def train(recipe: PackRecipe, name: str, data: TrainingData, target: Path, progr
     if processes.is_first():
         trainer.model.save_pretrained(taken)
     processes.wait()
-    if adapter.take_step is not None:
-        taken = checkpoints / f"checkpoint-{adapter.take_step}"
+    step = adapter.take_step if isinstance(adapter.take_step, int) else None
+    if step is not None:
+        taken = checkpoints / f"checkpoint-{step}"
         if not taken.is_dir():
             raise UsageError(
-                f"Adapter '{name}' is trained for {trainer.state.global_step} steps: its take_step can't be "
-                f"{adapter.take_step}."
+                f"Adapter '{name}' is trained for {trainer.state.global_step} steps: its take_step can't be {step}."
             )
     if processes.is_first():
         _publish(taken, target / name)
@@ -143,10 +143,17 @@ def _facts(recipe: PackRecipe, adapter: AdapterRecipe, data: TrainingData, train
         "licence": data.licence,
         "rows": len(trainer.train_dataset),
         "left_out": dict(data.left_out),
-        "steps": adapter.take_step or trainer.state.global_step,
+        "steps": trainer.state.global_step if adapter.take_step in (None, SENSITIVE) else adapter.take_step,
         "settings": settings | how,
         "losses": losses,
     }
+
+
+def take_checkpoint(target: Path, name: str, checkpoint: Path, step: int) -> None:
+    """Publish this checkpoint of an adapter that is trained already, in the place of its last state."""
+    _publish(checkpoint, target / name)
+    record = target / name / "training.json"
+    write_json(record, json.loads(record.read_text()) | {"steps": step})
 
 
 def write_json(path: Path, value: Any) -> None:

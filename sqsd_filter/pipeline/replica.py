@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +196,13 @@ def pack_files_of(pack: Pack) -> dict[str, bytes]:
 
 @contextmanager
 def _at_hand(pack: Pack, ledger: Any) -> Iterator[Pack]:
-    """The pack on this node: where the driver has it, if the same is there, else written from what the ledger keeps."""
+    """The pack on this node: where the driver has it, if the same is there, else written from what the ledger keeps.
+
+    Only the adapters are read here; the probes are the driver's, which need not be those of the file.
+    """
     same = False
-    with suppress(SQSDError):
-        found = load_pack(pack.path if pack.path.parent != PACKS_DIR else pack.name)
+    with suppress(SQSDError, OSError):
+        found = replace(pack, path=load_pack(pack.path if pack.path.parent != PACKS_DIR else pack.name).path)
         same = found.fingerprint == pack.fingerprint
     if same:
         yield found
@@ -208,7 +212,7 @@ def _at_hand(pack: Pack, ledger: Any) -> Iterator[Pack]:
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        yield load_pack(folder)
+        yield replace(pack, path=Path(folder))
 
 
 def as_data(problem: SQSDError) -> str:

@@ -307,6 +307,7 @@ def _about(scorer: SQSDScorer) -> dict[str, Any]:
             "fingerprint": pack.fingerprint,
             "base_model": scorer.base_model,
             "weights": {p.name: p.weight for p in pack.probes},
+            "shared_state": pack.shared_state,
         },
         "device": scorer.device.split(":")[0],
         "dtype": scorer.dtype,

@@ -20,6 +20,7 @@ from sqsd_filter.directions.build import build_pack
 from sqsd_filter.directions.pack import ADAPTER_FILES, PACK_FILE, load_pack
 from sqsd_filter.directions.recipe import PackRecipe
 from sqsd_filter.errors import DestinationExists, InputError, SQSDError, UsageError
+from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import make_rows, write_jsonl
 from tests.tiny import CONVERSATIONS
@@ -85,6 +86,24 @@ def write_recipe(folder: Path, model: Path, epochs: int = 2) -> Path:
     write_jsonl(folder / "pairs.jsonl", pairs)
     (folder / "recipe.toml").write_text(RECIPE.format(model=model, epochs=epochs))
     return folder / "recipe.toml"
+
+
+STATES = """
+[states]
+data = "answers.jsonl"
+prompt = "instruction"
+answer = "output"
+positive = { bad = true }
+rows = 20
+"""
+
+
+def with_choice(recipe: Path, states: str = STATES) -> Path:
+    """The recipe with the state chosen among its checkpoints."""
+    text = recipe.read_text()
+    chosen = recipe.with_name("choice.toml")
+    chosen.write_text(text.replace("take_step = 2", 'take_step = "sensitive"') + states)
+    return chosen
 
 
 @pytest.fixture
@@ -193,6 +212,19 @@ BROKEN: dict[str, tuple[str, str, type[SQSDError], str]] = {
     "no rows": ("bad = true", 'instruction = "?"', SQSDError, "No row"),
     "no such adapter": ('state = "initial"', 'state = "begin"', UsageError, "begin"),
     "no such checkpoint": ("take_step = 2", "take_step = 3", UsageError, "multiple of save_steps"),
+    "no rows for states": (
+        "take_step = 2",
+        'take_step = "sensitive"',
+        UsageError,
+        r"\[states\] and an adapter .* need",
+    ),
+    "no such choice": ("take_step = 2", 'take_step = "best"', UsageError, "take_step must be a number of updates or"),
+    "a direction's choice": (
+        'method = "dpo"',
+        'method = "dpo"\ntake_step = "sensitive"',
+        UsageError,
+        r"adapters\.safety.*is for an adapter that is a state only",
+    ),
     "no such step": ("take_step = 2", "take_step = 6", UsageError, "trained for 4 steps: its take_step can't be 6"),
 }
 
@@ -256,3 +288,100 @@ def test_a_broken_data_file_is_an_input_error(recipe: Path) -> None:
     (recipe.parent / "pairs.jsonl").write_text('{"prompt": "a", "good": "b"\n[')
     with pytest.raises(InputError, match=r"pairs\.jsonl has no row that can be read"):
         build_pack(PackRecipe.load(recipe), recipe.parent / "pack")
+
+
+# ---------------------------------------------------------------------------------------------- the choice of a state
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory, tiny_pack: Path) -> Path:
+    folder = tmp_path_factory.mktemp("chosen")
+    recipe = PackRecipe.load(with_choice(write_recipe(folder, tiny_pack / "base")))
+    return build_pack(replace(recipe, keep_checkpoints=True), folder / "pack").path
+
+
+def test_the_most_sensitive_checkpoint_is_published_with_the_figures_of_all(chosen: Path, built: Path) -> None:
+    told = json.loads((chosen / PACK_FILE).read_text())
+    (record,) = told["validation"]["states"].values()
+    assert list(told["validation"]["states"]) == ["initial"]
+    steps = {entry["state"]: entry["step"] for entry in record["candidates"]}
+    assert steps == {"fresh": 0, "checkpoint-2": 2, "checkpoint-4": 4}
+    best = max(record["candidates"][1:], key=lambda entry: entry["sensitivity"])
+    assert record["chosen"] == best["state"] and told["provenance"]["initial"]["steps"] == best["step"]
+    published = load_adapter(chosen / "initial").factors
+    taken = load_adapter(chosen / ".build" / "initial" / best["state"]).factors
+    assert all(torch.equal(published[m].B, taken[m].B.bfloat16().float()) for m in taken)
+    assert (record["rows"], record["settings"]["dtype"]) == (20, "float32") and 0 < record["positive"] < 20
+    assert record["data"]["file"] == "answers.jsonl" and record["asked"]["positive"] == {"bad": True}
+    assert "validation" not in json.loads((built / PACK_FILE).read_text())
+
+
+def test_the_record_is_a_note_and_the_command_finds_the_same_again(chosen: Path, tmp_path: Path) -> None:
+    """On all rows: the recipe's 20 are a sample of 24."""
+    plain = shutil.copytree(chosen, tmp_path / "plain")
+    told = json.loads((plain / PACK_FILE).read_text())
+    (plain / PACK_FILE).write_text(json.dumps({k: v for k, v in told.items() if k != "validation"}))
+    assert load_pack(plain).fingerprint == load_pack(chosen).fingerprint
+    recipe = PackRecipe.load(chosen.parent / "choice.toml")
+    assert recipe.states is not None
+    again = build_pack(replace(recipe, states=replace(recipe.states, rows=24)), tmp_path / "again")
+    rows, run = str(chosen.parent / "answers.jsonl"), str(chosen / ".build" / "initial")
+    command = [sys.executable, "-m", "sqsd_filter", "pack", "states", str(again.path), "--run", run, "--rows", rows]
+    found = subprocess.run([*command, "--json", "--positive", "bad=true"], capture_output=True, text=True, check=True)
+    record = again.notes["validation"]["states"]["initial"]
+    assert json.loads(found.stdout) == {k: v for k, v in record.items() if k not in ("data", "asked")}
+
+
+def test_a_build_that_is_killed_while_states_are_compared_ends_in_the_same_bytes(
+    recipe: Path, chosen: Path, tiny_pack: Path
+) -> None:
+    out, choice = recipe.parent / "pack", with_choice(recipe)
+    command = [sys.executable, "-m", "sqsd_filter", "pack", "build", str(choice), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if line.startswith("measuring"))
+        process.send_signal(signal.SIGKILL)
+    assert said == "measuring 3 states on 20 rows\n" and process.returncode == -signal.SIGKILL
+    assert (out / "safety" / "training.json").is_file() and not (out / PACK_FILE).exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "measuring 3 states" in done.stderr and "training '" not in done.stderr
+    expected = {name: data for name, data in files(chosen).items() if not name.startswith(".build")}
+    found = files(out)
+    recipes = [json.loads(f.pop(PACK_FILE)) for f in (expected, found)]
+    assert found == expected
+    assert recipes[0].pop("recipe") != recipes[1].pop("recipe") and recipes[0] == recipes[1]  # one keeps checkpoints
+
+
+def test_a_choice_killed_before_the_pack_is_written_ends_in_the_same_bytes(chosen: Path, tmp_path: Path) -> None:
+    """What a kill leaves after the chosen checkpoint is published, or half of it."""
+    recipe = replace(PackRecipe.load(chosen.parent / "choice.toml"), keep_checkpoints=True)
+    for name in ("whole", "half"):
+        out = shutil.copytree(chosen, tmp_path / name)
+        (out / PACK_FILE).unlink()
+        if name == "half":
+            (out / "initial" / ADAPTER_FILES[1]).write_bytes(b"half")
+        build_pack(recipe, out)
+        assert files(out) == files(chosen)
+
+
+CHOICES: dict[str, tuple[str, str, type[SQSDError], str]] = {
+    "unknown key": ("rows = 20", "sample = 20", UsageError, r"\[states\] has unknown keys: sample"),
+    "no column": ('answer = "output"', 'answer = "reply"', InputError, "answers.jsonl lacks the columns reply"),
+    "no label": ("{ bad = true }", "{ worse = true }", InputError, "answers.jsonl lacks the columns worse"),
+}
+
+
+@pytest.mark.parametrize(("said", "instead", "kind", "complaint"), CHOICES.values(), ids=CHOICES)
+def test_a_choice_that_makes_no_sense_says_why_before_anything_is_trained(
+    recipe: Path, said: str, instead: str, kind: type[SQSDError], complaint: str
+) -> None:
+    assert said in STATES
+    with pytest.raises(kind, match=complaint):
+        build_pack(PackRecipe.load(with_choice(recipe, STATES.replace(said, instead))), recipe.parent / "pack")
+    assert not list(recipe.parent.glob("pack/*/training.json"))
+
+
+def test_rows_to_choose_by_without_a_choice_are_refused(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + STATES)
+    with pytest.raises(UsageError, match="need each other"):
+        PackRecipe.load(recipe)

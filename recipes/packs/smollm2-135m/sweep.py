@@ -2,7 +2,7 @@
 
     python sweep.py data/val.jsonl --direction danger-48=RUN/.build/danger/checkpoint-48 --direction safety=RUN/safety \
         --state initial=RUN/initial --state safety=RUN/safety@1.0 --fresh initial
-    python sweep.py data/test.jsonl --pack PACK --out results.json
+    python sweep.py data/test.jsonl --pack PACK --last RUN/.build/initial/checkpoint-37 --out results.json
 
 The first form tables every direction at every state, then the best differences of two. The second judges one pack.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,15 +19,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
-from sqsd_filter.directions.pack import ADAPTER_FILES, Pack, Probe, load_pack
+from sqsd_filter.directions.pack import Pack, Probe, load_pack
+from sqsd_filter.directions.states import FRESH, auc, cut_answer, fresh_state, over_links
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.projection import per_module
 from sqsd_filter.scoring.scorer import SQSDScorer
 
 POSITIVE = "unsafe"
-FRESH = "fresh"
+LAST, SHARED = "last", "shared"
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=Path, help="val.jsonl or test.jsonl from prepare.py")
     parser.add_argument("--pack", type=Path, help="judge this pack, with its own probes")
+    parser.add_argument("--last", type=Path, metavar="FOLDER", help="and at the last checkpoint of its benign run")
     parser.add_argument("--direction", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--state", action="append", default=[], metavar="NAME=FOLDER[@SCALING]")
     parser.add_argument("--fresh", metavar="STATE", help="also a state with B = 0 and this state's A")
     parser.add_argument("--base-model", default="smollm2-135m-instruct")
+    parser.add_argument("--base-adapter", type=Path, metavar="FOLDER", help="merged into the base model first")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--answer-tokens", type=int, help="cut all answers to this many tokens, leave shorter ones out")
     parser.add_argument("--per-group", type=int, help="only this many rows of every group")
@@ -63,7 +64,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         given = load_pack(options.pack) if options.pack else None
-        pack = _with_fresh(given, Path(folder)) if given else _grid(options, Path(folder))
+        pack = _with_others(given, options.last, Path(folder)) if given else _grid(options, Path(folder))
         measured = measure(
             SQSDScorer(pack, dtype=options.dtype, max_length=options.max_length), rows, options.answer_tokens
         )
@@ -74,7 +75,7 @@ def main() -> None:
         arrays |= {f"mod:{k}": v.astype(np.float32) for k, v in measured.modules.items()}
         np.savez_compressed(options.save, **arrays)
     if given:
-        table = {name: intervals(score, measured.groups) for name, score in variants(pack, measured).items()}
+        table = {name: intervals(score, measured.groups) for name, score in variants(given, measured).items()}
         for name, entry in table.items():
             print(f"{name:28s}", *(f"{g} {e['auc']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for g, e in entry.items()))
         if options.out:
@@ -87,7 +88,11 @@ def main() -> None:
                     "max_length": options.max_length,
                     "answer_tokens": options.answer_tokens,
                 },
-                "pack": {"name": pack.name, "probes": [asdict(p) for p in given.probes]},
+                "pack": {
+                    "name": given.name,
+                    "fingerprint": given.fingerprint,
+                    "probes": [asdict(p) for p in given.probes],
+                },
                 "auc_of_unsafe_against": table,
             }
             options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -112,7 +117,7 @@ def measure(scorer: SQSDScorer, rows: Sequence[Mapping[str, Any]], answer_tokens
     found = scorer.encoder.encode(
         [[{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}] for r in rows]
     )
-    encoded = {k: _cut(e, answer_tokens) for k, e in enumerate(found) if isinstance(e, Encoded)}
+    encoded = {k: cut_answer(e, answer_tokens) for k, e in enumerate(found) if isinstance(e, Encoded)}
     usable = [k for k, e in encoded.items() if int(e.answer.sum()) >= (answer_tokens or 1)]
     if len(usable) < len(rows):
         print(f"{len(rows) - len(usable)} rows have too short an answer within {scorer.max_length} tokens: left out")
@@ -134,14 +139,6 @@ def measure(scorer: SQSDScorer, rows: Sequence[Mapping[str, Any]], answer_tokens
         unnormalised={name: raw_np[:, p] for p, name in enumerate(names)},
         modules={name: modules_npm[:, p] for p, name in enumerate(names)},
     )
-
-
-def _cut(row: Encoded, answer_tokens: int | None) -> Encoded:
-    positions = np.flatnonzero(row.answer)
-    if answer_tokens is None or len(positions) <= answer_tokens:
-        return row
-    stop = int(positions[answer_tokens])
-    return replace(row, ids=row.ids[:stop], answer=row.answer[:stop])
 
 
 def _both(scorer: SQSDScorer, row: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,67 +170,58 @@ def _both(scorer: SQSDScorer, row: Encoded) -> tuple[torch.Tensor, torch.Tensor]
 
 def _grid(options: argparse.Namespace, folder: Path) -> Pack:
     """A pack with every direction at every state as a probe, over links to the adapters."""
-    directions = [_link(entry, folder)[0] for entry in options.direction]
-    states = [_link(entry, folder) for entry in options.state]
+    directions = dict(entry.split("=", 1) for entry in options.direction)
+    places = {name: Path(where) for name, where in directions.items()}
+    states: list[tuple[str, float | None]] = []
+    for entry in options.state:
+        name, _, rest = entry.partition("=")
+        where, _, scaling = rest.partition("@")
+        places[name] = Path(where)
+        states.append((name, float(scaling) if scaling else None))
     if options.fresh:
-        states.append((_fresh(folder / options.fresh, folder), None))
-    probes = []
-    for state, scaling in states:
-        for direction in directions:
-            at = state if scaling is None else f"{state}@{scaling:g}"
-            probes.append(Probe(f"{direction}|{at}", 1.0, direction, state, scaling))
-    return Pack(folder, "sweep", options.base_model, tuple(probes))
+        places[FRESH] = fresh_state(places[options.fresh], folder / f".{FRESH}")
+        states.append((FRESH, None))
+    probes = [
+        Probe(f"{direction}|{state if scaling is None else f'{state}@{scaling:g}'}", 1.0, direction, state, scaling)
+        for state, scaling in states
+        for direction in directions
+    ]
+    base = {"base adapter": options.base_adapter} if options.base_adapter else {}
+    pack = Pack(folder, "sweep", options.base_model, (), base_adapter=next(iter(base), None))
+    return over_links(pack, probes, folder, places | base)
 
 
-def _with_fresh(pack: Pack, folder: Path) -> Pack:
-    """The pack, and each of its directions also at a fresh LoRA with B = 0."""
-    for name in pack.adapters:
-        (folder / name).symlink_to(pack.adapter(name).resolve(), target_is_directory=True)
-    fresh = _fresh(folder / pack.probes[0].state, folder)
-    extra = [replace(p, name=f"{FRESH}_{p.name}", state=fresh, state_scaling=None) for p in pack.probes]
-    return replace(pack, path=folder, probes=(*pack.probes, *extra))
-
-
-def _link(entry: str, folder: Path) -> tuple[str, float | None]:
-    name, _, rest = entry.partition("=")
-    where, _, scaling = rest.partition("@")
-    place = folder / name
-    if not place.exists():
-        place.symlink_to(Path(where).resolve(), target_is_directory=True)
-    return name, float(scaling) if scaling else None
-
-
-def _fresh(state: Path, folder: Path) -> str:
-    config, weights = ADAPTER_FILES
-    (folder / FRESH).mkdir()
-    shutil.copyfile(state / config, folder / FRESH / config)
-    tensors = load_file(state / weights)
-    save_file({k: v * 0 if ".lora_B." in k else v for k, v in tensors.items()}, folder / FRESH / weights)
-    return FRESH
+def _with_others(pack: Pack, last: Path | None, folder: Path) -> Pack:
+    """The pack, and its probes at other states under their names: those at the benign state, which is the first
+    probe's, also at a fresh LoRA with B = 0 and at the last checkpoint; all of them at the benign state."""
+    benign = pack.probes[0].at
+    places = {FRESH: fresh_state(pack.adapter(benign[0]), folder / f".{FRESH}"), **({LAST: last} if last else {})}
+    probes = [*pack.probes, *(replace(p, name=f"{SHARED}_{p.name}") for p in pack.at_one_state(benign[0]).probes)]
+    for state in places:
+        moved = (p for p in pack.probes if p.at == benign)
+        probes += [replace(p, name=f"{state}_{p.name}", state=state, state_scaling=None) for p in moved]
+    return over_links(pack, probes, folder, places)
 
 
 def variants(pack: Pack, measured: Measured) -> dict[str, np.ndarray]:
-    """The pack's risk, its parts and its ablations, each as a score a row."""
-    own = [p for p in pack.probes if not p.name.startswith(f"{FRESH}_")]
-    found = {"risk": sum(p.weight * measured.normalised[p.name] for p in own)}
-    for p in own:
+    """The risk of a pack that `_with_others` measured, its parts and its ablations, each as a score a row."""
+
+    def risk(scores: Mapping[str, np.ndarray], at: str = "") -> np.ndarray:
+        """The risk with the probes that were measured there at another state, the others at their own."""
+        return np.sum([p.weight * scores.get(f"{at}_{p.name}", scores[p.name]) for p in pack.probes], axis=0)
+
+    found = {"risk": risk(measured.normalised), "risk at a fresh state (B = 0)": risk(measured.normalised, FRESH)}
+    if any(name.startswith(f"{LAST}_") for name in measured.normalised):
+        found["risk at the last checkpoint"] = risk(measured.normalised, LAST)
+    found[f"risk, shared state ({pack.probes[0].state})"] = risk(measured.normalised, SHARED)
+    for p in pack.probes:
         found[f"{p.name} only"] = np.sign(p.weight) * measured.normalised[p.name]
-    found["risk at a fresh state (B = 0)"] = sum(p.weight * measured.normalised[f"{FRESH}_{p.name}"] for p in own)
-    found["risk, not normalised"] = sum(p.weight * measured.unnormalised[p.name] for p in own)
+    found["risk, not normalised"] = risk(measured.unnormalised)
     found["answer length"] = measured.tokens.astype(float)
     return found
 
 
 # ------------------------------------------------------------------------------------------------ AUC
-
-
-def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """The probability that a positive scores higher than a negative, by ranks; ties count half."""
-    values = np.concatenate([positive, negative])
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    n, m = len(positive), len(negative)
-    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
 
 
 def against(score: np.ndarray, groups: np.ndarray) -> dict[str, float]:

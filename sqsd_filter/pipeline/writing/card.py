@@ -129,6 +129,11 @@ def _opening(report: Mapping[str, Any]) -> str:
         measured = f"Several packs measured it: {packs}. Here it stands as the {CONSENSUS[found['rule']]}."
     else:
         measured = f"It was measured with the pack {_pack(pack)}." if pack else "The scores were already in the input."
+    if pack and pack.get("shared_state"):
+        measured += (
+            f" Shared state: {code(pack['shared_state'])}. All directions were taken at this one state. This is not "
+            "the paper's form, in which each has its own: it is faster and gives other scores."
+        )
     return f"""\
 # {title}
 

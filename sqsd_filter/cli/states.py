@@ -1,0 +1,91 @@
+"""`sqsd-filter pack states`: which checkpoint of a training run a pack's gradients are best taken at."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sqsd_filter.cli import output
+from sqsd_filter.errors import UsageError
+
+
+@click.command()
+@click.argument("pack", metavar="PACK")
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    required=True,
+    metavar="DIR",
+    help="Output folder of the training run, with its checkpoint-<step> folders.",
+)
+@click.option("--rows", required=True, metavar="SRC", help="Rows to measure on; benign ones suffice.")
+@click.option("--sample", type=click.IntRange(min=1), default=64, show_default=True, metavar="N", help="So many rows.")
+@click.option("--positive", metavar="COLUMN=VALUE", help="The rows that should have the higher risk: adds AUCs.")
+@click.option("--answer-tokens", type=click.IntRange(min=1), metavar="N", help="Cut answers to N; leave out shorter.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: as in scoring.")
+@click.option("--json", "json_output", is_flag=True, help="Print the result as one JSON object.")
+def states(
+    pack: str,
+    run: Path,
+    rows: str,
+    sample: int,
+    positive: str | None,
+    answer_tokens: int | None,
+    dtype: str | None,
+    json_output: bool,
+) -> None:
+    """Compare the checkpoints of a training run as states for PACK's gradients; change nothing."""
+    from sqsd_filter.directions.pack import load_pack
+    from sqsd_filter.directions.states import checkpoints, compare_states
+
+    warnings.simplefilter("ignore")
+    conversations, marks = _read(rows, sample, positive)
+    found = compare_states(
+        load_pack(pack),
+        checkpoints(run),
+        conversations,
+        marks,
+        answer_tokens=answer_tokens,
+        dtype=dtype,
+        progress=output.Display(),
+    )
+    output.show(found, as_json=json_output, quiet=False, text=output.states)
+
+
+def _read(source: str, sample: int, positive: str | None) -> tuple[list[Any], list[bool] | None]:
+    """The conversations of rows spread evenly over the source, and which of them are positive."""
+    import numpy as np
+
+    from sqsd_filter.pipeline.reading.addresses import Opener, expand, peek
+    from sqsd_filter.pipeline.reading.sources import Corpus
+    from sqsd_filter.scoring.conversation import BAD_JSON, RowError
+    from sqsd_filter.scoring.row_formats import Columns
+
+    column, given, value = (positive or "").partition("=")
+    if positive is not None and not given:
+        raise UsageError(f"--positive must be COLUMN=VALUE, not '{positive}'.")
+    with closing(Opener()) as opener:
+        sources = opener.open(expand([source]))
+        form = Columns().choose(peek(sources))
+        corpus = Corpus.scan(sources, form=form)
+        if positive is not None and column not in corpus.schema.names:
+            raise UsageError(f"--positive names '{column}', but {source} has {', '.join(corpus.schema.names)}.")
+        wanted = set(np.linspace(0, corpus.n_rows - 1, min(sample, corpus.n_rows)).astype(int).tolist())
+        found = [row for row in corpus.read(0, corpus.n_rows) if row.index in wanted]
+    conversations: list[Any] = []
+    for row in found:
+        try:
+            if row.value is None:
+                raise RowError(BAD_JSON, row.problem)
+            conversations.append(form.conversation(row.value))
+        except RowError as problem:
+            conversations.append(problem)
+    if positive is None:
+        return conversations, None
+    texts = [(row.value or {}).get(column) for row in found]
+    return conversations, [(text if isinstance(text, str) else json.dumps(text)) == value for text in texts]
