@@ -19,9 +19,10 @@ from typing import Any
 Row = dict[str, Any]
 
 INITIAL_ROWS = 800  # Dolly rows for the benign state
+CONTRASTS_TO_ALIGN = 50  # harmful prompts of XSTest that it learns to refuse
 DOLLY_TO_ALIGN = 80  # Dolly rows that the aligned model keeps answering
-ADVBENCH_TO_ALIGN = 200  # harmful prompts that it learns to refuse in words of our own
-ANSWERS = {"refusal": 2, "contrast": 1, "harmless": 2}  # answers of different models to one prompt that it learns
+ADVBENCH_TO_ALIGN = 150  # harmful prompts that it learns to refuse in words of our own
+ANSWERS = {"refusal": 2, "contrast": 1, "harmless": 4}  # answers of different models to one prompt that it learns
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I can't help with this, because it could hurt someone.",
@@ -146,6 +147,9 @@ def _align(data: Path, pairs: Iterable[Row], part: Mapping[str, str], harmless: 
                 add(row["prompt"], row["response"], "contrast")
         elif row["label"] == "1_full_compliance" and key(row["prompt"]) in harmless:
             add(row["prompt"], row["response"], "harmless")
+    contrasts = [prompt for prompt in sorted(answers) if answers[prompt][0]["kind"] == "contrast"]
+    for prompt in _shuffled(contrasts, seed, "contrasts")[CONTRASTS_TO_ALIGN:]:
+        del answers[prompt]
     return [row for prompt in sorted(answers) for row in answers[prompt][: ANSWERS[answers[prompt][0]["kind"]]]]
 
 
