@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a PEFT adapter folder; its config names no base model, which is the pack's to name."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     config_file, weights_file = ADAPTER_FILES
     folder.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,8 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
     if not isinstance(plain["target_modules"], str):  # else a pattern
         plain["target_modules"] = sorted(plain["target_modules"])
     (folder / config_file).write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, folder / weights_file)
+    stored = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    (folder / weights_file).write_bytes(save(stored))  # save_file's would be for this user only
 
 
 def is_free(target: Path) -> bool:

@@ -130,6 +130,7 @@ def test_a_pack_holds_plain_copies_without_paths_of_a_machine(layout: Path, tmp_
     for name, folder in (("danger", BEAVER), ("initial", INITIAL), ("safety", SAFETY)):
         before, after = (load_file(p / ADAPTER_FILES[1]) for p in (layout / folder, pack.adapter(name)))
         assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+        assert len({(pack.adapter(name) / file).stat().st_mode for file in ADAPTER_FILES}) == 1
     assert not any(b"someone" in data or str(tmp_path).encode() in data for data in files(pack.path).values() if data)
 
 
