@@ -71,7 +71,7 @@ def steer(
     if results.report is not None:
         progress.note(f"{results.out / REPORT} is there already: nothing to do")
         return results.report
-    _Measuring(scorer, trials, encoded, results, max_new_tokens, progress).all(alphas)
+    _Measuring(scorer, trials, encoded, results, max_new_tokens, progress).measure(alphas)
     curves = [
         _curve(results, name, place, sign, alphas, with_pairs=bool(trials.pairs))
         for name, (place, sign) in directions(scorer.pack).items()
@@ -124,7 +124,7 @@ class _Measuring:
             trust_remote_code=scorer.trust_remote_code,
         )
 
-    def all(self, alphas: Sequence[Decimal]) -> None:
+    def measure(self, alphas: Sequence[Decimal]) -> None:
         """Measure every point that there isn't yet, the model itself first."""
         pack, prompts = self.scorer.pack, len(self.trials.prompts)
         adapters = {name: load_adapter(pack.adapter(place)) for name, (place, _) in directions(pack).items()}
@@ -133,7 +133,7 @@ class _Measuring:
         left = {label: where for label, where in points.items() if not self.results.has(label)}
         self.progress.start("steering", len(left) * prompts)
         for label, (adapter, alpha) in left.items():
-            self.results.keep(label, self._measure(adapter, alpha))
+            self.results.keep(label, self._at(adapter, alpha))
             self.progress.advance(prompts)
         if self.trials.pairs:
             self._random_directions(adapters, [alpha for alpha in (alphas[0], alphas[-1]) if alpha])
@@ -148,7 +148,7 @@ class _Measuring:
                 self.results.keep(_random(name, seed, alpha), self._likelihoods())
             self.progress.advance(len(self.trials.pairs))
 
-    def _measure(self, adapter: Adapter, alpha: Decimal) -> dict[str, Any]:
+    def _at(self, adapter: Adapter, alpha: Decimal) -> dict[str, Any]:
         with offset(self.model, adapter, float(alpha)):
             answers = answer(
                 self.model,
