@@ -107,6 +107,12 @@ def load_adapter(folder: str | Path) -> Adapter:
     return Adapter(folder, factors)
 
 
+def common_modules(state: Adapter, direction: Adapter) -> list[str]:
+    """The modules that both adapt, whose cosines a probe sums: by name, numbers in it by their value."""
+    names = set(state.factors) & set(direction.factors)
+    return sorted(names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+
+
 def merge(model: Any, adapter: Adapter, dtype: torch.dtype) -> Any:
     """The model in `dtype` with W + s·B·A in the place of W, each sum taken in float32 at least and rounded once.
 
