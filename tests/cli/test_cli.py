@@ -77,6 +77,8 @@ def names(folder: Path) -> list[str]:
         ("score -h", 0),
         ("select --help", 0),
         ("pack build --help", 0),
+        ("check --help", 0),
+        ("check", 2),
         ("", 2),
         ("in.jsonl", 2),
         ("in.jsonl out", 2),
