@@ -24,13 +24,12 @@ from sqsd_filter.errors import UsageError
 @click.pass_context
 def drift(context: click.Context, run: Path, **params: Any) -> None:
     """Project the change of every checkpoint in RUN_DIR on the pack's directions."""
-    from sqsd_filter.cli.main import _log
     from sqsd_filter.directions.drift import measure_drift
     from sqsd_filter.directions.drift_files import check_folder, write_drift
     from sqsd_filter.directions.pack import load_pack
     from sqsd_filter.directions.refusals import read_prompts
 
-    display = _log(context)
+    display = output.begin(context)
     if params["limit"] and not params["refusals"]:
         raise UsageError("--limit says how many prompts to ask: add --refusals.")
     if params["out"]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import click
 
 from sqsd_filter.cli import options, output
+from sqsd_filter.cli.check import check
 from sqsd_filter.cli.drift import drift
 from sqsd_filter.cli.pack import pack
 from sqsd_filter.cli.states import states
@@ -50,29 +49,6 @@ def cli() -> None:
     """
 
 
-def _columns(params: dict[str, Any]) -> Any:
-    from sqsd_filter.scoring.row_formats import Columns
-
-    names = ("messages", "prompt", "context", "answer", "system", "history", "tools")
-    return Columns(format=params["row_format"], **{name: params[f"{name}_column"] for name in names})
-
-
-def _scorer(params: dict[str, Any]) -> Any:
-    from sqsd_filter.directions.pack import load_pack
-    from sqsd_filter.scoring.scorer import SQSDScorer
-
-    pack, shared_state = load_pack(params["pack"]), params["shared_state"]
-    return SQSDScorer(
-        pack if shared_state is None else pack.at_one_state(shared_state),
-        model=params["model"],
-        device=params["device"],
-        dtype=params["dtype"],
-        max_length=params["max_length"],
-        token_budget=params["token_budget"],
-        trust_remote_code=params["trust_remote_code"],
-    )
-
-
 @contextmanager
 def _engine(params: dict[str, Any]) -> Iterator[Any]:
     from sqsd_filter.pipeline.engines import choose_engine
@@ -85,16 +61,6 @@ def _engine(params: dict[str, Any]) -> Iterator[Any]:
         stack.enter_context(redirect_stdout(elsewhere))
         stack.callback(engine.close)
         yield engine
-
-
-def _log(context: click.Context) -> output.Display:
-    verbose, quiet = context.params["verbose"], context.params["quiet"]
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
-    logging.getLogger("sqsd_filter").setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
-    if not verbose:
-        warnings.simplefilter("ignore")
-        logging.raiseExceptions = False  # libraries' logs may lie on a disk that is full
-    return output.Display(quiet=quiet)
 
 
 def _push(params: dict[str, Any]) -> Any:
@@ -132,11 +98,15 @@ def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]]
     from sqsd_filter.pipeline.metrics import Metrics
     from sqsd_filter.pipeline.policy import Policy
 
-    params, display = context.params, _log(context)
+    params, display = context.params, output.begin(context)
     with Metrics(None if params["dry_run"] else params["metrics_file"], display) as metrics:
         Policy.of(params.get("on_error", "quarantine"), params["max_error_rate"])
         common = {name: params[name] for name in ("limit", "score_store", "streaming")}
-        common |= {"columns": _columns(params), "scorer": _scorer(params), "progress": metrics.meter}
+        common |= {
+            "columns": options.columns_of(params),
+            "scorer": options.scorer_of(params),
+            "progress": metrics.meter,
+        }
         if params["dry_run"]:
             guess = estimate(params["sources"], params["dest"], **common)
             output.show(guess, as_json=params["json_output"], quiet=False, text=output.forecast)
@@ -148,6 +118,7 @@ def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]]
                 **common,
                 engine=engine,
                 max_error_rate=params["max_error_rate"],
+                explain=params["explain"],
                 overwrite=params["overwrite"],
                 record=_record(context),
                 **more,
@@ -167,6 +138,7 @@ def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]]
 @options.on_error
 @options.written
 @options.pushed
+@options.explain
 @options.overwrite
 @options.dry_run
 @options.manners
@@ -191,6 +163,8 @@ def filter_command(context: click.Context, **params: Any) -> None:
 @options.stored
 @options.rows
 @options.errors
+@options.per_module
+@options.explain
 @options.overwrite
 @options.dry_run
 @options.manners
@@ -217,7 +191,7 @@ def select(context: click.Context, **params: Any) -> None:
     """Cut again, without a model: SRC... are scored files, or the folder of an earlier run."""
     from sqsd_filter.pipeline.run import select_dataset
 
-    display = _log(context)
+    display = output.begin(context)
     report = select_dataset(
         params["sources"],
         params["dest"],
@@ -232,6 +206,7 @@ def select(context: click.Context, **params: Any) -> None:
     _finish(context, report)
 
 
+cli.add_command(check)
 cli.add_command(pack)
 cli.add_command(steer)
 cli.add_command(store)

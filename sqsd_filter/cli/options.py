@@ -23,7 +23,8 @@ _ORIGINS = {
 }
 _UNRECORDED = {"config", "json_output", "quiet", "verbose", "dry_run", "sources", "dest"}
 _BESIDES = {
-    *("device", "token_budget", "engine", "replicas", "gpus_per_replica", "ray_address", "score_store", "metrics_file"),
+    *("device", "token_budget", "explain", "engine", "replicas", "gpus_per_replica", "ray_address"),
+    *("score_store", "metrics_file"),
     *("streaming", "max_error_rate", "overwrite", "push_to", "private", "revision", "create_pr", "push_rows"),
 }
 Decorator = Callable[[Any], Any]
@@ -101,6 +102,33 @@ def one_cut(context: click.Context) -> dict[str, Any]:
     return how
 
 
+def columns_of(params: dict[str, Any]) -> Any:
+    """How rows are read, as the options of `rows` say."""
+    from sqsd_filter.scoring.row_formats import Columns
+
+    names = ("messages", "prompt", "context", "answer", "system", "history", "tools")
+    return Columns(format=params["row_format"], **{name: params[f"{name}_column"] for name in names})
+
+
+def scorer_of(params: dict[str, Any]) -> Any:
+    """The scorer that the options of `scoring` name."""
+    from sqsd_filter.directions.pack import load_pack
+    from sqsd_filter.scoring.scorer import SQSDScorer
+
+    pack, shared_state = load_pack(params["pack"]), params.get("shared_state")
+    return SQSDScorer(
+        pack if shared_state is None else pack.at_one_state(shared_state),
+        model=params["model"],
+        device=params["device"],
+        dtype=params["dtype"],
+        max_length=params["max_length"],
+        token_budget=params["token_budget"],
+        attention=params["attention"],
+        per_module=params.get("per_module", False),
+        trust_remote_code=params["trust_remote_code"],
+    )
+
+
 sources = click.argument("sources", nargs=-1, required=True, metavar="SRC...")
 dest = click.argument("dest", metavar="DEST")
 
@@ -126,15 +154,19 @@ combined = together(
         help="With --scores: a row's risk is the mean of its ranks by all packs, or the largest.",
     ),
 )
-scoring = together(
-    option("--pack", default="smollm2-135m", show_default=True, metavar="NAME|DIR|HUB", help="Direction pack."),
-    option("--shared-state", metavar="NAME", help="Fast mode: all of the pack's directions at this one of its states."),
+model = together(
     option("--model", metavar="DIR|HUB", help="Score with this base model instead of the pack's."),
     device,
     dtype,
     option("--max-length", type=int, metavar="TOKENS", help="Truncate conversations here; default: the pack's."),
     option("--token-budget", type=int, metavar="TOKENS", help="Padded tokens in one batch; default: by the device."),
+    option("--attention", metavar="NAME", help="Attention kernel, as eager or sdpa; default: the model's."),
     trust_remote_code,
+)
+scoring = together(
+    option("--pack", default="smollm2-135m", show_default=True, metavar="NAME|DIR|HUB", help="Direction pack."),
+    option("--shared-state", metavar="NAME", help="Fast mode: all of the pack's directions at this one of its states."),
+    model,
 )
 engine = together(
     option(
@@ -207,6 +239,13 @@ pushed = together(
         help="Push these, as kept,dropped; default: kept, dropped and errors, to a public dataset kept only.",
     ),
 )
+explain = option(
+    "--explain",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tell which layers, module types and tokens make the N riskiest rows so; kept in DEST, never pushed.",
+)
+per_module = option("--per-module", is_flag=True, help="Add each probe's value at each module, as a column of lists.")
 overwrite = option("--overwrite", is_flag=True, help="Replace what DEST holds, once the new run is complete.")
 dry_run = click.option("--dry-run", is_flag=True, help="Show format, rows, tokens and time; write nothing.")
 manners = together(

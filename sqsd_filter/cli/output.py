@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,6 +83,17 @@ class Display:
             self._bar.write(message, file=sys.stderr)
         else:
             click.echo(message, err=True)
+
+
+def begin(context: click.Context) -> Display:
+    """Let libraries say as much as was asked for, and show progress to match."""
+    verbose, quiet = context.params["verbose"], context.params["quiet"]
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
+    logging.getLogger("sqsd_filter").setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
+    if not verbose:
+        warnings.simplefilter("ignore")
+        logging.raiseExceptions = False  # libraries' logs may lie on a disk that is full
+    return Display(quiet=quiet)
 
 
 def duration(seconds: float) -> str:

@@ -27,7 +27,7 @@ from sqsd_filter.errors import PackError, UsageError
 PACK_FILE = "pack.json"
 FORMAT = 1
 PACKS_DIR = Path(__file__).resolve().parent.parent / "packs"  # the embedded ones
-PROBE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+PROBE_NAME = re.compile(r"(?!.*_modules$)[a-z][a-z0-9_]*")  # sqsd_<probe>_modules is a column of another kind
 RESERVED = ("risk", "status", "reason", "file", "line", "raw")  # other columns are called sqsd_ and this
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")

@@ -101,4 +101,5 @@ def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) 
     store = ScoreStore(home / "scores", known["scoring"], list(pack["weights"]))
     scored = from_store(corpus, index, store, pack["weights"], groups)
     identity = {**known, "inputs": corpus.inputs}
+    identity.pop("explain", None)  # of the earlier cut
     return Earlier(str(home.parent), sources, scored, identity, {"pack": pack}, index.keys, pack)

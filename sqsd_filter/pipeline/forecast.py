@@ -50,7 +50,7 @@ def _estimate(scan: Scan, scorer: SQSDScorer, stores: Sequence[str | Path], samp
     all_of = scan.index.conversations
     settled = np.zeros(len(all_of.keys), dtype=bool)
     for place in stores:
-        store = ScoreStore(Folder(place), scorer.settings(), [p.name for p in scorer.pack.probes])
+        store = ScoreStore(Folder(place), scorer.settings(), scorer.values)
         settled |= store.lookup(all_of.keys).settled
     wanted = np.sort(all_of.first[~settled])
     chosen = set(wanted[np.linspace(0, len(wanted) - 1, min(sample, len(wanted))).astype(int)].tolist())

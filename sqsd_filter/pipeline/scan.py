@@ -63,7 +63,7 @@ class Scan:
         weights = {p.name: p.weight for p in scorer.pack.probes}
 
         def store_in(where: Folder | Path) -> ScoreStore:
-            return ScoreStore(where, scorer.settings(), list(weights))
+            return ScoreStore(where, scorer.settings(), scorer.values)
 
         self.progress.start("lookup", None)
         store, all_of = store_in(home / "scores"), self.index.conversations
@@ -83,7 +83,7 @@ class Scan:
                     )
                 store.append(shard.name, keys, scores)
                 sharing.add(self.index.keys[shard.wanted])
-        return from_store(self.corpus, self.index, store, weights, self.groups)
+        return from_store(self.corpus, self.index, store, weights, self.groups, scorer.modules)
 
 
 def read_once(

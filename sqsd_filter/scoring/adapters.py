@@ -107,6 +107,12 @@ def load_adapter(folder: str | Path) -> Adapter:
     return Adapter(folder, factors)
 
 
+def common_modules(state: Adapter, direction: Adapter) -> list[str]:
+    """The modules that both adapt, whose cosines a probe sums: by name, numbers in it by their value."""
+    names = set(state.factors) & set(direction.factors)
+    return sorted(names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+
+
 def adapted(model: Any, adapter: Adapter) -> Iterator[tuple[Any, LoraFactors]]:
     """The modules of the model that the adapter adapts, each with its factors.
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from sqsd_filter.errors import ModelError, PackError
 from sqsd_filter.scoring.adapters import Adapter
-from sqsd_filter.scoring.projection import GroupProjection, contract, cosines, per_module, prepare
+from sqsd_filter.scoring.projection import GroupProjection, by_token, contract, cosines, per_module, prepare
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class _Now:
     def __init__(self) -> None:
         self.shape = (0, 0)  # rows and tokens of the batch
         self.state: GroupState | None = None
+        self.by_token = False  # is each position's part wanted, too?
         self.found: tuple[torch.Tensor, torch.Tensor] | None = None  # what the last backward pass contracted
+        self.parts_btp: torch.Tensor | None = None
         self.x: torch.Tensor | None = None
         self.outputs: dict[int, torch.Tensor] = {}
 
@@ -80,7 +82,7 @@ class LinearGroup:
         return y
 
     def reset(self) -> None:
-        self.now.x, self.now.outputs, self.now.found = None, {}, None
+        self.now.x, self.now.outputs, self.now.found, self.now.parts_btp = None, {}, None, None
 
 
 class SideLinear(nn.Module):
@@ -122,8 +124,11 @@ class _GroupFunction(torch.autograd.Function):
             dx.view(-1, dx.shape[-1]).addmm_(e.view(-1, e.shape[-1]), state.A_ri)
             if state.projection is not None:
                 x, h = ctx.saved_tensors
-                rows = ctx.now.shape
-                ctx.now.found = contract(state.projection, *(_by_row(v, rows) for v in (x, h, d, e)))
+                x, h, d, e = (_by_row(v, ctx.now.shape) for v in (x, h, d, e))
+                ctx.now.found = contract(state.projection, x, h, d, e)
+                if ctx.now.by_token:
+                    ranks = [r for r in state.ranks if r]
+                    ctx.now.parts_btp = by_token(state.projection, ranks, x, h, d, e, ctx.now.found[1])
         return dx, None
 
 
@@ -173,11 +178,12 @@ class Capture:
             if rank
         ]
 
-    def use(self, key: Any, shape: tuple[int, int]) -> None:
-        """Sit at a state: this thread's next forward pass, of so many rows and tokens, runs there."""
+    def use(self, key: Any, shape: tuple[int, int], *, by_token: bool = False) -> None:
+        """Sit at a state: this thread's next forward pass, of so many rows and tokens, runs there. `by_token` makes its
+        backward pass keep what each position adds, too."""
         for group in self.groups:
             group.reset()
-            group.now.shape = shape
+            group.now.shape, group.now.by_token = shape, by_token
             group.now.state = self._states[key].get(id(group))
 
     def cosines(self) -> torch.Tensor:
@@ -197,6 +203,11 @@ class Capture:
             group.reset()
         dots, norms2, norms = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))
         return cosines(dots, norms2, norms)
+
+    def token_parts(self) -> torch.Tensor:
+        """What each position adds to the sum of all cosines (b, t, p); ask before `cosines`, which forgets it."""
+        parts = [group.now.parts_btp for group in self.groups if group.now.parts_btp is not None]
+        return torch.stack([part.to(parts[0].device) for part in parts]).sum(0)
 
     def _place(self, state: Adapter, directions: Sequence[Adapter]) -> dict[int, GroupState]:
         for direction in directions:

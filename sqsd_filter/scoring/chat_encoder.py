@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,14 @@ class ChatEncoder:
             ):
                 out[number] = self._mask(ids, offsets, spans)
         return out
+
+    def texts(self, turns: Sequence[Message]) -> list[str]:
+        """The text of a whole conversation, cut where its tokens end: one piece a token. Of tokens that share a
+        character the first one has it."""
+        text, _ = self.template.render(turns)
+        batch = self.tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
+        ends = np.maximum.accumulate([0, *(end for _, end in batch["offset_mapping"][0])])
+        return [text[start:end] for start, end in pairwise(ends)]
 
     def _mask(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[Span]) -> Encoded | RowError:
         kept = ids[: self.max_length]

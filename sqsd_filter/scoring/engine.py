@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sqsd_filter.errors import ModelError, SQSDError
-from sqsd_filter.scoring.adapters import load_adapter
+from sqsd_filter.scoring.adapters import common_modules, load_adapter
 from sqsd_filter.scoring.batching import default_budget, next_tokens
 from sqsd_filter.scoring.capture import Capture
 from sqsd_filter.scoring.chat_encoder import Encoded
@@ -185,6 +185,7 @@ class Engine:
             for k, count in zip(self.members[at], self.capture.coverage(at), strict=True)
         }
         self.modules = {at: self.capture.modules(at) for at in self.passes}
+        self.probe_modules = [common_modules(adapters[p.state], adapters[p.direction]) for p in self.probes]
         config = model.config.get_text_config()
         # On a CPU bins run side by side, a thread each: what a row scores then depends on no number of threads, and
         # two small products keep two cores busier than one of twice the size. Some rotary embeddings keep state.
@@ -223,19 +224,43 @@ class Engine:
             ) from problem
         return engine
 
-    def project(self, rows: Sequence[Encoded]) -> np.ndarray:
-        """Σ_m cos for each row and probe: (b, probes) float64."""
+    def project(self, rows: Sequence[Encoded], *, per_module: bool = False) -> np.ndarray:
+        """Σ_m cos for each row and probe: (b, probes) float64. With `per_module`, behind these the cosines of each
+        probe's modules, as `probe_modules` has them."""
         out = np.empty((len(rows), len(self.probes)))
-        for at, cosines_bpm in self.cosines(rows).items():
+        found = self.cosines(rows)
+        for at, cosines_bpm in found.items():
             out[:, self.members[at]] = cosines_bpm.double().sum(-1).cpu().numpy()
-        return out
+        each = [self._of_probe(k, found[probe.at]) for k, probe in enumerate(self.probes)] if per_module else []
+        return np.concatenate([out, *each], axis=1)
 
     def cosines(self, rows: Sequence[Encoded]) -> dict[tuple[str, float | None], torch.Tensor]:
         """Each pass's cos (b, p, m): rows, the pass's probes, its modules (`self.modules`)."""
-        ids_bt, targets_bt = self.gradient.tensors(rows)
+        return {at: self.capture.cosines() for at in self._passes(rows)}
+
+    def parts(self, row: Encoded) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What a row's value of each probe is the sum of, taken apart in two ways: the cosine of each of its modules
+        (m,), as `probe_modules` has them, and what each position adds (t,), of all tokens up to the last but one."""
         found = {}
+        for at in self._passes([row], by_token=True):
+            parts_btp = self.capture.token_parts()
+            found[at] = self.capture.cosines(), parts_btp.double().cpu().numpy()
+        return [
+            (self._of_probe(k, found[p.at][0])[0], found[p.at][1][0, :, self.members[p.at].index(k)])
+            for k, p in enumerate(self.probes)
+        ]
+
+    def _passes(self, rows: Sequence[Encoded], *, by_token: bool = False) -> Iterator[tuple[str, float | None]]:
+        """Each pass of the probes, when its backward is done."""
+        ids_bt, targets_bt = self.gradient.tensors(rows)
         for at in self.passes:
-            self.capture.use(at, (ids_bt.shape[0], ids_bt.shape[1]))
+            self.capture.use(at, (ids_bt.shape[0], ids_bt.shape[1]), by_token=by_token)
             self.gradient.backward(ids_bt, targets_bt)
-            found[at] = self.capture.cosines()
-        return found
+            yield at
+
+    def _of_probe(self, k: int, cosines_bpm: torch.Tensor) -> np.ndarray:
+        """The cosines (b, m) float64 of probe k's own modules among those of its pass."""
+        at = self.probes[k].at
+        columns = [self.modules[at].index(name) for name in self.probe_modules[k]]
+        cosines: np.ndarray = cosines_bpm[:, self.members[at].index(k), columns].double().cpu().numpy()
+        return cosines

@@ -10,6 +10,11 @@ weight is ΔW = -(G_B A + B G_A). Against a direction V = B_V A_V:
 with x the module's input, h = Ax, d = ∂L/∂y and e = s Bᵀ d, so that G_B = s dᵀ h and G_A = eᵀ x (SQSD,
 arXiv 2605.04572; the cross term holds because G_Bᵀ B = hᵀ e = (G_A Aᵀ)ᵀ).
 
+Both products on the right are sums over the row's tokens t, in which d enters once: with the norms held fixed, cos_m is
+a sum of what each position adds,
+
+    -( s d_tᵀ B_V A_V Aᵀ h_t + e_tᵀ Bᵀ B_V A_V x_t ) / (‖ΔW‖ ‖V‖).
+
 Modules that share their input are handled together, their ranks stacked: off-diagonal blocks of the stacked products
 belong to no module and are masked.
 
@@ -112,6 +117,26 @@ def contract(
     return dots_rbp.permute(1, 2, 0).neg(), norms_brr.sum(-1)
 
 
+def by_token(
+    group: GroupProjection,
+    ranks: Sequence[int],
+    x_bti: torch.Tensor,
+    h_btr: torch.Tensor,
+    d_bto: torch.Tensor,
+    e_btr: torch.Tensor,
+    norms_br: torch.Tensor,
+) -> torch.Tensor:
+    """What each position adds to the sum of the group's cosines: (b, t, p), whose sum over t that sum is.
+
+    `norms_br` is ‖ΔW‖² as `contract` gives it, `ranks` has those of the group's modules.
+    """
+    dtype = group.gram_A_rr.dtype
+    terms_bptr = torch.einsum("bto,rop->bptr", d_bto.to(dtype), group.query_B_rop).mul_(h_btr.to(dtype).unsqueeze(1))
+    terms_bptr += torch.einsum("bti,rip->bptr", x_bti.to(dtype), group.query_A_rip).mul_(e_btr.to(dtype).unsqueeze(1))
+    scale_bpm = _scale(per_module(norms_br, ranks), group.norm_pm)
+    return -_ratio(per_module(terms_bptr, ranks), scale_bpm.unsqueeze(2)).sum(-1).transpose(1, 2)
+
+
 def per_module(values: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
     """(…, r) summed over each module's ranks: (…, m)."""
     index = torch.repeat_interleave(
@@ -122,5 +147,13 @@ def per_module(values: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
 
 def cosines(dots_bpm: torch.Tensor, norms2_bm: torch.Tensor, norm_pm: torch.Tensor) -> torch.Tensor:
     """cos of each row's update with each direction, a module: (b, p, m); 0 where either norm is 0."""
-    scale_bpm = norms2_bm.clamp_min(0).sqrt().unsqueeze(1) * norm_pm
-    return torch.where(scale_bpm == 0, 0, dots_bpm / scale_bpm)  # what is not finite stays so, to be seen
+    return _ratio(dots_bpm, _scale(norms2_bm, norm_pm))
+
+
+def _scale(norms2_bm: torch.Tensor, norm_pm: torch.Tensor) -> torch.Tensor:
+    """‖ΔW‖ ‖V‖ (b, p, m)."""
+    return norms2_bm.clamp_min(0).sqrt().unsqueeze(1) * norm_pm
+
+
+def _ratio(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale == 0, 0, part / scale)  # what is not finite stays so, to be seen

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,8 @@ class Watch:
 class Scores:
     """What became of n conversations, in their order.
 
-    `probes` maps each probe's name to (n,) float64, NaN where a row could not be scored; `risk` is their weighted sum;
+    `probes` maps each of the scorer's `values` to (n,) float64, NaN where a row could not be scored; `risk` is the
+    weighted sum of those that are probes;
     `status` is "scored" or the reason; `detail` says more about a reason; `tokens` counts each row's tokens.
     """
 
@@ -77,10 +79,10 @@ class Scores:
 class _Results:
     """Where the scores of one call are gathered, from any thread."""
 
-    def __init__(self, encoded: Sequence[Encoded | RowError], probes: Sequence[str], watch: Watch) -> None:
+    def __init__(self, encoded: Sequence[Encoded | RowError], values: Sequence[str], watch: Watch) -> None:
         n = len(encoded)
         self.watch = watch
-        self.probes = {name: np.full(n, np.nan) for name in probes}
+        self.probes = {name: np.full(n, np.nan) for name in values}
         self.status, self.detail = [SCORED] * n, [""] * n
         self.tokens = np.zeros(n, dtype=np.int64)
         self.rows: dict[int, Encoded] = {}
@@ -92,9 +94,9 @@ class _Results:
                 self.rows[k] = e
                 self.tokens[k] = len(e)
 
-    def done(self, rows: Sequence[int], values_bp: np.ndarray) -> None:
+    def done(self, rows: Sequence[int], values_bv: np.ndarray) -> None:
         with self._lock:
-            for k, values in zip(rows, values_bp, strict=True):
+            for k, values in zip(rows, values_bv, strict=True):
                 if not np.isfinite(values).all():
                     self.status[k], self.detail[k] = NONFINITE, "its gradient is not finite"
                     continue
@@ -180,6 +182,11 @@ class Scorer:
             self._content = (content_id(self.base_model, **where),)
         return self._content[0]
 
+    @property
+    def values(self) -> list[str]:
+        """Names of what is kept of each row."""
+        return [p.name for p in self.pack.probes]
+
     def settings(self) -> dict[str, Any]:
         """Everything besides the conversation that a score depends on."""
         return {
@@ -199,7 +206,7 @@ class Scorer:
         loaded or isn't one that can be scored with.
         """
         encoded = self.encoder.encode(conversations)
-        results = _Results(encoded, [p.name for p in self.pack.probes], watch or Watch())
+        results = _Results(encoded, self.values, watch or Watch())
         if results.rows:
             self._score(results.rows, results)
         risk = np.sum([p.weight * results.probes[p.name] for p in self.pack.probes], axis=0)
@@ -214,7 +221,7 @@ class Scorer:
         """The types of the score columns, to be named where `datasets` can't know them: in a stream."""
         from datasets import Features, Value
 
-        floats = ["sqsd_risk", *(f"sqsd_{p.name}" for p in self.pack.probes)]
+        floats = ["sqsd_risk", *(f"sqsd_{name}" for name in self.values)]
         return Features({**{name: Value("float64") for name in floats}, "sqsd_status": Value("string")})
 
     def __call__(self, batch: Any, rank: int | None = None) -> Any:
@@ -271,14 +278,21 @@ class SQSDScorer(Scorer):
     """
 
     def __init__(
-        self, *args: Any, token_budget: int | None = None, attention: str | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        token_budget: int | None = None,
+        attention: str | None = None,
+        per_module: bool = False,
+        **kwargs: Any,
     ) -> None:
         """As `Scorer`; `token_budget` caps a bin's padded tokens (default: by the device), `attention` names the
-        attention kernel as transformers does."""
+        attention kernel as transformers does. With `per_module` the cosine at each module is a value, too, named
+        PROBE/MODULE."""
         super().__init__(*args, **kwargs)
         if token_budget is not None and token_budget < 1:
             raise UsageError("token_budget must be at least 1.")
         self.token_budget, self.attention, self.gpus = token_budget, attention, 1.0
+        self.per_module = per_module
         self._engine: Any = None
         self._process: int | None = None
 
@@ -293,6 +307,27 @@ class SQSDScorer(Scorer):
             self._engine, self._process = sound(lambda: Engine.load(self)), os.getpid()
         return self._engine
 
+    @cached_property
+    def modules(self) -> dict[str, list[str]]:
+        """The modules that each probe sums the cosines of, in their order in files; {} unless `per_module`."""
+        if not self.per_module:
+            return {}
+        from sqsd_filter.scoring.adapters import common_modules, load_adapter
+
+        pack = self.pack
+        pairs = {p.name: (pack.adapter(p.state), pack.adapter(p.direction)) for p in pack.probes}
+        return {name: common_modules(*map(load_adapter, pair)) for name, pair in pairs.items()}
+
+    @property
+    def values(self) -> list[str]:
+        return super().values + [f"{name}/{module}" for name, modules in self.modules.items() for module in modules]
+
+    def settings(self) -> dict[str, Any]:
+        """As `Scorer`. The kernel counts where one was named: who does that mistrusts the default one, and must not be
+        given the scores that it made."""
+        named = {"attention": self.attention} if self.attention else {}
+        return super().settings() | named | ({"per_module": True} if self.per_module else {})
+
     def _score(self, rows: Mapping[int, Encoded], results: _Results) -> None:
         from sqsd_filter.scoring.batching import bins, halving
         from sqsd_filter.scoring.engine import side_by_side
@@ -302,7 +337,7 @@ class SQSDScorer(Scorer):
         def run(members: list[int]) -> None:
             watch.starting(members)
             try:
-                values = engine.project([rows[k] for k in members])
+                values = engine.project([rows[k] for k in members], per_module=self.per_module)
             finally:
                 watch.finished(members)
             results.done(members, values)
@@ -334,6 +369,23 @@ class SQSDScorer(Scorer):
         placed._device = self._device or device
         placed.gpus = gpus
         return placed
+
+    def changed(
+        self, *, device: str | None = None, dtype: str | None = None, attention: str | None = None
+    ) -> SQSDScorer:
+        """The same scorer, its model not loaded, with other settings where they are given."""
+        other = copy.copy(self)
+        other._device, other._dtype = device or self._device, dtype or self._dtype
+        other.attention = attention or self.attention
+        return other
+
+    def beside(self, placed: SQSDScorer) -> SQSDScorer:
+        """This scorer for rows of its own in this process, exactly as `placed`, made of it, scores elsewhere."""
+        if placed is self:
+            return self
+        own = self.changed(dtype=placed.dtype)
+        own.gpus = placed.gpus
+        return own
 
     def with_pack(self, pack: Pack) -> SQSDScorer:
         """The same scorer with its pack read from another place."""

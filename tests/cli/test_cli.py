@@ -82,6 +82,8 @@ def names(folder: Path) -> list[str]:
         ("pack convert --help", 0),
         ("steer --help", 0),
         ("steer pack", 2),
+        ("check --help", 0),
+        ("check", 2),
         ("", 2),
         ("in.jsonl", 2),
         ("in.jsonl out", 2),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sqsd_filter.scoring.adapters import LoraFactors
-from sqsd_filter.scoring.projection import contract, cosines, per_module, prepare
+from sqsd_filter.scoring.projection import by_token, contract, cosines, per_module, prepare
 
 ROWS, TOKENS, D_IN = 3, 7, 11
 Factors = Sequence[LoraFactors | None]
@@ -162,3 +162,47 @@ def test_padding_changes_nothing() -> None:
     torch.testing.assert_close(
         low_rank([state], [[V]], padded_x, padded_d, [5]), low_rank([state], [[V]], x, d, [5]), rtol=0, atol=1e-12
     )
+
+
+@pytest.mark.parametrize(("d_out", "ranks", "covered"), SHAPES.values(), ids=SHAPES)
+def test_what_each_position_adds_is_its_own_update_in_the_dense_form(
+    d_out: list[int], ranks: list[int], covered: list[list[int]]
+) -> None:
+    torch.manual_seed(0)
+    states = [factors(o, r, scaling=0.5 + m) for m, (o, r) in enumerate(zip(d_out, ranks, strict=True))]
+    directions = [[factors(o, r, 1.7) if r else None for o, r in zip(d_out, row, strict=True)] for row in covered]
+    x, d = inputs(d_out)
+    expected = torch.zeros(ROWS, TOKENS, len(directions), dtype=torch.float64)
+    for b in range(ROWS):
+        for m, (state, d_bto) in enumerate(zip(states, d.split(d_out, dim=-1), strict=True)):
+            updates = [
+                -state.scaling
+                * (torch.outer(d_t, state.A @ x_t) @ state.A + state.B @ torch.outer(state.B.T @ d_t, x_t))
+                for x_t, d_t in zip(x[b], d_bto[b], strict=True)
+            ]
+            for p, direction in enumerate(directions):
+                found = direction[m]
+                if found is not None:
+                    V = found.scaling * found.B @ found.A
+                    scale = torch.stack(updates).sum(0).norm() * V.norm()
+                    expected[b, :, p] += torch.stack([(update * V).sum() / scale for update in updates])
+    group = prepare(states, directions, D_IN, d_out)
+    h = x @ torch.cat([s.A for s in states]).T
+    e = d @ torch.block_diag(*[s.scaling * s.B for s in states])
+    _, norms = contract(group, x, h, d, e)
+    parts = by_token(group, ranks, x, h, d, e, norms)
+    torch.testing.assert_close(parts, expected, rtol=0, atol=1e-12)
+    sums = low_rank(states, directions, x, d, d_out).sum(-1)
+    torch.testing.assert_close(parts.sum(1), sums, rtol=0, atol=1e-12)
+    assert sums.abs().max() > 1e-3
+
+
+def test_a_position_without_a_gradient_adds_nothing() -> None:
+    torch.manual_seed(0)
+    state, V, nothing = factors(5, 2), factors(5, 3), LoraFactors(torch.ones(1, D_IN), torch.zeros(5, 1), 1.0)
+    x, d = inputs([5])
+    d[:, 3] = 0
+    group = prepare([state], [[V], [nothing]], D_IN, [5])
+    h, e = x @ state.A.T, d @ (state.scaling * state.B)
+    parts = by_token(group, [2], x, h, d, e, contract(group, x, h, d, e)[1])
+    assert (parts[:, 3] == 0).all() and (parts[:, :, 1] == 0).all() and (parts[:, 2, 0] != 0).all()

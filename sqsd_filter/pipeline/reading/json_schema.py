@@ -208,18 +208,21 @@ def with_features(schema: pa.Schema) -> pa.Schema:
     """The schema with the metadata by which `datasets` restores its Json features; unchanged where it has none."""
     if not any(_recode(field, str) for field in schema):
         return schema
-    features = {field.name: _feature(field.type) for field in schema}
+    features = {field.name: feature(field.type) for field in schema}
     return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def _feature(kind: pa.DataType) -> dict[str, Any]:
+def feature(kind: pa.DataType) -> dict[str, Any]:
+    """A type as `datasets` writes it down."""
     if pa.types.is_struct(kind):
-        return {field.name: _feature(field.type) for field in kind}
+        return {field.name: feature(field.type) for field in kind}
     if pa.types.is_list(kind):
-        return {"feature": _feature(kind.value_type), "_type": "List"}
+        return {"feature": feature(kind.value_type), "_type": "List"}
+    if pa.types.is_fixed_size_list(kind):
+        return {"feature": feature(kind.value_type), "length": kind.list_size, "_type": "List"}
     if isinstance(kind, pa.JsonType):
         return {"_type": "Json"}
-    return {"dtype": {"double": "float64"}.get(str(kind), str(kind)), "_type": "Value"}
+    return {"dtype": {"double": "float64", "float": "float32"}.get(str(kind), str(kind)), "_type": "Value"}
 
 
 def to_table(rows: Sequence[dict[str, Any] | None], schema: pa.Schema) -> pa.Table:

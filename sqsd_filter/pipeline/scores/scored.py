@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,20 @@ from sqsd_filter.scoring.conversation import BAD_JSON, NONFINITE, SCORED, RowErr
 from sqsd_filter.scoring.row_formats import RowFormat
 
 SCORE_PREFIX = "sqsd_"
+
+
+@dataclass(frozen=True)
+class PerModule:
+    """The cosines (n, m) float32 at the m modules of these names, NaN in rows without a score."""
+
+    names: Sequence[str]
+    cosines: np.ndarray
+
+    def column(self, window: slice) -> pa.Array:
+        """Those of some rows as lists, null where there is no score."""
+        cosines = self.cosines[window]
+        missing = pa.array(np.isnan(cosines).any(axis=1))
+        return pa.FixedSizeListArray.from_arrays(cosines.ravel(), len(self.names), mask=missing)
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,7 @@ class Scored:
     counts: dict[str, int]
     details: Mapping[int, str]  # of rows that the model's side refused
     groups: Groups | None = None
+    modules: Mapping[str, PerModule] = field(default_factory=dict)  # by probe, where they are kept
 
     @cached_property
     def scored(self) -> np.ndarray:
@@ -72,14 +88,21 @@ class Scored:
         values = {"sqsd_risk": self.risk, **{SCORE_PREFIX + name: v for name, v in self.probes.items()}}
         return {
             **{name: pa.array(v[window], pa.float64(), from_pandas=True) for name, v in values.items()},
+            **{f"{SCORE_PREFIX}{name}_modules": each.column(window) for name, each in self.modules.items()},
             "sqsd_status": pa.array([self.statuses[c] for c in self.codes[window]], pa.string()),
         }
 
 
 def from_store(
-    corpus: Corpus, index: Index, store: ScoreStore, weights: Mapping[str, float], groups: Groups | None = None
+    corpus: Corpus,
+    index: Index,
+    store: ScoreStore,
+    weights: Mapping[str, float],
+    groups: Groups | None = None,
+    modules: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Scored:
-    """Join every row with the stored score of its conversation. Raises `InputError` where one is missing."""
+    """Join every row with the stored score of its conversation, and with those at each probe's `modules`, if they are
+    kept. Raises `InputError` where one is missing."""
     codes = index.codes.copy()
     statuses = list(index.statuses)
     all_of = index.conversations
@@ -92,10 +115,13 @@ def from_store(
     n = len(codes)
     tokens = np.zeros(n, np.int32)
     tokens[rows] = found.tokens[which]
-    probes = {}
-    for name, values in found.probes.items():
-        probes[name] = np.full(n, np.nan)
-        probes[name][rows] = values[which]
+    probes = {name: np.full(n, np.nan) for name in weights}
+    for name, values in probes.items():
+        values[rows] = found.probes[name][which]
+    each = {name: PerModule(names, np.full((n, len(names)), np.nan, np.float32)) for name, names in modules.items()}
+    for name, names in modules.items():
+        for m, module in enumerate(names):
+            each[name].cosines[rows, m] = found.probes[f"{name}/{module}"][which]
     details = {}
     good = found.has(SCORED)
     for at in np.flatnonzero(~good[which]).tolist():
@@ -110,7 +136,7 @@ def from_store(
         "duplicates": int(good[which].sum() - good.sum()),
     }
     risk = np.sum([weights[name] * values for name, values in probes.items()], axis=0)
-    return Scored(corpus, index.form, statuses, codes, probes, risk, tokens, counts, details, groups)
+    return Scored(corpus, index.form, statuses, codes, probes, risk, tokens, counts, details, groups, each)
 
 
 class ColumnIndex:

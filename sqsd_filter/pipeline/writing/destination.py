@@ -18,6 +18,7 @@ from sqsd_filter.pipeline.writing.export import REASONS
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
+EXPLAINED_FILE = "explained.json"  # holds the text of rows, so it is not among the files that a report names
 LOCK_FILE = "lock"
 BASE = "base"  # in run.json, no part of what the run is: the way from its folder to where the paths begin
 
@@ -144,6 +145,7 @@ class Destination:
         try:
             whole = all(self._is_whole(file) for file in files)
             beside = all(self._is_written(path) for path in report.get("extra_files", []) if path not in empty)
+            beside &= "explained" not in report or (self.home / EXPLAINED_FILE).is_file()
         except OSError:
             return False
         return whole and beside and sum(file["rows"] for file in files) == report["rows"]["total"]

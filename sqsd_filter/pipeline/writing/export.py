@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from sqsd_filter.errors import SQSDError
 from sqsd_filter.pipeline.folder import sweep
-from sqsd_filter.pipeline.reading.json_schema import json_columns
+from sqsd_filter.pipeline.reading.json_schema import feature, json_columns
 from sqsd_filter.pipeline.reading.sources import Chunk, Corpus
 from sqsd_filter.pipeline.scores.scored import SCORE_PREFIX, Scored
 from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Selection
@@ -27,6 +27,7 @@ REASONS = "data/reasons.jsonl"  # why each line in `errors` has no score
 
 RAW = "sqsd_raw"  # the bytes of a line that is no row
 ORIGIN = {"sqsd_reason": pa.string(), "sqsd_file": pa.string(), "sqsd_line": pa.int64(), RAW: pa.binary()}
+MODULES = b"sqsd_modules"  # in a parquet file's metadata: the modules behind each probe's list, in its order
 WEIGHT = "sqsd_weight"  # of a row for training, where rows are weighted
 OTHERS = {**ORIGIN, WEIGHT: pa.float64()}  # beside the scores
 
@@ -206,7 +207,13 @@ def _with_scores(scored: Scored, start: int, table: pa.Table, weights: np.ndarra
     """Rows start, start + 1, ... with score columns and weights: those of an earlier run make way for new ones."""
     earlier, others = _earlier_columns(table.schema)
     columns = {**_scores(scored, start, table.num_rows), **_weights(weights, start, table.num_rows)}
-    return _with_columns(_without(table, [*earlier, *others] if scored.probes else others), columns)
+    table = _with_columns(_without(table, [*earlier, *others] if scored.probes else others), columns)
+    metadata = dict(table.schema.metadata or {})
+    if scored.probes:
+        metadata.pop(MODULES, None)
+    if scored.modules:
+        metadata[MODULES] = json.dumps({name: each.names for name, each in scored.modules.items()}).encode()
+    return table.replace_schema_metadata(metadata or None)
 
 
 def _earlier_columns(schema: pa.Schema) -> tuple[list[str], list[str]]:
@@ -232,7 +239,7 @@ def _without(table: pa.Table, names: Collection[str]) -> pa.Table:
 def _with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
     """The table with these columns at its end, in place of any of the same names."""
     table = _without(table, [name for name in columns if name in table.column_names])
-    added = {name: {"dtype": str(a.type).replace("double", "float64"), "_type": "Value"} for name, a in columns.items()}
+    added = {name: feature(values.type) for name, values in columns.items()}
     metadata = _features(table.schema, lambda features: features.update(added))
     for name, values in columns.items():
         table = table.append_column(name, values)

@@ -40,7 +40,7 @@ def summarise(scored: Scored, selection: Selection | None, cut: Cut | None) -> d
         rows |= {config: selection.count(place) for config, place in CONFIGS.items()}
     else:
         rows |= {"errors": int((~scored.scored).sum())}
-    found = {
+    found: dict[str, Any] = {
         "rows": rows | scored.counts,
         "unscored": scored.reasons(),
         "format": str(scored.form) if scored.form else None,
@@ -51,6 +51,8 @@ def summarise(scored: Scored, selection: Selection | None, cut: Cut | None) -> d
         "risk_quantiles": {f"{q}%": float(v) for q, v in zip(QUANTILES, quantiles, strict=False)},
         "inputs": scored.corpus.inputs,
     }
+    if scored.modules:
+        found["modules"] = {name: list(each.names) for name, each in scored.modules.items()}
     if selection is not None and cut is not None:
         found |= _pieces(selection, cut)
     return found

@@ -1,0 +1,55 @@
+"""Explanations of a run's riskiest rows, in a file that stays where the run is: it holds the text of rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqsd_filter.errors import UsageError, option
+from sqsd_filter.pipeline.folder import write_whole
+from sqsd_filter.pipeline.groups import nth_riskiest
+from sqsd_filter.pipeline.scores.scored import Scored
+from sqsd_filter.progress import Progress
+from sqsd_filter.scoring.explain import explain
+from sqsd_filter.scoring.scorer import SQSDScorer
+
+
+def check_explain(count: int | None, dest: str | Path) -> None:
+    """Raise `UsageError` where so many rows can't be explained, or not there."""
+    if count is None:
+        return
+    if count < 1:
+        raise UsageError(f"{option('explain')} must be a number of rows, 1 or more, not {count}.")
+    if "://" in str(dest):
+        raise UsageError(
+            f"Explanations hold the text of rows and stay on this disk, so not at {dest}: name a folder, "
+            "which push (--push-to) takes to the Hub without them."
+        )
+
+
+def write_explained(path: Path, scored: Scored, scorer: SQSDScorer, count: int, progress: Progress) -> int:
+    """Explain the `count` riskiest rows that have a score, equal risks in row order. Returns how many there were."""
+    assert scored.form is not None
+    rows = _riskiest(scored, count)
+    progress.start("explaining", len(rows))
+    found: list[dict[str, Any]] = []
+    for index in rows:
+        (row,) = scored.corpus.read(index, index + 1, scored.form.columns)
+        assert row.value is not None
+        about = {"row": index, "file": row.file, "line": row.line, "risk": float(scored.risk[index])}
+        found.append(about | explain(scorer, scored.form.conversation(row.value)))
+        progress.advance(1)
+    content = {"pack": scorer.pack.fingerprint, "dtype": scorer.dtype, "rows": found}
+    write_whole(path, lambda sink: sink.write((json.dumps(content, indent=1) + "\n").encode()))
+    return len(rows)
+
+
+def _riskiest(scored: Scored, count: int) -> list[int]:
+    rows = np.flatnonzero(scored.scored)
+    if count < len(rows):
+        rows = rows[scored.risk[rows] >= nth_riskiest(scored.risk[rows], count - 1)]
+    order: list[int] = rows[np.argsort(-scored.risk[rows], kind="stable")][:count].tolist()
+    return order

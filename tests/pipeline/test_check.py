@@ -1,0 +1,168 @@
+"""`check`: sound scores pass, real faults are found and the flag that is named mends them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from sqsd_filter.cli.main import main
+from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.pipeline.check import FEWEST, ROWS, check_pack, compare, spearman
+from sqsd_filter.pipeline.selection import Cut
+from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from tests.corpora import make_rows, write_jsonl
+
+NAMES = [
+    "batched against alone",
+    "bfloat16 against float32",
+    "sdpa against eager attention",
+    "fast against dense",
+]
+
+
+def kernel(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    """A faulty attention kernel under this name: sdpa's output (b, t, heads, d), changed."""
+
+    def forward(*arguments: Any, **named: Any) -> tuple[torch.Tensor, None]:
+        output, _ = sdpa_attention_forward(*arguments, **named)
+        return change(output), None
+
+    AttentionInterface.register(name, forward)
+    return name
+
+
+def by_name(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {one["name"]: one for one in found["comparisons"]}
+
+
+def test_the_rows_that_come_along_are_two_dozen_of_many_lengths(tiny_pack: Path) -> None:
+    rows = [json.loads(line)["messages"] for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    lengths = [len(e) for e in SQSDScorer(tiny_pack, max_length=10_000).encoder.encode(rows)]
+    assert len(rows) == 24 and max(lengths) > 10 * min(lengths)
+
+
+def test_a_sound_pack_can_be_trusted(tiny_pack: Path) -> None:
+    found = check_pack(tiny_pack)
+    assert found["trusted"] and [one["name"] for one in found["comparisons"]] == NAMES
+    assert (found["rows"], found["unscored"], found["unreadable"], found["skipped"]) == (24, 0, 0, [])
+    assert (found["dtype"], found["device"], found["attention"]) == ("float32", "cpu", "sdpa")
+    for name, one in by_name(found).items():
+        assert one["ok"] and set(one["difference"]) == {"risk", "danger", "safety"}
+        assert one["used"] is (name != "bfloat16 against float32")
+        assert 0 < one["difference"]["risk"] < (1e-5 if one["used"] else 1)
+        assert one["rank"] == (None if name == "fast against dense" else pytest.approx(1, abs=0.01))
+
+
+def test_a_kernel_that_mixes_the_rows_of_a_batch_is_found_and_mended(tiny_pack: Path) -> None:
+    mixing = kernel("mixing", lambda output: output + 0.1 * (output.mean(0) - output[0]))
+    found = check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, attention=mixing), limit=8)
+    bad = by_name(found)["batched against alone"]
+    assert not found["trusted"] and not bad["ok"] and bad["used"] and bad["mend"] == "--token-budget 1"
+    assert bad["difference"]["risk"] > 1e-3 and "more than 0.0001" in bad["why"]
+    mended = check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, attention=mixing, token_budget=1), limit=8)
+    assert mended["trusted"]
+    assert [gap["name"] for gap in mended["skipped"]] == ["batched against alone"]
+
+
+def test_a_kernel_that_is_wrong_is_found_and_mended(tiny_pack: Path) -> None:
+    wrong = kernel("wrong", lambda output: output * 1.01)
+    found = check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, attention=wrong), limit=8)
+    checks = by_name(found)
+    bad = checks["wrong against eager attention"]
+    assert not found["trusted"] and not bad["ok"] and bad["used"] and bad["mend"] == "--attention eager"
+    assert not checks["fast against dense"]["ok"] and checks["batched against alone"]["ok"]
+    assert checks["sdpa against eager attention"]["ok"] and not checks["sdpa against eager attention"]["used"]
+    assert check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, attention="eager"), limit=8)["trusted"]
+
+
+def test_rows_too_alike_for_bfloat16_are_found_and_mended(tiny_pack: Path, tmp_path: Path) -> None:
+    alike = {"prompt": "{}. Say it, please. " + "please " * 20, "completion": "The sea is wide, the sea is deep. " * 6}
+    rows = [{**alike, "prompt": alike["prompt"].format(k)} for k in range(10, 30)]
+    source = write_jsonl(tmp_path / "alike.jsonl", rows)
+    found = check_pack(tiny_pack, source, scorer=SQSDScorer(tiny_pack, dtype="bfloat16"))
+    bad = by_name(found)["bfloat16 against float32"]
+    assert not found["trusted"] and not bad["ok"] and bad["used"] and bad["mend"] == "--dtype float32"
+    assert bad["rank"] < 0.99
+    mended = check_pack(tiny_pack, source, scorer=SQSDScorer(tiny_pack, dtype="float32"))
+    assert mended["trusted"] and not by_name(mended)["bfloat16 against float32"]["ok"]
+
+
+def test_rows_of_ones_own_are_read_as_a_run_reads_them(tiny_pack: Path, tmp_path: Path) -> None:
+    rows = [*make_rows(10), {"id": 10, "instruction": 5, "output": "x"}, {"id": 11, "instruction": "?", "output": ""}]
+    source = write_jsonl(tmp_path / "in.jsonl", [*rows, *make_rows(20)])
+    found = check_pack(tiny_pack, source, limit=12)
+    assert (found["rows"], found["unscored"], found["unreadable"]) == (10, 1, 1)
+    with pytest.raises(InputError, match=f"Only 7 rows .* at least {FEWEST}"):
+        check_pack(tiny_pack, source, limit=7)
+
+
+def test_a_cut_that_makes_no_sense_is_refused_before_any_work(tiny_pack: Path) -> None:
+    with pytest.raises(UsageError, match="5%"):
+        check_pack(tiny_pack, "no/such.jsonl", drop_top="5")
+
+
+def scores(risk: list[float]) -> Scores:
+    values = np.array(risk)
+    return Scores({"danger": values}, values, ["scored"] * len(values), [""] * len(values), np.ones(len(values)))
+
+
+def test_rows_change_sides_as_the_cut_drops_them() -> None:
+    a, b = scores([*range(20)]), scores([*range(18), 18.5, 18.4])
+    found = compare(a, b, Cut.of(drop_count=1), exact=False)
+    assert (found["sides"], found["ok"]) == (2, True)  # one may change places
+    assert compare(a, b, Cut.of(drop_count=2), exact=False)["sides"] == 0
+    assert not compare(a, b, Cut.of(drop_count=1), exact=True)["ok"]
+    b = scores([*range(10), 18, 19, *range(12, 18), 10.5, 11.5])
+    found = compare(a, b, Cut.of(drop_count=2), exact=False)
+    assert (found["sides"], found["ok"]) == (4, False)
+
+
+def test_a_row_that_has_a_score_one_way_only_is_not_passed_over() -> None:
+    a, b = scores([*range(9), math.nan]), scores([math.nan, *range(1, 9), math.nan])
+    found = compare(a, b, Cut.of(drop_top="10%"), exact=True)
+    assert (found["rows"], found["ok"], found["why"]) == (8, False, "1 of 10 rows have a score in one way only")
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=12))
+def test_the_rank_correlation_is_the_textbooks(pairs: list[tuple[int, int]]) -> None:
+    def ranks(values: list[int]) -> list[float]:
+        return [sum(w < v for w in values) + (sum(w == v for w in values) + 1) / 2 for v in values]
+
+    a, b = (list(column) for column in zip(*pairs, strict=True))
+    found = spearman(np.array(a), np.array(b))
+    if len(set(a)) > 1 and len(set(b)) > 1:
+        assert found == pytest.approx(np.corrcoef(ranks(a), ranks(b))[0, 1])
+    else:
+        assert found == (len(set(a)) == len(set(b)))
+
+
+def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(["check", *arguments])
+    return int(left.value.code or 0), capfd.readouterr().out
+
+
+def test_the_command_prints_a_table_and_leaves_with_its_verdict(
+    tiny_pack: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, out = run(capfd, str(tiny_pack), "--limit", "8", "-q", "--json")
+    found = json.loads(out)
+    assert (code, found["trusted"], found["rows"]) == (0, True, 8)
+    tilting = kernel("tilting", lambda output: output * 1.02)
+    code, out = run(capfd, str(tiny_pack), "--limit", "8", "--attention", tilting)
+    assert code == 1
+    for name in (*NAMES, "tilting against eager attention"):
+        assert f"  {name} " in out
+    assert "Use --attention eager." in out and out.endswith("Scores as asked for cannot be trusted.\n")
