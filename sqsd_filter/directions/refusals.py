@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -22,8 +20,7 @@ from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.adapters import load_adapter, merge
 from sqsd_filter.scoring.placement import check_device, choose_device
 from sqsd_filter.scoring.weights import load_model, load_tokenizer
-
-Z = NormalDist().inv_cdf(0.975)
+from sqsd_filter.statistics import wilson
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,7 @@ class Refusals:
     @property
     def interval(self) -> tuple[float, float]:
         """The Wilson score interval of the rate, at 95 %."""
-        n, p = self.answers, self.rate
-        centre, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-        low, high = ((centre + side) / (1 + Z**2 / n) for side in (-half, half))
-        return max(0.0, low), min(1.0, high)
+        return wilson(self.refused, self.answers)
 
     def report(self) -> dict[str, Any]:
         low, high = self.interval

@@ -48,6 +48,7 @@ from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.conversation import NONFINITE, Message, RowError
 from sqsd_filter.scoring.scorer import FAILED, OUT_OF_MEMORY, SQSDScorer
+from sqsd_filter.statistics import auc, ranks, spearman
 
 FRESH = "fresh"
 FEWEST_ROWS = 8
@@ -236,7 +237,7 @@ def _agreement(pack: Pack, parts: Mapping[str, np.ndarray]) -> float | None:
 
 def sensitivity(modules_nm: np.ndarray, tokens_n: np.ndarray) -> float:
     """The criterion above, of n rows' contrasts in m modules; 0 where the rows' sums don't differ."""
-    length_n = ranks(tokens_n) - (len(tokens_n) - 1) / 2
+    length_n = ranks(tokens_n) - (len(tokens_n) + 1) / 2
     free_nm = modules_nm - modules_nm.mean(0)
     if length_n.any():
         free_nm = free_nm - np.outer(length_n, length_n @ free_nm / (length_n @ length_n))
@@ -253,26 +254,6 @@ def _shared(part_nm: np.ndarray, whole_nm: np.ndarray) -> float:
     modules, variance = part_nm.shape[1], whole_nm.sum(-1).var()
     common = part_nm.sum(-1).var() - part_nm.var(axis=0).sum()
     return float(modules / (modules - 1) * common / variance) if modules > 1 and variance > 0 else 0.0
-
-
-def ranks(values_n: np.ndarray) -> np.ndarray:
-    """Ranks from 0, equal values sharing their mean rank."""
-    _, inverse, counts = np.unique(values_n, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
-
-
-def spearman(a_n: np.ndarray, b_n: np.ndarray) -> float | None:
-    """Rank correlation; None where all of one side are equal."""
-    a, b = (ranks(values) - (len(values) - 1) / 2 for values in (a_n, b_n))
-    scale = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / scale) if scale > 0 else None
-
-
-def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """The probability that a positive scores higher than a negative; ties count half."""
-    n, m = len(positive), len(negative)
-    among = ranks(np.concatenate([positive, negative]))[:n]
-    return float((among.sum() - n * (n - 1) / 2) / (n * m))
 
 
 # ------------------------------------------------------------------------------------------------ folders

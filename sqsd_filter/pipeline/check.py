@@ -23,6 +23,7 @@ from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.conversation import Message, RowError
 from sqsd_filter.scoring.row_formats import Columns
 from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from sqsd_filter.statistics import spearman
 
 ROWS = Path(__file__).with_name("check_rows.jsonl")
 LIMIT = 24  # rows, unless more are asked for
@@ -207,7 +208,7 @@ def compare(tested: Scores, plainer: Scores, cut: Cut, exact: bool) -> dict[str,
     lone, n = int((fine != plain).sum()), int(both.sum())
     rank = sides = None
     if n >= FEWEST:
-        rank = spearman(tested.risk[both], plainer.risk[both])
+        rank = _agreement(tested.risk[both], plainer.risk[both])
         sides = int((_dropped(tested, both, cut) != _dropped(plainer, both, cut)).sum())
     why, worst = "", max(difference.values())
     if lone:
@@ -221,19 +222,10 @@ def compare(tested: Scores, plainer: Scores, cut: Cut, exact: bool) -> dict[str,
     return {"rows": n, "difference": difference, "rank": rank, "sides": sides, "ok": not why, "why": why}
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """The rank correlation of two (n,) samples, equal values sharing their mean rank; where one does not vary, 1 if the
-    other does not either, else 0."""
-    first, second = _ranks(a), _ranks(b)
-    if not first.std() or not second.std():
-        return float(first.std() == second.std())
-    return float(np.corrcoef(first, second)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    means: np.ndarray = counts.cumsum() - (counts - 1) / 2
-    return means[inverse]
+def _agreement(a_n: np.ndarray, b_n: np.ndarray) -> float:
+    """The rank correlation; where one side does not vary, 1 if the other does not either, else 0."""
+    found = spearman(a_n, b_n)
+    return float(np.ptp(a_n) == np.ptp(b_n)) if found is None else found
 
 
 def _dropped(scores: Scores, rows: np.ndarray, cut: Cut) -> np.ndarray:

@@ -14,6 +14,7 @@ from sqsd_filter.pipeline.earlier import Earlier
 from sqsd_filter.pipeline.publishing.target import run_id
 from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.scoring.conversation import SCORED
+from sqsd_filter.statistics import ranks
 
 RULES = ("mean-rank", "max")
 
@@ -72,19 +73,13 @@ def combine(packs: Sequence[Scored], names: Sequence[str], rule: str) -> Scored:
     risk = np.full(len(both), np.nan)
     risk[both] = 0.0
     for pack in packs:
-        ranks = fractional_ranks(pack.risk[both])
-        risk[both] = risk[both] + ranks if rule == "mean-rank" else np.maximum(risk[both], ranks)
+        places = ranks(pack.risk[both])
+        risk[both] = risk[both] + places if rule == "mean-rank" else np.maximum(risk[both], places)
     scale = int(both.sum()) * (len(packs) if rule == "mean-rank" else 1)
     risk[both] /= scale
     own = {f"risk_{name}": np.where(pack.scored, pack.risk, np.nan) for name, pack in zip(names, packs, strict=True)}
     counts = {"scored": 0, "reused": int(both.sum()), "duplicates": 0}
     return replace(first, statuses=statuses, codes=codes, probes=own, risk=risk, counts=counts, details=details)
-
-
-def fractional_ranks(risk: np.ndarray) -> np.ndarray:
-    """The place (n,) of each risk (n,) among them, from 1 for the lowest; equal ones share the mean of theirs."""
-    _, which, counts = np.unique(risk, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
 def _check_same(first: Earlier, other: Earlier) -> None:

@@ -22,14 +22,11 @@ from transformers import AutoModelForCausalLM
 from sqsd_filter.cli.main import cli
 from sqsd_filter.directions.pack import ADAPTER_FILES, Probe, load_pack
 from sqsd_filter.directions.states import (
-    auc,
     checkpoints,
     compare_states,
     fresh_state,
-    ranks,
     reliability,
     sensitivity,
-    spearman,
 )
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.progress import Silent
@@ -37,6 +34,7 @@ from sqsd_filter.scoring.conversation import RowError
 from sqsd_filter.scoring.engine import LossGradient
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.statistics import auc, ranks, spearman
 from tests.corpora import write_jsonl
 from tests.tiny import chat, make_adapter, make_pack
 
@@ -87,23 +85,6 @@ def test_noise_is_not_sensitive() -> None:
 @pytest.mark.parametrize("values_nm", [np.zeros((9, 3)), np.ones((9, 3)), random(9, 1)], ids=["zero", "equal", "one"])
 def test_without_differences_or_modules_to_compare_nothing_is_sensitive(values_nm: np.ndarray) -> None:
     assert sensitivity(values_nm, np.arange(9)) == reliability(values_nm) == 0
-
-
-def test_equal_values_share_their_rank() -> None:
-    assert ranks(np.array([5, 1, 5, 9, 1])).tolist() == [2.5, 0.5, 2.5, 4, 0.5]
-
-
-def test_spearman_sees_order_alone() -> None:
-    a = np.array([0.3, 1, 2, 5])
-    assert spearman(a, np.exp(a)) == pytest.approx(1) and spearman(a, -(a**3)) == pytest.approx(-1)
-    assert spearman(np.arange(5), np.array([1, 0, 3, 2, 4])) == pytest.approx(1 - 6 * 4 / (5 * 24))
-    assert spearman(a, np.ones(4)) is None
-
-
-def test_auc_counts_the_pairs_in_order() -> None:
-    positive, negative = np.array([3, 1, 2]), np.array([0, 2, 2, 5])
-    pairs = [(p > n) + (p == n) / 2 for p in positive for n in negative]
-    assert auc(positive, negative) == pytest.approx(np.mean(pairs))
 
 
 # ---------------------------------------------------------------------------------------------- a known answer

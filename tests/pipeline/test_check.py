@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import InputError, UsageError
-from sqsd_filter.pipeline.check import FEWEST, ROWS, check_pack, compare, spearman
+from sqsd_filter.pipeline.check import FEWEST, ROWS, check_pack, compare
 from sqsd_filter.pipeline.selection import Cut
 from sqsd_filter.scoring.scorer import Scores, SQSDScorer
 from tests.corpora import make_rows, write_jsonl
@@ -132,19 +130,6 @@ def test_a_row_that_has_a_score_one_way_only_is_not_passed_over() -> None:
     a, b = scores([*range(9), math.nan]), scores([math.nan, *range(1, 9), math.nan])
     found = compare(a, b, Cut.of(drop_top="10%"), exact=True)
     assert (found["rows"], found["ok"], found["why"]) == (8, False, "1 of 10 rows have a score in one way only")
-
-
-@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=12))
-def test_the_rank_correlation_is_the_textbooks(pairs: list[tuple[int, int]]) -> None:
-    def ranks(values: list[int]) -> list[float]:
-        return [sum(w < v for w in values) + (sum(w == v for w in values) + 1) / 2 for v in values]
-
-    a, b = (list(column) for column in zip(*pairs, strict=True))
-    found = spearman(np.array(a), np.array(b))
-    if len(set(a)) > 1 and len(set(b)) > 1:
-        assert found == pytest.approx(np.corrcoef(ranks(a), ranks(b))[0, 1])
-    else:
-        assert found == (len(set(a)) == len(set(b)))
 
 
 def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

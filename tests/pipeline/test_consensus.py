@@ -9,18 +9,15 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.cli.main import cli
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
-from sqsd_filter.pipeline.consensus import RULES, fractional_ranks
+from sqsd_filter.pipeline.consensus import RULES
 from tests.corpora import SPLITS, ids_of, make_rows, read_report, rows_of, write_jsonl
 from tests.tiny import make_pack
 
@@ -67,15 +64,6 @@ def all_rows(dest: str) -> list[dict[str, Any]]:
 A: Risks = [0.5, 0.1, 0.9, 0.5, None, 0.5, -0.2, 0.3]
 B: Risks = [10.0, 30.0, 20.0, 50.0, 40.0, 0.0, None, 20.0]
 C: Risks = [-1.0, -1.0, -3.0, -2.0, -1.0, -5.0, -4.0, -2.0]
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(-3, 3), min_size=1, max_size=12))
-def test_ranks_are_those_of_the_textbook(values: list[int]) -> None:
-    risk = [value / 7 for value in values]
-    ranks = fractional_ranks(np.array(risk))
-    assert ranks.tolist() == [textbook_rank(risk, value) for value in risk]
-    assert ranks.sum() == len(risk) * (len(risk) + 1) / 2
 
 
 @pytest.mark.parametrize("rule", RULES)

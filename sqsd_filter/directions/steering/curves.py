@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from sqsd_filter.errors import UsageError
+from sqsd_filter.statistics import spearman
 
 MOST_ALPHAS = 1000
 STEADY = 0.9  # Spearman's correlation of α and the margin from which the margin counts as following α
 RANDOM = 3  # random directions that each direction is compared with, at the ends of the range
 STRONGER = 3.0  # times the largest change along the random directions that a direction's own has to be
-_Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 
 def parse_alphas(text: str) -> list[Decimal]:
@@ -50,27 +50,6 @@ def _range(text: str, parts: Sequence[Decimal]) -> list[Decimal]:
     if rest:
         raise UsageError(f"alpha (--alpha) '{text}' does not end at {stop}: choose a step that divides {stop - start}.")
     return [start + k * step for k in range(int(steps) + 1)]
-
-
-def wilson(hits: int, of: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, of `of` ≥ 1 independent trials."""
-    share, z2 = hits / of, _Z * _Z / of
-    middle = (share + z2 / 2) / (1 + z2)
-    half = _Z * math.sqrt(share * (1 - share) / of + z2 / (4 * of)) / (1 + z2)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def spearman(a_n: np.ndarray, b_n: np.ndarray) -> float | None:
-    """Spearman's rank correlation, equal values sharing their mean rank; None where one of the two never changes."""
-    if len(np.unique(a_n)) < 2 or len(np.unique(b_n)) < 2:
-        return None
-    return float(np.corrcoef(_ranks(a_n), _ranks(b_n))[0, 1])
-
-
-def _ranks(values_n: np.ndarray) -> np.ndarray:
-    _, which, counts = np.unique(values_n, return_inverse=True, return_counts=True)
-    ranks: np.ndarray = (np.cumsum(counts) - (counts - 1) / 2)[which]
-    return ranks
 
 
 def trend(alphas: Sequence[float], values: Sequence[float | None], sign: int) -> dict[str, Any]:

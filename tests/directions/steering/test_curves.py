@@ -5,12 +5,11 @@ from __future__ import annotations
 from decimal import Decimal
 from fractions import Fraction
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqsd_filter.directions.steering.curves import parse_alphas, spearman, steers, trend, wilson
+from sqsd_filter.directions.steering.curves import parse_alphas, steers, trend
 from sqsd_filter.errors import UsageError
 
 
@@ -64,29 +63,6 @@ def test_a_senseless_range_is_refused(text: str, why: str) -> None:
 
 def test_zero_is_one_point_however_it_is_written() -> None:
     assert parse_alphas("-0.0,0,0.00,1") == [Decimal(0), Decimal(1)]
-
-
-@pytest.mark.parametrize(
-    ("hits", "of", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (1, 100, 0.0018, 0.0545)],
-)
-def test_the_interval_is_wilson_s(hits: int, of: int, low: float, high: float) -> None:
-    assert wilson(hits, of) == pytest.approx((low, high), abs=1e-4)
-
-
-@given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_the_interval_s_ends_solve_wilson_s_equation(case: tuple[int, int]) -> None:
-    hits, of = case
-    for p in wilson(hits, of):
-        assert abs(hits / of - p) == pytest.approx(1.959963984540054 * (p * (1 - p) / of) ** 0.5, abs=1e-7)
-
-
-def test_spearman_ranks_and_shares_ranks() -> None:
-    assert spearman(np.array([1, 2, 3]), np.array([1.0, 10.0, 11.0])) == pytest.approx(1)
-    assert spearman(np.array([1, 2, 3]), np.array([3.0, 2.0, -7.0])) == pytest.approx(-1)
-    ranks = np.array([1, 2.5, 2.5, 4])
-    assert spearman(np.arange(4), np.array([0, 5, 5, 9])) == pytest.approx(np.corrcoef(np.arange(4), ranks)[0, 1])
-    assert spearman(np.array([1, 2]), np.array([3.0, 3.0])) is None
 
 
 def test_a_trend_tells_strict_courses_from_plateaus_and_returns() -> None:
