@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -22,6 +20,7 @@ from sqsd_filter.pipeline.check import FEWEST, ROWS, check_pack, compare, spearm
 from sqsd_filter.pipeline.selection import Cut
 from sqsd_filter.scoring.scorer import Scores, SQSDScorer
 from tests.corpora import make_rows, write_jsonl
+from tests.tiny import make_pack
 
 NAMES = [
     "batched against alone",
@@ -86,20 +85,25 @@ def test_a_kernel_that_is_wrong_is_found_and_mended(tiny_pack: Path) -> None:
     assert check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, attention="eager"), limit=8)["trusted"]
 
 
-def test_rows_too_alike_for_bfloat16_are_found_and_mended(tiny_pack: Path, tmp_path: Path) -> None:
-    alike = {"prompt": "{}. Say it, please. " + "please " * 20, "completion": "The sea is wide, the sea is deep. " * 6}
-    rows = [{**alike, "prompt": alike["prompt"].format(k)} for k in range(10, 30)]
-    source = write_jsonl(tmp_path / "alike.jsonl", rows)
-    found = check_pack(tiny_pack, source, scorer=SQSDScorer(tiny_pack, dtype="bfloat16"))
+def test_values_too_near_for_bfloat16_are_found_and_mended(tiny_pack: Path, tmp_path: Path) -> None:
+    same = {"direction": "danger", "state": "initial"}  # a risk that is the difference of nearly equal values
+    probes = [{"name": "danger", "weight": 1, **same, "state_scaling": 2.0}]
+    probes += [{"name": "safety", "weight": -1, **same, "state_scaling": 2.002}]
+    pack = make_pack(tmp_path, tiny_pack / "base", probes=probes)
+    found = check_pack(pack, scorer=SQSDScorer(pack, dtype="bfloat16"), limit=8)
     bad = by_name(found)["bfloat16 against float32"]
     assert not found["trusted"] and not bad["ok"] and bad["used"] and bad["mend"] == "--dtype float32"
-    assert bad["rank"] < 0.99
-    mended = check_pack(tiny_pack, source, scorer=SQSDScorer(tiny_pack, dtype="float32"))
+    assert bad["rank"] < 0.99 and f"{bad['rank']:.4f}" in bad["why"]
+    mended = check_pack(pack, scorer=SQSDScorer(pack, dtype="float32"), limit=8)
     assert mended["trusted"] and not by_name(mended)["bfloat16 against float32"]["ok"]
 
 
 def test_rows_of_ones_own_are_read_as_a_run_reads_them(tiny_pack: Path, tmp_path: Path) -> None:
-    rows = [*make_rows(10), {"id": 10, "instruction": 5, "output": "x"}, {"id": 11, "instruction": "?", "output": ""}]
+    rows = [
+        *make_rows(10),
+        {"id": 10, "instruction": 5, "output": "x"},
+        {"id": 11, "instruction": "too long " * 99, "output": "x"},
+    ]
     source = write_jsonl(tmp_path / "in.jsonl", [*rows, *make_rows(20)])
     found = check_pack(tiny_pack, source, limit=12)
     assert (found["rows"], found["unscored"], found["unreadable"]) == (10, 1, 1)
@@ -134,17 +138,16 @@ def test_a_row_that_has_a_score_one_way_only_is_not_passed_over() -> None:
     assert (found["rows"], found["ok"], found["why"]) == (8, False, "1 of 10 rows have a score in one way only")
 
 
-@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=12))
-def test_the_rank_correlation_is_the_textbooks(pairs: list[tuple[int, int]]) -> None:
-    def ranks(values: list[int]) -> list[float]:
-        return [sum(w < v for w in values) + (sum(w == v for w in values) + 1) / 2 for v in values]
+def test_the_rank_correlation_is_the_textbooks() -> None:
+    def ranks(values: np.ndarray) -> list[float]:
+        return [(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values]
 
-    a, b = (list(column) for column in zip(*pairs, strict=True))
-    found = spearman(np.array(a), np.array(b))
-    if len(set(a)) > 1 and len(set(b)) > 1:
-        assert found == pytest.approx(np.corrcoef(ranks(a), ranks(b))[0, 1])
-    else:
-        assert found == (len(set(a)) == len(set(b)))
+    for seed in range(100):
+        a, b = np.random.default_rng(seed).integers(-3, 4, (2, 2 + seed % 11))
+        if len(set(a)) > 1 and len(set(b)) > 1:
+            assert spearman(a, b) == pytest.approx(np.corrcoef(ranks(a), ranks(b))[0, 1])
+    still, other = np.zeros(5), np.arange(5)
+    assert (spearman(still, still), spearman(still, other), spearman(other, other)) == (1, 0, pytest.approx(1))
 
 
 def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
