@@ -113,8 +113,9 @@ class _Check:
         self._compare("fast against dense", _take(exact, few), dense, mend="--pack or --model with another model")
         _free()
         self.progress.finish()
+        verdicts = [found["ok"] for found in self.comparisons if found["used"]]
         return {
-            "trusted": all(found["ok"] for found in self.comparisons if found["used"]),
+            "trusted": bool(verdicts) and all(verdicts),
             "pack": {"name": scorer.pack.name, "fingerprint": scorer.pack.fingerprint, "base_model": scorer.base_model},
             "dtype": scorer.dtype,
             "device": scorer.device,

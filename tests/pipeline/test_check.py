@@ -20,6 +20,7 @@ from sqsd_filter.pipeline.check import FEWEST, ROWS, check_pack, compare
 from sqsd_filter.pipeline.selection import Cut
 from sqsd_filter.scoring.scorer import Scores, SQSDScorer
 from tests.corpora import make_rows, write_jsonl
+from tests.tiny import make_pack
 
 NAMES = [
     "batched against alone",
@@ -84,20 +85,25 @@ def test_a_kernel_that_is_wrong_is_found_and_mended(tiny_pack: Path) -> None:
     assert check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, attention="eager"), limit=8)["trusted"]
 
 
-def test_rows_too_alike_for_bfloat16_are_found_and_mended(tiny_pack: Path, tmp_path: Path) -> None:
-    alike = {"prompt": "{}. Say it, please. " + "please " * 20, "completion": "The sea is wide, the sea is deep. " * 6}
-    rows = [{**alike, "prompt": alike["prompt"].format(k)} for k in range(10, 30)]
-    source = write_jsonl(tmp_path / "alike.jsonl", rows)
-    found = check_pack(tiny_pack, source, scorer=SQSDScorer(tiny_pack, dtype="bfloat16"))
+def test_values_too_near_for_bfloat16_are_found_and_mended(tiny_pack: Path, tmp_path: Path) -> None:
+    same = {"direction": "danger", "state": "initial"}  # a risk that is the difference of nearly equal values
+    probes = [{"name": "danger", "weight": 1, **same, "state_scaling": 2.0}]
+    probes += [{"name": "safety", "weight": -1, **same, "state_scaling": 2.002}]
+    pack = make_pack(tmp_path, tiny_pack / "base", probes=probes)
+    found = check_pack(pack, scorer=SQSDScorer(pack, dtype="bfloat16"), limit=8)
     bad = by_name(found)["bfloat16 against float32"]
     assert not found["trusted"] and not bad["ok"] and bad["used"] and bad["mend"] == "--dtype float32"
-    assert bad["rank"] < 0.99
-    mended = check_pack(tiny_pack, source, scorer=SQSDScorer(tiny_pack, dtype="float32"))
+    assert bad["rank"] < 0.99 and f"{bad['rank']:.4f}" in bad["why"]
+    mended = check_pack(pack, scorer=SQSDScorer(pack, dtype="float32"), limit=8)
     assert mended["trusted"] and not by_name(mended)["bfloat16 against float32"]["ok"]
 
 
 def test_rows_of_ones_own_are_read_as_a_run_reads_them(tiny_pack: Path, tmp_path: Path) -> None:
-    rows = [*make_rows(10), {"id": 10, "instruction": 5, "output": "x"}, {"id": 11, "instruction": "?", "output": ""}]
+    rows = [
+        *make_rows(10),
+        {"id": 10, "instruction": 5, "output": "x"},
+        {"id": 11, "instruction": "too long " * 99, "output": "x"},
+    ]
     source = write_jsonl(tmp_path / "in.jsonl", [*rows, *make_rows(20)])
     found = check_pack(tiny_pack, source, limit=12)
     assert (found["rows"], found["unscored"], found["unreadable"]) == (10, 1, 1)
