@@ -18,7 +18,7 @@ from sqsd_filter.errors import UsageError
 @click.argument("pack", metavar="PACK")
 @click.option(
     "--run",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=click.Path(path_type=Path),
     required=True,
     metavar="DIR",
     help="Output folder of the training run, with its checkpoint-<step> folders.",

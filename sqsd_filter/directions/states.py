@@ -143,7 +143,12 @@ def compare_states(
         "rows": len(tokens_n),
         "positive": None if marks_n is None else int(marks_n.sum()),
         "left_out": dict(sorted(reasons.items())),
-        "settings": {"dtype": scorer.dtype, "max_length": scorer.max_length, "answer_tokens": answer_tokens},
+        "settings": {
+            "device": scorer.device.split(":")[0],
+            "dtype": scorer.dtype,
+            "max_length": scorer.max_length,
+            "answer_tokens": answer_tokens,
+        },
         "candidates": table,
     }
 

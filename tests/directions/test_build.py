@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from sqsd_filter.cli.main import cli
 from sqsd_filter.directions import training
 from sqsd_filter.directions.build import build_pack
 from sqsd_filter.directions.pack import ADAPTER_FILES, PACK_FILE, load_pack
 from sqsd_filter.directions.recipe import PackRecipe
+from sqsd_filter.directions.training import read_rows, take_checkpoint
 from sqsd_filter.errors import DestinationExists, InputError, SQSDError, UsageError
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.scorer import SQSDScorer
@@ -99,8 +101,8 @@ rows = 20
 
 
 def with_choice(recipe: Path, states: str = STATES) -> Path:
-    """The recipe with the state chosen among its checkpoints."""
-    text = recipe.read_text()
+    """The recipe with the state chosen among its checkpoints, which are kept."""
+    text = "keep_checkpoints = true\n" + recipe.read_text()
     chosen = recipe.with_name("choice.toml")
     chosen.write_text(text.replace("take_step = 2", 'take_step = "sensitive"') + states)
     return chosen
@@ -297,7 +299,7 @@ def test_a_broken_data_file_is_an_input_error(recipe: Path) -> None:
 def chosen(tmp_path_factory: pytest.TempPathFactory, tiny_pack: Path) -> Path:
     folder = tmp_path_factory.mktemp("chosen")
     recipe = PackRecipe.load(with_choice(write_recipe(folder, tiny_pack / "base")))
-    return build_pack(replace(recipe, keep_checkpoints=True), folder / "pack").path
+    return build_pack(recipe, folder / "pack").path
 
 
 def test_the_most_sensitive_checkpoint_is_published_with_the_figures_of_all(chosen: Path, built: Path) -> None:
@@ -316,52 +318,45 @@ def test_the_most_sensitive_checkpoint_is_published_with_the_figures_of_all(chos
     assert "validation" not in json.loads((built / PACK_FILE).read_text())
 
 
-def test_the_record_is_a_note_and_the_command_finds_the_same_again(chosen: Path, tmp_path: Path) -> None:
-    """On all rows: the recipe's 20 are a sample of 24."""
-    plain = shutil.copytree(chosen, tmp_path / "plain")
-    told = json.loads((plain / PACK_FILE).read_text())
-    (plain / PACK_FILE).write_text(json.dumps({k: v for k, v in told.items() if k != "validation"}))
-    assert load_pack(plain).fingerprint == load_pack(chosen).fingerprint
+def test_the_record_is_a_note_and_the_command_finds_the_same_again(
+    chosen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(chosen, tmp_path / "pack")
+    told = json.loads((out / PACK_FILE).read_text())
+    record = told.pop("validation")["states"]["initial"]
+    (out / PACK_FILE).write_text(json.dumps(told))
+    assert load_pack(out).fingerprint == load_pack(chosen).fingerprint
     recipe = PackRecipe.load(chosen.parent / "choice.toml")
     assert recipe.states is not None
-    again = build_pack(replace(recipe, states=replace(recipe.states, rows=24)), tmp_path / "again")
-    rows, run = str(chosen.parent / "answers.jsonl"), str(chosen / ".build" / "initial")
-    command = [sys.executable, "-m", "sqsd_filter", "pack", "states", str(again.path), "--run", run, "--rows", rows]
-    found = subprocess.run([*command, "--json", "--positive", "bad=true"], capture_output=True, text=True, check=True)
-    record = again.notes["validation"]["states"]["initial"]
-    assert json.loads(found.stdout) == {k: v for k, v in record.items() if k not in ("data", "asked")}
+    sample, _ = read_rows(recipe, recipe.states.source)  # the same of the file's rows
+    rows = write_jsonl(tmp_path / "rows.jsonl", sample)
+    words = ["pack", "states", out, "--run", out / ".build" / "initial", "--rows", rows, "--positive", "bad=true"]
+    cli.main(args=[*map(str, words), "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out) == {k: v for k, v in record.items() if k not in ("data", "asked")}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("left", ["last", "half"])
 def test_a_build_that_is_killed_while_states_are_compared_ends_in_the_same_bytes(
-    recipe: Path, chosen: Path, tiny_pack: Path
+    chosen: Path, tmp_path: Path, left: str
 ) -> None:
-    out, choice = recipe.parent / "pack", with_choice(recipe)
-    command = [sys.executable, "-m", "sqsd_filter", "pack", "build", str(choice), str(out)]
+    """Begun with what training leaves in the chosen one's place, or with what an earlier kill left of it."""
+    out = shutil.copytree(chosen, tmp_path / "pack")
+    (out / PACK_FILE).unlink()
+    if left == "last":
+        take_checkpoint(out, "initial", out / ".build" / "initial" / "last", 4)
+    else:
+        (out / "initial" / ADAPTER_FILES[1]).write_bytes(b"half")
+    command = [sys.executable, "-m", "sqsd_filter", "pack", "build", str(chosen.parent / "choice.toml"), str(out)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         said = next(line for line in process.stderr if line.startswith("measuring"))
         process.send_signal(signal.SIGKILL)
     assert said == "measuring 3 states on 20 rows\n" and process.returncode == -signal.SIGKILL
-    assert (out / "safety" / "training.json").is_file() and not (out / PACK_FILE).exists()
+    assert not (out / PACK_FILE).exists()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "measuring 3 states" in done.stderr and "training '" not in done.stderr
-    expected = {name: data for name, data in files(chosen).items() if not name.startswith(".build")}
-    found = files(out)
-    recipes = [json.loads(f.pop(PACK_FILE)) for f in (expected, found)]
-    assert found == expected
-    assert recipes[0].pop("recipe") != recipes[1].pop("recipe") and recipes[0] == recipes[1]  # one keeps checkpoints
-
-
-def test_a_choice_killed_before_the_pack_is_written_ends_in_the_same_bytes(chosen: Path, tmp_path: Path) -> None:
-    """What a kill leaves after the chosen checkpoint is published, or half of it."""
-    recipe = replace(PackRecipe.load(chosen.parent / "choice.toml"), keep_checkpoints=True)
-    for name in ("whole", "half"):
-        out = shutil.copytree(chosen, tmp_path / name)
-        (out / PACK_FILE).unlink()
-        if name == "half":
-            (out / "initial" / ADAPTER_FILES[1]).write_bytes(b"half")
-        build_pack(recipe, out)
-        assert files(out) == files(chosen)
+    assert files(out) == files(chosen)
 
 
 CHOICES: dict[str, tuple[str, str, type[SQSDError], str]] = {
