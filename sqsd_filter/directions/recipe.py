@@ -127,20 +127,25 @@ class AdapterRecipe:
 
 @dataclass(frozen=True)
 class StateRows:
-    """The rows on which states are compared: `rows` of them, a seeded sample of those whose columns equal `where`.
+    """The rows on which states are compared: a seeded sample of `rows`, named as those that an adapter learns from.
 
     Rows whose columns equal `positive`, if that is given, should have the higher risk. `answer_tokens` cuts all answers
     to this many tokens and leaves out rows with shorter ones.
     """
 
     data: str
-    prompt: str
-    answer: str
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    messages: str | None = None
+    prompt: str | None = None
     context: str | None = None
+    system: str | None = None
+    answer: str | None = None
     where: Mapping[str, Any] = field(default_factory=dict)
+    unless: Mapping[str, Any] = field(default_factory=dict)
     positive: Mapping[str, Any] = field(default_factory=dict)
     rows: int = 64
-    split: str = "train"
     answer_tokens: int | None = None
 
     @property

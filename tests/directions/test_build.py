@@ -18,9 +18,10 @@ import torch
 from sqsd_filter.cli.main import cli
 from sqsd_filter.directions import training
 from sqsd_filter.directions.build import build_pack
+from sqsd_filter.directions.data import read_data
 from sqsd_filter.directions.pack import ADAPTER_FILES, PACK_FILE, load_pack
 from sqsd_filter.directions.recipe import PackRecipe
-from sqsd_filter.directions.training import read_rows, take_checkpoint
+from sqsd_filter.directions.training import take_checkpoint
 from sqsd_filter.errors import DestinationExists, InputError, SQSDError, UsageError
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.scorer import SQSDScorer
@@ -314,7 +315,7 @@ def test_the_most_sensitive_checkpoint_is_published_with_the_figures_of_all(chos
     taken = load_adapter(chosen / ".build" / "initial" / best["state"]).factors
     assert all(torch.equal(published[m].B, taken[m].B.bfloat16().float()) for m in taken)
     assert (record["rows"], record["settings"]["dtype"]) == (20, "float32") and 0 < record["positive"] < 20
-    assert record["data"]["file"] == "answers.jsonl" and record["asked"]["positive"] == {"bad": True}
+    assert record["data"]["files"][0]["path"] == "answers.jsonl" and record["asked"]["positive"] == {"bad": True}
     assert "validation" not in json.loads((built / PACK_FILE).read_text())
 
 
@@ -328,8 +329,9 @@ def test_the_record_is_a_note_and_the_command_finds_the_same_again(
     assert load_pack(out).fingerprint == load_pack(chosen).fingerprint
     recipe = PackRecipe.load(chosen.parent / "choice.toml")
     assert recipe.states is not None
-    sample, _ = read_rows(recipe, recipe.states.source)  # the same of the file's rows
-    rows = write_jsonl(tmp_path / "rows.jsonl", sample)
+    sample = read_data(recipe, recipe.states.source, recipe.states.positive)  # the same of the file's rows
+    marked = zip(sample.examples, sample.positive or [], strict=True)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns, "bad": bad} for (turns,), bad in marked])
     words = ["pack", "states", out, "--run", out / ".build" / "initial", "--rows", rows, "--positive", "bad=true"]
     cli.main(args=[*map(str, words), "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out) == {k: v for k, v in record.items() if k not in ("data", "asked")}
