@@ -163,7 +163,7 @@ def test_a_build_that_is_killed_goes_on_from_its_checkpoint_to_the_same_bytes(re
     for checkpoint in ("danger/checkpoint-4", "safety/checkpoint-2"):
         state = out / ".build" / checkpoint / "trainer_state.json"
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not state.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
