@@ -18,7 +18,6 @@ import torch
 from sqsd_filter import filter_dataset, select_dataset
 from sqsd_filter.cli.main import cli
 from sqsd_filter.directions.pack import Pack, load_pack
-from sqsd_filter.directions.recipe import PackRecipe
 from sqsd_filter.errors import DestinationExists, UsageError
 from sqsd_filter.pipeline.stage import RayEngine
 from sqsd_filter.scoring.engine import LossGradient
@@ -26,8 +25,6 @@ from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.scorer import Scores, SQSDScorer
 from tests.corpora import content, make_rows, read_report, rows_of, write_jsonl
 from tests.tiny import CONVERSATIONS, make_adapter, make_pack
-
-RECIPES = Path(__file__).parents[2] / "recipes" / "packs"
 
 
 def probe(name: str, weight: float, direction: str, state: str = "initial", scaling: float | None = None) -> Any:
@@ -206,10 +203,3 @@ def test_replicas_score_at_the_shared_state_too(session: None, tiny_pack: Path, 
     for dest, engine in (("local", None), ("ray", RayEngine(1))):
         filter_dataset(source, dest, drop_count=2, scorer=scorer, engine=engine)
     assert content(Path("ray")) == content(Path("local"))
-
-
-def test_the_recipe_with_two_dangers_makes_sense() -> None:
-    recipe = PackRecipe.load(RECIPES / "two-dangers" / "recipe.toml")
-    dangers = [p for p in recipe.probes if p.weight > 0]
-    assert len(dangers) == 2 and len({p.at for p in dangers}) == 1 and len({p.direction for p in dangers}) == 2
-    assert sum(p.weight for p in recipe.probes) == 0 and recipe.sensitive == [dangers[0].state]
