@@ -87,13 +87,18 @@ class Display:
 
 def begin(context: click.Context) -> Display:
     """Let libraries say as much as was asked for, and show progress to match."""
-    verbose, quiet = context.params["verbose"], context.params["quiet"]
+    quiet = context.params["quiet"]
+    listen(verbose=context.params["verbose"], quiet=quiet)
+    return Display(quiet=quiet)
+
+
+def listen(*, verbose: bool = False, quiet: bool = False) -> None:
+    """What libraries and this package log: errors of the former, also warnings of the latter, unless told otherwise."""
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
     logging.getLogger("sqsd_filter").setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
     if not verbose:
         warnings.simplefilter("ignore")
         logging.raiseExceptions = False  # libraries' logs may lie on a disk that is full
-    return Display(quiet=quiet)
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ as_json = click.option("--json", "json_output", is_flag=True, help="Print the re
 @click.group()
 def pack() -> None:
     """Make and look at direction packs."""
+    output.listen()
 
 
 @pack.command()
@@ -33,7 +33,6 @@ def build(recipe: Path, out: Path) -> None:
     from sqsd_filter.directions.recipe import PackRecipe
 
     loaded = PackRecipe.load(recipe)
-    warnings.simplefilter("ignore")
     built = build_pack(loaded, out, output.Display())
     if processes.is_first():
         click.echo(_ready({"pack": built.name, "fingerprint": built.fingerprint, "path": out}))

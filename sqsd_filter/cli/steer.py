@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,8 +54,7 @@ def steer(pack: str, rows: str, out: Path, alpha: str, keep_record: bool, **para
     from sqsd_filter.directions.steering.rows import TrialColumns
     from sqsd_filter.scoring.scorer import SQSDScorer
 
-    logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    warnings.simplefilter("ignore")
+    output.listen(quiet=params["quiet"])
     alphas = parse_alphas(alpha)
     home = validation.recordable(pack) if keep_record else None
     model = {name: params[name] for name in ("device", "dtype", "trust_remote_code")}

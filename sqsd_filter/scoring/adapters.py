@@ -133,18 +133,21 @@ def adapted(model: Any, adapter: Adapter) -> Iterator[tuple[Any, LoraFactors]]:
 def merge(model: Any, adapter: Adapter, dtype: torch.dtype) -> Any:
     """The model in `dtype` with W + s·B·A in the place of W, each sum taken in float32 at least and rounded once.
 
-    Raises `PackError` where the adapter does not fit.
+    Buffers stay as they are: the frequencies of rotary embeddings are float32 whatever the weights. Raises `PackError`
+    where the adapter does not fit.
     """
-    model = model.to(torch.promote_types(next(model.parameters()).dtype, dtype))
-    for module, factors in adapted(model, adapter):
-        weight = module.weight
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        change = factors.scaling * (factors.B.to(weight.device, exact) @ factors.A.to(weight.device, exact))
-        if not isinstance(module, torch.nn.Linear):
-            change = change.t()  # GPT-2's Conv1D has it the other way round
-        with torch.no_grad():
-            weight.copy_(weight.to(exact) + change)
-    return model.to(dtype)
+    with torch.no_grad():
+        for module, factors in adapted(model, adapter):
+            weight = module.weight
+            exact = torch.promote_types(torch.promote_types(weight.dtype, dtype), torch.float32)
+            change = factors.scaling * (factors.B.to(weight.device, exact) @ factors.A.to(weight.device, exact))
+            if not isinstance(module, torch.nn.Linear):
+                change = change.t()  # GPT-2's Conv1D has it the other way round
+            weight.data = (weight.to(exact) + change).to(dtype)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -229,6 +229,13 @@ def test_a_base_adapter_is_added_in_full_precision_and_rounded_once(
     AutoModelForCausalLM.from_pretrained(base, dtype=stored).save_pretrained(base)
     before = dict(AutoModelForCausalLM.from_pretrained(base, dtype=stored).named_parameters())
     merged = load_model(str(base), dtype=wanted, adapter=folder)
+    plain = load_model(str(base), dtype=wanted)
+    assert merged.config.dtype == plain.config.dtype
+    buffers, expected_buffers = dict(merged.named_buffers()), dict(plain.named_buffers())
+    assert buffers and buffers.keys() == expected_buffers.keys()
+    for name, buffer in buffers.items():
+        assert buffer.dtype == expected_buffers[name].dtype
+        assert torch.equal(buffer, expected_buffers[name])
     factors = load_adapter(folder).factors
     assert len(factors) == 4
     for name, weight in merged.named_parameters():
