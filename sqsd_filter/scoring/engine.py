@@ -165,7 +165,7 @@ class Engine:
 
     def __init__(self, model: Any, scorer: SQSDScorer) -> None:
         pack = scorer.pack
-        self.probes = pack.probes
+        self.probes, self.per_module = pack.probes, scorer.per_module
         adapters = {name: load_adapter(pack.adapter(name)) for name in pack.adapters}
         self.passes = list(dict.fromkeys(p.at for p in pack.probes))
         self.members = {at: [k for k, p in enumerate(pack.probes) if p.at == at] for at in self.passes}
@@ -224,14 +224,14 @@ class Engine:
             ) from problem
         return engine
 
-    def project(self, rows: Sequence[Encoded], *, per_module: bool = False) -> np.ndarray:
-        """Σ_m cos for each row and probe: (b, probes) float64. With `per_module`, behind these the cosines of each
-        probe's modules, as `probe_modules` has them."""
+    def project(self, rows: Sequence[Encoded]) -> np.ndarray:
+        """Σ_m cos for each row and probe: (b, probes) float64; for a scorer with `per_module`, behind these the cosines
+        of each probe's modules, as `probe_modules` has them."""
         out = np.empty((len(rows), len(self.probes)))
         found = self.cosines(rows)
         for at, cosines_bpm in found.items():
             out[:, self.members[at]] = cosines_bpm.double().sum(-1).cpu().numpy()
-        each = [self._of_probe(k, found[probe.at]) for k, probe in enumerate(self.probes)] if per_module else []
+        each = [self._of_probe(k, found[probe.at]) for k, probe in enumerate(self.probes)] if self.per_module else []
         return np.concatenate([out, *each], axis=1)
 
     def cosines(self, rows: Sequence[Encoded]) -> dict[tuple[str, float | None], torch.Tensor]:

@@ -11,7 +11,6 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -293,6 +292,7 @@ class SQSDScorer(Scorer):
             raise UsageError("token_budget must be at least 1.")
         self.token_budget, self.attention, self.gpus = token_budget, attention, 1.0
         self.per_module = per_module
+        self._modules: dict[str, list[str]] | None = None
         self._engine: Any = None
         self._process: int | None = None
 
@@ -307,16 +307,18 @@ class SQSDScorer(Scorer):
             self._engine, self._process = sound(lambda: Engine.load(self)), os.getpid()
         return self._engine
 
-    @cached_property
+    @property
     def modules(self) -> dict[str, list[str]]:
         """The modules that each probe sums the cosines of, in their order in files; {} unless `per_module`."""
         if not self.per_module:
             return {}
-        from sqsd_filter.scoring.adapters import common_modules, load_adapter
+        if self._modules is None:
+            from sqsd_filter.scoring.adapters import common_modules, load_adapter
 
-        pack = self.pack
-        pairs = {p.name: (pack.adapter(p.state), pack.adapter(p.direction)) for p in pack.probes}
-        return {name: common_modules(*map(load_adapter, pair)) for name, pair in pairs.items()}
+            adapters = {name: load_adapter(self.pack.adapter(name)) for name in self.pack.adapters}
+            probes = self.pack.probes
+            self._modules = {p.name: common_modules(adapters[p.state], adapters[p.direction]) for p in probes}
+        return self._modules
 
     @property
     def values(self) -> list[str]:
@@ -337,7 +339,7 @@ class SQSDScorer(Scorer):
         def run(members: list[int]) -> None:
             watch.starting(members)
             try:
-                values = engine.project([rows[k] for k in members], per_module=self.per_module)
+                values = engine.project([rows[k] for k in members])
             finally:
                 watch.finished(members)
             results.done(members, values)
@@ -399,5 +401,5 @@ class SQSDScorer(Scorer):
 
     def __getstate__(self) -> State:
         """Configuration only: hashing and pickling never see a loaded model."""
-        loaded = dict.fromkeys(("_engine", "_process", "_encoder", "_form", "_content", "_rank"))
+        loaded = dict.fromkeys(("_engine", "_process", "_encoder", "_form", "_content", "_rank", "_modules"))
         return State({**vars(self), **loaded}, self.content)

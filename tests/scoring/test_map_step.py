@@ -413,7 +413,7 @@ def test_a_hash_is_the_same_for_the_same_content(tiny_pack: Path, tmp_path: Path
         pickle.loads(pickle.dumps(scorer)),
         SQSDScorer(tmp_path / "copy"),
         SQSDScorer(str(tiny_pack), device="cpu", dtype="float32", max_length=256, columns=Columns()),
-        SQSDScorer(tiny_pack, token_budget=100, attention="eager", trust_remote_code=True),
+        SQSDScorer(tiny_pack, token_budget=100, trust_remote_code=True),
     ]
     assert {Hasher.hash(other) for other in same} == {new}
 
@@ -444,10 +444,12 @@ def test_a_hash_is_another_for_another_content(packs: dict[str, Path], tmp_path:
         changed(pack, "base/model.safetensors")
         yield Hasher.hash(SQSDScorer(pack))
         yield Hasher.hash(SQSDScorer(packs["gpt2"]))
-        for settings in ({"dtype": "bfloat16"}, {"max_length": 100}, {"columns": Columns(messages="chat")}):
+        others = {"dtype": "bfloat16", "max_length": 100, "columns": Columns(messages="chat")}
+        others |= {"attention": "eager", "per_module": True}
+        for settings in ({name: value} for name, value in others.items()):
             yield Hasher.hash(SQSDScorer(pack, **settings))
 
-    assert len(set(hashes())) == 7
+    assert len(set(hashes())) == 9
 
 
 def test_a_dtype_that_the_device_decides_counts(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
