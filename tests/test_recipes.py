@@ -10,7 +10,7 @@ import pytest
 
 from sqsd_filter.directions.build import build_pack
 from sqsd_filter.directions.data import read_data
-from sqsd_filter.directions.recipe import AdapterRecipe, LoraShape, PackRecipe
+from sqsd_filter.directions.recipe import SENSITIVE, AdapterRecipe, LoraShape, PackRecipe
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.commands import parse
 from tests.corpora import write_jsonl
@@ -18,8 +18,8 @@ from tests.directions import hub_data
 from tests.hub import Hub
 from tests.tiny import CONVERSATIONS
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "packs").glob("*/recipe.toml"))
-every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "packs").glob("*/*.toml"))
+every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 of_the_paper = pytest.mark.parametrize(
     "path", [path for path in RECIPES if "2605.04572" in path.read_text()], ids=lambda path: path.parent.name
 )
@@ -39,12 +39,19 @@ def miniature(path: Path, folder: Path, base: Path) -> PackRecipe:
             (folder / adapter.data).parent.mkdir(exist_ok=True, parents=True)
             rows = [{column: f"{column} {k}" for column in adapter.columns} | adapter.where for k in range(6)]
             write_jsonl(folder / adapter.data, rows)
+    if recipe.states is not None:
+        (marked, value), *_ = recipe.states.positive.items()
+        asked = recipe.states.source.columns
+        rows = [
+            {**{column: f"{column} {k}" for column in asked}, marked: value if k % 2 else "other"} for k in range(10)
+        ]
+        write_jsonl(folder / recipe.states.data, rows)
     adapters = {name: small(adapter) for name, adapter in recipe.adapters.items()}
     return replace(recipe, base_model=str(base), folder=folder, adapters=adapters, lora=LoraShape(r=2, alpha=4))
 
 
 def small(adapter: AdapterRecipe) -> AdapterRecipe:
-    step = None if adapter.take_step is None else 1
+    step = adapter.take_step if adapter.take_step in (None, SENSITIVE) else 1
     return replace(
         adapter, rows=6, epochs=1, batch_size=2, device_batch_size=1, save_steps=1, take_step=step, max_length=256
     )
@@ -113,5 +120,6 @@ def test_a_recipe_finds_its_data(path: Path, served: Hub, tmp_path: Path, tiny_p
 def test_a_recipe_builds_a_pack(path: Path, served: Hub, tmp_path: Path, tiny_pack: Path) -> None:
     recipe = miniature(path, tmp_path, tiny_pack / "base")
     pack = build_pack(recipe, tmp_path / "pack")
-    assert pack.name == path.parent.name
+    kind = "" if path.stem == "recipe" else f"-{path.stem}"
+    assert pack.name == f"{path.parent.name}{kind}"
     assert set(SQSDScorer(pack.path).score(CONVERSATIONS[:2]).status) == {"scored"}
