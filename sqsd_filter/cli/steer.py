@@ -38,7 +38,13 @@ from sqsd_filter.cli import options, output
     help="Length of the generated answers.",
 )
 @options.device
-@options.dtype
+@options.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="In bfloat16 the effect of a small V is lost when activations are rounded.",
+)
 @options.trust_remote_code
 @click.option("--record", "keep_record", is_flag=True, help="Write the result into the pack, which must be a folder.")
 @click.option("--json", "json_output", is_flag=True, help="Print the result as one JSON object.")

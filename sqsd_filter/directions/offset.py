@@ -1,7 +1,8 @@
 """A model at θ0 + αV: what a direction does to it when the weights are moved along it.
 
 V = s·B·A is added as a side path, y = Wx + α·s·B(Ax), and taken away with it: θ0 itself is never touched, so that no
-rounding is left behind, and bfloat16 weights don't swallow a V smaller than their spacing.
+rounding is left behind, and a V smaller than the spacing of the weights isn't swallowed. Activations are rounded to the
+model's dtype, though: in bfloat16, whose spacing is 1/256 of a value, the effect of a small V is lost in y.
 """
 
 from __future__ import annotations

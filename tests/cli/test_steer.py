@@ -55,6 +55,17 @@ def test_rows_with_prompts_alone_are_said_to_have_no_verdict(
     assert shown.splitlines()[-1].split()[-3:] == ["-", "-", "-"]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_steering_is_in_float32_everywhere_unless_it_is_told_otherwise(
+    compass: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("sqsd_filter.directions.steering.run.steer", lambda scorer, *_, **__: seen.append(scorer.dtype))
+    words = [compass, "--rows", "rows.jsonl", "--device", device, "-q"]
+    assert called(*words) == called(*words, "--dtype", "bfloat16") == 0
+    assert seen == ["float32", "bfloat16"]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "why"),
     [
