@@ -19,6 +19,7 @@ import torch
 
 from sqsd_filter.directions.flags import flags
 from sqsd_filter.directions.pack import ADAPTER_FILES, Pack, Probe
+from sqsd_filter.directions.validation import verdicts
 from sqsd_filter.errors import PackError
 from sqsd_filter.scoring.adapters import Adapter, LoraFactors, load_adapter
 from sqsd_filter.scoring.weights import is_here
@@ -92,6 +93,8 @@ def _cosine(a: Adapter, b: Adapter) -> dict[str, Any]:
 def _probe(pack: Pack, probe: Probe, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     direction, state = adapters[probe.direction], adapters[probe.state].with_scaling(probe.state_scaling)
     cosine = _cosine(direction, state)
+    steered, found = verdicts(pack.notes.get("validation"))
+    outdated = probe.direction in found and steered != pack.fingerprint
     return {
         "name": probe.name,
         "weight": probe.weight,
@@ -104,17 +107,9 @@ def _probe(pack: Pack, probe: Probe, adapters: Mapping[str, Adapter]) -> dict[st
             "common": cosine.pop("modules"),
         },
         "cosine_to_state": cosine,
-        "steers": _steers(pack, probe.direction),
+        "steers": None if outdated else found.get(probe.direction),
+        "steering_outdated": outdated,
     }
-
-
-def _steers(pack: Pack, direction: str) -> bool | None:
-    """What `steer --record` found of a direction, None where it found nothing."""
-    validation = pack.notes.get("validation")
-    steering = validation.get("steering") if isinstance(validation, dict) else None
-    curves = steering.get("directions") if isinstance(steering, dict) else None
-    found = [c for c in curves if isinstance(c, dict)] if isinstance(curves, list) else []
-    return next((c.get("steers") for c in found if c.get("adapter") == direction), None)
 
 
 def _adapter(pack: Pack, adapter: Adapter, norms: Mapping[str, float], name: str) -> dict[str, Any]:

@@ -42,6 +42,10 @@ def test_steer_prints_a_table_then_json_and_records(
     assert load_pack(pack).fingerprint == before
     assert called(*words, "--record", "-q") == 0
     assert capsys.readouterr().out == ""
+    bare = write_jsonl(tmp_path / "bare.jsonl", [{"prompt": "What is red?"}])
+    assert called(pack, "--rows", bare, "--alpha", "1", "--max-new-tokens", "2", "--out", "bare", "--record") == 0
+    assert "not recorded: without safe and unsafe answers" in capsys.readouterr().err
+    assert json.loads((pack / "pack.json").read_text())["validation"] == {"steering": report}
 
 
 def test_rows_with_prompts_alone_are_said_to_have_no_verdict(
