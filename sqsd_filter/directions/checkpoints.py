@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from sqsd_filter.directions.pack import Pack
 from sqsd_filter.errors import InputError, PackError
-from sqsd_filter.scoring.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraFactors, load_adapter
+from sqsd_filter.scoring.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraFactors, load_adapter, read_config
 from sqsd_filter.scoring.weights import skeleton, weights_folder
 
 log = logging.getLogger(__name__)
@@ -166,8 +166,8 @@ def _state(folder: Path) -> dict[str, Any]:
 
 
 def trained_on(folder: Path) -> str | None:
-    """The base model that a LoRA folder names, if it does."""
-    name = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    """The base model that a LoRA folder names, if it does. Raises `PackError` where it can't be read."""
+    name = read_config(folder).get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
 
 

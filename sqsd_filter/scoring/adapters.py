@@ -74,7 +74,7 @@ def load_adapter(folder: str | Path) -> Adapter:
     Raises `PackError` when files are missing or damaged, or the adapter is not plain LoRA on linear layers.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         if list(folder.glob("*.bin")):
@@ -150,7 +150,8 @@ def merge(model: Any, adapter: Adapter, dtype: torch.dtype) -> Any:
     return model
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a PEFT LoRA folder. Raises `PackError` where they can't be read or are not of plain LoRA."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise PackError(f"{folder} is not a PEFT adapter folder, it has no {CONFIG_FILE}: {_AGAIN}.")

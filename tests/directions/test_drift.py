@@ -312,6 +312,13 @@ def test_damaged_checkpoints_are_named(tiny_pack: Path, tmp_path: Path) -> None:
     assert "No such file" in fails(run, tiny_pack, InputError)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_a_damaged_adapter_is_named(tiny_pack: Path, tmp_path: Path, text: str) -> None:
+    run = lora_run(tmp_path / "run", tiny_pack / "base", (1,))
+    (run / "checkpoint-1" / "adapter_config.json").write_text(text)
+    assert "checkpoint-1/adapter_config.json" in fails(run, tiny_pack, PackError)
+
+
 @pytest.mark.parametrize("kind", [lora_run, full_run])
 def test_a_start_that_is_nowhere_is_named(kind: Callable[..., Path], tiny_pack: Path, tmp_path: Path) -> None:
     run = kind(tmp_path / "run", tiny_pack / "base", (1,))
