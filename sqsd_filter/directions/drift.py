@@ -181,6 +181,7 @@ class Drift:
     run: Path
     pack: Pack
     origin: Origin
+    checkpoints: list[Checkpoint]
     points: list[Point]
 
     def report(self) -> dict[str, Any]:
@@ -207,15 +208,12 @@ def measure_drift(
     pack: Pack,
     *,
     base: str | None = None,
-    prompts: Sequence[str] = (),
-    device: str | None = None,
     progress: Progress | None = None,
 ) -> Drift:
     """Project every checkpoint of a run on the pack's directions.
 
     `base` says where the run started, if not from the pack's base model: another model, or a LoRA folder on the pack's
-    base model that the run went on training. With `prompts`, every checkpoint answers them (on `device`), and the
-    share of refusals is measured.
+    base model that the run went on training.
 
     Raises `InputError` for what can't be read, `PackError` where run and pack don't belong together.
     """
@@ -231,10 +229,16 @@ def measure_drift(
         along = project(directions, changes(checkpoint, origin))
         totals = {name: measured.totals() for name, measured in along.items()}
         points.append(Point(checkpoint.step, checkpoint.folder.name, along, risk_projection(directions, totals)))
-    if prompts:
-        counted = count_refusals(checkpoints, origin, pack, prompts, device, progress)
-        points = [replace(point, refusals=refusals) for point, refusals in zip(points, counted, strict=True)]
-    return Drift(run, pack, origin, points)
+    return Drift(run, pack, origin, checkpoints, points)
+
+
+def with_refusals(
+    drift: Drift, prompts: Sequence[str], device: str | None = None, progress: Progress | None = None
+) -> Drift:
+    """The same with the share of refusals when each checkpoint answers the prompts, on `device`."""
+    counted = count_refusals(drift.checkpoints, drift.origin, drift.pack, prompts, device, progress or Silent())
+    points = [replace(point, refusals=refusals) for point, refusals in zip(drift.points, counted, strict=True)]
+    return replace(drift, points=points)
 
 
 def _origin_point(directions: Sequence[Direction]) -> Point:
