@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from sqsd_filter.directions.pack import Pack
 from sqsd_filter.errors import InputError, PackError
-from sqsd_filter.scoring.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraFactors, load_adapter, read_config
+from sqsd_filter.scoring.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraFactors, exact, load_adapter, read_config
 from sqsd_filter.scoring.weights import skeleton, weights_folder
 
 log = logging.getLogger(__name__)
@@ -117,6 +117,12 @@ def _read(path: Path, take: Callable[[Any], Any]) -> Any:
         raise InputError(f"{path} can't be read ({problem}): copy or save the checkpoint again.") from problem
 
 
+def by_step(run: Path) -> list[tuple[int, Path]]:
+    """The folders checkpoint-<step> of a run, by step."""
+    folders = ((re.fullmatch(r"checkpoint-([0-9]+)", path.name), path) for path in run.glob("*") if path.is_dir())
+    return sorted((int(step[1]), path) for step, path in folders if step)
+
+
 def find_checkpoints(run: Path) -> list[Checkpoint]:
     """The folders checkpoint-<step> of a run with weights in safetensors, by step, and the model in `run` itself where
     its step is known and no checkpoint's.
@@ -126,12 +132,11 @@ def find_checkpoints(run: Path) -> list[Checkpoint]:
     if not run.is_dir():
         raise InputError(f"{run} is not a folder: give the output folder of a training run.")
     found = {}
-    for folder in run.iterdir():
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and folder.is_dir():
-            if _has_weights(folder):
-                found[int(match[1])] = Checkpoint(int(match[1]), folder)
-            else:
-                log.warning("%s has no weights in safetensors: it is left out", folder)
+    for step, folder in by_step(run):
+        if _has_weights(folder):
+            found[step] = Checkpoint(step, folder)
+        else:
+            log.warning("%s has no weights in safetensors: it is left out", folder)
     found.pop(0, None)  # the origin, which is there anyway
     if _has_weights(run):
         step = _state(run).get("global_step")
@@ -207,11 +212,6 @@ def _fill(rows: torch.Tensor, count: int) -> torch.Tensor:
 def shape(change: Change) -> tuple[int, ...]:
     """(d_out, d_in)."""
     return tuple(change.shape) if isinstance(change, torch.Tensor) else (change.B.shape[0], change.A.shape[1])
-
-
-def exact(tensor: torch.Tensor) -> torch.Tensor:
-    """In float64, or what comes closest to it on this device."""
-    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
 def upright(weight: torch.Tensor, module: Any) -> torch.Tensor:

@@ -18,7 +18,6 @@ All of it in float64, on the device where the change is.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,6 @@ from sqsd_filter.directions.checkpoints import (
     Checkpoint,
     Origin,
     changes,
-    exact,
     find_checkpoints,
     shape,
     trained_on,
@@ -41,7 +39,8 @@ from sqsd_filter.directions.pack import Pack
 from sqsd_filter.directions.refusals import Refusals, count_refusals
 from sqsd_filter.errors import PackError
 from sqsd_filter.progress import Progress, Silent
-from sqsd_filter.scoring.adapters import LoraFactors, load_adapter
+from sqsd_filter.scoring import adapters
+from sqsd_filter.scoring.adapters import LoraFactors, exact, load_adapter
 
 log = logging.getLogger(__name__)
 
@@ -98,28 +97,25 @@ def load_directions(pack: Pack) -> list[Direction]:
             found[probe.direction] = replace(known, weight=known.weight + probe.weight)
             continue
         factors = load_adapter(pack.adapter(probe.direction)).factors
-        lengths = {module: length(product) for module, product in factors.items()}
+        lengths = {module: adapters.norm(product) for module, product in factors.items()}
         found[probe.direction] = Direction(probe.name, probe.weight, factors, lengths)
     return list(found.values())
 
 
 def inner(change: Change, direction: LoraFactors) -> float:
     """<ΔW, V> of one module."""
-    there = change.device if isinstance(change, torch.Tensor) else change.A.device
-    A_V, B_V = exact(direction.A.to(there)), exact(direction.B.to(there))
-    if isinstance(change, torch.Tensor):
-        parts = [(B.T @ exact(rows) * A_V).sum() for rows, B in zip(change.split(ROWS), B_V.split(ROWS), strict=True)]
-        return direction.scaling * float(torch.stack(parts).sum())
-    grams = (exact(change.B).T @ B_V) * (exact(change.A) @ A_V.T)
-    return change.scaling * direction.scaling * float(grams.sum())
+    if isinstance(change, LoraFactors):
+        return adapters.inner(change, direction)
+    A_V, B_V = exact(direction.A.to(change.device)), exact(direction.B.to(change.device))
+    parts = [(B.T @ exact(rows) * A_V).sum() for rows, B in zip(change.split(ROWS), B_V.split(ROWS), strict=True)]
+    return direction.scaling * float(torch.stack(parts).sum())
 
 
 def length(change: Change) -> float:
     """‖ΔW‖ of one module."""
-    if isinstance(change, torch.Tensor):
-        return float(torch.linalg.vector_norm(exact(change)))
-    A, B = exact(change.A), exact(change.B)
-    return abs(change.scaling) * math.sqrt(max(0.0, float(((B.T @ B) * (A @ A.T)).sum())))
+    if isinstance(change, LoraFactors):
+        return adapters.norm(change)
+    return float(torch.linalg.vector_norm(exact(change)))
 
 
 def project(directions: Sequence[Direction], change: Callable[[str], Change | None]) -> dict[str, Along]:

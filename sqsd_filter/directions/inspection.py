@@ -20,8 +20,7 @@ import torch
 from sqsd_filter.directions.flags import flags
 from sqsd_filter.directions.pack import ADAPTER_FILES, Pack, Probe
 from sqsd_filter.directions.validation import verdicts
-from sqsd_filter.errors import PackError
-from sqsd_filter.scoring.adapters import Adapter, LoraFactors, load_adapter
+from sqsd_filter.scoring.adapters import Adapter, inner, load_adapter, norm
 from sqsd_filter.scoring.weights import is_here
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")  # the first number in a module's name, and what is below that layer
@@ -63,20 +62,6 @@ def inspect_pack(pack: Pack) -> dict[str, Any]:
     }
     report["shared_state"] = len(report["states"]) == 1
     return {**report, "flags": flags(report)}
-
-
-def inner(a: LoraFactors, b: LoraFactors) -> float:
-    """⟨s_a B_a A_a, s_b B_b A_b⟩, in float64. Raises `PackError` where the two belong to modules of other shapes."""
-    if a.A.shape[1] != b.A.shape[1] or a.B.shape[0] != b.B.shape[0]:
-        raise PackError("Two adapters of the pack are of other shapes in one module: they belong to different models.")
-    gram_A, gram_B = a.A.double() @ b.A.double().T, a.B.double().T @ b.B.double()
-    return a.scaling * b.scaling * float((gram_A * gram_B).sum())
-
-
-def norm(factors: LoraFactors) -> float:
-    """‖s B A‖, the Frobenius norm."""
-    squared = inner(factors, factors)
-    return math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else math.nan
 
 
 def _cosine(a: Adapter, b: Adapter) -> dict[str, Any]:

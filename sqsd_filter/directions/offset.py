@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from sqsd_filter.scoring.adapters import Adapter, LoraFactors, adapted
+from sqsd_filter.scoring.adapters import Adapter, LoraFactors, adapted, norm
 
 
 @contextmanager
@@ -49,9 +49,3 @@ def random_like(direction: Adapter, seed: int) -> Adapter:
         drawn = LoraFactors(A, B, 1.0)
         factors[module] = LoraFactors(A, B, norm(own) / norm(drawn))
     return Adapter(direction.path, factors)
-
-
-def norm(factors: LoraFactors) -> float:
-    """‖V‖ = ‖s·B·A‖, from r × r matrices: ‖B·A‖² = ⟨BᵀB, AAᵀ⟩."""
-    A, B = factors.A.double(), factors.B.double()
-    return abs(factors.scaling) * float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())

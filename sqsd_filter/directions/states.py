@@ -30,7 +30,6 @@ consistency shows what a state is blind to. Of equals, to four decimals, the ear
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 import threading
@@ -42,6 +41,7 @@ from typing import Any
 
 import numpy as np
 
+from sqsd_filter.directions.checkpoints import by_step
 from sqsd_filter.directions.pack import ADAPTER_FILES, Pack, Probe
 from sqsd_filter.errors import InputError
 from sqsd_filter.progress import Progress, Silent
@@ -67,17 +67,17 @@ class Candidate:
 
 def checkpoints(run: Path) -> list[Candidate]:
     """The LoRA checkpoints in a training run's output folder, by step. Raises `InputError` where there are none."""
-    found = []
-    for folder in run.glob("checkpoint-*"):
-        step = re.fullmatch(r"checkpoint-([0-9]+)", folder.name)
-        if step and all((folder / file).is_file() for file in ADAPTER_FILES):
-            found.append(Candidate(folder.name, int(step[1]), folder))
+    found = [
+        Candidate(folder.name, step, folder)
+        for step, folder in by_step(run)
+        if all((folder / file).is_file() for file in ADAPTER_FILES)
+    ]
     if not found:
         raise InputError(
             f"{run} has no folder checkpoint-<step> with a LoRA adapter: name the output folder of a run that saved "
             "some (pack build keeps them with keep_checkpoints = true)."
         )
-    return sorted(found, key=lambda c: c.step)
+    return found
 
 
 def compare_states(

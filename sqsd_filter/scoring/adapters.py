@@ -107,6 +107,33 @@ def load_adapter(folder: str | Path) -> Adapter:
     return Adapter(folder, factors)
 
 
+def exact(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, or what comes closest to it on this device."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def inner(a: LoraFactors, b: LoraFactors) -> float:
+    """⟨s_a B_a A_a, s_b B_b A_b⟩ = s_a s_b ⟨B_aᵀ B_b, A_a A_bᵀ⟩, of r-sized matrices, on the device of `a`.
+
+    Raises `PackError` where the two belong to modules of other shapes.
+    """
+    if a.A.shape[1] != b.A.shape[1] or a.B.shape[0] != b.B.shape[0]:
+        raise PackError("Two adapters of the pack are of other shapes in one module: they belong to different models.")
+    return a.scaling * b.scaling * _gram(a, b)
+
+
+def norm(factors: LoraFactors) -> float:
+    """‖s B A‖, the Frobenius norm; NaN where it is not finite."""
+    squared = _gram(factors, factors)
+    return abs(factors.scaling) * math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else math.nan
+
+
+def _gram(a: LoraFactors, b: LoraFactors) -> float:
+    there = a.A.device
+    gram_B, gram_A = exact(a.B).T @ exact(b.B.to(there)), exact(a.A) @ exact(b.A.to(there)).T
+    return float((gram_B * gram_A).sum())
+
+
 def common_modules(state: Adapter, direction: Adapter) -> list[str]:
     """The modules that both adapt, whose cosines a probe sums: by name, numbers in it by their value."""
     names = set(state.factors) & set(direction.factors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,12 @@ def test_products_are_measured_as_the_matrices_they_stand_for(sizes: tuple[int, 
         assert inner(matrix, V) == pytest.approx(inner(change, V), rel=1e-9, abs=1e-9)
         assert length(change) == pytest.approx(float(matrix.norm()), rel=1e-6, abs=1e-6)
     torch.testing.assert_close(dense(difference(now, before)), dense(now) - dense(before))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_length_of_what_is_not_finite_is_no_number(value: float) -> None:
+    odd = LoraFactors(torch.full((2, 3), value), torch.ones(4, 2), 1.0)
+    assert math.isnan(length(odd)) and not math.isfinite(length(dense(odd)))
 
 
 def test_a_small_change_of_a_large_start_keeps_its_digits() -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from sqsd_filter.directions.offset import norm, offset, random_like
+from sqsd_filter.directions.offset import offset, random_like
 from sqsd_filter.errors import PackError
-from sqsd_filter.scoring.adapters import load_adapter
+from sqsd_filter.scoring.adapters import load_adapter, norm
 from sqsd_filter.scoring.weights import load_model
 from tests.tiny import ARCHITECTURES, make_adapter
 
