@@ -139,10 +139,10 @@ def find_checkpoints(run: Path) -> list[Checkpoint]:
             log.warning("%s has no weights in safetensors: it is left out", folder)
     found.pop(0, None)  # the origin, which is there anyway
     if _has_weights(run):
-        step = _state(run).get("global_step")
+        end = _state(run).get("global_step")
         last = _state(found[max(found)].folder) if found else {}
-        if step:
-            found.setdefault(step, Checkpoint(step, run))
+        if end:
+            found.setdefault(end, Checkpoint(end, run))
         elif not last or last.get("global_step") != last.get("max_steps"):
             log.warning("the model in %s is left out, because no %s beside it tells its step", run, STATE_FILE)
     if not found:
