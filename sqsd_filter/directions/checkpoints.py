@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sqsd_filter.directions.model_files import INDEX, SINGLE, unquantised, weight_files
 from sqsd_filter.directions.pack import Pack
 from sqsd_filter.errors import InputError, PackError
 from sqsd_filter.scoring.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraFactors, exact, load_adapter, read_config
@@ -25,8 +26,6 @@ from sqsd_filter.scoring.weights import skeleton, weights_folder
 
 log = logging.getLogger(__name__)
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 STATE_FILE = "trainer_state.json"
 Change = LoraFactors | torch.Tensor  # of one module: a product s·B·A, or dense (d_out, d_in)
 
@@ -84,16 +83,8 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        index, single = folder / INDEX_FILE, folder / SINGLE_FILE
-        if index.is_file():
-            try:
-                self._files = {key: folder / name for key, name in json.loads(index.read_bytes())["weight_map"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as problem:
-                raise InputError(f"{index} is no index of safetensors files: save the model again.") from problem
-        elif single.is_file():
-            self._files = dict.fromkeys(_read(single, lambda file: list(file.keys())), single)
-        else:
-            raise InputError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: save the model as safetensors.")
+        paths = weight_files(str(folder), folder)
+        self._files = {key: path for path in paths for key in _read(path, lambda file: list(file.keys()))}
 
     def module(self, name: str) -> torch.Tensor:
         """The weight of a module as it is stored, also where the file names it with more or less of a prefix."""
@@ -101,8 +92,7 @@ class Weights:
         keys = [wanted] if wanted in self._files else [k for k in self._files if _same_end(k, wanted)]
         if len(keys) != 1:
             raise InputError(f"{self._folder} has no weight for '{name}': it is of another architecture than the base.")
-        weight: torch.Tensor = _read(self._files[keys[0]], lambda file: file.get_tensor(keys[0]))
-        return weight
+        return unquantised(_read(self._files[keys[0]], lambda file: file.get_tensor(keys[0])), wanted, self._folder)
 
 
 def _same_end(one: str, other: str) -> bool:
@@ -147,7 +137,7 @@ def find_checkpoints(run: Path) -> list[Checkpoint]:
             log.warning("the model in %s is left out, because no %s beside it tells its step", run, STATE_FILE)
     if not found:
         raise InputError(
-            f"{run} holds no folder checkpoint-<step> with {WEIGHTS_FILE}, {SINGLE_FILE} or {INDEX_FILE}: name the "
+            f"{run} holds no folder checkpoint-<step> with {WEIGHTS_FILE}, {SINGLE} or {INDEX}: name the "
             "folders so, and convert pickled weights and the shards of FSDP or ZeRO to safetensors."
         )
     return [found[step] for step in sorted(found)]
@@ -155,7 +145,7 @@ def find_checkpoints(run: Path) -> list[Checkpoint]:
 
 def _has_weights(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
-    return {CONFIG_FILE, WEIGHTS_FILE} <= names or bool({SINGLE_FILE, INDEX_FILE} & names)
+    return {CONFIG_FILE, WEIGHTS_FILE} <= names or bool({SINGLE, INDEX} & names)
 
 
 def _state(folder: Path) -> dict[str, Any]:

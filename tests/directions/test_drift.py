@@ -319,6 +319,22 @@ def test_damaged_checkpoints_are_named(tiny_pack: Path, tmp_path: Path) -> None:
     assert "No such file" in fails(run, tiny_pack, InputError)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_quantised_weights_are_refused(tiny_pack: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    run = full_run(tmp_path / "run", tiny_pack / "base", (1,))
+    file = run / "checkpoint-1" / "model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    assert f"is quantised ({dtype})" in fails(run, tiny_pack, InputError)
+
+
+def test_one_file_is_taken_before_an_index(tiny_pack: Path, tmp_path: Path) -> None:
+    """As `from_pretrained` does; an index may be left over from an earlier saving."""
+    run = full_run(tmp_path / "run", tiny_pack / "base", (1,))
+    expected = measure_drift(run, load_pack(tiny_pack)).report()
+    (run / "checkpoint-1" / "model.safetensors.index.json").write_text("[]")
+    assert measure_drift(run, load_pack(tiny_pack)).report() == expected
+
+
 @pytest.mark.parametrize("text", ["{", "[]", ""])
 def test_a_damaged_adapter_is_named(tiny_pack: Path, tmp_path: Path, text: str) -> None:
     run = lora_run(tmp_path / "run", tiny_pack / "base", (1,))
