@@ -22,7 +22,7 @@ from sqsd_filter.directions.data import read_data
 from sqsd_filter.directions.pack import ADAPTER_FILES, PACK_FILE, load_pack
 from sqsd_filter.directions.recipe import PackRecipe
 from sqsd_filter.directions.training import take_checkpoint
-from sqsd_filter.errors import DestinationExists, InputError, PackError, SQSDError, UsageError
+from sqsd_filter.errors import DestinationExists, InputError, SQSDError, UsageError
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import make_rows, write_jsonl
@@ -386,71 +386,6 @@ def test_a_choice_that_makes_no_sense_says_why_before_anything_is_trained(
     with pytest.raises(kind, match=complaint):
         build_pack(PackRecipe.load(with_choice(recipe, STATES.replace(said, instead))), recipe.parent / "pack")
     assert not list(recipe.parent.glob("pack/*/training.json"))
-
-
-def test_what_training_does_not_depend_on_may_be_mended_in_a_finished_build(chosen: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(chosen.parent, tmp_path / "copy")
-    out, recipe = folder / "pack", PackRecipe.load(folder / "choice.toml")
-    trained = {p: p.stat().st_mtime_ns for p in out.glob("*/training.json") if p.parent.name != "initial"}
-    assert recipe.states is not None
-    mended = replace(recipe, name="renamed", notes={"remark": "ß"}, states=replace(recipe.states, rows=12))
-    told = json.loads((build_pack(mended, out).path / PACK_FILE).read_text())
-    assert (told["name"], told["remark"], told["validation"]["states"]["initial"]["rows"]) == ("renamed", "ß", 12)
-    assert {p: p.stat().st_mtime_ns for p in trained} == trained
-    with pytest.raises(DestinationExists, match="another recipe"):
-        build_pack(replace(mended, seed=3), out)
-    build_pack(replace(mended, keep_checkpoints=False), out)
-    assert not (out / ".build").exists()
-    with pytest.raises(DestinationExists, match="not an unfinished build"):
-        build_pack(recipe, out)
-
-
-def test_another_step_is_taken_without_training_again(recipe: Path, chosen: Path, built: Path, tmp_path: Path) -> None:
-    out = shutil.copytree(chosen, tmp_path / "other")
-    fixed = PackRecipe.load(recipe)  # takes the second
-    assert files(build_pack(fixed, out).path) == files(built)
-
-
-def test_what_a_kill_at_the_end_left_of_the_work_is_swept_away(recipe: Path, chosen: Path, tmp_path: Path) -> None:
-    out = shutil.copytree(chosen, tmp_path / "pack")
-    kept = PackRecipe.load(with_choice(recipe))
-    build_pack(kept, out)
-    assert (out / ".build").is_dir()
-    brief = replace(kept, keep_checkpoints=False)
-    build_pack(brief, out)
-    (out / ".build" / "initial").mkdir(parents=True)  # as a kill leaves it
-    before = (out / PACK_FILE).stat().st_mtime_ns
-    build_pack(brief, out)
-    assert not (out / ".build").exists() and (out / PACK_FILE).stat().st_mtime_ns == before
-
-
-def test_a_damaged_page_is_a_sentence(recipe: Path, built: Path, tmp_path: Path) -> None:
-    out = shutil.copytree(built, tmp_path / "pack")
-    (out / PACK_FILE).write_text("{")
-    with pytest.raises(PackError, match=r"pack\.json can't be read as JSON"):
-        build_pack(PackRecipe.load(recipe), out)
-
-
-def test_pairs_are_written_once_and_again_only_when_they_change(recipe: Path) -> None:
-    """trl keeps the base's log-probabilities beside them."""
-    loaded = replace(PackRecipe.load(recipe), keep_checkpoints=True)
-    out = recipe.parent / "pack"
-    build_pack(loaded, out)
-
-    def again() -> set[str]:
-        (out / "safety" / "training.json").unlink()
-        (out / PACK_FILE).unlink()
-        build_pack(loaded, out)
-        return {p.name for p in (out / ".build" / "safety" / "pairs").iterdir()}
-
-    pairs = out / ".build" / "safety" / "pairs"
-    written = {p: p.stat().st_mtime_ns for p in pairs.iterdir()}
-    assert any(p.name.startswith("cache-") for p in written)
-    assert again() == {p.name for p in written}
-    assert {p: p.stat().st_mtime_ns for p in written} == written
-    (recipe.parent / "pairs.jsonl").write_text((recipe.parent / "pairs.jsonl").read_text().replace("No idea", "None"))
-    again()
-    assert not any(p.exists() and p.stat().st_mtime_ns == t for p, t in written.items())
 
 
 def test_rows_to_choose_by_without_a_choice_are_refused(recipe: Path) -> None:
