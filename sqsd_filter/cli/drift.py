@@ -24,7 +24,7 @@ from sqsd_filter.errors import UsageError
 @click.pass_context
 def drift(context: click.Context, run: Path, **params: Any) -> None:
     """Project the change of every checkpoint in RUN_DIR on the pack's directions."""
-    from sqsd_filter.directions.drift import measure_drift
+    from sqsd_filter.directions.drift import measure_drift, with_refusals
     from sqsd_filter.directions.drift_files import check_folder, write_drift
     from sqsd_filter.directions.pack import load_pack
     from sqsd_filter.directions.refusals import read_prompts
@@ -32,19 +32,17 @@ def drift(context: click.Context, run: Path, **params: Any) -> None:
     display = output.begin(context)
     if params["limit"] and not params["refusals"]:
         raise UsageError("--limit says how many prompts to ask: add --refusals.")
-    if params["out"]:
-        check_folder(params["out"])
+    pack, out = load_pack(params["pack"]), params["out"]
+    if out:
+        check_folder(out, run, pack)
     prompts = read_prompts(params["refusals"], params["limit"]) if params["refusals"] else ()
-    found = measure_drift(
-        run,
-        load_pack(params["pack"]),
-        base=params["base"],
-        prompts=prompts,
-        device=params["device"],
-        progress=display,
-    )
-    if params["out"]:
-        write_drift(found, params["out"])
+    found = measure_drift(run, pack, base=params["base"], progress=display)
+    if out:
+        write_drift(found, out)  # before the refusals, which take longer
+    if prompts:
+        found = with_refusals(found, prompts, params["device"], display)
+        if out:
+            write_drift(found, out)
     output.show(found.report(), as_json=params["json_output"], quiet=params["quiet"], text=table)
 
 

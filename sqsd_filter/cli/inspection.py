@@ -68,7 +68,7 @@ def _probes(report: Mapping[str, Any]) -> Iterator[Row]:
     for p in report["probes"]:
         n = p["modules"]
         cover = f"{n['common']:,} of {n['direction']:,} and {n['state']:,}"
-        steers = {None: "not tried", True: "yes", False: "no"}[p["steers"]]
+        steers = {None: "outdated" if p["steering_outdated"] else "not tried", True: "yes", False: "no"}[p["steers"]]
         cosine = _number(p["cosine_to_state"]["global"], "+.3f")
         yield p["name"], f"{p['weight']:+g}", p["direction"], p["state"], cover, cosine, steers
 
@@ -89,10 +89,22 @@ def _adapter(name: str, a: Mapping[str, Any]) -> Row:
 
 def _origin(name: str, a: Mapping[str, Any]) -> Row:
     told = a["provenance"] or {}
-    data = told.get("data")
-    data = data.get("dataset") or data.get("file") if isinstance(data, dict) else data
     counts = (f"{told[what]:,} {what}" for what in ("rows", "steps") if isinstance(told.get(what), int))
-    return name, ", ".join([*([str(data)] if data else []), *counts]) or "-", str(told.get("licence") or "-")
+    return name, ", ".join([*_data(told.get("data")), *counts]) or "-", str(told.get("licence") or "-")
+
+
+def _data(data: Any) -> list[str]:
+    """What an adapter was trained on, in whichever form a pack tells it: a text, a dataset of the Hub, or files."""
+    if not isinstance(data, dict):
+        return [str(data)] if data else []
+    match data:
+        case {"dataset": {"id": name, "revision": str(revision)}}:
+            return [f"{name}@{revision[:12]}"]
+        case {"dataset": {"id": name}} | {"file": name}:
+            return [str(name)]
+        case {"files": [{"path": first}, *others]}:
+            return [f"{first} and {len(others)} more" if others else str(first)]
+    return []
 
 
 def _norms(what: str, adapters: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
         problem.show(sys.stderr)
         sys.exit(2 if isinstance(problem, click.UsageError) else problem.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted. What was scored is kept; this goes on from there:", err=True)
+        click.echo("Interrupted. What was written is kept; the same command does the rest:", err=True)
         click.echo("  " + shlex.join(["sqsd-filter", *given]), err=True)
         sys.exit(130)
     except SQSDError as problem:

@@ -38,7 +38,13 @@ from sqsd_filter.cli import options, output
     help="Length of the generated answers.",
 )
 @options.device
-@options.dtype
+@options.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="In bfloat16 the effect of a small V is lost when activations are rounded.",
+)
 @options.trust_remote_code
 @click.option("--record", "keep_record", is_flag=True, help="Write the result into the pack, which must be a folder.")
 @click.option("--json", "json_output", is_flag=True, help="Print the result as one JSON object.")
@@ -58,6 +64,7 @@ def steer(pack: str, rows: str, out: Path, alpha: str, keep_record: bool, **para
     alphas = parse_alphas(alpha)
     home = validation.recordable(pack) if keep_record else None
     model = {name: params[name] for name in ("device", "dtype", "trust_remote_code")}
+    display = output.Display(quiet=params["quiet"])
     report = run.steer(
         SQSDScorer(pack, **model),
         rows,
@@ -66,10 +73,10 @@ def steer(pack: str, rows: str, out: Path, alpha: str, keep_record: bool, **para
         columns=TrialColumns(*(params[f"{kind}_column"] for kind in ("prompt", "safe", "unsafe"))),
         limit=params["limit"],
         max_new_tokens=params["max_new_tokens"],
-        progress=output.Display(quiet=params["quiet"]),
+        progress=display,
     )
-    if home is not None:
-        validation.record(home, "steering", report)
+    if home is not None and not validation.record(home, validation.STEERING, report):
+        display.note("not recorded: without safe and unsafe answers this would replace the verdicts that are there")
     output.show(report, as_json=params["json_output"], quiet=params["quiet"], text=_table)
 
 

@@ -1,8 +1,8 @@
 """Build a pack from a recipe: the danger direction by SFT, the safety direction by DPO, the benign state by SFT.
 
 Training is trl's and peft's; here are resuming, the choice of states, and the provenance that goes into the pack. An
-interrupted build goes on from its last checkpoint when the same recipe is built into the same folder again; a choice
-that was interrupted is made again.
+interrupted build goes on from its last checkpoint when the same recipe is built into the same folder again, also when
+what training does not depend on was mended in it; a choice that was interrupted is made again.
 
 On several GPUs: `torchrun --nproc-per-node 4 -m sqsd_filter pack build CONFIG.toml OUT` gives each a share of every
 batch. A single process spreads a model over all GPUs that it sees, for one that is larger than a card.
@@ -22,11 +22,13 @@ from typing import Any
 from sqsd_filter.directions import processes
 from sqsd_filter.directions.data import TrainingData, read_data
 from sqsd_filter.directions.pack import FORMAT, PACK_FILE, Pack, load_pack
-from sqsd_filter.directions.recipe import PackRecipe
-from sqsd_filter.directions.states import checkpoints, compare_states
+from sqsd_filter.directions.recipe import AdapterRecipe, PackRecipe
+from sqsd_filter.directions.states import checkpoints, compare_states, usable
 from sqsd_filter.directions.training import WORK_DIR, take_checkpoint, train, write_json
 from sqsd_filter.errors import DestinationExists, SQSDError
+from sqsd_filter.pipeline.folder import write_whole
 from sqsd_filter.progress import Progress, Silent
+from sqsd_filter.scoring.scorer import SQSDScorer
 
 
 def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None = None) -> Pack:
@@ -48,25 +50,30 @@ def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None
 
 def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
     work = target / WORK_DIR
-    plan = json.dumps(asdict(recipe) | {"folder": None}, sort_keys=True, indent=1, default=str)
-    fingerprint = hashlib.blake2b(plan.encode(), digest_size=8).hexdigest()
+    fingerprint = hashlib.blake2b(_text(_settings(recipe)).encode(), digest_size=8).hexdigest()
+    plan, begun = _text(_trained(recipe)), work / "recipe.json"
     if target.is_dir() and any(target.iterdir()):
-        done = target / PACK_FILE
-        if done.is_file() and json.loads(done.read_text(encoding="utf-8")).get("recipe") == fingerprint:
-            return load_pack(target)
-        if not (work / "recipe.json").is_file():
+        if (target / PACK_FILE).is_file() and (done := load_pack(target)).notes.get("recipe") == fingerprint:
+            _clear(recipe, work)  # where a kill came before
+            return done
+        if not begun.is_file():
             raise DestinationExists(f"{target} exists and is not an unfinished build: choose another folder.")
-        if (work / "recipe.json").read_text() != plan:
+        if begun.read_text(encoding="utf-8") != plan:
             raise DestinationExists(f"{target} holds the build of another recipe: choose another folder or remove it.")
+    # all data before any training: what is wrong with the last adapter's shows at once, not after hours
+    records = {name: target / name / "training.json" for name in recipe.adapters}
+    data = {
+        name: read_data(recipe, adapter)
+        for name, adapter in recipe.adapters.items()
+        if not _is_done(records[name], adapter)
+    }
+    shown = _shown(recipe, target)
     processes.wait()  # all have seen what was there
     if processes.is_first():
         work.mkdir(parents=True, exist_ok=True)
-        (work / "recipe.json").write_text(plan)
+        write_whole(begun, lambda sink: sink.write(plan.encode()))
+        (target / PACK_FILE).unlink(missing_ok=True)  # of a recipe that chose otherwise among the same checkpoints
 
-    records = {name: target / name / "training.json" for name in recipe.adapters}
-    # all data before any training: what is wrong with the last adapter's shows at once, not after hours
-    data = {name: read_data(recipe, recipe.adapters[name]) for name, record in records.items() if not record.is_file()}
-    shown = read_data(recipe, recipe.states.source, recipe.states.positive) if recipe.states else None
     for name in sorted(data, key=lambda name: name != recipe.base_adapter):
         train(recipe, name, data[name], target, progress)
     if processes.is_first():
@@ -75,9 +82,41 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
     processes.wait()
     built = load_pack(target)
     processes.wait()
-    if processes.is_first() and not recipe.keep_checkpoints:
-        shutil.rmtree(work)
+    _clear(recipe, work)
     return built
+
+
+def _settings(recipe: PackRecipe) -> dict[str, Any]:
+    """The whole recipe, wherever it lies: a pack that was made by another one is not done."""
+    return asdict(recipe) | {"folder": None}
+
+
+def _trained(recipe: PackRecipe) -> dict[str, Any]:
+    """What checkpoints depend on: a build goes on with them when anything else of its recipe was mended."""
+    plan = _settings(recipe)
+    for name in ("name", "probes", "states", "notes", "keep_checkpoints", "max_length"):
+        del plan[name]
+    for name, adapter in plan["adapters"].items():
+        if name != recipe.base_adapter:  # which others are trained on
+            del adapter["take_step"]
+    return plan
+
+
+def _text(plan: Mapping[str, Any]) -> str:
+    return json.dumps(plan, sort_keys=True, indent=1, default=str)
+
+
+def _is_done(record: Path, adapter: AdapterRecipe) -> bool:
+    """Is the adapter there, as of the update that the recipe takes? If it isn't, training goes on from its last
+    checkpoint, which may be its end."""
+    if not record.is_file():
+        return False
+    return bool(json.loads(record.read_text(encoding="utf-8"))["settings"].get("take_step") == adapter.take_step)
+
+
+def _clear(recipe: PackRecipe, work: Path) -> None:
+    if processes.is_first() and work.exists() and not recipe.keep_checkpoints:
+        shutil.rmtree(work)
 
 
 def _pack(
@@ -100,17 +139,32 @@ def _pack(
     }
 
 
+def _unbuilt(recipe: PackRecipe, target: Path) -> Pack:
+    """The pack as it will be, for its settings."""
+    settings = ("base_model", "probes", "base_revision", "base_adapter", "chat_template_kwargs", "max_length")
+    return Pack(target, recipe.name, **{key: getattr(recipe, key) for key in settings})
+
+
+def _shown(recipe: PackRecipe, target: Path) -> TrainingData | None:
+    """The rows that states are compared on. Raises `InputError` where they will not do."""
+    how = recipe.states
+    if how is None:
+        return None
+    shown = read_data(recipe, how.source, how.positive)
+    turns = [turns for (turns,) in shown.examples]
+    usable(SQSDScorer(_unbuilt(recipe, target)), turns, shown.positive, how.answer_tokens)
+    return shown
+
+
 def _choose_state(
     recipe: PackRecipe, name: str, shown: TrainingData, target: Path, progress: Progress
 ) -> dict[str, Any]:
     """Publish the most sensitive checkpoint of an adapter; the record of all."""
     how = recipe.states
     assert how is not None
-    settings = ("base_model", "probes", "base_revision", "base_adapter", "chat_template_kwargs", "max_length")
-    pack = Pack(target, recipe.name, **{key: getattr(recipe, key) for key in settings})
     candidates = checkpoints(target / WORK_DIR / name)
     found = compare_states(
-        pack,
+        _unbuilt(recipe, target),
         candidates,
         [turns for (turns,) in shown.examples],
         shown.positive,

@@ -18,15 +18,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sqsd_filter.directions.model_files import INDEX, SINGLE, unquantised, weight_files
 from sqsd_filter.directions.pack import Pack
 from sqsd_filter.errors import InputError, PackError
-from sqsd_filter.scoring.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraFactors, load_adapter
+from sqsd_filter.scoring.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraFactors, exact, load_adapter, read_config
 from sqsd_filter.scoring.weights import skeleton, weights_folder
 
 log = logging.getLogger(__name__)
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 STATE_FILE = "trainer_state.json"
 Change = LoraFactors | torch.Tensor  # of one module: a product s·B·A, or dense (d_out, d_in)
 
@@ -84,16 +83,8 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        index, single = folder / INDEX_FILE, folder / SINGLE_FILE
-        if index.is_file():
-            try:
-                self._files = {key: folder / name for key, name in json.loads(index.read_bytes())["weight_map"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as problem:
-                raise InputError(f"{index} is no index of safetensors files: save the model again.") from problem
-        elif single.is_file():
-            self._files = dict.fromkeys(_read(single, lambda file: list(file.keys())), single)
-        else:
-            raise InputError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: save the model as safetensors.")
+        paths = weight_files(str(folder), folder)
+        self._files = {key: path for path in paths for key in _read(path, lambda file: list(file.keys()))}
 
     def module(self, name: str) -> torch.Tensor:
         """The weight of a module as it is stored, also where the file names it with more or less of a prefix."""
@@ -101,8 +92,7 @@ class Weights:
         keys = [wanted] if wanted in self._files else [k for k in self._files if _same_end(k, wanted)]
         if len(keys) != 1:
             raise InputError(f"{self._folder} has no weight for '{name}': it is of another architecture than the base.")
-        weight: torch.Tensor = _read(self._files[keys[0]], lambda file: file.get_tensor(keys[0]))
-        return weight
+        return unquantised(_read(self._files[keys[0]], lambda file: file.get_tensor(keys[0])), wanted, self._folder)
 
 
 def _same_end(one: str, other: str) -> bool:
@@ -117,6 +107,12 @@ def _read(path: Path, take: Callable[[Any], Any]) -> Any:
         raise InputError(f"{path} can't be read ({problem}): copy or save the checkpoint again.") from problem
 
 
+def by_step(run: Path) -> list[tuple[int, Path]]:
+    """The folders checkpoint-<step> of a run, by step."""
+    folders = ((re.fullmatch(r"checkpoint-([0-9]+)", path.name), path) for path in run.glob("*") if path.is_dir())
+    return sorted((int(step[1]), path) for step, path in folders if step)
+
+
 def find_checkpoints(run: Path) -> list[Checkpoint]:
     """The folders checkpoint-<step> of a run with weights in safetensors, by step, and the model in `run` itself where
     its step is known and no checkpoint's.
@@ -126,23 +122,22 @@ def find_checkpoints(run: Path) -> list[Checkpoint]:
     if not run.is_dir():
         raise InputError(f"{run} is not a folder: give the output folder of a training run.")
     found = {}
-    for folder in run.iterdir():
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and folder.is_dir():
-            if _has_weights(folder):
-                found[int(match[1])] = Checkpoint(int(match[1]), folder)
-            else:
-                log.warning("%s has no weights in safetensors: it is left out", folder)
+    for step, folder in by_step(run):
+        if _has_weights(folder):
+            found[step] = Checkpoint(step, folder)
+        else:
+            log.warning("%s has no weights in safetensors: it is left out", folder)
     found.pop(0, None)  # the origin, which is there anyway
     if _has_weights(run):
-        step = _state(run).get("global_step")
+        end = _state(run).get("global_step")
         last = _state(found[max(found)].folder) if found else {}
-        if step:
-            found.setdefault(step, Checkpoint(step, run))
+        if end:
+            found.setdefault(end, Checkpoint(end, run))
         elif not last or last.get("global_step") != last.get("max_steps"):
             log.warning("the model in %s is left out, because no %s beside it tells its step", run, STATE_FILE)
     if not found:
         raise InputError(
-            f"{run} holds no folder checkpoint-<step> with {WEIGHTS_FILE}, {SINGLE_FILE} or {INDEX_FILE}: name the "
+            f"{run} holds no folder checkpoint-<step> with {WEIGHTS_FILE}, {SINGLE} or {INDEX}: name the "
             "folders so, and convert pickled weights and the shards of FSDP or ZeRO to safetensors."
         )
     return [found[step] for step in sorted(found)]
@@ -150,7 +145,7 @@ def find_checkpoints(run: Path) -> list[Checkpoint]:
 
 def _has_weights(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
-    return {CONFIG_FILE, WEIGHTS_FILE} <= names or bool({SINGLE_FILE, INDEX_FILE} & names)
+    return {CONFIG_FILE, WEIGHTS_FILE} <= names or bool({SINGLE, INDEX} & names)
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -166,8 +161,8 @@ def _state(folder: Path) -> dict[str, Any]:
 
 
 def trained_on(folder: Path) -> str | None:
-    """The base model that a LoRA folder names, if it does."""
-    name = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    """The base model that a LoRA folder names, if it does. Raises `PackError` where it can't be read."""
+    name = read_config(folder).get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
 
 
@@ -207,11 +202,6 @@ def _fill(rows: torch.Tensor, count: int) -> torch.Tensor:
 def shape(change: Change) -> tuple[int, ...]:
     """(d_out, d_in)."""
     return tuple(change.shape) if isinstance(change, torch.Tensor) else (change.B.shape[0], change.A.shape[1])
-
-
-def exact(tensor: torch.Tensor) -> torch.Tensor:
-    """In float64, or what comes closest to it on this device."""
-    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
 def upright(weight: torch.Tensor, module: Any) -> torch.Tensor:

@@ -60,8 +60,8 @@ def convert(
     where that is given as well. The report, which is also written beside the adapter, has each module's rank, norm and
     share of energy kept, and what changed but can't be held, with its share of ‖θ - θ0‖².
 
-    Raises `PackError` where the two don't belong together or can't be read, `ModelError` where they can't be had,
-    `UsageError`, `DestinationExists`.
+    Raises `PackError` where the two don't belong together, `InputError` where they can't be read, `ModelError` where
+    they can't be had, `UsageError`, `DestinationExists`.
     """
     if rank is not None and rank < 1:
         raise UsageError("rank (--rank) must be at least 1.")

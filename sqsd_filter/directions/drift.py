@@ -18,7 +18,6 @@ All of it in float64, on the device where the change is.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,6 @@ from sqsd_filter.directions.checkpoints import (
     Checkpoint,
     Origin,
     changes,
-    exact,
     find_checkpoints,
     shape,
     trained_on,
@@ -41,7 +39,8 @@ from sqsd_filter.directions.pack import Pack
 from sqsd_filter.directions.refusals import Refusals, count_refusals
 from sqsd_filter.errors import PackError
 from sqsd_filter.progress import Progress, Silent
-from sqsd_filter.scoring.adapters import LoraFactors, load_adapter
+from sqsd_filter.scoring import adapters
+from sqsd_filter.scoring.adapters import LoraFactors, exact, load_adapter
 
 log = logging.getLogger(__name__)
 
@@ -98,28 +97,25 @@ def load_directions(pack: Pack) -> list[Direction]:
             found[probe.direction] = replace(known, weight=known.weight + probe.weight)
             continue
         factors = load_adapter(pack.adapter(probe.direction)).factors
-        lengths = {module: length(product) for module, product in factors.items()}
+        lengths = {module: adapters.norm(product) for module, product in factors.items()}
         found[probe.direction] = Direction(probe.name, probe.weight, factors, lengths)
     return list(found.values())
 
 
 def inner(change: Change, direction: LoraFactors) -> float:
     """<ΔW, V> of one module."""
-    there = change.device if isinstance(change, torch.Tensor) else change.A.device
-    A_V, B_V = exact(direction.A.to(there)), exact(direction.B.to(there))
-    if isinstance(change, torch.Tensor):
-        parts = [(B.T @ exact(rows) * A_V).sum() for rows, B in zip(change.split(ROWS), B_V.split(ROWS), strict=True)]
-        return direction.scaling * float(torch.stack(parts).sum())
-    grams = (exact(change.B).T @ B_V) * (exact(change.A) @ A_V.T)
-    return change.scaling * direction.scaling * float(grams.sum())
+    if isinstance(change, LoraFactors):
+        return adapters.inner(change, direction)
+    A_V, B_V = exact(direction.A.to(change.device)), exact(direction.B.to(change.device))
+    parts = [(B.T @ exact(rows) * A_V).sum() for rows, B in zip(change.split(ROWS), B_V.split(ROWS), strict=True)]
+    return direction.scaling * float(torch.stack(parts).sum())
 
 
 def length(change: Change) -> float:
     """‖ΔW‖ of one module."""
-    if isinstance(change, torch.Tensor):
-        return float(torch.linalg.vector_norm(exact(change)))
-    A, B = exact(change.A), exact(change.B)
-    return abs(change.scaling) * math.sqrt(max(0.0, float(((B.T @ B) * (A @ A.T)).sum())))
+    if isinstance(change, LoraFactors):
+        return adapters.norm(change)
+    return float(torch.linalg.vector_norm(exact(change)))
 
 
 def project(directions: Sequence[Direction], change: Callable[[str], Change | None]) -> dict[str, Along]:
@@ -181,6 +177,7 @@ class Drift:
     run: Path
     pack: Pack
     origin: Origin
+    checkpoints: list[Checkpoint]
     points: list[Point]
 
     def report(self) -> dict[str, Any]:
@@ -207,15 +204,12 @@ def measure_drift(
     pack: Pack,
     *,
     base: str | None = None,
-    prompts: Sequence[str] = (),
-    device: str | None = None,
     progress: Progress | None = None,
 ) -> Drift:
     """Project every checkpoint of a run on the pack's directions.
 
     `base` says where the run started, if not from the pack's base model: another model, or a LoRA folder on the pack's
-    base model that the run went on training. With `prompts`, every checkpoint answers them (on `device`), and the
-    share of refusals is measured.
+    base model that the run went on training.
 
     Raises `InputError` for what can't be read, `PackError` where run and pack don't belong together.
     """
@@ -231,10 +225,16 @@ def measure_drift(
         along = project(directions, changes(checkpoint, origin))
         totals = {name: measured.totals() for name, measured in along.items()}
         points.append(Point(checkpoint.step, checkpoint.folder.name, along, risk_projection(directions, totals)))
-    if prompts:
-        counted = count_refusals(checkpoints, origin, pack, prompts, device, progress)
-        points = [replace(point, refusals=refusals) for point, refusals in zip(points, counted, strict=True)]
-    return Drift(run, pack, origin, points)
+    return Drift(run, pack, origin, checkpoints, points)
+
+
+def with_refusals(
+    drift: Drift, prompts: Sequence[str], device: str | None = None, progress: Progress | None = None
+) -> Drift:
+    """The same with the share of refusals when each checkpoint answers the prompts, on `device`."""
+    counted = count_refusals(drift.checkpoints, drift.origin, drift.pack, prompts, device, progress or Silent())
+    points = [replace(point, refusals=refusals) for point, refusals in zip(drift.points, counted, strict=True)]
+    return replace(drift, points=points)
 
 
 def _origin_point(directions: Sequence[Direction]) -> Point:

@@ -13,21 +13,34 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from sqsd_filter.directions.drift import Drift
+from sqsd_filter.directions.pack import Pack
 from sqsd_filter.errors import DestinationExists
+from sqsd_filter.pictures import picture
 from sqsd_filter.pipeline.folder import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+REPORT = "drift.json"
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart with any colour vision
 MARKERS = "os^Dv*"
 
 
-def check_folder(out: Path) -> None:
-    """Raise `DestinationExists` where `out` is a file."""
+def check_folder(out: Path, run: Path, pack: Pack) -> None:
+    """Raise `DestinationExists` where `out` is a file, or has the report on another run or pack."""
     if out.exists() and not out.is_dir():
         raise DestinationExists(f"{out} is a file: name a folder.")
+    report = out / REPORT
+    if not report.exists():
+        return
+    try:
+        told = json.loads(report.read_text(encoding="utf-8"))
+        same = Path(told["run"]).resolve() == run.resolve() and told["pack"]["fingerprint"] == pack.fingerprint
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise DestinationExists(f"{report} is not about this run and pack: name another folder or remove it.")
 
 
 def write_drift(drift: Drift, out: Path) -> None:
@@ -36,11 +49,13 @@ def write_drift(drift: Drift, out: Path) -> None:
     texts = {
         "drift.csv": _csv(rows(drift)),
         "modules.csv": _csv(module_rows(drift)),
-        "drift.json": json.dumps(drift.report(), indent=1) + "\n",
+        REPORT: json.dumps(drift.report(), indent=1) + "\n",
     }
     for name, text in texts.items():
         write_whole(out / name, partial(_write_text, text))
-    _write_picture(drift, out / "drift.png")
+    panels = [_projections, _speed, *([_refusals] if drift.points[0].refusals else [])]
+    with picture(out / "drift.png", 6 * len(panels), 5) as figure:
+        _draw(figure, drift, panels)
 
 
 def _write_text(text: str, sink: IO[bytes]) -> None:
@@ -80,21 +95,8 @@ def _csv(rows: Iterable[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _write_picture(drift: Drift, path: Path) -> None:
-    """The projections, how fast they change and, where they were counted, the refusals, by training step."""
-    import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = [_projections, _speed, *([_refusals] if drift.points[0].refusals else [])]
-    with matplotlib.style.context(["default", {"axes.unicode_minus": False}]):  # whatever the user's own is
-        figure = Figure(figsize=(6 * len(panels), 5), dpi=100, facecolor="white", layout="constrained")
-        FigureCanvasAgg(figure)
-        _draw(figure, drift, panels)
-        write_whole(path, lambda sink: figure.savefig(sink, format="png", metadata={"Software": None}))
-
-
 def _draw(figure: Figure, drift: Drift, panels: Sequence[Any]) -> None:
+    """The projections, how fast they change and, where they were counted, the refusals, by training step."""
     for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
         panel(axes, drift, [point.step for point in drift.points])
         axes.set_xlabel("training step (updates)", fontsize=12)

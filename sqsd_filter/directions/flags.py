@@ -72,9 +72,16 @@ def _probes(probes: list[Mapping[str, Any]]) -> Iterator[Flag]:
 
 
 def _steering(report: Mapping[str, Any]) -> Iterator[Flag]:
-    found = {probe["direction"]: probe["steers"] for probe in report["probes"]}
-    for direction, steers in found.items():
-        if steers is None:
+    found = {probe["direction"]: (probe["steers"], probe["steering_outdated"]) for probe in report["probes"]}
+    for direction, (steers, outdated) in found.items():
+        if outdated:
+            yield (
+                "steering-outdated",
+                direction,
+                f"The pack is not the one that was moved along '{direction}' any more: run sqsd-filter steer on it "
+                "again, with safe and unsafe answers and --record.",
+            )
+        elif steers is None:
             yield (
                 "not-steered",
                 direction,

@@ -23,8 +23,8 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
     config_file, weights_file = ADAPTER_FILES
     folder.mkdir(parents=True, exist_ok=True)
     plain = {**config, "base_model_name_or_path": None}
-    if not isinstance(plain["target_modules"], str):  # else a pattern
-        plain["target_modules"] = sorted(plain["target_modules"])
+    if not isinstance(modules := plain.get("target_modules"), str | None):  # else a pattern, or PEFT's default
+        plain["target_modules"] = sorted(modules)
     (folder / config_file).write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     stored = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     (folder / weights_file).write_bytes(save(stored))  # save_file's would be for this user only

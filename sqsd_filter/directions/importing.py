@@ -16,6 +16,7 @@ from typing import Any
 from sqsd_filter.directions.folders import is_free, whole_folder, write_adapter
 from sqsd_filter.directions.pack import (
     ADAPTER_FILES,
+    CORE,
     FORMAT,
     HUB_NAME,
     PACK_FILE,
@@ -82,7 +83,7 @@ def import_pack(
         "probes": [asdict(probe) for probe in probes],
         "provenance": {key: _provenance(found, root, folder) for key, folder in adapters.items()},
     }
-    if not is_free(target) and _read(target / PACK_FILE) == pack:
+    if not is_free(target) and _identity(_read(target / PACK_FILE)) == _identity(pack):
         return load_pack(target)
     with whole_folder(target) as made:
         from safetensors.torch import load_file
@@ -164,6 +165,16 @@ def _provenance(source: _Source, root: Path, folder: str) -> dict[str, Any]:
         "licence": source.licence,
         "source": {**source.facts, "path": folder, "sha256": digest},
     }
+
+
+def _identity(page: Any) -> Any:
+    """What makes a page that of this import, whatever was recorded in it or added since: what scores depend on, and
+    where each adapter is from. None for anything else than a page with that."""
+    try:
+        sources = {name: told["source"] for name, told in page["provenance"].items()}
+        return {key: page.get(key) for key in CORE}, sources
+    except (AttributeError, KeyError, TypeError):
+        return None
 
 
 def _read(path: Path) -> Any:

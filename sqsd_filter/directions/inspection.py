@@ -19,8 +19,8 @@ import torch
 
 from sqsd_filter.directions.flags import flags
 from sqsd_filter.directions.pack import ADAPTER_FILES, Pack, Probe
-from sqsd_filter.errors import PackError
-from sqsd_filter.scoring.adapters import Adapter, LoraFactors, load_adapter
+from sqsd_filter.directions.validation import verdicts
+from sqsd_filter.scoring.adapters import Adapter, inner, load_adapter, norm
 from sqsd_filter.scoring.weights import is_here
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")  # the first number in a module's name, and what is below that layer
@@ -64,20 +64,6 @@ def inspect_pack(pack: Pack) -> dict[str, Any]:
     return {**report, "flags": flags(report)}
 
 
-def inner(a: LoraFactors, b: LoraFactors) -> float:
-    """⟨s_a B_a A_a, s_b B_b A_b⟩, in float64. Raises `PackError` where the two belong to modules of other shapes."""
-    if a.A.shape[1] != b.A.shape[1] or a.B.shape[0] != b.B.shape[0]:
-        raise PackError("Two adapters of the pack are of other shapes in one module: they belong to different models.")
-    gram_A, gram_B = a.A.double() @ b.A.double().T, a.B.double().T @ b.B.double()
-    return a.scaling * b.scaling * float((gram_A * gram_B).sum())
-
-
-def norm(factors: LoraFactors) -> float:
-    """‖s B A‖, the Frobenius norm."""
-    squared = inner(factors, factors)
-    return math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else math.nan
-
-
 def _cosine(a: Adapter, b: Adapter) -> dict[str, Any]:
     """The cosine over all common modules as one vector, and the sum and mean of the modules' own."""
     common = [(factors, b.factors[m]) for m, factors in a.factors.items() if m in b.factors]
@@ -92,6 +78,8 @@ def _cosine(a: Adapter, b: Adapter) -> dict[str, Any]:
 def _probe(pack: Pack, probe: Probe, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     direction, state = adapters[probe.direction], adapters[probe.state].with_scaling(probe.state_scaling)
     cosine = _cosine(direction, state)
+    steered, found = verdicts(pack.notes.get("validation"))
+    outdated = probe.direction in found and steered != pack.fingerprint
     return {
         "name": probe.name,
         "weight": probe.weight,
@@ -104,17 +92,9 @@ def _probe(pack: Pack, probe: Probe, adapters: Mapping[str, Adapter]) -> dict[st
             "common": cosine.pop("modules"),
         },
         "cosine_to_state": cosine,
-        "steers": _steers(pack, probe.direction),
+        "steers": None if outdated else found.get(probe.direction),
+        "steering_outdated": outdated,
     }
-
-
-def _steers(pack: Pack, direction: str) -> bool | None:
-    """What `steer --record` found of a direction, None where it found nothing."""
-    validation = pack.notes.get("validation")
-    steering = validation.get("steering") if isinstance(validation, dict) else None
-    curves = steering.get("directions") if isinstance(steering, dict) else None
-    found = [c for c in curves if isinstance(c, dict)] if isinstance(curves, list) else []
-    return next((c.get("steers") for c in found if c.get("adapter") == direction), None)
 
 
 def _adapter(pack: Pack, adapter: Adapter, norms: Mapping[str, float], name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from sqsd_filter.errors import PackError
+from sqsd_filter.errors import InputError
 from sqsd_filter.scoring.adapters import CONFIG_FILE
 from sqsd_filter.scoring.weights import skeleton
 
@@ -73,29 +73,34 @@ class Checkpoint:
         return tuple(file.get_slice(stored).get_shape())
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor as it is stored. Raises `PackError` for one that is quantised."""
+        """One tensor as it is stored. Raises `InputError` for one that is quantised."""
         file, stored = self._stored[name]
-        tensor: torch.Tensor = file.get_tensor(stored)
-        if tensor.dtype not in _UNQUANTISED:
-            raise PackError(f"'{name}' in {self.where} is quantised ({tensor.dtype}): name the weights as trained.")
-        return tensor
+        return unquantised(file.get_tensor(stored), name, self.where)
+
+
+def unquantised(tensor: torch.Tensor, name: str, where: str | Path) -> torch.Tensor:
+    """The tensor itself. Raises `InputError` where its numbers are not the weights but codes for them."""
+    if tensor.dtype not in _UNQUANTISED:
+        raise InputError(f"'{name}' in {where} is quantised ({tensor.dtype}): name the weights as trained.")
+    return tensor
 
 
 @contextmanager
 def open_checkpoint(where: str, folder: Path, layout: Layout) -> Iterator[Checkpoint]:
-    """The weights in a folder, one file or many with an index. Raises `PackError` where they can't be read."""
+    """The weights in a folder, one file or many with an index. Raises `InputError` where they can't be read."""
     with ExitStack() as stack:
         stored = {}
-        for path in _files(where, folder):
+        for path in weight_files(where, folder):
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as problem:
-                raise PackError(f"{path} can't be read ({problem}): copy the checkpoint again.") from problem
+                raise InputError(f"{path} can't be read ({problem}): copy the checkpoint again.") from problem
             stored.update({layout.name(name): (file, name) for name in file.keys()})  # noqa: SIM118, it is no dict
         yield Checkpoint(where, stored)
 
 
-def _files(where: str, folder: Path) -> list[Path]:
+def weight_files(where: str, folder: Path) -> list[Path]:
+    """The files with a model's weights in a folder. Raises `InputError` where there are none in safetensors."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
@@ -103,12 +108,14 @@ def _files(where: str, folder: Path) -> list[Path]:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             return sorted({folder / name for name in index.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as problem:
-            raise PackError(f"{folder / INDEX} is no index of weights: copy the checkpoint again.") from problem
+            raise InputError(
+                f"{folder / INDEX} is no index of safetensors files: copy the checkpoint again."
+            ) from problem
     if (folder / CONFIG_FILE).is_file():
-        raise PackError(f"{where} holds a LoRA adapter, which is a low-rank direction already: use it as it is.")
+        raise InputError(f"{where} holds a LoRA adapter, which is a low-rank direction already: use it as it is.")
     if list(folder.glob("*.bin")):
-        raise PackError(
+        raise InputError(
             f"{where} holds pickled weights (.bin), which are never loaded: save the model again with "
             "save_pretrained(..., safe_serialization=True)."
         )
-    raise PackError(f"{where} holds no {SINGLE} or {INDEX}: name the folder of a whole model.")
+    raise InputError(f"{where} holds no {SINGLE} or {INDEX}: name the folder of a whole model.")

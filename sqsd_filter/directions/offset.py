@@ -1,7 +1,8 @@
 """A model at θ0 + αV: what a direction does to it when the weights are moved along it.
 
 V = s·B·A is added as a side path, y = Wx + α·s·B(Ax), and taken away with it: θ0 itself is never touched, so that no
-rounding is left behind, and bfloat16 weights don't swallow a V smaller than their spacing.
+rounding is left behind, and a V smaller than the spacing of the weights isn't swallowed. Activations are rounded to the
+model's dtype, though: in bfloat16, whose spacing is 1/256 of a value, the effect of a small V is lost in y.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from sqsd_filter.scoring.adapters import Adapter, LoraFactors, adapted
+from sqsd_filter.scoring.adapters import Adapter, LoraFactors, adapted, norm
 
 
 @contextmanager
@@ -48,9 +49,3 @@ def random_like(direction: Adapter, seed: int) -> Adapter:
         drawn = LoraFactors(A, B, 1.0)
         factors[module] = LoraFactors(A, B, norm(own) / norm(drawn))
     return Adapter(direction.path, factors)
-
-
-def norm(factors: LoraFactors) -> float:
-    """‖V‖ = ‖s·B·A‖, from r × r matrices: ‖B·A‖² = ⟨BᵀB, AAᵀ⟩."""
-    A, B = factors.A.double(), factors.B.double()
-    return abs(factors.scaling) * float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())

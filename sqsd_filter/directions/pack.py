@@ -199,7 +199,7 @@ def _read(folder: Path) -> Pack:
         chat_template_kwargs=_field(data, "chat_template_kwargs", dict, path, {}),
         max_length=_field(data, "max_length", int, path, 1024),
         probes=tuple(_probe(entry, path) for entry in probes),
-        notes={k: v for k, v in data.items() if k not in _CORE},
+        notes={k: v for k, v in data.items() if k not in CORE},
     )
     if pack.max_length < 2:
         raise PackError(f"{path}: max_length must be at least 2 tokens.")
@@ -216,7 +216,7 @@ def _read(folder: Path) -> Pack:
     return pack
 
 
-_CORE = {
+CORE = {
     *("format", "name", "base_model", "base_revision", "base_adapter"),
     *("chat_template_kwargs", "max_length", "probes"),
 }

@@ -36,10 +36,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from sqsd_filter.directions.pack import PROBE_NAME, RESERVED, Probe
+from sqsd_filter.directions.pack import CORE, PROBE_NAME, RESERVED, Probe
 from sqsd_filter.errors import InputError, UsageError
 
 SENSITIVE = "sensitive"
+RECORDED = ("provenance", "recipe", "validation")  # what a build puts into pack.json beside what a pack is made of
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,8 @@ class PackRecipe:
     def __post_init__(self) -> None:
         if self.quantization not in (None, "nf4"):
             raise UsageError(f"quantization must be 'nf4' or left out, not {self.quantization!r}.")
+        if taken := sorted({*CORE, *RECORDED} & set(self.notes)):
+            raise UsageError(f"[notes] can't have {', '.join(taken)}, which a pack has anyway: name them otherwise.")
 
     @classmethod
     def load(cls, path: str | Path) -> PackRecipe:

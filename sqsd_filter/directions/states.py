@@ -30,18 +30,18 @@ consistency shows what a state is blind to. Of equals, to four decimals, the ear
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sqsd_filter.directions.checkpoints import by_step
 from sqsd_filter.directions.pack import ADAPTER_FILES, Pack, Probe
 from sqsd_filter.errors import InputError
 from sqsd_filter.progress import Progress, Silent
@@ -67,17 +67,17 @@ class Candidate:
 
 def checkpoints(run: Path) -> list[Candidate]:
     """The LoRA checkpoints in a training run's output folder, by step. Raises `InputError` where there are none."""
-    found = []
-    for folder in run.glob("checkpoint-*"):
-        step = re.fullmatch(r"checkpoint-([0-9]+)", folder.name)
-        if step and all((folder / file).is_file() for file in ADAPTER_FILES):
-            found.append(Candidate(folder.name, int(step[1]), folder))
+    found = [
+        Candidate(folder.name, step, folder)
+        for step, folder in by_step(run)
+        if all((folder / file).is_file() for file in ADAPTER_FILES)
+    ]
     if not found:
         raise InputError(
             f"{run} has no folder checkpoint-<step> with a LoRA adapter: name the output folder of a run that saved "
             "some (pack build keeps them with keep_checkpoints = true)."
         )
-    return sorted(found, key=lambda c: c.step)
+    return found
 
 
 def compare_states(
@@ -105,18 +105,13 @@ def compare_states(
         probes = [Probe(f"{p.name}|{at}", p.weight, p.direction, at) for at in places for p in pack.probes]
         linked = over_links(pack, probes, Path(folder), places)
         scorer = SQSDScorer(linked, dtype=dtype)
-        rows, reasons = _encoded(scorer, conversations, answer_tokens)
-        _enough(len(rows), len(conversations), reasons)
+        rows, reasons = usable(scorer, conversations, positive, answer_tokens)
         progress.note(f"measuring {len(everything)} states on {len(rows)} rows")
         progress.start("measuring states", len(rows))
         cosines = _cosines(scorer, rows, reasons, progress)
         progress.finish()
-    _enough(len(cosines), len(conversations), reasons)
+    marks_n = _marks(cosines, conversations, positive, reasons)
     tokens_n = np.array([int(rows[k].answer.sum()) for k in cosines])
-    marks_n = None if positive is None else np.array([positive[k] for k in cosines])
-    if marks_n is not None and marks_n.all() == marks_n.any():
-        which = "All" if marks_n.all() else "None"
-        raise InputError(f"{which} of the {len(marks_n)} rows are positive: rows of both kinds are needed.")
     table: list[dict[str, Any]] = []
     before: np.ndarray | None = None
     for candidate, at in zip(everything, places, strict=True):
@@ -153,10 +148,16 @@ def compare_states(
     }
 
 
-def _encoded(
-    scorer: SQSDScorer, conversations: Sequence[Sequence[Message] | RowError], answer_tokens: int | None
+def usable(
+    scorer: SQSDScorer,
+    conversations: Sequence[Sequence[Message] | RowError],
+    positive: Sequence[bool] | None = None,
+    answer_tokens: int | None = None,
 ) -> tuple[dict[int, Encoded], Counter[str]]:
-    """The rows that can be measured, by number, and why others can't."""
+    """The rows that can be measured, by number, and why others can't; no model is loaded.
+
+    Raises `InputError` where fewer than `FEWEST_ROWS` are left, or all of them are positive or none.
+    """
     reasons = Counter(row.status for row in conversations if isinstance(row, RowError))
     turns = {k: row for k, row in enumerate(conversations) if not isinstance(row, RowError)}
     rows: dict[int, Encoded] = {}
@@ -167,6 +168,7 @@ def _encoded(
             reasons[TOO_SHORT] += 1
         else:
             rows[k] = cut_answer(row, answer_tokens)
+    _marks(rows, conversations, positive, reasons)
     return rows, reasons
 
 
@@ -179,13 +181,23 @@ def cut_answer(row: Encoded, answer_tokens: int | None) -> Encoded:
     return replace(row, ids=row.ids[:stop], answer=row.answer[:stop])
 
 
-def _enough(usable: int, of: int, reasons: Mapping[str, int]) -> None:
-    if usable < FEWEST_ROWS:
+def _marks(
+    numbers: Collection[int], of: Sequence[Any], positive: Sequence[bool] | None, reasons: Mapping[str, int]
+) -> np.ndarray | None:
+    """Which of the rows with these numbers are positive. Raises `InputError` for too few rows, or rows of one kind."""
+    if len(numbers) < FEWEST_ROWS:
         why = ", ".join(f"{count} {status}" for status, count in sorted(reasons.items()))
         raise InputError(
-            f"Only {usable} of {of} rows can be measured{f' ({why})' if why else ''}: states are compared on "
-            f"{FEWEST_ROWS} rows at least, 64 are better."
+            f"Only {len(numbers)} of {len(of)} rows can be measured{f' ({why})' if why else ''}: states are compared "
+            f"on {FEWEST_ROWS} rows at least, 64 are better."
         )
+    if positive is None:
+        return None
+    marks_n = np.array([positive[k] for k in numbers])
+    if marks_n.all() == marks_n.any():
+        which = "All" if marks_n.all() else "None"
+        raise InputError(f"{which} of the {len(marks_n)} rows are positive: rows of both kinds are needed.")
+    return marks_n
 
 
 def _cosines(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,7 @@ def train(recipe: PackRecipe, name: str, data: TrainingData, target: Path, progr
         trainer = _dpo(model, tokenizer, recipe, adapter, data, lora, arguments)
     _in_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in: every log entry to stdout
-    trainer.add_callback(_told(progress, name, adapter.batch_size))
+    trainer.add_callback(_told(progress, name, adapter))
     whole = [p for p in checkpoints.glob("checkpoint-*") if _is_whole(p)]
     last = max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -92,13 +94,8 @@ def train(recipe: PackRecipe, name: str, data: TrainingData, target: Path, progr
     if processes.is_first():
         trainer.model.save_pretrained(taken)
     processes.wait()
-    step = adapter.take_step if isinstance(adapter.take_step, int) else None
-    if step is not None:
-        taken = checkpoints / f"checkpoint-{step}"
-        if not taken.is_dir():
-            raise UsageError(
-                f"Adapter '{name}' is trained for {trainer.state.global_step} steps: its take_step can't be {step}."
-            )
+    if isinstance(adapter.take_step, int):
+        taken = checkpoints / f"checkpoint-{adapter.take_step}"
     if processes.is_first():
         _publish(taken, target / name)
         write_json(target / name / "training.json", _facts(recipe, adapter, data, trainer))
@@ -117,8 +114,9 @@ def _base(recipe: PackRecipe, name: str, target: Path) -> Any:
     base, revision = recipe.base_model, recipe.base_revision
     if adapter is not None:  # nothing can be merged into weights of 4 bits
         merged = target / WORK_DIR / "base"
-        if processes.is_first():
-            load_model(base, revision, dtype=dtype, adapter=adapter).save_pretrained(merged)
+        if processes.is_first() and not merged.is_dir():
+            with _renamed(merged) as beside:
+                load_model(base, revision, dtype=dtype, adapter=adapter).save_pretrained(beside)
         processes.wait()
         base, revision = str(merged), None
     return load_in_4bit(base, revision, dtype=dtype, device=device)
@@ -162,6 +160,15 @@ def write_json(path: Path, value: Any) -> None:
     beside.replace(path)
 
 
+@contextmanager
+def _renamed(folder: Path) -> Iterator[Path]:
+    """A neighbour to write into, which then becomes `folder`: that is whole or not there."""
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    yield beside
+    beside.rename(folder)
+
+
 def _is_whole(checkpoint: Path) -> bool:
     """Was the trainer's state, which it writes last, written to its end?"""
     try:
@@ -171,12 +178,19 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _told(progress: Progress, name: str, batch_size: int) -> Any:
-    """A callback that tells `progress` of every update."""
+def _told(progress: Progress, name: str, adapter: AdapterRecipe) -> Any:
+    """A callback that tells `progress` of every update. It raises `UsageError`, before the first one, where there will
+    be none of the number that is to be taken."""
     from transformers import TrainerCallback
+
+    step, batch_size = adapter.take_step, adapter.batch_size
 
     class Told(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if isinstance(step, int) and step > state.max_steps:
+                raise UsageError(
+                    f"Adapter '{name}' is trained for {state.max_steps} steps: its take_step can't be {step}."
+                )
             progress.start(f"training {name}", (state.max_steps - state.global_step) * batch_size)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -247,9 +261,10 @@ def _dpo(
         row = {"prompt": _plain(prompt), "chosen": _plain(better), "rejected": _plain(worse)}
         rows.append(row | ({"chat_template_kwargs": kwargs} if (kwargs := dict(recipe.chat_template_kwargs)) else {}))
     stored = Path(arguments["output_dir"]) / "pairs"  # beside which trl keeps the base's log-probabilities for all
-    if processes.is_first():
+    if processes.is_first() and not (stored.is_dir() and load_from_disk(stored).to_list() == rows):
         shutil.rmtree(stored, ignore_errors=True)
-        Dataset.from_list(rows).save_to_disk(stored)
+        with _renamed(stored) as beside:
+            Dataset.from_list(rows).save_to_disk(beside)
     processes.wait()
     return DPOTrainer(
         model=model,

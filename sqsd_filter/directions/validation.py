@@ -12,6 +12,8 @@ from sqsd_filter.directions.pack import PACK_FILE, embedded_packs
 from sqsd_filter.errors import UsageError
 from sqsd_filter.pipeline.folder import write_whole
 
+STEERING = "steering"
+
 
 def recordable(where: str | Path) -> Path:
     """The folder of a pack that may be written to: `where` as `load_pack` takes it.
@@ -26,10 +28,31 @@ def recordable(where: str | Path) -> Path:
     return folder
 
 
-def record(folder: Path, key: str, found: Mapping[str, Any]) -> None:
-    """Put `found` under "validation" and `key` into the pack's page. Its fingerprint stays what it was."""
+def record(folder: Path, key: str, found: Mapping[str, Any]) -> bool:
+    """Put `found` under "validation" and `key` into the pack's page. Its fingerprint stays what it was.
+
+    False where that would replace verdicts on the pack as it is by none: then nothing is written.
+    """
     path = folder / PACK_FILE
     page = json.loads(path.read_text(encoding="utf-8"))
-    page["validation"] = {**page.get("validation", {}), key: found}
+    known = page.get("validation")
+    known = known if isinstance(known, dict) else {}
+    on, earlier = verdicts(known)
+    if key == STEERING and earlier and verdicts({key: found}) == (on, {}):
+        return False
+    page["validation"] = {**known, key: found}
     text = json.dumps(page, indent=1, ensure_ascii=False) + "\n"
     write_whole(path, lambda sink: sink.write(text.encode()))
+    return True
+
+
+def verdicts(validation: Any) -> tuple[str | None, dict[str, bool]]:
+    """What `steer --record` found: the fingerprint of the pack that was steered, and by adapter whether a direction
+    steers, where that was judged. What holds no such record has none."""
+    steering = validation.get(STEERING) if isinstance(validation, dict) else None
+    if not isinstance(steering, dict):
+        return None, {}
+    settings, curves = steering.get("settings"), steering.get("directions")
+    on = settings.get("pack") if isinstance(settings, dict) else None
+    found = [curve for curve in curves if isinstance(curve, dict)] if isinstance(curves, list) else []
+    return on, {str(c.get("adapter")): c["steers"] for c in found if isinstance(c.get("steers"), bool)}

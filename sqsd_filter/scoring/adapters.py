@@ -74,7 +74,7 @@ def load_adapter(folder: str | Path) -> Adapter:
     Raises `PackError` when files are missing or damaged, or the adapter is not plain LoRA on linear layers.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         if list(folder.glob("*.bin")):
@@ -105,6 +105,33 @@ def load_adapter(folder: str | Path) -> Adapter:
             raise PackError(f"{folder} is damaged, lora_A and lora_B of '{module}' don't belong together: {_AGAIN}.")
         factors[module] = LoraFactors(pair["A"], pair["B"], _scaling(config, module, pair["A"].shape[0]))
     return Adapter(folder, factors)
+
+
+def exact(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, or what comes closest to it on this device."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def inner(a: LoraFactors, b: LoraFactors) -> float:
+    """⟨s_a B_a A_a, s_b B_b A_b⟩ = s_a s_b ⟨B_aᵀ B_b, A_a A_bᵀ⟩, of r-sized matrices, on the device of `a`.
+
+    Raises `PackError` where the two belong to modules of other shapes.
+    """
+    if a.A.shape[1] != b.A.shape[1] or a.B.shape[0] != b.B.shape[0]:
+        raise PackError("Two adapters of the pack are of other shapes in one module: they belong to different models.")
+    return a.scaling * b.scaling * _gram(a, b)
+
+
+def norm(factors: LoraFactors) -> float:
+    """‖s B A‖, the Frobenius norm; NaN where it is not finite."""
+    squared = _gram(factors, factors)
+    return abs(factors.scaling) * math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else math.nan
+
+
+def _gram(a: LoraFactors, b: LoraFactors) -> float:
+    there = a.A.device
+    gram_B, gram_A = exact(a.B).T @ exact(b.B.to(there)), exact(a.A) @ exact(b.A.to(there)).T
+    return float((gram_B * gram_A).sum())
 
 
 def common_modules(state: Adapter, direction: Adapter) -> list[str]:
@@ -150,7 +177,8 @@ def merge(model: Any, adapter: Adapter, dtype: torch.dtype) -> Any:
     return model
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a PEFT LoRA folder. Raises `PackError` where they can't be read or are not of plain LoRA."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise PackError(f"{folder} is not a PEFT adapter folder, it has no {CONFIG_FILE}: {_AGAIN}.")

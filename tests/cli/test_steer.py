@@ -42,6 +42,10 @@ def test_steer_prints_a_table_then_json_and_records(
     assert load_pack(pack).fingerprint == before
     assert called(*words, "--record", "-q") == 0
     assert capsys.readouterr().out == ""
+    bare = write_jsonl(tmp_path / "bare.jsonl", [{"prompt": "What is red?"}])
+    assert called(pack, "--rows", bare, "--alpha", "1", "--max-new-tokens", "2", "--out", "bare", "--record") == 0
+    assert "not recorded: without safe and unsafe answers" in capsys.readouterr().err
+    assert json.loads((pack / "pack.json").read_text())["validation"] == {"steering": report}
 
 
 def test_rows_with_prompts_alone_are_said_to_have_no_verdict(
@@ -53,6 +57,17 @@ def test_rows_with_prompts_alone_are_said_to_have_no_verdict(
     shown = capsys.readouterr().out
     assert "danger has no safe and unsafe answers to be judged by; refusals " in shown
     assert shown.splitlines()[-1].split()[-3:] == ["-", "-", "-"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_steering_is_in_float32_everywhere_unless_it_is_told_otherwise(
+    compass: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("sqsd_filter.directions.steering.run.steer", lambda scorer, *_, **__: seen.append(scorer.dtype))
+    words = [compass, "--rows", "rows.jsonl", "--device", device, "-q"]
+    assert called(*words) == called(*words, "--dtype", "bfloat16") == 0
+    assert seen == ["float32", "bfloat16"]
 
 
 @pytest.mark.parametrize(

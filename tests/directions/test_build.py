@@ -214,6 +214,12 @@ BROKEN: dict[str, tuple[str, str, type[SQSDError], str]] = {
     "no text": ('answer = "output"', 'answer = "id"', SQSDError, "line 1: column 'id' holds int, not text"),
     "no rows": ("bad = true", 'instruction = "?"', SQSDError, "No row"),
     "no such adapter": ('state = "initial"', 'state = "begin"', UsageError, "begin"),
+    "a pack's own notes": (
+        "[lora]",
+        "[notes]\nrecipe = 1\nprobes = []\nother = 2\n[lora]",
+        UsageError,
+        r"\[notes\] can't have probes, recipe, which",
+    ),
     "no such checkpoint": ("take_step = 2", "take_step = 3", UsageError, "multiple of save_steps"),
     "no rows for states": (
         "take_step = 2",
@@ -241,7 +247,8 @@ def test_a_recipe_that_makes_no_sense_says_why(
     recipe.write_text(text.replace(said, instead))
     with pytest.raises(kind, match=complaint):
         build_pack(PackRecipe.load(recipe), recipe.parent / "pack")
-    assert not list(recipe.parent.glob("pack/*/training.json"))  # nothing was trained in vain
+    for trained in ("*/training.json", ".build/*/checkpoint-*"):
+        assert not list(recipe.parent.glob(f"pack/{trained}"))  # nothing in vain
 
 
 def test_a_recipe_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
@@ -365,6 +372,9 @@ CHOICES: dict[str, tuple[str, str, type[SQSDError], str]] = {
     "unknown key": ("rows = 20", "sample = 20", UsageError, r"\[states\] has unknown keys: sample"),
     "no column": ('answer = "output"', 'answer = "reply"', InputError, "answers.jsonl lacks the columns reply"),
     "no label": ("{ bad = true }", "{ worse = true }", InputError, "answers.jsonl lacks the columns worse"),
+    "all alike": ("{ bad = true }", '{ bad = "?" }', InputError, "None of the 20 rows are positive"),
+    "too few rows": ("rows = 20", "rows = 7", InputError, "Only 7 of 7 rows can be measured"),
+    "too short rows": ("rows = 20", "answer_tokens = 999", InputError, r"can be measured \(24 too_short\)"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,12 @@ def test_products_are_measured_as_the_matrices_they_stand_for(sizes: tuple[int, 
         assert inner(matrix, V) == pytest.approx(inner(change, V), rel=1e-9, abs=1e-9)
         assert length(change) == pytest.approx(float(matrix.norm()), rel=1e-6, abs=1e-6)
     torch.testing.assert_close(dense(difference(now, before)), dense(now) - dense(before))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_length_of_what_is_not_finite_is_no_number(value: float) -> None:
+    odd = LoraFactors(torch.full((2, 3), value), torch.ones(4, 2), 1.0)
+    assert math.isnan(length(odd)) and not math.isfinite(length(dense(odd)))
 
 
 def test_a_small_change_of_a_large_start_keeps_its_digits() -> None:
@@ -310,6 +317,29 @@ def test_damaged_checkpoints_are_named(tiny_pack: Path, tmp_path: Path) -> None:
     for shard in (run / "checkpoint-1").glob("*.safetensors"):
         shard.unlink()
     assert "No such file" in fails(run, tiny_pack, InputError)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_quantised_weights_are_refused(tiny_pack: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    run = full_run(tmp_path / "run", tiny_pack / "base", (1,))
+    file = run / "checkpoint-1" / "model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    assert f"is quantised ({dtype})" in fails(run, tiny_pack, InputError)
+
+
+def test_one_file_is_taken_before_an_index(tiny_pack: Path, tmp_path: Path) -> None:
+    """As `from_pretrained` does; an index may be left over from an earlier saving."""
+    run = full_run(tmp_path / "run", tiny_pack / "base", (1,))
+    expected = measure_drift(run, load_pack(tiny_pack)).report()
+    (run / "checkpoint-1" / "model.safetensors.index.json").write_text("[]")
+    assert measure_drift(run, load_pack(tiny_pack)).report() == expected
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_a_damaged_adapter_is_named(tiny_pack: Path, tmp_path: Path, text: str) -> None:
+    run = lora_run(tmp_path / "run", tiny_pack / "base", (1,))
+    (run / "checkpoint-1" / "adapter_config.json").write_text(text)
+    assert "checkpoint-1/adapter_config.json" in fails(run, tiny_pack, PackError)
 
 
 @pytest.mark.parametrize("kind", [lora_run, full_run])

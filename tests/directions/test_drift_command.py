@@ -130,6 +130,43 @@ def test_later_checkpoints_are_added_and_other_files_left_alone(
     assert (tmp_path / "drift" / "notes.txt").read_text() == "mine"
 
 
+def test_files_on_another_run_or_pack_are_left_alone(
+    command: Command, run: Path, tiny_pack: Path, tmp_path: Path
+) -> None:
+    assert command(run, "--out", "drift")[0] == 0
+    assert command(run.relative_to(tmp_path), "--out", "drift")[0] == 0  # it is the same
+    before = {p: p.read_bytes() for p in (tmp_path / "drift").iterdir()}
+    other = lora_run(tmp_path / "other", tiny_pack / "base")
+    changed = shutil.copytree(tiny_pack, tmp_path / "pack")
+    page = json.loads((changed / "pack.json").read_text())
+    page["probes"][0]["weight"] = 2.0
+    (changed / "pack.json").write_text(json.dumps(page))
+    for words in ([other], [run, "--pack", changed]):
+        code, out, err = command(*words, "--out", "drift")
+        assert (code, out) == (5, "") and "drift.json is not about this run and pack" in err
+    assert {p: p.read_bytes() for p in (tmp_path / "drift").iterdir()} == before
+    (tmp_path / "drift" / "drift.json").write_text("[]")
+    assert command(run, "--out", "drift")[0] == 5
+
+
+def test_an_interruption_while_prompts_are_asked_leaves_the_projections(
+    command: Command, run: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command(run, "--out", "plain")[0] == 0
+
+    def interrupted(*_: Any, **__: Any) -> list[str]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sqsd_filter.directions.refusals.answer", interrupted)
+        code, out, err = command(run, "--out", "drift", "--refusals", prompts)
+    assert (code, out) == (130, "") and "What was written is kept" in err
+    for file in (tmp_path / "plain").iterdir():
+        assert file.read_bytes() == (tmp_path / "drift" / file.name).read_bytes()
+    assert command(run, "--out", "drift", "--refusals", prompts)[0] == 0
+    assert "refusal_rate" in (tmp_path / "drift" / "drift.csv").read_text()
+
+
 # ---------------------------------------------------------------------------------------------- the picture
 
 

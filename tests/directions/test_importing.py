@@ -154,6 +154,27 @@ def test_an_import_that_broke_off_goes_on_and_one_that_is_done_stays(
         import_pack(REPO, "tiny", tmp_path / "pack", danger="both")
 
 
+def test_an_import_with_notes_of_later_is_there_already(layout: Path, tmp_path: Path) -> None:
+    pack = import_pack(str(layout), "tiny", tmp_path / "pack")
+    page = json.loads((pack.path / "pack.json").read_text())
+    page["provenance"]["danger"]["licence"] = "CC-BY-NC-4.0"
+    noted = json.dumps({**page, "validation": {"steering": {}}, "remark": "mine"})
+    (pack.path / "pack.json").write_text(noted)
+    assert import_pack(str(layout), "tiny", pack.path).fingerprint == pack.fingerprint
+    assert (pack.path / "pack.json").read_text() == noted
+    for change in ({"max_length": 512}, {"provenance": {}}, {"provenance": [1]}, {"name": "other"}):
+        (pack.path / "pack.json").write_text(json.dumps({**page, **change}))
+        with pytest.raises(DestinationExists, match="holds something else"):
+            import_pack(str(layout), "tiny", pack.path)
+
+
+def test_an_adapter_that_does_not_name_its_modules_is_imported(layout: Path, tmp_path: Path) -> None:
+    path = layout / BEAVER / ADAPTER_FILES[0]
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "target_modules"}))
+    pack = import_pack(str(layout), "tiny", tmp_path / "pack")
+    assert "target_modules" not in json.loads((pack.adapter("danger") / ADAPTER_FILES[0]).read_text())
+
+
 def test_a_busy_hub_is_asked_again(hub: Hub, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.add(REPO, files(published / "SQSD"), kind="models")

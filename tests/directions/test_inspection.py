@@ -22,15 +22,25 @@ from sqsd_filter.scoring.adapters import load_adapter
 from tests.tiny import make_adapter, make_pack
 
 TRAINED = {"data": {"file": "a.jsonl"}, "licence": "CC0-1.0", "rows": 16, "steps": 2}
-STEERED = {"steering": {"directions": [{"adapter": name, "steers": True} for name in ("danger", "safety")]}}
 
 
 @pytest.fixture
 def folder(tiny_pack: Path, tmp_path: Path) -> Path:
     """A pack with nothing to complain of."""
     copy = shutil.copytree(tiny_pack, tmp_path / "pack", ignore=shutil.ignore_patterns("base"))
-    rewrite(copy, provenance=dict.fromkeys(("danger", "initial", "safety"), TRAINED), validation=STEERED)
+    rewrite(copy, provenance=dict.fromkeys(("danger", "initial", "safety"), TRAINED))
+    steered(danger=True, safety=True)(copy)
     return copy
+
+
+def steered(**found: bool | None) -> Callable[[Path], None]:
+    directions = [{"adapter": name, "steers": steers} for name, steers in found.items()]
+
+    def change(folder: Path) -> None:
+        on = {"pack": load_pack(folder).fingerprint}
+        rewrite(folder, validation={"steering": {"settings": on, "directions": directions}})
+
+    return change
 
 
 def rewrite(folder: Path, **fields: Any) -> None:
@@ -111,7 +121,7 @@ def test_a_pack_in_order_has_no_flags_and_says_where_it_comes_from(folder: Path)
         {"adapter": "safety", "scaling": 1.0, "probes": ["safety"]},
     ]
     assert report["adapters"]["initial"]["provenance"] == TRAINED
-    assert report["fingerprint"] == load_pack(folder).fingerprint and report["validation"] == STEERED
+    assert report["fingerprint"] == load_pack(folder).fingerprint and report["validation"]["steering"]
     assert [probe["steers"] for probe in report["probes"]] == [True, True]
 
 
@@ -121,11 +131,6 @@ def zero(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def broken(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.fill_(math.nan) if "layers.0.mlp.up_proj.lora_A" in name else tensor
-
-
-def steered(**found: bool | None) -> Callable[[Path], None]:
-    directions = [{"adapter": name, "steers": steers} for name, steers in found.items()]
-    return lambda folder: rewrite(folder, validation={"steering": {"directions": directions}})
 
 
 def nearly(folder: Path) -> None:
@@ -182,11 +187,48 @@ def test_what_is_wrong_is_flagged_and_nothing_else(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object], expected: list[Any]
 ) -> None:
     monkeypatch.setenv("SQSD_FILTER_CACHE", str(tmp_path / "cache"))
+    before = load_pack(folder).fingerprint
     change(folder)
+    pack = load_pack(folder)
+    if pack.fingerprint != before:
+        steered(danger=True, safety=True)(folder)
     found = inspect_pack(load_pack(folder))["flags"]
     assert [(flag["code"], flag["about"]) for flag in found] == expected
     for flag in found:
         assert flag["message"].endswith(".") and all(name in flag["message"] for name in flag["about"].split(", "))
+
+
+def test_verdicts_on_what_the_pack_was_before_are_outdated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    retensor(folder / "initial", lambda _, tensor: tensor * 2)
+    report = inspect_pack(load_pack(folder))
+    assert [(f["code"], f["about"]) for f in report["flags"]] == [
+        ("steering-outdated", "danger"),
+        ("steering-outdated", "safety"),
+    ]
+    assert [(p["steers"], p["steering_outdated"]) for p in report["probes"]] == [(None, True)] * 2
+    lines = [x.split() for x in run(capsys, str(folder))[1].splitlines()]
+    assert [line[-1] for line in lines if line[:2] in (["danger", "+1"], ["safety", "-1"])] == ["outdated"] * 2
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        ({"files": [{"path": "b.jsonl", "rows": 3}]}, "b.jsonl"),
+        ({"files": [{"path": "b.jsonl"}, {"path": "c.jsonl"}, {"path": "d.jsonl"}]}, "b.jsonl and 2 more"),
+        (
+            {"files": [{"path": "x"}], "dataset": {"id": "org/set", "revision": "0123456789abcdef"}},
+            "org/set@0123456789ab",
+        ),
+        ({"files": [{"path": "x"}], "dataset": {"id": "org/set", "revision": None}}, "org/set"),
+        ("BeaverTails, unsafe rows", "BeaverTails, unsafe rows"),
+    ],
+    ids=["file", "files", "dataset", "no-revision", "text"],
+)
+def test_what_an_adapter_was_trained_on_is_named(
+    data: Any, shown: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(folder, provenance={"danger": {**TRAINED, "data": data}})
+    assert f"\ndanger   {shown}, 16 rows, 2 steps  " in run(capsys, str(folder))[1]
 
 
 @pytest.mark.parametrize(("value", "flagged"), [(0.951, True), (-0.951, True), (0.949, False), (None, False)])

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from sqsd_filter.directions.offset import norm, offset, random_like
+from sqsd_filter.directions.offset import offset, random_like
 from sqsd_filter.errors import PackError
-from sqsd_filter.scoring.adapters import load_adapter
+from sqsd_filter.scoring.adapters import load_adapter, norm
 from sqsd_filter.scoring.weights import load_model
 from tests.tiny import ARCHITECTURES, make_adapter
 
@@ -71,6 +71,19 @@ def test_a_direction_that_bfloat16_weights_would_swallow_is_there(tiny_pack: Pat
             grabbed.append(linear(torch.ones(1, 32, dtype=linear.weight.dtype) / 32) - at_zero)
         seen[name] = grabbed[0].double()
     torch.testing.assert_close(seen["bfloat16"], seen["exact"], rtol=0.3, atol=5e-4)
+
+
+def test_a_direction_far_below_the_spacing_of_activations_needs_float32(tiny_pack: Path) -> None:
+    adapter = load_adapter(tiny_pack / "danger")
+    moved = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        model = load_model(str(tiny_pack / "base"), dtype=dtype)
+        before = logits(model)
+        with offset(model, adapter, 1e-4):
+            moved[dtype] = (logits(model) - before).double()
+    exact = moved[torch.float64]
+    assert float((moved[torch.float32] - exact).norm() / exact.norm()) < 0.05
+    assert float((moved[torch.bfloat16] - exact).norm() / exact.norm()) > 0.5
 
 
 @pytest.mark.parametrize("seed", range(3))

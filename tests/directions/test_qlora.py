@@ -78,11 +78,19 @@ def test_a_pack_is_trained_on_a_base_in_4_bits_and_scores_on_one_in_16(
         packed = [m for m in model.modules() if isinstance(m, Linear4bit) and hasattr(m.weight.quant_state, PACKED)]
         assert packed == []  # a product of repacked weights has no gradient
 
+    merged: list[Path | None] = []
+
+    def load(*where: Any, adapter: Path | None = None, **how: Any) -> Any:
+        merged.append(adapter)
+        return load_model(*where, adapter=adapter, **how)
+
     in_float32 = training._in_float32
     monkeypatch.setattr(training, "_in_float32", look)
+    monkeypatch.setattr(training, "load_model", load)
     aligned = replace(recipe, base_adapter="initial")
     pack = build_pack(aligned, recipe.folder / "pack")
     assert seen == [{torch.float32}] * 3
+    assert merged == [pack.path / "initial"]  # once for both of the others
     told = json.loads((pack.path / "pack.json").read_text())["provenance"]
     for name in ("danger", "safety", "initial"):
         losses = [entry["loss"] for entry in told[name]["losses"]]

@@ -258,8 +258,9 @@ def test_a_folder_without_checkpoints_says_so(tmp_path: Path, there: str) -> Non
     if there:
         (tmp_path / there).parent.mkdir()
         (tmp_path / there).touch()
-    with pytest.raises(InputError, match=r"no folder checkpoint-<step> with a LoRA adapter.*keep_checkpoints"):
-        checkpoints(tmp_path)
+    for run in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=r"no folder checkpoint-<step> with a LoRA adapter.*keep_checkpoints"):
+            checkpoints(run)
 
 
 def test_too_few_rows_say_why_the_others_are_missing(known: Path) -> None:
