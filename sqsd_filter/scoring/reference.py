@@ -41,7 +41,13 @@ class ReferenceScorer(Scorer):
         from peft import PeftModel
 
         dtype = getattr(torch, self.dtype)
-        model = load_model(self.base_model, self.base_revision, dtype=dtype, device=self.device)
+        model = load_model(
+            self.base_model,
+            self.base_revision,
+            dtype=dtype,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
         if (base := self.pack.base_folder) is not None:
             aligned: Any = PeftModel.from_pretrained(model, base, autocast_adapter_dtype=False).to(dtype)
             model = aligned.merge_and_unload()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -233,6 +234,25 @@ def test_scores_do_not_depend_on_the_number_of_threads(tiny_pack: Path) -> None:
         scores.append(scorer.score(CONVERSATIONS * 3).risk)
     assert np.array_equal(*scores)
     assert torch.get_num_threads() == 1  # as conftest set it
+
+
+def test_a_model_with_code_of_its_own_is_scored_by_both_forms_where_that_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    pack = make_pack(tmp_path)
+    own = "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass Own{0}(Llama{0}):\n    {1}\n"
+    code = own.format("Config", 'model_type = "own"') + own.format("ForCausalLM", "config_class = OwnConfig")
+    (tmp_path / "base" / "own.py").write_text(code)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": classes}))
+    fast, dense = (form(pack, trust_remote_code=True).score(CONVERSATIONS) for form in (SQSDScorer, ReferenceScorer))
+    assert gap(fast, dense) <= 1e-5
+    for form in (SQSDScorer, ReferenceScorer):
+        with pytest.raises(ModelError, match="custom code"):
+            form(pack).score(CONVERSATIONS)
 
 
 def test_rows_longer_than_the_models_positions_are_truncated(tmp_path: Path) -> None:
