@@ -163,9 +163,12 @@ model = together(
     option("--attention", metavar="NAME", help="Attention kernel, as eager or sdpa; default: the model's."),
     trust_remote_code,
 )
+shared_state = option(
+    "--shared-state", metavar="NAME", help="Fast mode: all of the pack's directions at this one of its states."
+)
 scoring = together(
     option("--pack", default="smollm2-135m", show_default=True, metavar="NAME|DIR|HUB", help="Direction pack."),
-    option("--shared-state", metavar="NAME", help="Fast mode: all of the pack's directions at this one of its states."),
+    shared_state,
     model,
 )
 engine = together(

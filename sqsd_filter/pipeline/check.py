@@ -116,7 +116,12 @@ class _Check:
         verdicts = [found["ok"] for found in self.comparisons if found["used"]]
         return {
             "trusted": bool(verdicts) and all(verdicts),
-            "pack": {"name": scorer.pack.name, "fingerprint": scorer.pack.fingerprint, "base_model": scorer.base_model},
+            "pack": {
+                "name": scorer.pack.name,
+                "fingerprint": scorer.pack.fingerprint,
+                "base_model": scorer.base_model,
+                "shared_state": scorer.pack.shared_state,
+            },
             "dtype": scorer.dtype,
             "device": scorer.device,
             "attention": kernel,

@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sqsd_filter.cli.main import main
+from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.pipeline.check import FEWEST, ROWS, check_pack, compare
 from sqsd_filter.pipeline.selection import Cut
@@ -143,6 +144,13 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     with pytest.raises(SystemExit) as left:
         main(["check", *arguments])
     return int(left.value.code or 0), capfd.readouterr().out
+
+
+def test_the_command_checks_the_form_that_is_asked_for(tiny_pack: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, out = run(capfd, str(tiny_pack), "--limit", "8", "--shared-state", "initial")
+    fingerprint = load_pack(tiny_pack).at_one_state("initial").fingerprint
+    assert code == 0 and out.startswith(f"tiny ({fingerprint}) on ")
+    assert out.splitlines()[0].endswith("attention, shared state: initial")
 
 
 def test_the_command_prints_a_table_and_leaves_with_its_verdict(
