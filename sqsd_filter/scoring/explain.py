@@ -1,7 +1,9 @@
 """Why a row's risk is what it is: which layers, modules and tokens carry it.
 
 Every figure is a part of the risk. By module it is a probe's weight times the module's cosine; by token it is the
-weight times what one position adds to all cosines (`projection.by_token`). Both ways the parts sum to the row's risk.
+weight times what one position adds to all cosines (`projection.by_token`). Both ways the parts sum to the row's risk, up
+to the rounding of the scorer's dtype. The row is run alone here: the risk that a run stored was taken in a batch, and
+may differ from the parts' sum by as much.
 
 At position t the model reads token t and is trained to give token t + 1. The position's part is put down to the token
 that it gives, so that each answer token has exactly one. What is left are the positions after which nothing is
@@ -28,9 +30,9 @@ DIGITS = 7  # after the point
 def explain(scorer: SQSDScorer, turns: Sequence[Message]) -> dict[str, Any]:
     """The parts of the risk of a conversation that can be scored. Loads the model if it isn't.
 
-    Each part has its "risk" and what the "probes" add to that, weighted. `layers` and `module_types` (a module's name
-    behind its layer's number) have all modules, `modules` the `TOP` that add most; `prompt` and `answer` have all
-    positions, `tokens` those of the answers, one by one with their text.
+    Each part has its "risk" and what the "probes" add to that, weighted; `total` is such a sum of all modules. `layers`
+    and `module_types` (a module's name behind its layer's number) have all modules, `modules` the `TOP` that add most;
+    `prompt` and `answer` have all positions, `tokens` those of the answers, one by one with their text.
     """
     from sqsd_filter.scoring.engine import side_by_side
 
@@ -60,7 +62,7 @@ def explain(scorer: SQSDScorer, turns: Sequence[Message]) -> dict[str, Any]:
 
     places = [_place(module) for module in modules]
     return {
-        "probes": told(by_module)["probes"],
+        "total": told(by_module),
         "layers": grouped("layer", [layer for layer, _ in places]),
         "module_types": grouped("type", [kind for _, kind in places]),
         "modules": grouped("module", modules)[:TOP],

@@ -83,6 +83,14 @@ def test_a_run_without_its_explanations_is_not_done(folder: Path, scorer: SQSDSc
         run(3)
 
 
+def test_the_total_of_the_parts_stands_beside_the_stored_risk(folder: Path, tiny_pack: Path) -> None:
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=SQSDScorer(tiny_pack, dtype="bfloat16"), explain=20)
+    for row in explained(Path("out/sqsd")):
+        for parts in (row["layers"], row["module_types"]):
+            assert sum(part["risk"] for part in parts) == pytest.approx(row["total"]["risk"], abs=1e-6)
+        assert row["total"]["risk"] == pytest.approx(row["risk"], abs=1e-2)
+
+
 @pytest.mark.parametrize("private", [True, False])
 def test_explanations_are_never_pushed(folder: Path, scorer: SQSDScorer, hub: Hub, private: bool) -> None:
     write_jsonl(folder / "told.jsonl", [{"instruction": "?", "output": SECRET}, *make_rows(9)])
