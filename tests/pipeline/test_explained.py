@@ -102,6 +102,16 @@ def test_explanations_are_never_pushed(folder: Path, scorer: SQSDScorer, hub: Hu
     assert not [name for name, content in files.items() if b'"tokens": [' in content]
 
 
+def test_explanations_make_no_other_run_of_what_was_pushed(folder: Path, scorer: SQSDScorer, hub: Hub) -> None:
+    push = PushTo("org/out")
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, push=push)
+    pushed = hub.files("org/out")
+    assert filter_dataset("in.jsonl", "more", drop_count=3, scorer=scorer, explain=2, push=push)["explained"] == 2
+    assert hub.files("org/out") == pushed and len(explained(Path("more/sqsd"))) == 2
+    with pytest.raises(DestinationExists, match="another run"):
+        filter_dataset("in.jsonl", "fewer", drop_count=2, scorer=scorer, explain=2, push=push)
+
+
 @pytest.mark.parametrize("dest", ["hf://datasets/org/out", "s3://bucket/out"])
 def test_explanations_are_not_kept_at_a_url(folder: Path, scorer: SQSDScorer, dest: str) -> None:
     with pytest.raises(UsageError, match="text of rows"):
