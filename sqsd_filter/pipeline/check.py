@@ -21,8 +21,9 @@ from sqsd_filter.pipeline.reading.addresses import Opener, expand, peek
 from sqsd_filter.pipeline.selection import DROPPED, Cut, cut_rows
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.conversation import Message, RowError
+from sqsd_filter.scoring.results import Scores
 from sqsd_filter.scoring.row_formats import Columns
-from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from sqsd_filter.scoring.scorer import SQSDScorer
 from sqsd_filter.statistics import spearman
 
 ROWS = Path(__file__).with_name("check_rows.jsonl")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sqsd_filter.errors import ModelError, SQSDError
-from sqsd_filter.scoring.adapters import common_modules, load_adapter
+from sqsd_filter.scoring.adapters import load_adapter, probe_modules
 from sqsd_filter.scoring.batching import default_budget, next_tokens
 from sqsd_filter.scoring.capture import Capture
 from sqsd_filter.scoring.chat_encoder import Encoded
@@ -185,7 +185,7 @@ class Engine:
             for k, count in zip(self.members[at], self.capture.coverage(at), strict=True)
         }
         self.modules = {at: self.capture.modules(at) for at in self.passes}
-        self.probe_modules = [common_modules(adapters[p.state], adapters[p.direction]) for p in self.probes]
+        self.probe_modules = probe_modules(self.probes, adapters)
         config = model.config.get_text_config()
         # On a CPU bins run side by side, a thread each: what a row scores then depends on no number of threads, and
         # two small products keep two cores busier than one of twice the size. Some rotary embeddings keep state.
@@ -261,6 +261,6 @@ class Engine:
     def _of_probe(self, k: int, cosines_bpm: torch.Tensor) -> np.ndarray:
         """The cosines (b, m) float64 of probe k's own modules among those of its pass."""
         at = self.probes[k].at
-        columns = [self.modules[at].index(name) for name in self.probe_modules[k]]
+        columns = [self.modules[at].index(name) for name in self.probe_modules[self.probes[k].name]]
         cosines: np.ndarray = cosines_bpm[:, self.members[at].index(k), columns].double().cpu().numpy()
         return cosines

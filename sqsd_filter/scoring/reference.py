@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from sqsd_filter.scoring.chat_encoder import Encoded
-from sqsd_filter.scoring.scorer import Scorer, _Results
+from sqsd_filter.scoring.results import Results
+from sqsd_filter.scoring.scorer import Scorer
 from sqsd_filter.scoring.weights import load_model
 
 
@@ -29,7 +30,7 @@ class ReferenceScorer(Scorer):
         self._peft: Any = None
         self._dense: dict[str, dict[str, torch.Tensor]] = {}
 
-    def _score(self, rows: Mapping[int, Encoded], results: _Results) -> None:
+    def _score(self, rows: Mapping[int, Encoded], results: Results) -> None:
         self.load()
         for k, row in rows.items():
             results.done([k], self.project(row))

@@ -19,7 +19,8 @@ from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.pipeline.check import FEWEST, ROWS, check_pack, compare
 from sqsd_filter.pipeline.selection import Cut
-from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from sqsd_filter.scoring.results import Scores
+from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import make_rows, write_jsonl
 from tests.tiny import make_pack
 

@@ -55,7 +55,7 @@ def test_modules_carry_what_the_dense_form_says(tmp_path: Path, tiny_pack: Path)
     for k, probe in enumerate(scorer.pack.probes):
         update = dense._update(row, *probe.at)
         V = dense._dense[probe.direction]
-        expected = [_cosine(update[name], V[name]) for name in scorer.engine.probe_modules[k]]
+        expected = [_cosine(update[name], V[name]) for name in scorer.engine.probe_modules[probe.name]]
         assert len(expected) == {"danger": 4, "safety": 14}[probe.name]
         assert scorer.engine.parts(row)[k][0] == pytest.approx(expected, abs=1e-5)
 

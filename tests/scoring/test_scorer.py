@@ -18,7 +18,8 @@ from sqsd_filter.cli.main import main
 from sqsd_filter.errors import ModelError, PackError, UsageError
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.reference import ReferenceScorer
-from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from sqsd_filter.scoring.results import Scores
+from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import write_jsonl
 from tests.tiny import ARCHITECTURES, CONVERSATIONS, PECULIAR, chat, make_adapter, make_model, make_pack
 

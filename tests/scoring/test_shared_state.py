@@ -22,7 +22,8 @@ from sqsd_filter.errors import DestinationExists, UsageError
 from sqsd_filter.pipeline.stage import RayEngine
 from sqsd_filter.scoring.engine import LossGradient
 from sqsd_filter.scoring.reference import ReferenceScorer
-from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from sqsd_filter.scoring.results import Scores
+from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import content, make_rows, read_report, rows_of, write_jsonl
 from tests.tiny import CONVERSATIONS, make_adapter, make_pack
 
