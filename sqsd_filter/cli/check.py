@@ -74,4 +74,5 @@ def table(found: Mapping[str, Any]) -> str:
     for one in found["comparisons"]:
         if not one["ok"]:
             lines.append(f"{one['name']}: {one['why']}. {'Use' if one['used'] else 'Stay with'} {one['mend']}.")
-    return "\n".join([*lines, f"Scores as asked for {'can' if found['trusted'] else 'cannot'} be trusted."])
+    gap = f": there is no comparison {', '.join(found['missing'])}" if found["missing"] else ""
+    return "\n".join([*lines, f"Scores as asked for {'can' if found['trusted'] else 'cannot'} be trusted{gap}."])

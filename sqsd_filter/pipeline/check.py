@@ -32,6 +32,7 @@ FEWEST = 8  # rows that say anything of ranks
 FEW = 4  # rows for a slow way: on a CPU instead of a GPU, or in the dense form
 EXACT = 1e-4  # the largest difference of a risk or a probe's value between two ways in float32
 RANK = 0.99  # the least rank correlation of the risk where one way is in bfloat16
+HALVES = "bfloat16 against float32"  # without which no score in bfloat16 can be trusted
 SIDES = 0.1  # there, of the dropped rows so many (at least one) may change places with kept ones
 
 
@@ -50,7 +51,8 @@ def check_pack(
     `scorer`, which takes the place of `SQSDScorer(pack)`, is set up, and in other ways, and compare.
 
     Returns the "comparisons", each "ok" or not, and whether all of those that are "used" by such a scorer are:
-    "trusted". Raises `InputError` where fewer than 8 rows can be scored, and what `SQSDScorer` raises.
+    "trusted". Scores in bfloat16 are not where those in float32, which would decide, can't be had: then that comparison
+    is "missing". Raises `InputError` where fewer than 8 rows can be scored, and what `SQSDScorer` raises.
     """
     cut, meter = Cut.of(drop_top), progress or Silent()
     turns, unreadable = _conversations(rows or ROWS, columns, limit or LIMIT, streaming)
@@ -94,29 +96,35 @@ class _Check:
         scorer, half = self.scorer, self.scorer.dtype == "bfloat16"
         asked, kernel, kernels = self._as_asked()
         n = int(np.isfinite(asked.risk).sum())
-        if half:
-            exact = self._other("float32", dtype="float32")
-            self._compare("bfloat16 against float32", asked, exact, mend="--dtype float32", exact=False)
-        else:
-            exact = asked
-            other = self._other("bfloat16", dtype="bfloat16")
-            self._compare("bfloat16 against float32", other, exact, mend="--dtype float32", exact=False, used=False)
+        exact = self._other("float32", dtype="float32") if half else asked
+        plain, device = exact, scorer.device
+        if plain is None and device.startswith("cuda"):  # slow, but it decides
+            plain, device = self._other("float32 on the CPU", device="cpu", dtype="float32"), "cpu"
+        other = asked if half else self._other("bfloat16", dtype="bfloat16")
+        self._compare(HALVES, other, plain, mend="--dtype float32", exact=False, used=half)
         eager = asked if kernel == "eager" else self._other("eager attention", attention="eager")
         for name in kernels:
             scores = asked if name == kernel else self._other(f"{name} attention", attention=name)
             how: dict[str, Any] = {"mend": "--attention eager", "exact": not half, "used": name == kernel}
             self._compare(f"{name} against eager attention", scores, eager, **how)
         few = _spread(asked)
-        if scorer.device.startswith("cuda"):
+        if scorer.device.startswith("cuda") and exact is not None:
             there = self._other("the CPU", few, device="cpu", dtype="float32")
             self._compare("cuda against cpu", _take(exact, few), there, mend="--device cpu")
-        dense = self._score("the dense form", few, self._reference)
-        self._compare("fast against dense", _take(exact, few), dense, mend="--pack or --model with another model")
+        elif scorer.device.startswith("cuda"):
+            self.skipped.append({"name": "cuda against cpu", "why": "there are no scores in float32 on the GPU"})
+        if plain is not None:
+            dense = self._score("the dense form", few, lambda: self._reference(device))
+            self._compare("fast against dense", _take(plain, few), dense, mend="--pack or --model with another model")
+        else:
+            self.skipped.append({"name": "the dense form", "why": "there are no scores in float32"})
         _free()
         self.progress.finish()
-        verdicts = [found["ok"] for found in self.comparisons if found["used"]]
+        used = {found["name"]: found["ok"] for found in self.comparisons if found["used"]}
+        missing = [HALVES] if half and HALVES not in used else []
         return {
-            "trusted": bool(verdicts) and all(verdicts),
+            "trusted": bool(used) and all(used.values()) and not missing,
+            "missing": missing,
             "pack": {
                 "name": scorer.pack.name,
                 "fingerprint": scorer.pack.fingerprint,
@@ -176,13 +184,13 @@ class _Check:
             self.skipped.append({"name": phase, "why": "it does not fit into the device's memory"})
         return None
 
-    def _reference(self) -> Any:
+    def _reference(self, device: str) -> Any:
         from sqsd_filter.scoring.reference import ReferenceScorer
 
         own = self.scorer
         how: dict[str, Any] = {"max_length": own.max_length, "trust_remote_code": own.trust_remote_code}
         other = None if own.base_model == own.pack.base_model else own.base_model
-        return ReferenceScorer(own.pack, other, own.device, "float32", **how)
+        return ReferenceScorer(own.pack, other, device, "float32", **how)
 
     def _compare(
         self,
@@ -249,9 +257,7 @@ def _spread(scores: Scores) -> list[int]:
     return chosen
 
 
-def _take(scores: Scores | None, rows: Sequence[int]) -> Scores | None:
-    if scores is None:
-        return None
+def _take(scores: Scores, rows: Sequence[int]) -> Scores:
     at = list(rows)
     probes = {name: values[at] for name, values in scores.probes.items()}
     status, detail = ([column[k] for k in at] for column in (scores.status, scores.detail))

@@ -100,6 +100,25 @@ def test_values_too_near_for_bfloat16_are_found_and_mended(tiny_pack: Path, tmp_
     assert mended["trusted"] and not by_name(mended)["bfloat16 against float32"]["ok"]
 
 
+def test_without_the_comparison_that_decides_nothing_can_be_trusted(
+    tiny_pack: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def forward(module: Any, query: torch.Tensor, *arguments: Any, **named: Any) -> tuple[torch.Tensor, None]:
+        if query.dtype == torch.float32:
+            raise torch.OutOfMemoryError("out of memory")
+        return sdpa_attention_forward(module, query, *arguments, **named)
+
+    AttentionInterface.register("narrow", forward)
+    how = ("--limit", "8", "--dtype", "bfloat16", "--attention", "narrow")
+    code, out = run(capfd, str(tiny_pack), *how, "--json", "-q")
+    found = json.loads(out)
+    assert (code, found["trusted"], found["missing"]) == (1, False, ["bfloat16 against float32"])
+    assert found["comparisons"] and all(one["ok"] for one in found["comparisons"])
+    assert {"float32", "the dense form"} <= {gap["name"] for gap in found["skipped"]}
+    code, out = run(capfd, str(tiny_pack), *how)
+    assert out.endswith("cannot be trusted: there is no comparison bfloat16 against float32.\n")
+
+
 def test_rows_of_ones_own_are_read_as_a_run_reads_them(tiny_pack: Path, tmp_path: Path) -> None:
     rows = [
         *make_rows(10),
