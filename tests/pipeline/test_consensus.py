@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from fractions import Fraction
 from itertools import permutations
 from pathlib import Path
@@ -18,6 +19,7 @@ from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_datase
 from sqsd_filter.cli.main import cli
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.consensus import RULES
+from sqsd_filter.scoring.row_formats import Columns
 from tests.corpora import SPLITS, ids_of, make_rows, read_report, rows_of, write_jsonl
 from tests.tiny import make_pack
 
@@ -172,6 +174,24 @@ def test_scores_of_other_rows_are_refused(change: Any, complaint: str, folder: P
     pq.write_table(pa.Table.from_pylist(change(rows)), "b.parquet")
     with pytest.raises(InputError, match=complaint):
         select_dataset("a.parquet", "out", scores=["b.parquet"], consensus="max", drop_count=1)
+
+
+def test_files_that_nothing_is_known_of_are_read_as_the_first_pack_was(folder: Path, tiny_pack: Path) -> None:
+    rows = [{"q": row["instruction"], "a": row["output"], "prompt": "", "response": row["id"]} for row in make_rows(6)]
+    write_jsonl(folder / "in.jsonl", rows)
+    scorer = SQSDScorer(tiny_pack, columns=Columns(prompt="q", answer="a"))
+    for name in ("a.parquet", "b.parquet"):
+        score_dataset("in.jsonl", name, scorer=scorer)
+    shutil.rmtree("b.parquet.sqsd")
+    how: dict[str, Any] = {"scores": ["b.parquet"], "consensus": "max", "drop_count": 1}
+    select_dataset("a.parquet", "out", **how)
+    table = pq.read_table("b.parquet")
+    pq.write_table(table.set_column(table.column_names.index("a"), "a", pa.array(["?"] * 6)), "b.parquet")
+    with pytest.raises(InputError, match="row 1, where one has another conversation"):
+        select_dataset("a.parquet", "again", **how)
+    pq.write_table(table.drop_columns(["q", "prompt"]), "b.parquet")
+    with pytest.raises(InputError, match=r"which columns were scored: keep b\.parquet\.sqsd"):
+        select_dataset("a.parquet", "again", **how)
 
 
 def test_a_rule_and_further_scores_go_together(folder: Path) -> None:
