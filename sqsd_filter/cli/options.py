@@ -246,7 +246,7 @@ explain = option(
     "--explain",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Tell which layers, module types and tokens make the N riskiest rows so; kept in DEST, never pushed.",
+    help="Tell which layers, module types and tokens make the N (up to 1,000) riskiest rows so; never pushed.",
 )
 per_module = option("--per-module", is_flag=True, help="Add each probe's value at each module, as a column of lists.")
 overwrite = option("--overwrite", is_flag=True, help="Replace what DEST holds, once the new run is complete.")

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sqsd_filter import PushTo, SQSDScorer, filter_dataset, score_dataset
-from sqsd_filter.errors import DestinationExists, UsageError
+from sqsd_filter.errors import DestinationExists, SQSDError, UsageError
+from sqsd_filter.pipeline.reading.sources import Corpus
 from tests.corpora import make_rows, rows_of, write_jsonl
 from tests.hub import Hub
 
@@ -118,9 +122,41 @@ def test_explanations_are_not_kept_at_a_url(folder: Path, scorer: SQSDScorer, de
         filter_dataset("in.jsonl", dest, drop_count=3, scorer=scorer, explain=1)
 
 
-def test_no_rows_at_all_can_not_be_asked_for(folder: Path, scorer: SQSDScorer) -> None:
+def test_rows_are_read_once_however_many_are_explained(
+    folder: Path, scorer: SQSDScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[tuple[int, int]] = []
+    real = Corpus.read
+
+    def read(self: Corpus, start: int, stop: int, columns: Any = None) -> Any:
+        reads.append((start, stop))
+        return real(self, start, stop, columns)
+
+    def passes(count: int | None, dest: str) -> int:
+        reads.clear()
+        score_dataset("in.jsonl", dest, scorer=scorer, explain=count)
+        return len(reads)
+
+    monkeypatch.setattr(Corpus, "read", read)
+    assert passes(1, "one.parquet") == passes(9, "nine.parquet") == passes(None, "none.parquet") + 1
+
+
+def test_an_explanation_that_does_not_fit_into_memory_is_one_sentence(folder: Path, tiny_pack: Path) -> None:
+    def forward(module: Any, query: torch.Tensor, *arguments: Any, **named: Any) -> tuple[torch.Tensor, None]:
+        if len(query) == 1 and query.shape[2] > 8:  # a row alone, other than the one that is tried first
+            raise torch.OutOfMemoryError("out of memory")
+        return sdpa_attention_forward(module, query, *arguments, **named)
+
+    AttentionInterface.register("lonely", forward)
+    scorer = SQSDScorer(tiny_pack, attention="lonely")
+    with pytest.raises(SQSDError, match=r"explanation of row \d+ does not fit .*--explain.*--max-length"):
+        filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, explain=1)
+
+
+@pytest.mark.parametrize("count", [0, 1001])
+def test_no_rows_and_too_many_can_not_be_asked_for(folder: Path, scorer: SQSDScorer, count: int) -> None:
     with pytest.raises(UsageError, match="--explain"):
-        score_dataset("in.jsonl", "all.parquet", scorer=scorer, explain=0)
+        score_dataset("in.jsonl", "all.parquet", scorer=scorer, explain=count)
     assert not Path("all.parquet.sqsd").exists()
 
 
