@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sqsd_filter.errors import InputError, ModelError
+from sqsd_filter.errors import InputError, ModelError, UsageError
 from sqsd_filter.pipeline.engines import Telling
 from sqsd_filter.pipeline.reading.addresses import Opener, expand, peek
 from sqsd_filter.pipeline.selection import DROPPED, Cut, cut_rows
@@ -176,7 +176,10 @@ class _Check:
         try:
             scores: Scores = make().score(turns, Telling(self.progress))
             return scores
-        except ModelError as problem:  # the model itself has been loaded before: this way is not open to it
+        except (
+            ModelError,
+            UsageError,
+        ) as problem:  # the model itself has been loaded before: this way is not open to it
             self.skipped.append({"name": phase, "why": str(problem)})
         except Exception as problem:
             if not is_out_of_memory(problem):

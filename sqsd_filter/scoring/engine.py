@@ -218,9 +218,10 @@ class Engine:
         except SQSDError:
             raise
         except Exception as problem:  # whatever this architecture does that others don't
+            named = scorer.attention is not None
             raise ModelError(
-                f"{type(model).__name__} can't be scored ({type(problem).__name__}: {problem}): choose another model "
-                "with --pack or --model."
+                f"{type(model).__name__} can't be scored ({type(problem).__name__}: {problem}): choose another "
+                f"{'attention kernel with --attention, or another ' * named}model with --pack or --model."
             ) from problem
         return engine
 

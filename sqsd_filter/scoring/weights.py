@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqsd_filter.errors import ModelError
+from sqsd_filter.errors import ModelError, UsageError, option
 
 if TYPE_CHECKING:
     import torch
@@ -240,14 +240,14 @@ def load_model(
     """A frozen causal language model in evaluation mode; device None spreads it over all GPUs.
 
     `adapter` is a LoRA folder to merge into the weights as they are stored, before they become `dtype`. Raises
-    `ModelError`, `PackError`.
+    `ModelError`, `PackError`; `UsageError` where the kernel named by `attention` can't be had.
     """
     from transformers import AutoModelForCausalLM
 
     from sqsd_filter.scoring.adapters import load_adapter, merge
 
     path = locate(base_model)
-    with _quiet_transformers(), _as_model_error(base_model, "weights"):
+    with _quiet_transformers(), _as_model_error(base_model, "weights", attention):
         model = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision,
@@ -307,14 +307,20 @@ class _quiet_transformers:
 
 
 class _as_model_error:
-    def __init__(self, base_model: str, what: str) -> None:
+    def __init__(self, base_model: str, what: str, attention: str | None = None) -> None:
         self._about = f"The {what} of '{base_model}' can't be loaded"
+        self._attention = attention
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, problem: BaseException | None, _: object) -> None:
         if isinstance(problem, OSError | ValueError | ImportError):
             first = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+            if self._attention is not None and isinstance(problem, ValueError | ImportError):
+                raise UsageError(
+                    f"{self._about} with the attention kernel '{self._attention}' ({first.rstrip('.')}): name another "
+                    f"by {option('attention')}, as eager or sdpa, or leave the choice to the model."
+                ) from problem
             raise ModelError(
                 f"{self._about} ({first}): check the name, and that this machine has it or can reach the Hub."
             ) from problem

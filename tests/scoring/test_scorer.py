@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import ModelError, PackError, UsageError
@@ -225,6 +225,15 @@ def test_a_model_that_cannot_be_scored_is_one_sentence_about_the_model(tmp_path:
         patch.setattr("sqsd_filter.scoring.capture.contract", None)
         with pytest.raises(ModelError, match=r"LlamaForCausalLM can't be scored .*TypeError.*--model"):
             scorer.score(CONVERSATIONS)
+
+
+def test_an_attention_kernel_that_fails_at_work_is_one_sentence_about_it(tiny_pack: Path) -> None:
+    def forward(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no kernel image")
+
+    AttentionInterface.register("failing", forward)
+    with pytest.raises(ModelError, match=r"no kernel image\): choose another attention kernel with --attention, or"):
+        SQSDScorer(tiny_pack, attention="failing").score(CONVERSATIONS)
 
 
 def test_scores_do_not_depend_on_the_number_of_threads(tiny_pack: Path) -> None:

@@ -7,8 +7,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from sqsd_filter.errors import ModelError
+from sqsd_filter.errors import ModelError, UsageError
 from sqsd_filter.scoring.weights import EMBEDDED, cache_dir, content_id, load_model, load_tokenizer, locate
 from tests.tiny import make_model
 
@@ -81,12 +82,18 @@ def test_what_is_in_the_cache_is_taken_without_pip(cache: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    import torch
-
     for load in (lambda name: load_tokenizer(name), lambda name: load_model(name, dtype=torch.float32)):
         with pytest.raises(ModelError, match=r"of '.*nowhere' can't be loaded \(.*\): check the name") as problem:
             load(str(tmp_path / "nowhere"))
         assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "flash_attention_2"])  # the second is not for a CPU
+def test_an_attention_kernel_that_can_not_be_had_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"kernel '{name}' .*: name another by .*--attention"):
+        load_model(str(make_model(tmp_path)), dtype=torch.float32, attention=name)
+    with pytest.raises(ModelError, match="check the name"):
+        load_model(str(tmp_path / "nowhere"), dtype=torch.float32, attention="eager")
 
 
 def test_other_weights_under_the_same_path_are_told_apart(tmp_path: Path) -> None:
