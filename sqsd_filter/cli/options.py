@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from sqsd_filter.errors import UsageError
+from sqsd_filter.pipeline.rules import CONSENSUS
 
 WRITTEN = ("to", "shard_size", "with_scores")
 CUTS = ("drop_top", "drop_count", "max_risk", "keep_lowest")
@@ -150,7 +151,7 @@ combined = together(
     option("--scores", multiple=True, metavar="FILE|DIR", help="Scores of the same rows by another pack; repeatable."),
     option(
         "--consensus",
-        type=click.Choice(["mean-rank", "max"]),
+        type=click.Choice(list(CONSENSUS)),
         help="With --scores: a row's risk is the mean of its ranks by all packs, or the largest.",
     ),
 )

@@ -176,10 +176,7 @@ class _Check:
         try:
             scores: Scores = make().score(turns, Telling(self.progress))
             return scores
-        except (
-            ModelError,
-            UsageError,
-        ) as problem:  # the model itself has been loaded before: this way is not open to it
+        except (ModelError, UsageError) as problem:  # the model has been loaded before: this way is not open to it
             self.skipped.append({"name": phase, "why": str(problem)})
         except Exception as problem:
             if not is_out_of_memory(problem):

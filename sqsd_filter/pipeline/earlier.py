@@ -16,7 +16,7 @@ from sqsd_filter.pipeline.scan import read_once
 from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.shards import Index
-from sqsd_filter.pipeline.writing.destination import REPORT_FILE, RUN_FILE, _read_json, input_specs, read_run
+from sqsd_filter.pipeline.writing.destination import REPORT_FILE, RUN_FILE, input_specs, read_json, read_run
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.row_formats import Columns, RowFormat
 
@@ -69,7 +69,7 @@ def read_earlier(
 
     columns = [*scores.columns, *(index.form.columns if index is not None else [])]
     corpus, groups = read_once(sources, visit, columns, per_group, progress)
-    report = (_read_json(beside / REPORT_FILE) if beside is not None else None) or {}
+    report = (read_json(beside / REPORT_FILE) if beside is not None else None) or {}
     return Earlier(
         ", ".join(str(each) if isinstance(each, str | Path) else "the dataset" for each in given),
         sources,
@@ -106,7 +106,7 @@ def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) 
     """The inputs of an earlier run joined with its score store."""
     known = read_run(home)
     assert known is not None
-    report = _read_json(home / REPORT_FILE) or {}
+    report = read_json(home / REPORT_FILE) or {}
     if not (home / "scores").is_dir() or "pack" not in report:
         if report.get("status") == "ok":
             raise InputError(f"{home.parent} was itself cut from scores: select from what it was cut from.")

@@ -24,7 +24,7 @@ from sqsd_filter.pipeline.writing.destination import (
     REPORT_FILE,
     RUN_FILE,
     Destination,
-    _read_json,
+    read_json,
     take_lock,
 )
 from sqsd_filter.pipeline.writing.report import versions, write_report
@@ -145,7 +145,7 @@ class Job:
     def _on_disk(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         place = self.outlet.place
         if place.claim(self.identity):
-            report = {**_read_json(place.home / REPORT_FILE), "already_done": True}
+            report = {**read_json(place.home / REPORT_FILE), "already_done": True}
         else:
             report = self._carry_out(work)
         place.publish()

@@ -44,10 +44,6 @@ class LossGradient:
         self._let_logits_in()
         self._head_apart = self._can_run_head_apart()
 
-    def tensors(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `batching.next_tokens`."""
-        return next_tokens(rows, self.device)
-
     @torch.inference_mode(False)
     @torch.enable_grad()
     def backward(self, ids_bt: torch.Tensor, targets_bt: torch.Tensor) -> None:
@@ -253,7 +249,7 @@ class Engine:
 
     def _passes(self, rows: Sequence[Encoded], *, by_token: bool = False) -> Iterator[tuple[str, float | None]]:
         """Each pass of the probes, when its backward is done."""
-        ids_bt, targets_bt = self.gradient.tensors(rows)
+        ids_bt, targets_bt = next_tokens(rows, self.gradient.device)
         for at in self.passes:
             self.capture.use(at, (ids_bt.shape[0], ids_bt.shape[1]), by_token=by_token)
             self.gradient.backward(ids_bt, targets_bt)

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.cli.main import cli
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
-from sqsd_filter.pipeline.consensus import RULES
+from sqsd_filter.pipeline.rules import CONSENSUS
 from sqsd_filter.scoring.row_formats import Columns
 from tests.corpora import SPLITS, ids_of, make_rows, read_report, rows_of, write_jsonl
 from tests.tiny import make_pack
@@ -68,7 +68,7 @@ B: Risks = [10.0, 30.0, 20.0, 50.0, 40.0, 0.0, None, 20.0]
 C: Risks = [-1.0, -1.0, -3.0, -2.0, -1.0, -5.0, -4.0, -2.0]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CONSENSUS)
 def test_the_risk_is_what_the_rule_says_whatever_the_order_of_the_packs(rule: str, folder: Path) -> None:
     packs = {scored_file(f"{name}.parquet", risks): risks for name, risks in (("1", A), ("2", B), ("3", C))}
     expected = textbook([A, B, C], rule)
@@ -84,7 +84,7 @@ def test_the_risk_is_what_the_rule_says_whatever_the_order_of_the_packs(rule: st
     assert ids_of(Path("out0"), "dropped") == sorted(riskiest)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CONSENSUS)
 def test_a_pack_agrees_with_itself(rule: str, folder: Path) -> None:
     scored_file("a.parquet", A)
     scored_file("again.parquet", A)
@@ -220,5 +220,7 @@ def test_the_command_line_takes_several_scores(folder: Path) -> None:
     report = read_report(Path("out"))
     assert sorted(report["command"]) == sorted(["sqsd-filter", *line, "--drop-count", "2"])
     assert report["settings"]["scores"] == {"value": ["b.parquet", "c.parquet"], "origin": "flag"}
+    wrong = CliRunner().invoke(cli, [*line[:-1], "min", "--drop-count", "2"])
+    assert wrong.exit_code == 2 and all(f"'{rule}'" in wrong.output for rule in CONSENSUS)
     again = CliRunner().invoke(cli, [*report["command"][1:], "--json"], catch_exceptions=False)
     assert json.loads(again.stdout)["already_done"]
