@@ -33,6 +33,7 @@ FEW = 4  # rows for a slow way: on a CPU instead of a GPU, or in the dense form
 EXACT = 1e-4  # the largest difference of a risk or a probe's value between two ways in float32
 RANK = 0.99  # the least rank correlation of the risk where one way is in bfloat16
 HALVES = "bfloat16 against float32"  # without which no score in bfloat16 can be trusted
+GIB = 1 << 30
 SIDES = 0.1  # there, of the dropped rows so many (at least one) may change places with kept ones
 
 
@@ -91,6 +92,7 @@ class _Check:
         self.scorer, self.turns, self.cut, self.progress = scorer, turns, cut, progress
         self.comparisons: list[dict[str, Any]] = []
         self.skipped: list[dict[str, str]] = []
+        self.parameters = 0  # of the model, once it was loaded
 
     def run(self) -> dict[str, Any]:
         scorer, half = self.scorer, self.scorer.dtype == "bfloat16"
@@ -114,7 +116,7 @@ class _Check:
         elif scorer.device.startswith("cuda"):
             self.skipped.append({"name": "cuda against cpu", "why": "there are no scores in float32 on the GPU"})
         if plain is not None:
-            dense = self._score("the dense form", few, lambda: self._reference(device))
+            dense = self._dense(few, device)
             self._compare("fast against dense", _take(plain, few), dense, mend="--pack or --model with another model")
         else:
             self.skipped.append({"name": "the dense form", "why": "there are no scores in float32"})
@@ -160,6 +162,7 @@ class _Check:
         else:
             self.skipped.append({"name": name, "why": "no batch holds two of these rows"})
         model = scorer.engine.gradient.model
+        self.parameters = sum(p.numel() for p in model.parameters())
         kernel = str(model.config._attn_implementation)
         return asked, kernel, list(dict.fromkeys(name for name in (kernel, *_kernels(model)) if name != "eager"))
 
@@ -184,13 +187,23 @@ class _Check:
             self.skipped.append({"name": phase, "why": "it does not fit into the device's memory"})
         return None
 
-    def _reference(self, device: str) -> Any:
+    def _dense(self, rows: Sequence[int], device: str) -> Scores | None:
+        """The scores in the dense form; None, which is noted, where that needs more memory than there is: a machine
+        would rather kill the process than say so."""
+        from sqsd_filter.scoring.placement import free_memory
         from sqsd_filter.scoring.reference import ReferenceScorer
 
         own = self.scorer
         how: dict[str, Any] = {"max_length": own.max_length, "trust_remote_code": own.trust_remote_code}
         other = None if own.base_model == own.pack.base_model else own.base_model
-        return ReferenceScorer(own.pack, other, device, "float32", **how)
+        scorer = ReferenceScorer(own.pack, other, device, "float32", **how)
+        _free()  # of the model before
+        need, free = 4 * self.parameters + scorer.dense_bytes, free_memory(device)
+        if need > free:
+            why = f"it takes {need / GIB:,.1f} GiB of memory, of which {free / GIB:,.1f} are free"
+            self.skipped.append({"name": "the dense form", "why": why})
+            return None
+        return self._score("the dense form", rows, lambda: scorer)
 
     def _compare(
         self,

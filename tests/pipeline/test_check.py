@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sqsd_filter.cli.main import main
@@ -19,6 +22,7 @@ from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.pipeline.check import FEWEST, ROWS, check_pack, compare
 from sqsd_filter.pipeline.selection import Cut
+from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.results import Scores
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import make_rows, write_jsonl
@@ -117,6 +121,25 @@ def test_without_the_comparison_that_decides_nothing_can_be_trusted(
     assert {"float32", "the dense form"} <= {gap["name"] for gap in found["skipped"]}
     code, out = run(capfd, str(tiny_pack), *how)
     assert out.endswith("cannot be trusted: there is no comparison bfloat16 against float32.\n")
+
+
+def test_the_dense_form_is_left_out_where_it_does_not_fit_into_memory(
+    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = ReferenceScorer(tiny_pack, dtype="float32")
+    dense.load()
+    (row,) = dense.encoder.encode([[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]])
+    updates = [dense._update(row, *at).values() for at in {probe.at for probe in dense.pack.probes}]
+    matrices = [*chain.from_iterable(updates), *chain.from_iterable(each.values() for each in dense._dense.values())]
+    need = dense.dense_bytes
+    assert need == sum(matrix.nbytes for matrix in matrices)
+    model = AutoModelForCausalLM.from_pretrained(dense.base_model, dtype=torch.float32)
+    need += sum(parameter.nbytes for parameter in model.parameters())
+    for free in (need, need - 1):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        found = check_pack(tiny_pack, limit=8)
+        assert found["trusted"] and ("fast against dense" in by_name(found)) is (free == need)
+        assert [gap["name"] for gap in found["skipped"]] == ["the dense form"] * (free < need)
 
 
 def test_rows_of_ones_own_are_read_as_a_run_reads_them(tiny_pack: Path, tmp_path: Path) -> None:
