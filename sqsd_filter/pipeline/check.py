@@ -32,9 +32,9 @@ FEWEST = 8  # rows that say anything of ranks
 FEW = 4  # rows for a slow way: on a CPU instead of a GPU, or in the dense form
 EXACT = 1e-4  # the largest difference of a risk or a probe's value between two ways in float32
 RANK = 0.99  # the least rank correlation of the risk where one way is in bfloat16
+SIDES = 0.1  # there, of the dropped rows so many (at least one) may change places with kept ones
 HALVES = "bfloat16 against float32"  # without which no score in bfloat16 can be trusted
 GIB = 1 << 30
-SIDES = 0.1  # there, of the dropped rows so many (at least one) may change places with kept ones
 
 
 def check_pack(

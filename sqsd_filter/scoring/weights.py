@@ -239,22 +239,27 @@ def load_model(
 ) -> Any:
     """A frozen causal language model in evaluation mode; device None spreads it over all GPUs.
 
-    `adapter` is a LoRA folder to merge into the weights as they are stored, before they become `dtype`. Raises
+    `adapter` is a LoRA folder to merge into the weights before they are rounded to `dtype`. Raises
     `ModelError`, `PackError`; `UsageError` where the kernel named by `attention` can't be had.
     """
-    from transformers import AutoModelForCausalLM
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from sqsd_filter.scoring.adapters import load_adapter, merge
 
     path = locate(base_model)
+    where: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _quiet_transformers(), _as_model_error(base_model, "weights", attention):
+        exact = True
+        if adapter is not None:
+            stored = AutoConfig.from_pretrained(path, **where).dtype
+            exact = stored is not None and torch.promote_types(stored, dtype) == dtype
         model = AutoModelForCausalLM.from_pretrained(
             path,
-            revision=revision,
-            dtype="auto" if adapter else dtype,
+            **where,
+            dtype=dtype if exact else "auto",  # to spread it takes the size that it will have
             device_map="auto" if device is None else None,
             attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
         )
     placed: Any = model
     if device is not None:
