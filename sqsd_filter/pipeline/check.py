@@ -98,10 +98,12 @@ class _Check:
         scorer, half = self.scorer, self.scorer.dtype == "bfloat16"
         asked, kernel, kernels = self._as_asked()
         n = int(np.isfinite(asked.risk).sum())
-        exact = self._other("float32", dtype="float32") if half else asked
+        anywhere = kernel in ("eager", "sdpa")  # others may be for a GPU, or for 16 bits, only
+        full = {"dtype": "float32"} | ({} if anywhere else {"attention": "eager"})
+        exact = self._other("float32", **full) if half else asked
         plain, device = exact, scorer.device
         if plain is None and device.startswith("cuda"):  # slow, but it decides
-            plain, device = self._other("float32 on the CPU", device="cpu", dtype="float32"), "cpu"
+            plain, device = self._other("float32 on the CPU", device="cpu", **full), "cpu"
         other = asked if half else self._other("bfloat16", dtype="bfloat16")
         self._compare(HALVES, other, plain, mend="--dtype float32", exact=False, used=half)
         eager = asked if kernel == "eager" else self._other("eager attention", attention="eager")
@@ -111,7 +113,7 @@ class _Check:
             self._compare(f"{name} against eager attention", scores, eager, **how)
         few = _spread(asked)
         if scorer.device.startswith("cuda") and exact is not None:
-            there = self._other("the CPU", few, device="cpu", dtype="float32")
+            there = self._other("the CPU", few, device="cpu", **full)
             self._compare("cuda against cpu", _take(exact, few), there, mend="--device cpu")
         elif scorer.device.startswith("cuda"):
             self.skipped.append({"name": "cuda against cpu", "why": "there are no scores in float32 on the GPU"})

@@ -104,16 +104,24 @@ def test_values_too_near_for_bfloat16_are_found_and_mended(tiny_pack: Path, tmp_
     assert mended["trusted"] and not by_name(mended)["bfloat16 against float32"]["ok"]
 
 
-def test_without_the_comparison_that_decides_nothing_can_be_trusted(
-    tiny_pack: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def forward(module: Any, query: torch.Tensor, *arguments: Any, **named: Any) -> tuple[torch.Tensor, None]:
-        if query.dtype == torch.float32:
-            raise torch.OutOfMemoryError("out of memory")
-        return sdpa_attention_forward(module, query, *arguments, **named)
+def narrow(module: Any, query: torch.Tensor, *arguments: Any, **named: Any) -> tuple[torch.Tensor, None]:
+    """An attention kernel that has no room for float32."""
+    if query.dtype == torch.float32:
+        raise torch.OutOfMemoryError("out of memory")
+    return sdpa_attention_forward(module, query, *arguments, **named)
 
-    AttentionInterface.register("narrow", forward)
-    how = ("--limit", "8", "--dtype", "bfloat16", "--attention", "narrow")
+
+def test_a_kernel_for_halves_only_is_held_against_the_eager_one_in_float32(tiny_pack: Path) -> None:
+    AttentionInterface.register("narrow", narrow)
+    found = check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, dtype="bfloat16", attention="narrow"), limit=8)
+    assert found["trusted"] and found["skipped"] == [] and by_name(found)["bfloat16 against float32"]["used"]
+
+
+def test_without_the_comparison_that_decides_nothing_can_be_trusted(
+    tiny_pack: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", narrow)
+    how = ("--limit", "8", "--dtype", "bfloat16")
     code, out = run(capfd, str(tiny_pack), *how, "--json", "-q")
     found = json.loads(out)
     assert (code, found["trusted"], found["missing"]) == (1, False, ["bfloat16 against float32"])
