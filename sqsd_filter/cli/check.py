@@ -14,6 +14,7 @@ from sqsd_filter.cli import options, output
 @click.argument("pack", metavar="PACK")
 @options.option("--rows", metavar="SRC", help="Score these rows; default: 24 short harmless ones that come along.")
 @options.option("--drop-top", default="5%", show_default=True, metavar="SHARE", help="The cut that rows are held to.")
+@options.shared_state
 @options.model
 @options.rows
 @options.manners
@@ -42,9 +43,10 @@ def check(context: click.Context, **params: Any) -> None:
 def table(found: Mapping[str, Any]) -> str:
     """What there is to see: one line a comparison, then what is wrong and what mends it."""
     pack = found["pack"]
+    shared = f", shared state: {pack['shared_state']}" if pack["shared_state"] else ""
     lines = [
         f"{pack['name']} ({pack['fingerprint']}) on {pack['base_model']}, {found['dtype']} on {found['device']}, "
-        f"{found['attention']} attention",
+        f"{found['attention']} attention{shared}",
         f"{found['rows']} rows, {found['unscored'] + found['unreadable']} without a score, cut at {found['cut']}",
         "",
     ]
@@ -72,4 +74,5 @@ def table(found: Mapping[str, Any]) -> str:
     for one in found["comparisons"]:
         if not one["ok"]:
             lines.append(f"{one['name']}: {one['why']}. {'Use' if one['used'] else 'Stay with'} {one['mend']}.")
-    return "\n".join([*lines, f"Scores as asked for {'can' if found['trusted'] else 'cannot'} be trusted."])
+    gap = f": there is no comparison {', '.join(found['missing'])}" if found["missing"] else ""
+    return "\n".join([*lines, f"Scores as asked for {'can' if found['trusted'] else 'cannot'} be trusted{gap}."])

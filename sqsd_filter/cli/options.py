@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from sqsd_filter.errors import UsageError
+from sqsd_filter.pipeline.rules import CONSENSUS
 
 WRITTEN = ("to", "shard_size", "with_scores")
 CUTS = ("drop_top", "drop_count", "max_risk", "keep_lowest")
@@ -150,7 +151,7 @@ combined = together(
     option("--scores", multiple=True, metavar="FILE|DIR", help="Scores of the same rows by another pack; repeatable."),
     option(
         "--consensus",
-        type=click.Choice(["mean-rank", "max"]),
+        type=click.Choice(list(CONSENSUS)),
         help="With --scores: a row's risk is the mean of its ranks by all packs, or the largest.",
     ),
 )
@@ -163,9 +164,12 @@ model = together(
     option("--attention", metavar="NAME", help="Attention kernel, as eager or sdpa; default: the model's."),
     trust_remote_code,
 )
+shared_state = option(
+    "--shared-state", metavar="NAME", help="Fast mode: all of the pack's directions at this one of its states."
+)
 scoring = together(
     option("--pack", default="smollm2-135m", show_default=True, metavar="NAME|DIR|HUB", help="Direction pack."),
-    option("--shared-state", metavar="NAME", help="Fast mode: all of the pack's directions at this one of its states."),
+    shared_state,
     model,
 )
 engine = together(
@@ -243,7 +247,7 @@ explain = option(
     "--explain",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Tell which layers, module types and tokens make the N riskiest rows so; kept in DEST, never pushed.",
+    help="Tell which layers, module types and tokens make the N (up to 1,000) riskiest rows so; never pushed.",
 )
 per_module = option("--per-module", is_flag=True, help="Add each probe's value at each module, as a column of lists.")
 overwrite = option("--overwrite", is_flag=True, help="Replace what DEST holds, once the new run is complete.")

@@ -60,7 +60,7 @@ def inspect_pack(pack: Pack) -> dict[str, Any]:
         ],
         "validation": pack.notes.get("validation"),
     }
-    report["shared_state"] = len(report["states"]) == 1
+    report["shared_state"] = pack.shared_state is not None
     return {**report, "flags": flags(report)}
 
 

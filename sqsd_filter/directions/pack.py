@@ -84,9 +84,10 @@ class Pack:
 
     @property
     def shared_state(self) -> str | None:
-        """The one state at which several probes are taken together: the fast mode, not the paper's form."""
-        places = {p.at for p in self.probes}
-        return self.probes[0].state if len(places) == 1 < len(self.probes) else None
+        """The one state at which probes of danger and of safety (by the signs of their weights) are taken together: the
+        fast mode, not the paper's form."""
+        places, signs = {p.at for p in self.probes}, {math.copysign(1, p.weight) for p in self.probes if p.weight}
+        return self.probes[0].state if len(places) == 1 and len(signs) == 2 else None
 
     def at_one_state(self, state: str) -> Pack:
         """The pack with every probe at this one of its states, with the scaling that it has there: one forward and

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from sqsd_filter.errors import InputError, ModelError
+from sqsd_filter.errors import InputError, ModelError, UsageError
 from sqsd_filter.pipeline.engines import Telling
 from sqsd_filter.pipeline.reading.addresses import Opener, expand, peek
 from sqsd_filter.pipeline.selection import DROPPED, Cut, cut_rows
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.conversation import Message, RowError
+from sqsd_filter.scoring.results import Scores
 from sqsd_filter.scoring.row_formats import Columns
-from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from sqsd_filter.scoring.scorer import SQSDScorer
 from sqsd_filter.statistics import spearman
 
 ROWS = Path(__file__).with_name("check_rows.jsonl")
@@ -32,6 +33,8 @@ FEW = 4  # rows for a slow way: on a CPU instead of a GPU, or in the dense form
 EXACT = 1e-4  # the largest difference of a risk or a probe's value between two ways in float32
 RANK = 0.99  # the least rank correlation of the risk where one way is in bfloat16
 SIDES = 0.1  # there, of the dropped rows so many (at least one) may change places with kept ones
+HALVES = "bfloat16 against float32"  # without which no score in bfloat16 can be trusted
+GIB = 1 << 30
 
 
 def check_pack(
@@ -49,7 +52,8 @@ def check_pack(
     `scorer`, which takes the place of `SQSDScorer(pack)`, is set up, and in other ways, and compare.
 
     Returns the "comparisons", each "ok" or not, and whether all of those that are "used" by such a scorer are:
-    "trusted". Raises `InputError` where fewer than 8 rows can be scored, and what `SQSDScorer` raises.
+    "trusted". Scores in bfloat16 are not where those in float32, which would decide, can't be had: then that comparison
+    is "missing". Raises `InputError` where fewer than 8 rows can be scored, and what `SQSDScorer` raises.
     """
     cut, meter = Cut.of(drop_top), progress or Silent()
     turns, unreadable = _conversations(rows or ROWS, columns, limit or LIMIT, streaming)
@@ -88,35 +92,49 @@ class _Check:
         self.scorer, self.turns, self.cut, self.progress = scorer, turns, cut, progress
         self.comparisons: list[dict[str, Any]] = []
         self.skipped: list[dict[str, str]] = []
+        self.parameters = 0  # of the model, once it was loaded
 
     def run(self) -> dict[str, Any]:
         scorer, half = self.scorer, self.scorer.dtype == "bfloat16"
         asked, kernel, kernels = self._as_asked()
         n = int(np.isfinite(asked.risk).sum())
-        if half:
-            exact = self._other("float32", dtype="float32")
-            self._compare("bfloat16 against float32", asked, exact, mend="--dtype float32", exact=False)
-        else:
-            exact = asked
-            other = self._other("bfloat16", dtype="bfloat16")
-            self._compare("bfloat16 against float32", other, exact, mend="--dtype float32", exact=False, used=False)
+        anywhere = kernel in ("eager", "sdpa")  # others may be for a GPU, or for 16 bits, only
+        full: dict[str, Any] = {"dtype": "float32"} | ({} if anywhere else {"attention": "eager"})
+        exact = self._other("float32", **full) if half else asked
+        plain, device = exact, scorer.device
+        if plain is None and device.startswith("cuda"):  # slow, but it decides
+            plain, device = self._other("float32 on the CPU", device="cpu", **full), "cpu"
+        other = asked if half else self._other("bfloat16", dtype="bfloat16")
+        self._compare(HALVES, other, plain, mend="--dtype float32", exact=False, used=half)
         eager = asked if kernel == "eager" else self._other("eager attention", attention="eager")
         for name in kernels:
             scores = asked if name == kernel else self._other(f"{name} attention", attention=name)
             how: dict[str, Any] = {"mend": "--attention eager", "exact": not half, "used": name == kernel}
             self._compare(f"{name} against eager attention", scores, eager, **how)
         few = _spread(asked)
-        if scorer.device.startswith("cuda"):
-            there = self._other("the CPU", few, device="cpu", dtype="float32")
+        if scorer.device.startswith("cuda") and exact is not None:
+            there = self._other("the CPU", few, device="cpu", **full)
             self._compare("cuda against cpu", _take(exact, few), there, mend="--device cpu")
-        dense = self._score("the dense form", few, self._reference)
-        self._compare("fast against dense", _take(exact, few), dense, mend="--pack or --model with another model")
+        elif scorer.device.startswith("cuda"):
+            self.skipped.append({"name": "cuda against cpu", "why": "there are no scores in float32 on the GPU"})
+        if plain is not None:
+            dense = self._dense(few, device)
+            self._compare("fast against dense", _take(plain, few), dense, mend="--pack or --model with another model")
+        else:
+            self.skipped.append({"name": "the dense form", "why": "there are no scores in float32"})
         _free()
         self.progress.finish()
-        verdicts = [found["ok"] for found in self.comparisons if found["used"]]
+        used = {found["name"]: found["ok"] for found in self.comparisons if found["used"]}
+        missing = [HALVES] if half and HALVES not in used else []
         return {
-            "trusted": bool(verdicts) and all(verdicts),
-            "pack": {"name": scorer.pack.name, "fingerprint": scorer.pack.fingerprint, "base_model": scorer.base_model},
+            "trusted": bool(used) and all(used.values()) and not missing,
+            "missing": missing,
+            "pack": {
+                "name": scorer.pack.name,
+                "fingerprint": scorer.pack.fingerprint,
+                "base_model": scorer.base_model,
+                "shared_state": scorer.pack.shared_state,
+            },
             "dtype": scorer.dtype,
             "device": scorer.device,
             "attention": kernel,
@@ -146,6 +164,7 @@ class _Check:
         else:
             self.skipped.append({"name": name, "why": "no batch holds two of these rows"})
         model = scorer.engine.gradient.model
+        self.parameters = sum(p.numel() for p in model.parameters())
         kernel = str(model.config._attn_implementation)
         return asked, kernel, list(dict.fromkeys(name for name in (kernel, *_kernels(model)) if name != "eager"))
 
@@ -162,7 +181,7 @@ class _Check:
         try:
             scores: Scores = make().score(turns, Telling(self.progress))
             return scores
-        except ModelError as problem:  # the model itself has been loaded before: this way is not open to it
+        except (ModelError, UsageError) as problem:  # the model has been loaded before: this way is not open to it
             self.skipped.append({"name": phase, "why": str(problem)})
         except Exception as problem:
             if not is_out_of_memory(problem):
@@ -170,13 +189,23 @@ class _Check:
             self.skipped.append({"name": phase, "why": "it does not fit into the device's memory"})
         return None
 
-    def _reference(self) -> Any:
+    def _dense(self, rows: Sequence[int], device: str) -> Scores | None:
+        """The scores in the dense form; None, which is noted, where that needs more memory than there is: a machine
+        would rather kill the process than say so."""
+        from sqsd_filter.scoring.placement import free_memory
         from sqsd_filter.scoring.reference import ReferenceScorer
 
         own = self.scorer
         how: dict[str, Any] = {"max_length": own.max_length, "trust_remote_code": own.trust_remote_code}
         other = None if own.base_model == own.pack.base_model else own.base_model
-        return ReferenceScorer(own.pack, other, own.device, "float32", **how)
+        scorer = ReferenceScorer(own.pack, other, device, "float32", **how)
+        _free()  # of the model before
+        need, free = 4 * self.parameters + scorer.dense_bytes, free_memory(device)
+        if need > free:
+            why = f"it takes {need / GIB:,.1f} GiB of memory, of which {free / GIB:,.1f} are free"
+            self.skipped.append({"name": "the dense form", "why": why})
+            return None
+        return self._score("the dense form", rows, lambda: scorer)
 
     def _compare(
         self,
@@ -243,9 +272,7 @@ def _spread(scores: Scores) -> list[int]:
     return chosen
 
 
-def _take(scores: Scores | None, rows: Sequence[int]) -> Scores | None:
-    if scores is None:
-        return None
+def _take(scores: Scores, rows: Sequence[int]) -> Scores:
     at = list(rows)
     probes = {name: values[at] for name, values in scores.probes.items()}
     status, detail = ([column[k] for k in at] for column in (scores.status, scores.detail))

@@ -12,19 +12,18 @@ import numpy as np
 from sqsd_filter.errors import InputError, UsageError, option
 from sqsd_filter.pipeline.earlier import Earlier
 from sqsd_filter.pipeline.publishing.target import run_id
+from sqsd_filter.pipeline.rules import CONSENSUS
 from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.scoring.conversation import SCORED
 from sqsd_filter.statistics import ranks
 
-RULES = ("mean-rank", "max")
-
 
 def check_rule(others: Sequence[Any], rule: str | None) -> None:
     """Raise `UsageError` unless there is a rule just where there are further scores."""
-    if rule is not None and rule not in RULES:
-        raise UsageError(f"{option('consensus')} must be one of {', '.join(RULES)}, not '{rule}'.")
+    if rule is not None and rule not in CONSENSUS:
+        raise UsageError(f"{option('consensus')} must be one of {', '.join(CONSENSUS)}, not '{rule}'.")
     if others and rule is None:
-        raise UsageError(f"Say how the scores are combined by {option('consensus')}: {' or '.join(RULES)}.")
+        raise UsageError(f"Say how the scores are combined by {option('consensus')}: {' or '.join(CONSENSUS)}.")
     if rule is not None and not others:
         raise UsageError(
             f"{option('consensus')} combines several packs' scores: name the others' by {option('scores')}."

@@ -16,7 +16,7 @@ from sqsd_filter.pipeline.scan import read_once
 from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.shards import Index
-from sqsd_filter.pipeline.writing.destination import REPORT_FILE, RUN_FILE, _read_json, input_specs, read_run
+from sqsd_filter.pipeline.writing.destination import REPORT_FILE, RUN_FILE, input_specs, read_json, read_run
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.row_formats import Columns, RowFormat
 
@@ -26,7 +26,7 @@ class Earlier:
     """Scored rows and where they are from.
 
     `identity` tells them from others, `facts` are for the report. `keys` (n,) S16 are those of the conversations, zero
-    where there is none, and `pack` is what is known of the pack.
+    where there is none, `pack` is what is known of the pack, and `form` how rows were read for the keys.
     """
 
     where: str
@@ -36,12 +36,20 @@ class Earlier:
     facts: dict[str, Any]
     keys: np.ndarray
     pack: Mapping[str, Any] | None
+    form: RowFormat | None
 
 
 def read_earlier(
-    given: Sequence[Any], opener: Opener, per_group: str | None, progress: Progress, *, keyed: bool = False
+    given: Sequence[Any],
+    opener: Opener,
+    per_group: str | None,
+    progress: Progress,
+    *,
+    keyed: bool = False,
+    likely: RowFormat | None = None,
 ) -> Earlier:
-    """The rows of an earlier run's folder, or of scored files; the keys of the latter only if they are to be `keyed`.
+    """The rows of an earlier run's folder, or of scored files; the keys of the latter only if they are to be `keyed`:
+    of files that nothing more is known of as `likely`, which needs all its columns, or else as they look.
 
     Raises `InputError` where rows have no scores yet.
     """
@@ -50,7 +58,7 @@ def read_earlier(
         return _run(home, opener, per_group, progress)
     sources = opener.open(given)
     beside = Path(f"{given[0]}.sqsd") if home is not None else None  # left by `score`
-    index = _keying(sources, beside) if keyed else None
+    index = _keying(sources, beside, likely) if keyed else None
     progress.start("reading", None)
     scores = ColumnIndex()
 
@@ -61,7 +69,7 @@ def read_earlier(
 
     columns = [*scores.columns, *(index.form.columns if index is not None else [])]
     corpus, groups = read_once(sources, visit, columns, per_group, progress)
-    report = (_read_json(beside / REPORT_FILE) if beside is not None else None) or {}
+    report = (read_json(beside / REPORT_FILE) if beside is not None else None) or {}
     return Earlier(
         ", ".join(str(each) if isinstance(each, str | Path) else "the dataset" for each in given),
         sources,
@@ -70,20 +78,35 @@ def read_earlier(
         {},
         index.keys if index is not None else np.zeros(0, "S16"),
         report.get("pack"),
+        index.form if index is not None else None,
     )
 
 
-def _keying(sources: Sequence[Source], beside: Path | None) -> Index:
-    """What takes the keys of conversations, read as when they were scored, if that is known."""
+def _keying(sources: Sequence[Source], beside: Path | None, likely: RowFormat | None) -> Index:
+    """What takes the keys of conversations, read as when they were scored, if that is known.
+
+    Raises `InputError` where it is not, and can't be told either.
+    """
     known = read_run(beside) if beside is not None else None
-    return Index(RowFormat(**known["row_format"]) if known else Columns().choose(peek(sources)))
+    if known:
+        return Index(RowFormat(**known["row_format"]))
+    rows = peek(sources)
+    if likely is not None and {name for row in rows for name in row}.issuperset(likely.columns):
+        return Index(likely)
+    try:
+        return Index(Columns().choose(rows))
+    except InputError as problem:
+        file = beside.name if beside is not None else "FILE.sqsd"
+        raise InputError(
+            f"It can't be told which columns were scored: keep {file} beside the file, as 'sqsd-filter score' left it."
+        ) from problem
 
 
 def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) -> Earlier:
     """The inputs of an earlier run joined with its score store."""
     known = read_run(home)
     assert known is not None
-    report = _read_json(home / REPORT_FILE) or {}
+    report = read_json(home / REPORT_FILE) or {}
     if not (home / "scores").is_dir() or "pack" not in report:
         if report.get("status") == "ok":
             raise InputError(f"{home.parent} was itself cut from scores: select from what it was cut from.")
@@ -102,4 +125,4 @@ def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) 
     scored = from_store(corpus, index, store, pack["weights"], groups)
     identity = {**known, "inputs": corpus.inputs}
     identity.pop("explain", None)  # of the earlier cut
-    return Earlier(str(home.parent), sources, scored, identity, {"pack": pack}, index.keys, pack)
+    return Earlier(str(home.parent), sources, scored, identity, {"pack": pack}, index.keys, pack, form)

@@ -13,8 +13,9 @@ from sqsd_filter.errors import UsageError
 from sqsd_filter.pipeline.reading.sources import Corpus
 from sqsd_filter.pipeline.shards import Shard, score_shard
 from sqsd_filter.progress import Progress
+from sqsd_filter.scoring.results import Scores, Watch
 from sqsd_filter.scoring.row_formats import RowFormat
-from sqsd_filter.scoring.scorer import Scores, SQSDScorer, Watch
+from sqsd_filter.scoring.scorer import SQSDScorer
 
 ENGINES = ("auto", "local", "ray")
 ScoredShard = tuple[Shard, list[bytes], Scores]

@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from sqsd_filter.errors import UsageError, option
+from sqsd_filter.errors import SQSDError, UsageError, option
 from sqsd_filter.pipeline.folder import write_whole
 from sqsd_filter.pipeline.groups import nth_riskiest
 from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.progress import Progress
+from sqsd_filter.scoring.conversation import Message
 from sqsd_filter.scoring.explain import explain
 from sqsd_filter.scoring.scorer import SQSDScorer
+
+MOST = 1000  # rows: all that is told of them is held in memory
 
 
 def check_explain(count: int | None, dest: str | Path) -> None:
@@ -23,6 +26,8 @@ def check_explain(count: int | None, dest: str | Path) -> None:
         return
     if count < 1:
         raise UsageError(f"{option('explain')} must be a number of rows, 1 or more, not {count}.")
+    if count > MOST:
+        raise UsageError(f"{option('explain')} must be {MOST:,} rows at most, not {count:,}.")
     if "://" in str(dest):
         raise UsageError(
             f"Explanations hold the text of rows and stay on this disk, so not at {dest}: name a folder, "
@@ -31,20 +36,38 @@ def check_explain(count: int | None, dest: str | Path) -> None:
 
 
 def write_explained(path: Path, scored: Scored, scorer: SQSDScorer, count: int, progress: Progress) -> int:
-    """Explain the `count` riskiest rows that have a score, equal risks in row order. Returns how many there were."""
+    """Explain the `count` riskiest rows that have a score, equal risks in row order. Returns how many there were.
+
+    Raises `SQSDError` where one does not fit into memory.
+    """
     assert scored.form is not None
     rows = _riskiest(scored, count)
     progress.start("explaining", len(rows))
-    found: list[dict[str, Any]] = []
-    for index in rows:
-        (row,) = scored.corpus.read(index, index + 1, scored.form.columns)
+    found: dict[int, dict[str, Any]] = {index: {} for index in rows}
+    for row in scored.corpus.read(min(rows, default=0), max(rows, default=-1) + 1, scored.form.columns):
+        if row.index not in found:
+            continue
         assert row.value is not None
-        about = {"row": index, "file": row.file, "line": row.line, "risk": float(scored.risk[index])}
-        found.append(about | explain(scorer, scored.form.conversation(row.value)))
+        about = {"row": row.index, "file": row.file, "line": row.line, "risk": float(scored.risk[row.index])}
+        found[row.index] = about | _explained(scorer, row.index, scored.form.conversation(row.value))
         progress.advance(1)
-    content = {"pack": scorer.pack.fingerprint, "dtype": scorer.dtype, "rows": found}
+    content = {"pack": scorer.pack.fingerprint, "dtype": scorer.dtype, "rows": list(found.values())}
     write_whole(path, lambda sink: sink.write((json.dumps(content, indent=1) + "\n").encode()))
     return len(rows)
+
+
+def _explained(scorer: SQSDScorer, index: int, turns: list[Message]) -> dict[str, Any]:
+    from sqsd_filter.scoring.batching import is_out_of_memory
+
+    try:
+        return explain(scorer, turns)
+    except Exception as problem:
+        if not is_out_of_memory(problem):
+            raise
+        raise SQSDError(
+            f"The explanation of row {index + 1} does not fit into the device's memory, which is more than its score "
+            f"takes: leave out {option('explain')}, or lower {option('max_length')}."
+        ) from problem
 
 
 def _riskiest(scored: Scored, count: int) -> list[int]:

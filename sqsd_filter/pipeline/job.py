@@ -24,7 +24,7 @@ from sqsd_filter.pipeline.writing.destination import (
     REPORT_FILE,
     RUN_FILE,
     Destination,
-    _read_json,
+    read_json,
     take_lock,
 )
 from sqsd_filter.pipeline.writing.report import versions, write_report
@@ -112,6 +112,11 @@ class Job:
     engine: Engine | None = None
     originals: Sequence[tuple[str, str]] = ()
 
+    @property
+    def published_run(self) -> str:
+        """The run as a target knows it: explanations never get there, so they make no other run of it."""
+        return run_id({name: value for name, value in self.identity.items() if name != "explain"})
+
     def carry_out(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Claim the destination, do the work, leave a report whatever happens, publish. Returns the report.
 
@@ -119,7 +124,7 @@ class Job:
         """
         place, target, stage = self.outlet.place, self.outlet.target, self.outlet.stage
         try:
-            report = target.published(run_id(self.identity)) if target is not None else None
+            report = target.published(self.published_run) if target is not None else None
             if report is not None and stage is not None:
                 report["already_done"] = True
             else:
@@ -140,14 +145,14 @@ class Job:
     def _on_disk(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         place = self.outlet.place
         if place.claim(self.identity):
-            report = {**_read_json(place.home / REPORT_FILE), "already_done": True}
+            report = {**read_json(place.home / REPORT_FILE), "already_done": True}
         else:
             report = self._carry_out(work)
         place.publish()
         return report
 
     def _published(self, target: Target, report: dict[str, Any]) -> dict[str, Any]:
-        run, root = run_id(self.identity), self.outlet.place.root
+        run, root = self.published_run, self.outlet.place.root
         if target.published(run) is not None:
             return report
         self.meter.start("publishing", None)

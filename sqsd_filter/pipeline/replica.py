@@ -26,7 +26,8 @@ import sqsd_filter.errors as errors
 from sqsd_filter.directions.pack import ADAPTER_FILES, PACK_FILE, PACKS_DIR, Pack, load_pack
 from sqsd_filter.errors import ModelError, SQSDError
 from sqsd_filter.scoring.conversation import conversation_key
-from sqsd_filter.scoring.scorer import Scores, SQSDScorer, Watch
+from sqsd_filter.scoring.results import Scores, Watch
+from sqsd_filter.scoring.scorer import SQSDScorer
 
 log = logging.getLogger(__name__)
 

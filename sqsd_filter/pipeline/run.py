@@ -300,7 +300,8 @@ def select_dataset(
         outlet.place.spare(chain(given, *others))
         earlier = read_earlier(given, opener, per_group, meter, keyed=consensus is not None)
         if consensus is not None:
-            packs = [earlier, *(read_earlier(other, opener, None, meter, keyed=True) for other in others)]
+            how: dict[str, Any] = {"keyed": True, "likely": earlier.form}
+            packs = [earlier, *(read_earlier(other, opener, None, meter, **how) for other in others)]
             outlet.spare(chain.from_iterable(pack.sources for pack in packs))
             earlier = agree(packs, consensus)
         outlet.spare(earlier.sources)

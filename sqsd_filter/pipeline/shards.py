@@ -15,8 +15,9 @@ import numpy as np
 from sqsd_filter.pipeline.reading.sources import Corpus, Row
 from sqsd_filter.pipeline.scores.keys import KEYS, distinct
 from sqsd_filter.scoring.conversation import BAD_JSON, SCORED, Message, RowError, conversation_key
+from sqsd_filter.scoring.results import Scores, Watch
 from sqsd_filter.scoring.row_formats import RowFormat
-from sqsd_filter.scoring.scorer import Scorer, Scores, Watch
+from sqsd_filter.scoring.scorer import Scorer
 
 SMALLEST, LARGEST, AIM = 128, 4096, 1000  # rows a shard at least and at most; shards a corpus, about
 

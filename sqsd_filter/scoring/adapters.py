@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from sqsd_filter.directions.pack import Probe
 from sqsd_filter.errors import PackError
 
 CONFIG_FILE = "adapter_config.json"
@@ -134,10 +135,15 @@ def _gram(a: LoraFactors, b: LoraFactors) -> float:
     return float((gram_B * gram_A).sum())
 
 
-def common_modules(state: Adapter, direction: Adapter) -> list[str]:
-    """The modules that both adapt, whose cosines a probe sums: by name, numbers in it by their value."""
-    names = set(state.factors) & set(direction.factors)
-    return sorted(names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+def probe_modules(probes: Iterable[Probe], adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
+    """The modules that each probe sums the cosines of, which its state and its direction both adapt: by name, numbers
+    in it by their value."""
+
+    def order(name: str) -> list[Any]:
+        return [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]
+
+    both = {p.name: set(adapters[p.state].factors) & set(adapters[p.direction].factors) for p in probes}
+    return {probe: sorted(names, key=order) for probe, names in both.items()}
 
 
 def adapted(model: Any, adapter: Adapter) -> Iterator[tuple[Any, LoraFactors]]:

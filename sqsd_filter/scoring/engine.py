@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sqsd_filter.errors import ModelError, SQSDError
-from sqsd_filter.scoring.adapters import common_modules, load_adapter
+from sqsd_filter.scoring.adapters import load_adapter, probe_modules
 from sqsd_filter.scoring.batching import default_budget, next_tokens
 from sqsd_filter.scoring.capture import Capture
 from sqsd_filter.scoring.chat_encoder import Encoded
@@ -43,10 +43,6 @@ class LossGradient:
         self._given = threading.local()
         self._let_logits_in()
         self._head_apart = self._can_run_head_apart()
-
-    def tensors(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `batching.next_tokens`."""
-        return next_tokens(rows, self.device)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -185,7 +181,7 @@ class Engine:
             for k, count in zip(self.members[at], self.capture.coverage(at), strict=True)
         }
         self.modules = {at: self.capture.modules(at) for at in self.passes}
-        self.probe_modules = [common_modules(adapters[p.state], adapters[p.direction]) for p in self.probes]
+        self.probe_modules = probe_modules(self.probes, adapters)
         config = model.config.get_text_config()
         # On a CPU bins run side by side, a thread each: what a row scores then depends on no number of threads, and
         # two small products keep two cores busier than one of twice the size. Some rotary embeddings keep state.
@@ -218,9 +214,10 @@ class Engine:
         except SQSDError:
             raise
         except Exception as problem:  # whatever this architecture does that others don't
+            named = scorer.attention is not None
             raise ModelError(
-                f"{type(model).__name__} can't be scored ({type(problem).__name__}: {problem}): choose another model "
-                "with --pack or --model."
+                f"{type(model).__name__} can't be scored ({type(problem).__name__}: {problem}): choose another "
+                f"{'attention kernel with --attention, or another ' * named}model with --pack or --model."
             ) from problem
         return engine
 
@@ -252,7 +249,7 @@ class Engine:
 
     def _passes(self, rows: Sequence[Encoded], *, by_token: bool = False) -> Iterator[tuple[str, float | None]]:
         """Each pass of the probes, when its backward is done."""
-        ids_bt, targets_bt = self.gradient.tensors(rows)
+        ids_bt, targets_bt = next_tokens(rows, self.gradient.device)
         for at in self.passes:
             self.capture.use(at, (ids_bt.shape[0], ids_bt.shape[1]), by_token=by_token)
             self.gradient.backward(ids_bt, targets_bt)
@@ -261,6 +258,6 @@ class Engine:
     def _of_probe(self, k: int, cosines_bpm: torch.Tensor) -> np.ndarray:
         """The cosines (b, m) float64 of probe k's own modules among those of its pass."""
         at = self.probes[k].at
-        columns = [self.modules[at].index(name) for name in self.probe_modules[k]]
+        columns = [self.modules[at].index(name) for name in self.probe_modules[self.probes[k].name]]
         cosines: np.ndarray = cosines_bpm[:, self.members[at].index(k), columns].double().cpu().numpy()
         return cosines

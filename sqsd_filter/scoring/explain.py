@@ -1,7 +1,9 @@
 """Why a row's risk is what it is: which layers, modules and tokens carry it.
 
 Every figure is a part of the risk. By module it is a probe's weight times the module's cosine; by token it is the
-weight times what one position adds to all cosines (`projection.by_token`). Both ways the parts sum to the row's risk.
+weight times what one position adds to all cosines (`projection.by_token`). Both ways the parts sum to the row's risk,
+up to the rounding of the scorer's dtype. The row is run alone here: the risk that a run stored was taken in a batch,
+and may differ from the parts' sum by as much.
 
 At position t the model reads token t and is trained to give token t + 1. The position's part is put down to the token
 that it gives, so that each answer token has exactly one. What is left are the positions after which nothing is
@@ -28,9 +30,9 @@ DIGITS = 7  # after the point
 def explain(scorer: SQSDScorer, turns: Sequence[Message]) -> dict[str, Any]:
     """The parts of the risk of a conversation that can be scored. Loads the model if it isn't.
 
-    Each part has its "risk" and what the "probes" add to that, weighted. `layers` and `module_types` (a module's name
-    behind its layer's number) have all modules, `modules` the `TOP` that add most; `prompt` and `answer` have all
-    positions, `tokens` those of the answers, one by one with their text.
+    Each part has its "risk" and what the "probes" add to that, weighted; `total` is such a sum of all modules. `layers`
+    and `module_types` (a module's name behind its layer's number) have all modules, `modules` the `TOP` that add most;
+    `prompt` and `answer` have all positions, `tokens` those of the answers, one by one with their text.
     """
     from sqsd_filter.scoring.engine import side_by_side
 
@@ -39,9 +41,9 @@ def explain(scorer: SQSDScorer, turns: Sequence[Message]) -> dict[str, Any]:
     found: list[tuple[np.ndarray, np.ndarray]] = []
     side_by_side(lambda _: found.extend(engine.parts(row)), [[0]], min(1, engine.workers))  # in one thread, as bins are
     weights = np.array([probe.weight for probe in engine.probes])
-    modules = list(dict.fromkeys(chain(*engine.probe_modules)))
+    modules = list(dict.fromkeys(chain(*engine.probe_modules.values())))
     by_module = np.zeros((len(modules), len(weights)))
-    for k, (names, (cosines_m, _)) in enumerate(zip(engine.probe_modules, found, strict=True)):
+    for k, (names, (cosines_m, _)) in enumerate(zip(engine.probe_modules.values(), found, strict=True)):
         by_module[[modules.index(name) for name in names], k] = weights[k] * cosines_m
     by_token = weights * np.stack([parts_t for _, parts_t in found], axis=1)
     gives_answer = row.answer[1 : len(by_token) + 1]
@@ -60,7 +62,7 @@ def explain(scorer: SQSDScorer, turns: Sequence[Message]) -> dict[str, Any]:
 
     places = [_place(module) for module in modules]
     return {
-        "probes": told(by_module)["probes"],
+        "total": told(by_module),
         "layers": grouped("layer", [layer for layer, _ in places]),
         "module_types": grouped("type", [kind for _, kind in places]),
         "modules": grouped("module", modules)[:TOP],

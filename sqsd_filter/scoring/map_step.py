@@ -17,7 +17,7 @@ from sqsd_filter.errors import UsageError
 from sqsd_filter.scoring.conversation import is_turn
 
 if TYPE_CHECKING:
-    from sqsd_filter.scoring.scorer import Scores
+    from sqsd_filter.scoring.results import Scores
 
 
 class Batch:

@@ -52,6 +52,15 @@ def check_device(device: str) -> None:
         raise UsageError(f"The device '{device}' can't be used ({first}): {fix}.") from problem
 
 
+def free_memory(device: str) -> int:
+    """Bytes that are free on a GPU, or on this machine."""
+    import psutil
+    import torch
+
+    free: int = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+    return free
+
+
 def limit_threads() -> None:
     """Let one of several processes of `map` compute with one thread: its siblings have the other cores."""
     multiprocess = sys.modules.get("multiprocess")  # which `datasets` uses in the place of multiprocessing

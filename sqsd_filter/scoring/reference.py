@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.chat_encoder import Encoded
-from sqsd_filter.scoring.scorer import Scorer, _Results
+from sqsd_filter.scoring.results import Results
+from sqsd_filter.scoring.scorer import Scorer
 from sqsd_filter.scoring.weights import load_model
 
 
@@ -29,7 +31,7 @@ class ReferenceScorer(Scorer):
         self._peft: Any = None
         self._dense: dict[str, dict[str, torch.Tensor]] = {}
 
-    def _score(self, rows: Mapping[int, Encoded], results: _Results) -> None:
+    def _score(self, rows: Mapping[int, Encoded], results: Results) -> None:
         self.load()
         for k, row in rows.items():
             results.done([k], self.project(row))
@@ -41,7 +43,13 @@ class ReferenceScorer(Scorer):
         from peft import PeftModel
 
         dtype = getattr(torch, self.dtype)
-        model = load_model(self.base_model, self.base_revision, dtype=dtype, device=self.device)
+        model = load_model(
+            self.base_model,
+            self.base_revision,
+            dtype=dtype,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
         if (base := self.pack.base_folder) is not None:
             aligned: Any = PeftModel.from_pretrained(model, base, autocast_adapter_dtype=False).to(dtype)
             model = aligned.merge_and_unload()
@@ -54,6 +62,17 @@ class ReferenceScorer(Scorer):
         self._peft.to(dtype).eval()
         for name in {p.direction for p in self.pack.probes}:
             self._dense[name] = {m: self._multiplied(layer, name) for m, layer in self._layers(name)}
+
+    @property
+    def dense_bytes(self) -> int:
+        """What the matrices take: all directions, and one state's update while the next is made."""
+        adapters = {name: load_adapter(self.pack.adapter(name)) for name in self.pack.adapters}
+        values = {
+            name: sum(len(f.B) * f.A.shape[1] for f in adapter.factors.values()) for name, adapter in adapters.items()
+        }
+        directions = sum(values[name] for name in {p.direction for p in self.pack.probes})
+        update = max(values[p.state] for p in self.pack.probes)
+        return (directions + 2 * update) * getattr(torch, self.dtype).itemsize
 
     def project(self, row: Encoded) -> np.ndarray:
         """Σ_m cos of one row for each probe: (1, probes)."""

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +17,10 @@ import numpy as np
 from sqsd_filter.directions.pack import Pack, load_pack
 from sqsd_filter.errors import UsageError
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
-from sqsd_filter.scoring.conversation import NONFINITE, SCORED, Message, RowError
+from sqsd_filter.scoring.conversation import Message, RowError
 from sqsd_filter.scoring.fingerprint import State
 from sqsd_filter.scoring.placement import check_device, choose_device, limit_threads, sound
+from sqsd_filter.scoring.results import Results, Scores, Watch
 from sqsd_filter.scoring.row_formats import Columns, RowFormat
 
 if TYPE_CHECKING:
@@ -33,80 +32,6 @@ FAILED = "failed"  # a row that makes the model fail; the detail has the error
 TRANSIENT = (OUT_OF_MEMORY, FAILED, CRASHED)  # reasons that may be gone at the next try
 SCORING = 2  # to be raised whenever a change gives a row another score or reason
 DTYPES = ("float32", "bfloat16", "float64")
-
-
-class Watch:
-    """Told of the work while it goes on, by row numbers of the call. The default looks away."""
-
-    apart: frozenset[int] = frozenset()  # rows to score one by one after the others
-    given_up: frozenset[int] = frozenset()  # rows not to try again: they took their process with them
-
-    def starting(self, rows: Sequence[int]) -> None:
-        """These rows are about to be run together."""
-
-    def finished(self, rows: Sequence[int]) -> None:
-        """That came to an end, whatever it was."""
-
-    def done(self, rows: int, tokens: int) -> None:
-        """So many more rows, with so many tokens, have their score or their reason."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What became of n conversations, in their order.
-
-    `probes` maps each of the scorer's `values` to (n,) float64, NaN where a row could not be scored; `risk` is the
-    weighted sum of those that are probes;
-    `status` is "scored" or the reason; `detail` says more about a reason; `tokens` counts each row's tokens.
-    """
-
-    probes: Mapping[str, np.ndarray]
-    risk: np.ndarray
-    status: list[str]
-    detail: list[str]
-    tokens: np.ndarray
-
-    def columns(self) -> dict[str, Any]:
-        """The score columns by their names in a dataset."""
-        return {
-            "sqsd_risk": self.risk,
-            **{f"sqsd_{name}": values for name, values in self.probes.items()},
-            "sqsd_status": self.status,
-        }
-
-
-class _Results:
-    """Where the scores of one call are gathered, from any thread."""
-
-    def __init__(self, encoded: Sequence[Encoded | RowError], values: Sequence[str], watch: Watch) -> None:
-        n = len(encoded)
-        self.watch = watch
-        self.probes = {name: np.full(n, np.nan) for name in values}
-        self.status, self.detail = [SCORED] * n, [""] * n
-        self.tokens = np.zeros(n, dtype=np.int64)
-        self.rows: dict[int, Encoded] = {}
-        self._lock = threading.Lock()
-        for k, e in enumerate(encoded):
-            if isinstance(e, RowError):
-                self.failed(k, e.status, e.detail)
-            else:
-                self.rows[k] = e
-                self.tokens[k] = len(e)
-
-    def done(self, rows: Sequence[int], values_bv: np.ndarray) -> None:
-        with self._lock:
-            for k, values in zip(rows, values_bv, strict=True):
-                if not np.isfinite(values).all():
-                    self.status[k], self.detail[k] = NONFINITE, "its gradient is not finite"
-                    continue
-                for column, value in zip(self.probes.values(), values, strict=True):
-                    column[k] = value
-            self.watch.done(len(rows), int(self.tokens[list(rows)].sum()))
-
-    def failed(self, row: int, status: str, detail: str) -> None:
-        with self._lock:
-            self.status[row], self.detail[row] = status, detail
-            self.watch.done(1, 0)
 
 
 class Scorer:
@@ -205,13 +130,13 @@ class Scorer:
         loaded or isn't one that can be scored with.
         """
         encoded = self.encoder.encode(conversations)
-        results = _Results(encoded, self.values, watch or Watch())
+        results = Results(encoded, self.values, watch or Watch())
         if results.rows:
             self._score(results.rows, results)
         risk = np.sum([p.weight * results.probes[p.name] for p in self.pack.probes], axis=0)
         return Scores(results.probes, risk, results.status, results.detail, results.tokens)
 
-    def _score(self, rows: Mapping[int, Encoded], results: _Results) -> None:
+    def _score(self, rows: Mapping[int, Encoded], results: Results) -> None:
         """Score all rows, by their number, and give `results` the values of each or the reason why it has none."""
         raise NotImplementedError
 
@@ -305,6 +230,7 @@ class SQSDScorer(Scorer):
             self.check_device()
             limit_threads()
             self._engine, self._process = sound(lambda: Engine.load(self)), os.getpid()
+            self._modules = self._engine.probe_modules  # from now on the pack's files are not needed
         return self._engine
 
     @property
@@ -313,11 +239,10 @@ class SQSDScorer(Scorer):
         if not self.per_module:
             return {}
         if self._modules is None:
-            from sqsd_filter.scoring.adapters import common_modules, load_adapter
+            from sqsd_filter.scoring.adapters import load_adapter, probe_modules
 
             adapters = {name: load_adapter(self.pack.adapter(name)) for name in self.pack.adapters}
-            probes = self.pack.probes
-            self._modules = {p.name: common_modules(adapters[p.state], adapters[p.direction]) for p in probes}
+            self._modules = probe_modules(self.pack.probes, adapters)
         return self._modules
 
     @property
@@ -330,7 +255,7 @@ class SQSDScorer(Scorer):
         named = {"attention": self.attention} if self.attention else {}
         return super().settings() | named | ({"per_module": True} if self.per_module else {})
 
-    def _score(self, rows: Mapping[int, Encoded], results: _Results) -> None:
+    def _score(self, rows: Mapping[int, Encoded], results: Results) -> None:
         from sqsd_filter.scoring.batching import bins, halving
         from sqsd_filter.scoring.engine import side_by_side
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqsd_filter.errors import ModelError
+from sqsd_filter.errors import ModelError, UsageError, option
 
 if TYPE_CHECKING:
     import torch
@@ -239,22 +239,27 @@ def load_model(
 ) -> Any:
     """A frozen causal language model in evaluation mode; device None spreads it over all GPUs.
 
-    `adapter` is a LoRA folder to merge into the weights as they are stored, before they become `dtype`. Raises
-    `ModelError`, `PackError`.
+    `adapter` is a LoRA folder to merge into the weights before they are rounded to `dtype`. Raises
+    `ModelError`, `PackError`; `UsageError` where the kernel named by `attention` can't be had.
     """
-    from transformers import AutoModelForCausalLM
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from sqsd_filter.scoring.adapters import load_adapter, merge
 
     path = locate(base_model)
-    with _quiet_transformers(), _as_model_error(base_model, "weights"):
+    where: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _quiet_transformers(), _as_model_error(base_model, "weights", attention):
+        exact = True
+        if adapter is not None:
+            stored = AutoConfig.from_pretrained(path, **where).dtype
+            exact = stored is not None and torch.promote_types(stored, dtype) == dtype
         model = AutoModelForCausalLM.from_pretrained(
             path,
-            revision=revision,
-            dtype="auto" if adapter else dtype,
+            **where,
+            dtype=dtype if exact else "auto",  # to spread it takes the size that it will have
             device_map="auto" if device is None else None,
             attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
         )
     placed: Any = model
     if device is not None:
@@ -307,14 +312,20 @@ class _quiet_transformers:
 
 
 class _as_model_error:
-    def __init__(self, base_model: str, what: str) -> None:
+    def __init__(self, base_model: str, what: str, attention: str | None = None) -> None:
         self._about = f"The {what} of '{base_model}' can't be loaded"
+        self._attention = attention
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, problem: BaseException | None, _: object) -> None:
         if isinstance(problem, OSError | ValueError | ImportError):
             first = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+            if self._attention is not None and isinstance(problem, ValueError | ImportError):
+                raise UsageError(
+                    f"{self._about} with the attention kernel '{self._attention}' ({first.rstrip('.')}): name another "
+                    f"by {option('attention')}, as eager or sdpa, or leave the choice to the model."
+                ) from problem
             raise ModelError(
                 f"{self._about} ({first}): check the name, and that this machine has it or can reach the Hub."
             ) from problem

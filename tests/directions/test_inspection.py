@@ -240,7 +240,7 @@ def test_directions_are_nearly_parallel_from_a_cosine_of_095(value: float | None
 
 def test_a_direction_is_flagged_once_however_many_probes_use_it(folder: Path) -> None:
     probes = json.loads((folder / PACK_FILE).read_text())["probes"]
-    rewrite(folder, probes=[probes[0], {**probes[0], "name": "again"}], validation={})
+    rewrite(folder, probes=[probes[0], {**probes[0], "name": "again", "weight": -1.0}], validation={})
     report = inspect_pack(load_pack(folder))
     assert report["shared_state"] and report["states"][0]["probes"] == ["danger", "again"] and report["cosines"] == []
     assert [(f["code"], f["about"]) for f in report["flags"]] == [("not-steered", "danger")]

@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sqsd_filter.cli.main import main
+from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.pipeline.check import FEWEST, ROWS, check_pack, compare
 from sqsd_filter.pipeline.selection import Cut
-from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from sqsd_filter.scoring.reference import ReferenceScorer
+from sqsd_filter.scoring.results import Scores
+from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import make_rows, write_jsonl
 from tests.tiny import make_pack
 
@@ -98,6 +104,52 @@ def test_values_too_near_for_bfloat16_are_found_and_mended(tiny_pack: Path, tmp_
     assert mended["trusted"] and not by_name(mended)["bfloat16 against float32"]["ok"]
 
 
+def narrow(module: Any, query: torch.Tensor, *arguments: Any, **named: Any) -> tuple[torch.Tensor, None]:
+    """An attention kernel that has no room for float32."""
+    if query.dtype == torch.float32:
+        raise torch.OutOfMemoryError("out of memory")
+    return sdpa_attention_forward(module, query, *arguments, **named)
+
+
+def test_a_kernel_for_halves_only_is_held_against_the_eager_one_in_float32(tiny_pack: Path) -> None:
+    AttentionInterface.register("narrow", narrow)
+    found = check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, dtype="bfloat16", attention="narrow"), limit=8)
+    assert found["trusted"] and found["skipped"] == [] and by_name(found)["bfloat16 against float32"]["used"]
+
+
+def test_without_the_comparison_that_decides_nothing_can_be_trusted(
+    tiny_pack: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", narrow)
+    how = ("--limit", "8", "--dtype", "bfloat16")
+    code, out = run(capfd, str(tiny_pack), *how, "--json", "-q")
+    found = json.loads(out)
+    assert (code, found["trusted"], found["missing"]) == (1, False, ["bfloat16 against float32"])
+    assert found["comparisons"] and all(one["ok"] for one in found["comparisons"])
+    assert {"float32", "the dense form"} <= {gap["name"] for gap in found["skipped"]}
+    code, out = run(capfd, str(tiny_pack), *how)
+    assert out.endswith("cannot be trusted: there is no comparison bfloat16 against float32.\n")
+
+
+def test_the_dense_form_is_left_out_where_it_does_not_fit_into_memory(
+    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = ReferenceScorer(tiny_pack, dtype="float32")
+    dense.load()
+    (row,) = dense.encoder.encode([[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]])
+    updates = [dense._update(row, *at).values() for at in {probe.at for probe in dense.pack.probes}]
+    matrices = [*chain.from_iterable(updates), *chain.from_iterable(each.values() for each in dense._dense.values())]
+    need = dense.dense_bytes
+    assert need == sum(matrix.nbytes for matrix in matrices)
+    model = AutoModelForCausalLM.from_pretrained(dense.base_model, dtype=torch.float32)
+    need += sum(parameter.nbytes for parameter in model.parameters())
+    for free in (need, need - 1):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        found = check_pack(tiny_pack, limit=8)
+        assert found["trusted"] and ("fast against dense" in by_name(found)) is (free == need)
+        assert [gap["name"] for gap in found["skipped"]] == ["the dense form"] * (free < need)
+
+
 def test_rows_of_ones_own_are_read_as_a_run_reads_them(tiny_pack: Path, tmp_path: Path) -> None:
     rows = [
         *make_rows(10),
@@ -143,6 +195,13 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     with pytest.raises(SystemExit) as left:
         main(["check", *arguments])
     return int(left.value.code or 0), capfd.readouterr().out
+
+
+def test_the_command_checks_the_form_that_is_asked_for(tiny_pack: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, out = run(capfd, str(tiny_pack), "--limit", "8", "--shared-state", "initial")
+    fingerprint = load_pack(tiny_pack).at_one_state("initial").fingerprint
+    assert code == 0 and out.startswith(f"tiny ({fingerprint}) on ")
+    assert out.splitlines()[0].endswith("attention, shared state: initial")
 
 
 def test_the_command_prints_a_table_and_leaves_with_its_verdict(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from fractions import Fraction
 from itertools import permutations
 from pathlib import Path
@@ -17,7 +18,8 @@ from click.testing import CliRunner
 from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.cli.main import cli
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
-from sqsd_filter.pipeline.consensus import RULES
+from sqsd_filter.pipeline.rules import CONSENSUS
+from sqsd_filter.scoring.row_formats import Columns
 from tests.corpora import SPLITS, ids_of, make_rows, read_report, rows_of, write_jsonl
 from tests.tiny import make_pack
 
@@ -66,7 +68,7 @@ B: Risks = [10.0, 30.0, 20.0, 50.0, 40.0, 0.0, None, 20.0]
 C: Risks = [-1.0, -1.0, -3.0, -2.0, -1.0, -5.0, -4.0, -2.0]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CONSENSUS)
 def test_the_risk_is_what_the_rule_says_whatever_the_order_of_the_packs(rule: str, folder: Path) -> None:
     packs = {scored_file(f"{name}.parquet", risks): risks for name, risks in (("1", A), ("2", B), ("3", C))}
     expected = textbook([A, B, C], rule)
@@ -82,7 +84,7 @@ def test_the_risk_is_what_the_rule_says_whatever_the_order_of_the_packs(rule: st
     assert ids_of(Path("out0"), "dropped") == sorted(riskiest)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CONSENSUS)
 def test_a_pack_agrees_with_itself(rule: str, folder: Path) -> None:
     scored_file("a.parquet", A)
     scored_file("again.parquet", A)
@@ -174,6 +176,24 @@ def test_scores_of_other_rows_are_refused(change: Any, complaint: str, folder: P
         select_dataset("a.parquet", "out", scores=["b.parquet"], consensus="max", drop_count=1)
 
 
+def test_files_that_nothing_is_known_of_are_read_as_the_first_pack_was(folder: Path, tiny_pack: Path) -> None:
+    rows = [{"q": row["instruction"], "a": row["output"], "prompt": "", "response": row["id"]} for row in make_rows(6)]
+    write_jsonl(folder / "in.jsonl", rows)
+    scorer = SQSDScorer(tiny_pack, columns=Columns(prompt="q", answer="a"))
+    for name in ("a.parquet", "b.parquet"):
+        score_dataset("in.jsonl", name, scorer=scorer)
+    shutil.rmtree("b.parquet.sqsd")
+    how: dict[str, Any] = {"scores": ["b.parquet"], "consensus": "max", "drop_count": 1}
+    select_dataset("a.parquet", "out", **how)
+    table = pq.read_table("b.parquet")
+    pq.write_table(table.set_column(table.column_names.index("a"), "a", pa.array(["?"] * 6)), "b.parquet")
+    with pytest.raises(InputError, match="row 1, where one has another conversation"):
+        select_dataset("a.parquet", "again", **how)
+    pq.write_table(table.drop_columns(["q", "prompt"]), "b.parquet")
+    with pytest.raises(InputError, match=r"which columns were scored: keep b\.parquet\.sqsd"):
+        select_dataset("a.parquet", "again", **how)
+
+
 def test_a_rule_and_further_scores_go_together(folder: Path) -> None:
     scored_file("a.parquet", A)
     for how, complaint in (
@@ -200,5 +220,7 @@ def test_the_command_line_takes_several_scores(folder: Path) -> None:
     report = read_report(Path("out"))
     assert sorted(report["command"]) == sorted(["sqsd-filter", *line, "--drop-count", "2"])
     assert report["settings"]["scores"] == {"value": ["b.parquet", "c.parquet"], "origin": "flag"}
+    wrong = CliRunner().invoke(cli, [*line[:-1], "min", "--drop-count", "2"])
+    assert wrong.exit_code == 2 and all(f"'{rule}'" in wrong.output for rule in CONSENSUS)
     again = CliRunner().invoke(cli, [*report["command"][1:], "--json"], catch_exceptions=False)
     assert json.loads(again.stdout)["already_done"]

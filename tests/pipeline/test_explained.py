@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sqsd_filter import PushTo, SQSDScorer, filter_dataset, score_dataset
-from sqsd_filter.errors import DestinationExists, UsageError
+from sqsd_filter.errors import DestinationExists, SQSDError, UsageError
+from sqsd_filter.pipeline.reading.sources import Corpus
 from tests.corpora import make_rows, rows_of, write_jsonl
 from tests.hub import Hub
 
@@ -83,6 +87,14 @@ def test_a_run_without_its_explanations_is_not_done(folder: Path, scorer: SQSDSc
         run(3)
 
 
+def test_the_total_of_the_parts_stands_beside_the_stored_risk(folder: Path, tiny_pack: Path) -> None:
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=SQSDScorer(tiny_pack, dtype="bfloat16"), explain=20)
+    for row in explained(Path("out/sqsd")):
+        for parts in (row["layers"], row["module_types"]):
+            assert sum(part["risk"] for part in parts) == pytest.approx(row["total"]["risk"], abs=1e-6)
+        assert row["total"]["risk"] == pytest.approx(row["risk"], abs=1e-2)
+
+
 @pytest.mark.parametrize("private", [True, False])
 def test_explanations_are_never_pushed(folder: Path, scorer: SQSDScorer, hub: Hub, private: bool) -> None:
     write_jsonl(folder / "told.jsonl", [{"instruction": "?", "output": SECRET}, *make_rows(9)])
@@ -94,15 +106,57 @@ def test_explanations_are_never_pushed(folder: Path, scorer: SQSDScorer, hub: Hu
     assert not [name for name, content in files.items() if b'"tokens": [' in content]
 
 
+def test_explanations_make_no_other_run_of_what_was_pushed(folder: Path, scorer: SQSDScorer, hub: Hub) -> None:
+    push = PushTo("org/out")
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, push=push)
+    pushed = hub.files("org/out")
+    assert filter_dataset("in.jsonl", "more", drop_count=3, scorer=scorer, explain=2, push=push)["explained"] == 2
+    assert hub.files("org/out") == pushed and len(explained(Path("more/sqsd"))) == 2
+    with pytest.raises(DestinationExists, match="another run"):
+        filter_dataset("in.jsonl", "fewer", drop_count=2, scorer=scorer, explain=2, push=push)
+
+
 @pytest.mark.parametrize("dest", ["hf://datasets/org/out", "s3://bucket/out"])
 def test_explanations_are_not_kept_at_a_url(folder: Path, scorer: SQSDScorer, dest: str) -> None:
     with pytest.raises(UsageError, match="text of rows"):
         filter_dataset("in.jsonl", dest, drop_count=3, scorer=scorer, explain=1)
 
 
-def test_no_rows_at_all_can_not_be_asked_for(folder: Path, scorer: SQSDScorer) -> None:
+def test_rows_are_read_once_however_many_are_explained(
+    folder: Path, scorer: SQSDScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[tuple[int, int]] = []
+    real = Corpus.read
+
+    def read(self: Corpus, start: int, stop: int, columns: Any = None) -> Any:
+        reads.append((start, stop))
+        return real(self, start, stop, columns)
+
+    def passes(count: int | None, dest: str) -> int:
+        reads.clear()
+        score_dataset("in.jsonl", dest, scorer=scorer, explain=count)
+        return len(reads)
+
+    monkeypatch.setattr(Corpus, "read", read)
+    assert passes(1, "one.parquet") == passes(9, "nine.parquet") == passes(None, "none.parquet") + 1
+
+
+def test_an_explanation_that_does_not_fit_into_memory_is_one_sentence(folder: Path, tiny_pack: Path) -> None:
+    def forward(module: Any, query: torch.Tensor, *arguments: Any, **named: Any) -> tuple[torch.Tensor, None]:
+        if len(query) == 1 and query.shape[2] > 8:  # a row alone, other than the one that is tried first
+            raise torch.OutOfMemoryError("out of memory")
+        return sdpa_attention_forward(module, query, *arguments, **named)
+
+    AttentionInterface.register("lonely", forward)
+    scorer = SQSDScorer(tiny_pack, attention="lonely")
+    with pytest.raises(SQSDError, match=r"explanation of row \d+ does not fit .*--explain.*--max-length"):
+        filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, explain=1)
+
+
+@pytest.mark.parametrize("count", [0, 1001])
+def test_no_rows_and_too_many_can_not_be_asked_for(folder: Path, scorer: SQSDScorer, count: int) -> None:
     with pytest.raises(UsageError, match="--explain"):
-        score_dataset("in.jsonl", "all.parquet", scorer=scorer, explain=0)
+        score_dataset("in.jsonl", "all.parquet", scorer=scorer, explain=count)
     assert not Path("all.parquet.sqsd").exists()
 
 

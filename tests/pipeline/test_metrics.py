@@ -15,7 +15,8 @@ from sqsd_filter.errors import InputError, RowErrorBudgetExceeded
 from sqsd_filter.pipeline import metrics
 from sqsd_filter.pipeline.run import filter_dataset
 from sqsd_filter.progress import Silent
-from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from sqsd_filter.scoring.results import Scores
+from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import make_rows, read_report, write_jsonl
 
 FILE = "nightly.prom"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from datasets import List, Value, load_dataset
 
 from sqsd_filter import SQSDScorer, score_dataset, select_dataset
 from sqsd_filter.cli.main import main
+from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.errors import PackError
 from sqsd_filter.pipeline import shards
 from sqsd_filter.pipeline.replica import _to_table, from_bytes
@@ -126,6 +129,19 @@ def test_they_come_back_from_a_replica_as_they_went(pack: Path) -> None:
     keys, back = from_bytes(_to_table(0, [b"k"] * len(CONVERSATIONS), scores, None)["scores"][0].as_py())
     assert list(back.probes) == list(scores.probes) == scorer.values and len(keys) == len(CONVERSATIONS)
     assert all(np.array_equal(back.probes[name], scores.probes[name]) for name in scorer.values)
+
+
+def test_a_loaded_scorer_needs_the_packs_files_no_more(tmp_path: Path, pack: Path) -> None:
+    scorer = SQSDScorer(pack, per_module=True)
+    for name in ("danger", "initial", "safety", "pack.json"):
+        copy = shutil.copytree if (pack / name).is_dir() else shutil.copy
+        copy(pack / name, tmp_path / name)
+    elsewhere = pickle.loads(pickle.dumps(scorer)).with_pack(load_pack(tmp_path))  # as on another node
+    elsewhere.engine  # noqa: B018  (loads the model)
+    shutil.rmtree(tmp_path)
+    for name, values in elsewhere.score(CONVERSATIONS).probes.items():
+        assert np.array_equal(values, scorer.score(CONVERSATIONS).probes[name])
+    assert elsewhere.modules == scorer.modules
 
 
 def test_a_cut_of_such_a_file_keeps_the_lists(folder: Path, pack: Path) -> None:

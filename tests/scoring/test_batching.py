@@ -18,7 +18,8 @@ from sqsd_filter.errors import ModelError
 from sqsd_filter.scoring.batching import bins, default_budget, halving, is_out_of_memory
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.engine import _room
-from sqsd_filter.scoring.scorer import SQSDScorer, Watch
+from sqsd_filter.scoring.results import Watch
+from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.tiny import CONVERSATIONS
 
 lengths_of_rows = st.lists(st.integers(1, 300), max_size=60)

@@ -20,7 +20,8 @@ def test_every_way_to_take_the_risk_apart_sums_to_it(packs: dict[str, Path], arc
     scorer = SQSDScorer(packs[architecture])
     for turns in [*CONVERSATIONS, *TWO]:
         scores, told = scorer.score([turns]), explain(scorer, turns)
-        assert told["probes"] == pytest.approx(
+        assert told["total"]["risk"] == pytest.approx(scores.risk[0], abs=1e-5)
+        assert told["total"]["probes"] == pytest.approx(
             {"danger": scores.probes["danger"][0], "safety": -scores.probes["safety"][0]}, abs=1e-5
         )
         ways = [
@@ -31,7 +32,7 @@ def test_every_way_to_take_the_risk_apart_sums_to_it(packs: dict[str, Path], arc
         ]
         for parts in ways:
             assert sum(part["risk"] for part in parts) == pytest.approx(scores.risk[0], abs=1e-5)
-            for name, value in told["probes"].items():
+            for name, value in told["total"]["probes"].items():
                 assert sum(part["probes"][name] for part in parts) == pytest.approx(value, abs=1e-5)
 
 
@@ -54,7 +55,7 @@ def test_modules_carry_what_the_dense_form_says(tmp_path: Path, tiny_pack: Path)
     for k, probe in enumerate(scorer.pack.probes):
         update = dense._update(row, *probe.at)
         V = dense._dense[probe.direction]
-        expected = [_cosine(update[name], V[name]) for name in scorer.engine.probe_modules[k]]
+        expected = [_cosine(update[name], V[name]) for name in scorer.engine.probe_modules[probe.name]]
         assert len(expected) == {"danger": 4, "safety": 14}[probe.name]
         assert scorer.engine.parts(row)[k][0] == pytest.approx(expected, abs=1e-5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,13 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import ModelError, PackError, UsageError
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.reference import ReferenceScorer
-from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from sqsd_filter.scoring.results import Scores
+from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import write_jsonl
 from tests.tiny import ARCHITECTURES, CONVERSATIONS, PECULIAR, chat, make_adapter, make_model, make_pack
 
@@ -225,6 +227,15 @@ def test_a_model_that_cannot_be_scored_is_one_sentence_about_the_model(tmp_path:
             scorer.score(CONVERSATIONS)
 
 
+def test_an_attention_kernel_that_fails_at_work_is_one_sentence_about_it(tiny_pack: Path) -> None:
+    def forward(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no kernel image")
+
+    AttentionInterface.register("failing", forward)
+    with pytest.raises(ModelError, match=r"no kernel image\): choose another attention kernel with --attention, or"):
+        SQSDScorer(tiny_pack, attention="failing").score(CONVERSATIONS)
+
+
 def test_scores_do_not_depend_on_the_number_of_threads(tiny_pack: Path) -> None:
     scores = []
     for threads in (1, 3):
@@ -233,6 +244,25 @@ def test_scores_do_not_depend_on_the_number_of_threads(tiny_pack: Path) -> None:
         scores.append(scorer.score(CONVERSATIONS * 3).risk)
     assert np.array_equal(*scores)
     assert torch.get_num_threads() == 1  # as conftest set it
+
+
+def test_a_model_with_code_of_its_own_is_scored_by_both_forms_where_that_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    pack = make_pack(tmp_path)
+    own = "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass Own{0}(Llama{0}):\n    {1}\n"
+    code = own.format("Config", 'model_type = "own"') + own.format("ForCausalLM", "config_class = OwnConfig")
+    (tmp_path / "base" / "own.py").write_text(code)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": classes}))
+    fast, dense = (form(pack, trust_remote_code=True).score(CONVERSATIONS) for form in (SQSDScorer, ReferenceScorer))
+    assert gap(fast, dense) <= 1e-5
+    for form in (SQSDScorer, ReferenceScorer):
+        with pytest.raises(ModelError, match="custom code"):
+            form(pack).score(CONVERSATIONS)
 
 
 def test_rows_longer_than_the_models_positions_are_truncated(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from sqsd_filter.errors import DestinationExists, UsageError
 from sqsd_filter.pipeline.stage import RayEngine
 from sqsd_filter.scoring.engine import LossGradient
 from sqsd_filter.scoring.reference import ReferenceScorer
-from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from sqsd_filter.scoring.results import Scores
+from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import content, make_rows, read_report, rows_of, write_jsonl
 from tests.tiny import CONVERSATIONS, make_adapter, make_pack
 
@@ -123,12 +124,15 @@ def test_a_shared_state_is_another_pack_to_stores_and_caches(tmp_path: Path, tin
         assert same.pack == shared
 
 
-def test_only_several_probes_at_one_state_are_called_shared(four: Path, tiny_pack: Path, tmp_path: Path) -> None:
+def test_only_danger_and_safety_at_one_state_are_called_shared(four: Path, tiny_pack: Path, tmp_path: Path) -> None:
     assert [load_pack(p).shared_state for p in (four, tiny_pack)] == [None, None]
     assert load_pack(four).at_one_state("safety").shared_state == "safety"
     alone = make_pack(tmp_path / "alone", tiny_pack / "base", probes=[probe("danger", 1, "danger")])
     both = [probe("danger", 1, "danger"), probe("safety", -1, "safety")]
+    dangers = [probe("beaver", 1, "danger"), probe("aegis", 0.5, "other"), probe("idle", 0, "safety")]
+    make_adapter(tiny_pack / "base", tmp_path / "dangers" / "other")
     assert load_pack(alone).shared_state is None
+    assert load_pack(make_pack(tmp_path / "dangers", tiny_pack / "base", probes=dangers)).shared_state is None
     assert load_pack(make_pack(tmp_path / "both", tiny_pack / "base", probes=both)).shared_state == "initial"
     scalings = [both[0], {**both[1], "state_scaling": 1.0}]
     assert load_pack(make_pack(tmp_path / "two", tiny_pack / "base", probes=scalings)).shared_state is None

@@ -7,10 +7,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from sqsd_filter.errors import ModelError
+from sqsd_filter.errors import ModelError, UsageError
+from sqsd_filter.scoring import adapters
+from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.weights import EMBEDDED, cache_dir, content_id, load_model, load_tokenizer, locate
-from tests.tiny import make_model
+from tests.tiny import make_adapter, make_model
 
 NAME = "smollm2-135m-instruct"
 
@@ -81,12 +85,45 @@ def test_what_is_in_the_cache_is_taken_without_pip(cache: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    import torch
-
     for load in (lambda name: load_tokenizer(name), lambda name: load_model(name, dtype=torch.float32)):
         with pytest.raises(ModelError, match=r"of '.*nowhere' can't be loaded \(.*\): check the name") as problem:
             load(str(tmp_path / "nowhere"))
         assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "flash_attention_2"])  # the second is not for a CPU
+def test_an_attention_kernel_that_can_not_be_had_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"kernel '{name}' .*: name another by .*--attention"):
+        load_model(str(make_model(tmp_path)), dtype=torch.float32, attention=name)
+    with pytest.raises(ModelError, match="check the name"):
+        load_model(str(tmp_path / "nowhere"), dtype=torch.float32, attention="eager")
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "first"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float16),
+    ],
+)
+def test_weights_to_merge_into_are_loaded_as_they_will_be_where_that_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, wanted: torch.dtype, first: torch.dtype
+) -> None:
+    base, seen = make_model(tmp_path / "base"), []
+    AutoModelForCausalLM.from_pretrained(base, dtype=stored).save_pretrained(base)
+    folder = make_adapter(base, tmp_path / "adapter")
+    expected = dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).named_parameters())
+    for name, factors in load_adapter(folder).factors.items():
+        expected[f"{name}.weight"] = expected[f"{name}.weight"] + factors.scaling * (factors.B @ factors.A)
+    monkeypatch.setattr(
+        adapters, "merge", lambda model, *how, real=adapters.merge: (seen.append(model.dtype), real(model, *how))[1]
+    )
+    model = load_model(str(base), dtype=wanted, adapter=folder)
+    assert seen == [first]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name].to(wanted))
 
 
 def test_other_weights_under_the_same_path_are_told_apart(tmp_path: Path) -> None:

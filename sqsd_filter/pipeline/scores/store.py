@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from sqsd_filter.errors import SQSDError
 from sqsd_filter.pipeline.folder import Folder
 from sqsd_filter.pipeline.scores.keys import KEY_BYTES, KEYS, Lookup, distinct
-from sqsd_filter.scoring.scorer import TRANSIENT, Scores
+from sqsd_filter.scoring.results import Scores
+from sqsd_filter.scoring.scorer import TRANSIENT
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from sqsd_filter.pipeline.folder import write_whole
+from sqsd_filter.pipeline.rules import CONSENSUS
 from sqsd_filter.pipeline.writing.export import REASONS
 from sqsd_filter.pipeline.writing.markdown import code, fenced, table
 from sqsd_filter.pipeline.writing.originals import MARKER, Original, carried_over
@@ -46,10 +47,6 @@ RULES = {
     "drop-count": "the {} riskiest of the scored rows",
     "max-risk": "the scored rows with a risk above {}",
     "keep-lowest": "all scored rows but the {} with the lowest risk",
-}
-CONSENSUS = {
-    "mean-rank": "mean of the row's ranks by these packs, as a share of the rows that all of them could score",
-    "max": "largest of the row's ranks by these packs, as a share of the rows that all of them could score",
 }
 
 

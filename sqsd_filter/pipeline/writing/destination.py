@@ -137,7 +137,7 @@ class Destination:
 
     def finished(self) -> bool:
         """Has the run that the home tells of left all that its report names, and no other run since?"""
-        report = _read_json(self.home / REPORT_FILE)
+        report = read_json(self.home / REPORT_FILE)
         if not report or report["status"] != "ok" or _neighbour(self.root, "old").exists():
             return False
         files = report.get("files", [])
@@ -220,7 +220,7 @@ def _neighbour(path: Path, kind: str) -> Path:
 
 def read_run(home: Path) -> dict[str, Any] | None:
     """What the run in this home is, if there is one."""
-    known = _read_json(home / RUN_FILE)
+    known = read_json(home / RUN_FILE)
     return known and {key: value for key, value in known.items() if key != BASE}
 
 
@@ -229,7 +229,7 @@ def input_specs(home: Path) -> list[str]:
 
     Raises `InputError` where one was no file.
     """
-    known = _read_json(home / RUN_FILE)
+    known = read_json(home / RUN_FILE)
     base = home.resolve() / known.get(BASE, "")
     if not all(known["sources"]):
         raise InputError(
@@ -249,7 +249,8 @@ def _from_here(spec: str, base: Path) -> str:
     return os.path.relpath(there) + (f":{part}" if part else "")
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file of a run holds: None where there is no file, {} where it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

@@ -26,7 +26,8 @@ from sqsd_filter.pipeline.scores import sharing
 from sqsd_filter.pipeline.scores.keys import KEYS
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.scores.upkeep import compact_all, describe
-from sqsd_filter.scoring.scorer import Scores, SQSDScorer
+from sqsd_filter.scoring.results import Scores
+from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import SPLITS, make_rows, rows_of, write_jsonl
 
 

@@ -1,0 +1,6 @@
+"""The rules by which several packs' scores become one, each with what it makes of a row's ranks."""
+
+CONSENSUS = {
+    "mean-rank": "mean of the row's ranks by these packs, as a share of the rows that all of them could score",
+    "max": "largest of the row's ranks by these packs, as a share of the rows that all of them could score",
+}
