@@ -283,6 +283,7 @@ def test_the_text_has_what_there_is_and_every_norm_only_if_asked(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rewrite(folder, base_model="org/model", base_revision="abc")
+    steered(danger=True, safety=True)(folder)
     code, out, _ = run(capsys, str(folder))
     report = inspect_pack(load_pack(folder))
     flag = report["flags"][0]
