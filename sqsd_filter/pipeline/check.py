@@ -99,7 +99,7 @@ class _Check:
         asked, kernel, kernels = self._as_asked()
         n = int(np.isfinite(asked.risk).sum())
         anywhere = kernel in ("eager", "sdpa")  # others may be for a GPU, or for 16 bits, only
-        full = {"dtype": "float32"} | ({} if anywhere else {"attention": "eager"})
+        full: dict[str, Any] = {"dtype": "float32"} | ({} if anywhere else {"attention": "eager"})
         exact = self._other("float32", **full) if half else asked
         plain, device = exact, scorer.device
         if plain is None and device.startswith("cuda"):  # slow, but it decides
