@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOGITS_AT_ONCE = 1 << 25  # values of one chunk of logits: 128 MiB in float32
+FEWEST_POSITIONS = 16  # of a chunk: for fewer than 4, BLAS sums over the vocabulary with up to 30 times the error
 
 
 class LossGradient:
@@ -38,7 +39,7 @@ class LossGradient:
             lambda _module, _input, output: output.detach().requires_grad_(torch.is_grad_enabled())
         )
         vocabulary = model.get_output_embeddings().weight.shape[0]
-        self._chunk = max(16, LOGITS_AT_ONCE // vocabulary)
+        self._chunk = max(FEWEST_POSITIONS, LOGITS_AT_ONCE // vocabulary)
         self._output_type: Any = None
         self._given = threading.local()
         self._let_logits_in()
@@ -67,9 +68,10 @@ class LossGradient:
         """∂L/∂hidden (n, h) of the summed cross entropy, the logits made a chunk at a time."""
         grads = []
         for hidden, targets in zip(hidden_nh.split(self._chunk), targets_n.split(self._chunk), strict=True):
-            hidden = hidden.detach().requires_grad_()
-            logits_nv = self._logits(hidden)
-            grads.append(torch.autograd.grad(logits_nv, hidden, _loss_gradient(logits_nv, targets))[0])
+            n = len(targets)
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, max(0, FEWEST_POSITIONS - n))).requires_grad_()
+            logits_nv = self._logits(hidden)[:n]
+            grads.append(torch.autograd.grad(logits_nv, hidden, _loss_gradient(logits_nv, targets))[0][:n])
         return torch.cat(grads)
 
     def _logits(self, hidden_nh: torch.Tensor) -> torch.Tensor:

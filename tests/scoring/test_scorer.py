@@ -12,11 +12,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import ModelError, PackError, UsageError
 from sqsd_filter.scoring.chat_encoder import Encoded
+from sqsd_filter.scoring.engine import LossGradient
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.results import Scores
 from sqsd_filter.scoring.scorer import SQSDScorer
@@ -200,6 +201,24 @@ def test_an_answer_that_the_model_is_sure_of_is_scored_as_exactly(tmp_path: Path
         answer = fast.engine.gradient.model(torch.from_numpy(prompt)[None]).logits[0, -1].argmax()
     sure = Encoded(np.append(prompt, int(answer)), np.arange(21) == 20)
     assert np.abs(fast.engine.project([sure]) - dense.project(sure)).max() <= 1e-4
+
+
+def test_a_large_vocabulary_loses_nothing_for_short_answers() -> None:
+    """With fewer than 4 positions BLAS takes another road through the 49,152 terms of each sum."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=49_152, **sizes)).requires_grad_(False)
+    gradient = LossGradient(model)
+    n = gradient._chunk + 2  # so that the second chunk is a short one
+    hidden_nh, targets_n = torch.randn(n, 64) * 20, torch.randint(49_152, (n,))
+    all_nh = gradient._head_gradient(hidden_nh, targets_n)
+    for few in (slice(0, 1), slice(5, 7), slice(8, 11), slice(n - 3, n)):
+        few_nh = gradient._head_gradient(hidden_nh[few], targets_n[few])
+        assert ((few_nh - all_nh[few]).norm(dim=1) / all_nh[few].norm(dim=1)).max() < 1e-6
+    exact_nh = hidden_nh.double().requires_grad_()
+    torch.nn.functional.cross_entropy(model.double().lm_head(exact_nh), targets_n, reduction="sum").backward()
+    assert exact_nh.grad is not None
+    assert ((all_nh.double() - exact_nh.grad).norm(dim=1) / exact_nh.grad.norm(dim=1)).max() < 3e-5
 
 
 def test_backward_may_run_in_another_thread_as_it_does_on_a_gpu(
