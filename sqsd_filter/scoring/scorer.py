@@ -30,7 +30,7 @@ OUT_OF_MEMORY = "out_of_memory"  # a row too large for this device even alone
 CRASHED = "crashed"  # a row whose process died again and again
 FAILED = "failed"  # a row that makes the model fail; the detail has the error
 TRANSIENT = (OUT_OF_MEMORY, FAILED, CRASHED)  # reasons that may be gone at the next try
-SCORING = 2  # to be raised whenever a change gives a row another score or reason
+SCORING = 3  # to be raised whenever a change gives a row another score or reason
 DTYPES = ("float32", "bfloat16", "float64")
 
 
