@@ -53,7 +53,7 @@ def main() -> None:
 
 def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
     """All files' rows: `align`, `initial`, `danger`, `safety` to train on, `val` and `test` to judge scores on,
-    `harmful` and `harmless` to judge models on."""
+    `steer` to move the model with, `harmful` and `harmless` to judge models on."""
     judged = _read(data, "judged-completions")
     part = split_prompts(judged, seed)
     completions: dict[str, list[Row]] = defaultdict(list)
@@ -102,6 +102,7 @@ def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
             for group in GROUPS
             for n, (prompt, answer) in enumerate(groups[group])
         ]
+    files["steer"] = _answered_both_ways([*files["val"], *files["test"]])
     answered = dolly[INITIAL_ROWS + taken["dolly"] :][:DOLLY_TO_ALIGN]
     judged_on = {key(r["prompt"]) for name in SPLITS for r in files[name] if r["group"] == "xstest"}
     harmless = {key(prompt) for prompt, _ in pools["xstest"]} - judged_on
@@ -124,6 +125,18 @@ def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
             and (not harmful or key(r["prompt"]) not in part)
         ]
     return files
+
+
+def _answered_both_ways(rows: Iterable[Row]) -> list[Row]:
+    """The prompts that have a safe and an unsafe answer among the rows, with the first of each."""
+    first: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in rows:
+        first[row["prompt"]].setdefault(row["group"], row["response"])
+    return [
+        {"prompt": prompt, "chosen": by["safe"], "rejected": by["unsafe"]}
+        for prompt, by in first.items()
+        if {"safe", "unsafe"} <= by.keys()
+    ]
 
 
 def to_align(prompt: str) -> bool:
