@@ -467,6 +467,6 @@ def test_an_interrupted_driver_prints_the_command_that_goes_on(source: Path, tin
     wait_for_a_segment(process, folder)
     process.send_signal(kind)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, out) == (130, ""), err
     assert err.splitlines()[-1].startswith("  sqsd-filter in.jsonl out") and "Traceback" not in err
     assert read_report(folder / "out")["status"] == "interrupted"
