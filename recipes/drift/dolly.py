@@ -29,10 +29,8 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=360)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens of a row")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     pack = load_pack(options.pack)
     model = load_model(pack.base_model, pack.base_revision, dtype=torch.bfloat16, adapter=pack.base_folder)
     lines = options.rows.read_text(encoding="utf-8").splitlines()[options.skip :]
@@ -45,7 +43,7 @@ def main() -> None:
             lr_scheduler_type="cosine",
             warmup_steps=0.1,
             per_device_train_batch_size=8,
-            max_length=256,
+            max_length=options.max_length,
             save_steps=10,
             save_only_model=True,
             logging_steps=10,
