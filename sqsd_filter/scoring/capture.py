@@ -202,8 +202,8 @@ class Capture:
             group.now.shape, group.now.also = shape, also
             group.now.state = self._states[key].get(id(group))
 
-    def towards(self, key: Any, gradients: Sequence[Sequence[Any]]) -> None:
-        """From now on project the gradient at this state on these p gradients: each has, by group, what `also` kept."""
+    def towards(self, key: Any, gradients: Sequence[Mapping[int, tuple[torch.Tensor, torch.Tensor]]]) -> None:
+        """From now on project the gradient at this state on these p gradients: each has sums of what `kept` gives."""
         for number, group in enumerate(self.groups):
             state = self._states[key].get(id(group))
             if state is not None and state.projection is not None:
@@ -233,14 +233,13 @@ class Capture:
         dots, norms2, norms = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))
         return dots, norms2, norms
 
-    def kept(self) -> list[Any]:
-        """What `also` took from each group, None where there was nothing to take; ask before `products`, which forgets
-        it."""
-        return [group.now.kept for group in self.groups]
+    def kept(self) -> dict[int, Any]:
+        """What `also` took, by the group's number; ask before `products`, which forgets it."""
+        return {number: g.now.kept for number, g in enumerate(self.groups) if g.now.kept is not None}
 
     def token_parts(self) -> torch.Tensor:
         """What each position adds to the sum of all cosines (b, t, p), where the pass kept them (`by_token`)."""
-        parts = [part for part in self.kept() if part is not None]
+        parts = list(self.kept().values())
         return torch.stack([part.to(parts[0].device) for part in parts]).sum(0)
 
     def _place(self, state: Adapter, given: Sequence[Adapter] | None) -> dict[int, GroupState]:

@@ -13,15 +13,14 @@ aligned model; there is one set of safe anchors, where the authors' scripts subt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from sqsd_filter.scoring.baselines.base import AnchoredScorer, finite, over_anchors
-from sqsd_filter.scoring.baselines.gradients import STATE, GradientEngine
-from sqsd_filter.scoring.chat_encoder import Encoded
+from sqsd_filter.scoring.baselines.gradients import STATE, GradientEngine, Pair
+from sqsd_filter.scoring.chat_encoder import Encoded, cut_answer
 
 FIRST = 10  # tokens of an anchor's answer
 
@@ -31,19 +30,19 @@ class BiAnchorEngine(GradientEngine):
 
     def __init__(self, model: Any, scorer: BiAnchorScorer) -> None:
         super().__init__(model, scorer)
-        means = [self._mean(scorer, [first_tokens(row) for row in rows]) for rows in scorer.encoded_anchors()]
+        means = [self._mean(scorer, [cut_answer(row, FIRST) for row in rows]) for rows in scorer.encoded_anchors()]
         self.capture.towards(STATE, means)
 
-    def _mean(self, scorer: BiAnchorScorer, rows: Sequence[Encoded]) -> list[Any]:
+    def _mean(self, scorer: BiAnchorScorer, rows: Sequence[Encoded]) -> dict[int, Pair]:
         """The mean of the anchors' unit gradients, by two passes: one for their norms, one for the weighted sum."""
-        total: list[Any] = []
+        total: dict[int, Pair] = {}
 
         def run(members: list[int]) -> None:
             some = [rows[k] for k in members]
-            weight_b = inverse_b(finite(self.products(some)[1])) / len(rows)
-            found = self.summed(some, weight_b)
-            sums = [f if t is None else (t[0] + f[0], t[1] + f[1]) for t, f in zip(total or found, found, strict=True)]
-            total[:] = sums if total else found
+            weight_b = inverse_norms(finite(self.products(some)[1])) / len(rows)
+            for group, (A_ri, B_ro) in self.summed(some, weight_b).items():
+                A0_ri, B0_ro = total.get(group, (0, 0))
+                total[group] = A_ri + A0_ri, B_ro + B0_ro
 
         over_anchors(self, scorer, rows, run)
         return total
@@ -51,17 +50,12 @@ class BiAnchorEngine(GradientEngine):
     def project(self, rows: Sequence[Encoded]) -> np.ndarray:
         """The similarities to the unsafe and the safe anchors: (b, 2)."""
         dots_bp, norms2_b = self.products(rows)
-        return (dots_bp * inverse_b(norms2_b)[:, None]).numpy()
+        return (dots_bp * inverse_norms(norms2_b)[:, None]).numpy()
 
 
-def inverse_b(norms2_b: torch.Tensor) -> torch.Tensor:
+def inverse_norms(norms2_b: torch.Tensor) -> torch.Tensor:
     """1/‖g‖, 0 where that is 0."""
     return torch.where(norms2_b == 0, 0, norms2_b.rsqrt())
-
-
-def first_tokens(row: Encoded) -> Encoded:
-    """The row with no more than the first tokens of its answer supervised."""
-    return replace(row, answer=row.answer & (row.answer.cumsum() <= FIRST))
 
 
 class BiAnchorScorer(AnchoredScorer):

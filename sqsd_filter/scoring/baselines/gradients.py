@@ -23,6 +23,7 @@ from sqsd_filter.scoring.projection import summed
 from sqsd_filter.scoring.scorer import BatchedScorer
 
 STATE = "state"
+Pair = tuple[torch.Tensor, torch.Tensor]  # of a group's G_A (r, i) and G_B (r, o), the latter without its s
 
 
 class GradientEngine(ModelEngine):
@@ -44,8 +45,8 @@ class GradientEngine(ModelEngine):
         dots_bpm, norms2_bm, _ = self.capture.products()
         return dots_bpm.double().sum(-1).cpu(), norms2_bm.double().sum(-1).cpu()
 
-    def summed(self, rows: Sequence[Encoded], weight_b: torch.Tensor) -> list[Any]:
-        """Σ_b weight_b · g, as `Capture.towards` takes it."""
+    def summed(self, rows: Sequence[Encoded], weight_b: torch.Tensor) -> dict[int, Pair]:
+        """Σ_b weight_b · g, by group as `Capture.towards` takes it."""
         self._backward(rows, lambda group, x, h, d, e, *_: summed(group, weight_b, x, h, d, e))
         return self.capture.kept()
 

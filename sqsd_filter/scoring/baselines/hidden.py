@@ -52,7 +52,7 @@ class HiddenEngine(ModelEngine):
         """The inner products of the rows' readings with the vectors: (b, v)."""
         hidden, answer_bt = self._hidden(rows)
         reading_bh = self.read(exact(hidden[self.layer]), answer_bt.to(hidden[self.layer].device))
-        products: np.ndarray = (reading_bh.double().cpu() @ self.vectors_vh.T).numpy()
+        products: np.ndarray = (reading_bh.cpu().double() @ self.vectors_vh.T).numpy()
         return products
 
     def _read_anchors(self, scorer: AnchoredScorer, rows: Sequence[Encoded]) -> np.ndarray:
@@ -61,7 +61,7 @@ class HiddenEngine(ModelEngine):
 
         def run(members: list[int]) -> None:
             hidden, answer_bt = self._hidden([rows[k] for k in members])
-            read = [self.read_anchor(exact(h), answer_bt.to(h.device)).double().cpu() for h in hidden[1:]]
+            read = [self.read_anchor(exact(h), answer_bt.to(h.device)).cpu().double() for h in hidden[1:]]
             found.update(zip(members, finite(torch.stack(read, dim=1)).numpy(), strict=True))
 
         over_anchors(self, scorer, rows, run)
