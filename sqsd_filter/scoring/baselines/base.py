@@ -38,7 +38,7 @@ class Baseline(BatchedScorer):
 class AnchoredScorer(Baseline):
     """A baseline that compares rows with anchors: conversations with unsafe answers, and with safe ones.
 
-    The paper's anchors are harmful prompts with answers that comply, and the same prompts with answers that refuse.
+    The papers' anchors are harmful prompts with answers that comply, and the same prompts with answers that refuse.
     They are held in memory, and each process that scores works them out for itself when its model is loaded.
     """
 

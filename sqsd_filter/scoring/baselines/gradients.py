@@ -4,7 +4,8 @@
 
 The state is that of the pack's first danger probe. Papers take g over all weights of the model; here it is over the
 weights that LoRA fine-tuning moves, at a state where both A and B have a gradient. A row's products are contracted as
-SQSD's are, with r-sized matrices and fixed factors: no row's gradient is ever formed.
+SQSD's are, module by module, with r-sized matrices and fixed factors: nothing of the size of a weight is formed, and no
+row's g as a whole.
 """
 
 from __future__ import annotations
