@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from sqsd_filter.pipeline.cutting import select
     from sqsd_filter.pipeline.publishing.hub import PushTo
     from sqsd_filter.pipeline.run import filter_dataset, score_dataset, select_dataset
+    from sqsd_filter.scoring.baselines import make_scorer
     from sqsd_filter.scoring.row_formats import Columns
     from sqsd_filter.scoring.scorer import SQSDScorer
 
 _HOMES = {
     "SQSDScorer": "scoring.scorer",
     "Columns": "scoring.row_formats",
+    "make_scorer": "scoring.baselines",
     "DriftCallback": "directions.callback",
     "Pack": "directions.pack",
     "load_pack": "directions.pack",
@@ -38,6 +40,7 @@ __all__ = [
     "SQSDScorer",
     "filter_dataset",
     "load_pack",
+    "make_scorer",
     "score_dataset",
     "select",
     "select_dataset",

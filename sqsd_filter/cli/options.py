@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from sqsd_filter.errors import UsageError
 from sqsd_filter.pipeline.rules import CONSENSUS
+from sqsd_filter.scoring.baselines import ANCHORED, SCORERS
 
 WRITTEN = ("to", "shard_size", "with_scores")
 CUTS = ("drop_top", "drop_count", "max_risk", "keep_lowest")
@@ -114,11 +115,16 @@ def columns_of(params: dict[str, Any]) -> Any:
 def scorer_of(params: dict[str, Any]) -> Any:
     """The scorer that the options of `scoring` name."""
     from sqsd_filter.directions.pack import load_pack
-    from sqsd_filter.scoring.scorer import SQSDScorer
+    from sqsd_filter.pipeline.anchors import read_anchors
+    from sqsd_filter.scoring.baselines import make_scorer
 
     pack, shared_state = load_pack(params["pack"]), params.get("shared_state")
-    return SQSDScorer(
+    given = {kind: params.get(kind) for kind in ("unsafe_anchors", "safe_anchors")}
+    return make_scorer(
+        params.get("scorer", "sqsd"),
         pack if shared_state is None else pack.at_one_state(shared_state),
+        **{kind: read_anchors(source) for kind, source in given.items() if source is not None},
+        seed=params.get("seed"),
         model=params["model"],
         device=params["device"],
         dtype=params["dtype"],
@@ -167,9 +173,22 @@ model = together(
 shared_state = option(
     "--shared-state", metavar="NAME", help="Fast mode: all of the pack's directions at this one of its states."
 )
+scorer = together(
+    option(
+        "--scorer",
+        type=click.Choice(list(SCORERS)),
+        default="sqsd",
+        show_default=True,
+        help="What the risk is: SQSD's, a part of it, or another method's to compare it with.",
+    ),
+    option("--unsafe-anchors", metavar="SRC", help=f"Conversations with unsafe answers, for {', '.join(ANCHORED)}."),
+    option("--safe-anchors", metavar="SRC", help="Conversations with safe answers, for the same."),
+    option("--seed", type=int, metavar="N", help="Of the scorer random; default: 0."),
+)
 scoring = together(
     option("--pack", default="smollm2-135m", show_default=True, metavar="NAME|DIR|HUB", help="Direction pack."),
     shared_state,
+    scorer,
     model,
 )
 engine = together(

@@ -103,6 +103,17 @@ class Pack:
         probes = (replace(p, state=state, state_scaling=scalings[state]) for p in self.probes)
         return replace(self, probes=tuple(probes))
 
+    def of_sign(self, sign: int) -> Pack:
+        """The pack with its probes of danger alone, whose weight is positive, or (-1) with those of safety: another
+        fingerprint, too.
+
+        Raises `UsageError` where it has none.
+        """
+        probes = tuple(p for p in self.probes if p.weight * sign > 0)
+        if not probes:
+            raise UsageError(f"The pack {self.name} has no probe of {'danger' if sign > 0 else 'safety'}.")
+        return replace(self, probes=probes)
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits over everything that can change a score: the settings and the adapters' bytes.

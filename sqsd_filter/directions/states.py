@@ -45,7 +45,7 @@ from sqsd_filter.directions.checkpoints import by_step
 from sqsd_filter.directions.pack import ADAPTER_FILES, Pack, Probe
 from sqsd_filter.errors import InputError
 from sqsd_filter.progress import Progress, Silent
-from sqsd_filter.scoring.chat_encoder import Encoded
+from sqsd_filter.scoring.chat_encoder import Encoded, cut_answer
 from sqsd_filter.scoring.conversation import NONFINITE, Message, RowError
 from sqsd_filter.scoring.scorer import FAILED, OUT_OF_MEMORY, SQSDScorer
 from sqsd_filter.statistics import auc, ranks, spearman
@@ -170,15 +170,6 @@ def usable(
             rows[k] = cut_answer(row, answer_tokens)
     _marks(rows, conversations, positive, reasons)
     return rows, reasons
-
-
-def cut_answer(row: Encoded, answer_tokens: int | None) -> Encoded:
-    """The row without what follows its first `answer_tokens` supervised tokens."""
-    positions = np.flatnonzero(row.answer)
-    if answer_tokens is None or len(positions) <= answer_tokens:
-        return row
-    stop = int(positions[answer_tokens])
-    return replace(row, ids=row.ids[:stop], answer=row.answer[:stop])
 
 
 def _marks(

@@ -125,4 +125,5 @@ def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) 
     scored = from_store(corpus, index, store, pack["weights"], groups)
     identity = {**known, "inputs": corpus.inputs}
     identity.pop("explain", None)  # of the earlier cut
-    return Earlier(str(home.parent), sources, scored, identity, {"pack": pack}, index.keys, pack, form)
+    facts = {"pack": pack, **({"scorer": report["scorer"]} if "scorer" in report else {})}
+    return Earlier(str(home.parent), sources, scored, identity, facts, index.keys, pack, form)

@@ -15,7 +15,7 @@ from sqsd_filter.pipeline.shards import Shard, score_shard
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.results import Scores, Watch
 from sqsd_filter.scoring.row_formats import RowFormat
-from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.scoring.scorer import BatchedScorer
 
 ENGINES = ("auto", "local", "ray")
 ScoredShard = tuple[Shard, list[bytes], Scores]
@@ -24,11 +24,11 @@ ScoredShard = tuple[Shard, list[bytes], Scores]
 class Engine(Protocol):
     """Scores shards, in any order; each comes back once."""
 
-    def place(self, scorer: SQSDScorer) -> SQSDScorer:
+    def place(self, scorer: BatchedScorer) -> BatchedScorer:
         """The scorer for the devices that this engine has. Raises `UsageError` where they can't be used."""
 
     def score(
-        self, corpus: Corpus, form: RowFormat, scorer: SQSDScorer, shards: Sequence[Shard], progress: Progress
+        self, corpus: Corpus, form: RowFormat, scorer: BatchedScorer, shards: Sequence[Shard], progress: Progress
     ) -> Generator[ScoredShard]:
         """Keys and scores of every shard, as they are done."""
 
@@ -42,12 +42,12 @@ class Engine(Protocol):
 class LocalEngine:
     """In this process, shard after shard."""
 
-    def place(self, scorer: SQSDScorer) -> SQSDScorer:
+    def place(self, scorer: BatchedScorer) -> BatchedScorer:
         scorer.check_device()
         return scorer
 
     def score(
-        self, corpus: Corpus, form: RowFormat, scorer: SQSDScorer, shards: Sequence[Shard], progress: Progress
+        self, corpus: Corpus, form: RowFormat, scorer: BatchedScorer, shards: Sequence[Shard], progress: Progress
     ) -> Generator[ScoredShard]:
         watch = Telling(progress)
         for shard in shards:

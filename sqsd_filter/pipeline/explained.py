@@ -15,15 +15,19 @@ from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.conversation import Message
 from sqsd_filter.scoring.explain import explain
-from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
 
 MOST = 1000  # rows: all that is told of them is held in memory
 
 
-def check_explain(count: int | None, dest: str | Path) -> None:
-    """Raise `UsageError` where so many rows can't be explained, or not there."""
+def check_explain(count: int | None, dest: str | Path, scorer: BatchedScorer | None) -> None:
+    """Raise `UsageError` where so many rows can't be explained, or not there, or not what this scorer gives them."""
     if count is None:
         return
+    if scorer is not None and not isinstance(scorer, SQSDScorer):
+        raise UsageError(
+            f"{option('explain')} takes the cosines of SQSD apart, and the scorer {scorer.name} has none: leave it out."
+        )
     if count < 1:
         raise UsageError(f"{option('explain')} must be a number of rows, 1 or more, not {count}.")
     if count > MOST:

@@ -19,13 +19,13 @@ from sqsd_filter.pipeline.writing.destination import without
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.conversation import RowError
 from sqsd_filter.scoring.row_formats import Columns
-from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.scoring.scorer import BatchedScorer
 
 
 def estimate(
     sources: Any,
     dest: str | Path,
-    scorer: SQSDScorer,
+    scorer: BatchedScorer,
     *,
     score_store: str | Path | None = None,
     columns: Columns | None = None,
@@ -46,7 +46,9 @@ def estimate(
         return _estimate(scan, scorer, stores, sample, timed)
 
 
-def _estimate(scan: Scan, scorer: SQSDScorer, stores: Sequence[str | Path], sample: int, timed: int) -> dict[str, Any]:
+def _estimate(
+    scan: Scan, scorer: BatchedScorer, stores: Sequence[str | Path], sample: int, timed: int
+) -> dict[str, Any]:
     all_of = scan.index.conversations
     settled = np.zeros(len(all_of.keys), dtype=bool)
     for place in stores:
@@ -80,7 +82,7 @@ def _estimate(scan: Scan, scorer: SQSDScorer, stores: Sequence[str | Path], samp
         "duplicates": len(all_of.rows) - len(all_of.keys),
         "unreadable": scan.corpus.n_rows - len(all_of.rows),
         "tokens": tokens,
-        "passes": len({p.at for p in scorer.pack.probes}),
+        "passes": scorer.passes,
         "seconds": round(spent * tokens / max(1, tried), 1),
         "sampled": len(trial),
         "dtype": scorer.dtype,

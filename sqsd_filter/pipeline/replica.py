@@ -27,7 +27,7 @@ from sqsd_filter.directions.pack import ADAPTER_FILES, PACK_FILE, PACKS_DIR, Pac
 from sqsd_filter.errors import ModelError, SQSDError
 from sqsd_filter.scoring.conversation import conversation_key
 from sqsd_filter.scoring.results import Scores, Watch
-from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.scoring.scorer import BatchedScorer
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Ledger:
 class Replica:
     """A model on a device of its own, scoring shards."""
 
-    def __init__(self, scorer: SQSDScorer, ledger: Any, threads: int, content: str | None) -> None:
+    def __init__(self, scorer: BatchedScorer, ledger: Any, threads: int, content: str | None) -> None:
         import torch
 
         torch.set_num_threads(threads)

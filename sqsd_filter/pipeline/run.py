@@ -33,7 +33,7 @@ from sqsd_filter.pipeline.writing.report import summarise
 from sqsd_filter.pipeline.writing.writers import SHARD_SIZE, Output
 from sqsd_filter.progress import Meter, Progress, Silent
 from sqsd_filter.scoring.row_formats import Columns
-from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
 
 PARQUET = Output("parquet", shard_size=1, with_scores=False)
 Sources = Any  # a path, URL or Hub id (see `reading.addresses`), a dataset of `datasets`, or a sequence of these
@@ -44,7 +44,7 @@ class Work:
     """What is to be scored, by whom and how it is told; None leaves a choice to the default."""
 
     sources: Sources
-    scorer: SQSDScorer
+    scorer: BatchedScorer
     engine: Engine | None
     columns: Columns | None
     limit: int | None
@@ -92,7 +92,7 @@ def filter_dataset(
     per_split: bool = False,
     weights: bool = False,
     pack: str | Path = "smollm2-135m",
-    scorer: SQSDScorer | None = None,
+    scorer: BatchedScorer | None = None,
     engine: Engine | None = None,
     columns: Columns | None = None,
     limit: int | None = None,
@@ -121,10 +121,11 @@ def filter_dataset(
     `explain` is a number of rows: for so many of the riskiest ones, `dest/sqsd/explained.json` tells which layers,
     module types and answer tokens carry the risk. That file holds text of rows; it is never published.
 
-    `scorer` takes the place of `SQSDScorer(pack)`. `score_store` is a folder or URL with scores that runs share. `to`
-    is parquet, arrow or jsonl, in files of about `shard_size`; `with_scores` puts the scores into jsonl, too. `push`
-    is a repository of the Hub that gets the result when it is complete. With `streaming`, files of the Hub are not
-    kept here. `record` is copied into the report. Returns the report (also `dest/sqsd/report.json`). The same call
+    `scorer` takes the place of `SQSDScorer(pack)`: another one comes from `make_scorer`. `score_store` is a folder or
+    URL with scores that runs share. `to` is parquet, arrow or jsonl, in files of about `shard_size`; `with_scores` puts
+    the scores into jsonl, too. `push` is a repository of the Hub that gets the result when it is complete. With
+    `streaming`, files of the Hub are not kept here. `record` is copied into the report. Returns the report (also
+    `dest/sqsd/report.json`). The same call
     finishes an interrupted run. Raises `SQSDError`s: `UsageError`, `InputError`, `RowErrorBudgetExceeded`,
     `DestinationExists`, `PackError`, `ModelError`.
 
@@ -134,7 +135,7 @@ def filter_dataset(
     """
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest, per_group=per_group, per_split=per_split, weights=weights)
     product = Product(cut, Policy.of(on_error, max_error_rate), Output.of(to, shard_size, with_scores))
-    check_explain(explain, dest)
+    check_explain(explain, dest, scorer)
     outlet = _outlet(dest, overwrite, push, product.output)
 
     def finish(scored: Scored, meter: Meter) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def score_dataset(
     dest: str | Path,
     *,
     pack: str | Path = "smollm2-135m",
-    scorer: SQSDScorer | None = None,
+    scorer: BatchedScorer | None = None,
     engine: Engine | None = None,
     columns: Columns | None = None,
     limit: int | None = None,
@@ -184,7 +185,7 @@ def score_dataset(
     gives each probe a column of lists, too, with the cosine at each module; the file's metadata (`sqsd_modules`) and
     the report name the modules. That takes 12 bytes of memory a row, probe and module.
     """
-    check_explain(explain, "")
+    check_explain(explain, "", scorer)
     policy = Policy.of("quarantine", max_error_rate)
     if "://" in str(dest):
         raise UsageError(f"Scores are written to a file on this disk, not to {dest}: name a .parquet file.")
@@ -249,6 +250,7 @@ def _score_and(
             scored = scan.score(place.home, scorer, engine, old_home=place.old_home, shared=shared)
             report = finish(scored, meter)
             if work.explain is not None:
+                assert isinstance(explainer, SQSDScorer)
                 path = place.home / EXPLAINED_FILE
                 report["explained"] = write_explained(path, scored, explainer, work.explain, meter)
             return report
@@ -332,16 +334,17 @@ def _originals(sources: Sequence[Source]) -> list[tuple[str, str]]:
     return [*cards, ("the other files", "")] if cards and bare else cards
 
 
-def _about(scorer: SQSDScorer) -> dict[str, Any]:
+def _about(scorer: BatchedScorer) -> dict[str, Any]:
     pack = scorer.pack
     return {
         "pack": {
             "name": pack.name,
             "fingerprint": pack.fingerprint,
             "base_model": scorer.base_model,
-            "weights": {p.name: p.weight for p in pack.probes},
+            "weights": scorer.weights,
             "shared_state": pack.shared_state,
         },
+        "scorer": scorer.name,
         "device": scorer.device.split(":")[0],
         "dtype": scorer.dtype,
         "max_length": scorer.max_length,

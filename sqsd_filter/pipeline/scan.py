@@ -22,7 +22,7 @@ from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.shards import Index, plan
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.row_formats import Columns, RowFormat
-from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.scoring.scorer import BatchedScorer
 
 
 class Scan:
@@ -53,14 +53,13 @@ class Scan:
     def score(
         self,
         home: Path,
-        scorer: SQSDScorer,
+        scorer: BatchedScorer,
         engine: Engine,
         *,
         old_home: Path | None = None,
         shared: Folder | None = None,
     ) -> Scored:
         """Score what has no score yet in `home`, its predecessor or the shared store, shard by shard, and join."""
-        weights = {p.name: p.weight for p in scorer.pack.probes}
 
         def store_in(where: Folder | Path) -> ScoreStore:
             return ScoreStore(where, scorer.settings(), scorer.values)
@@ -83,7 +82,7 @@ class Scan:
                     )
                 store.append(shard.name, keys, scores)
                 sharing.add(self.index.keys[shard.wanted])
-        return from_store(self.corpus, self.index, store, weights, self.groups, scorer.modules)
+        return from_store(self.corpus, self.index, store, scorer.weights, self.groups, scorer.modules)
 
 
 def read_once(

@@ -36,7 +36,7 @@ from sqsd_filter.pipeline.replica import Ledger, Replica, as_data, from_bytes, p
 from sqsd_filter.pipeline.shards import Shard, conversations
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.row_formats import RowFormat
-from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.scoring.scorer import BatchedScorer
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class RayEngine:
         self._ours = False
         self._state: dict[str, int] = {}
 
-    def place(self, scorer: SQSDScorer) -> SQSDScorer:
+    def place(self, scorer: BatchedScorer) -> BatchedScorer:
         if not ray.is_initialized():
             self._ours = True
             _connect(self.address)
@@ -129,7 +129,7 @@ class RayEngine:
             ray.shutdown()
 
     def score(
-        self, corpus: Corpus, form: RowFormat, scorer: SQSDScorer, shards: Sequence[Shard], progress: Progress
+        self, corpus: Corpus, form: RowFormat, scorer: BatchedScorer, shards: Sequence[Shard], progress: Progress
     ) -> Generator[ScoredShard]:
         expected = {shard.number: shard for shard in shards}
         if not expected:

@@ -10,7 +10,7 @@ side by side.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,15 @@ from torch.nn import functional as F
 
 from sqsd_filter.errors import ModelError, PackError
 from sqsd_filter.scoring.adapters import Adapter
-from sqsd_filter.scoring.projection import GroupProjection, by_token, contract, cosines, per_module, prepare
+from sqsd_filter.scoring.projection import (
+    GroupProjection,
+    contract,
+    cosines,
+    of_gradient,
+    per_module,
+    prepare,
+    towards,
+)
 
 
 @dataclass(frozen=True)
@@ -34,15 +42,22 @@ class GroupState:
     projection: GroupProjection | None
 
 
+# What to take from a group's backward pass beside what is contracted, of its projection, x, h, d, e (b, t, …), ‖ΔW‖²
+# (b, r) and the ranks of its modules.
+Also = Callable[
+    [GroupProjection, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int]], Any
+]
+
+
 class _Now:
     """What a group is doing for one thread: each thread sits at a state and runs rows of its own."""
 
     def __init__(self) -> None:
         self.shape = (0, 0)  # rows and tokens of the batch
         self.state: GroupState | None = None
-        self.by_token = False  # is each position's part wanted, too?
+        self.also: Also | None = None
         self.found: tuple[torch.Tensor, torch.Tensor] | None = None  # what the last backward pass contracted
-        self.parts_btp: torch.Tensor | None = None
+        self.kept: Any = None  # and what it took besides
         self.x: torch.Tensor | None = None
         self.outputs: dict[int, torch.Tensor] = {}
 
@@ -82,7 +97,7 @@ class LinearGroup:
         return y
 
     def reset(self) -> None:
-        self.now.x, self.now.outputs, self.now.found, self.now.parts_btp = None, {}, None, None
+        self.now.x, self.now.outputs, self.now.found, self.now.kept = None, {}, None, None
 
 
 class SideLinear(nn.Module):
@@ -126,9 +141,9 @@ class _GroupFunction(torch.autograd.Function):
                 x, h = ctx.saved_tensors
                 x, h, d, e = (_by_row(v, ctx.now.shape) for v in (x, h, d, e))
                 ctx.now.found = contract(state.projection, x, h, d, e)
-                if ctx.now.by_token:
+                if ctx.now.also is not None:
                     ranks = [r for r in state.ranks if r]
-                    ctx.now.parts_btp = by_token(state.projection, ranks, x, h, d, e, ctx.now.found[1])
+                    ctx.now.kept = ctx.now.also(state.projection, x, h, d, e, ctx.now.found[1], ranks)
         return dx, None
 
 
@@ -144,12 +159,13 @@ def _by_row(values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 class Capture:
     """A model with its adapted linears replaced, able to sit at any of several states.
 
-    `states` maps a key to (state adapter, the direction adapters to project on there). Raises `PackError` when an
-    adapter does not fit the model, or a direction shares no module with its state.
+    `states` maps a key to (state adapter, the direction adapters to project on there), or None for these where the
+    gradient itself is wanted, not the update that it causes. Raises `PackError` when an adapter does not fit the model,
+    or a direction shares no module with its state.
     """
 
     def __init__(
-        self, model: nn.Module, states: Mapping[Any, tuple[Adapter, Sequence[Adapter]]], probe_input: Any
+        self, model: nn.Module, states: Mapping[Any, tuple[Adapter, Sequence[Adapter] | None]], probe_input: Any
     ) -> None:
         self.model = model
         wanted = {m: state.path for state, _ in states.values() for m in state.factors}
@@ -178,16 +194,29 @@ class Capture:
             if rank
         ]
 
-    def use(self, key: Any, shape: tuple[int, int], *, by_token: bool = False) -> None:
-        """Sit at a state: this thread's next forward pass, of so many rows and tokens, runs there. `by_token` makes its
-        backward pass keep what each position adds, too."""
+    def use(self, key: Any, shape: tuple[int, int], *, also: Also | None = None) -> None:
+        """Sit at a state: this thread's next forward pass, of so many rows and tokens, runs there. Its backward pass
+        keeps what `also` takes."""
         for group in self.groups:
             group.reset()
-            group.now.shape, group.now.by_token = shape, by_token
+            group.now.shape, group.now.also = shape, also
             group.now.state = self._states[key].get(id(group))
+
+    def towards(self, key: Any, gradients: Sequence[Mapping[int, tuple[torch.Tensor, torch.Tensor]]]) -> None:
+        """From now on project the gradient at this state on these p gradients: each has sums of what `kept` gives."""
+        for number, group in enumerate(self.groups):
+            state = self._states[key].get(id(group))
+            if state is not None and state.projection is not None:
+                ranks = [r for r in state.ranks if r]
+                projection = towards(state.projection, [each[number] for each in gradients], ranks)
+                self._states[key][id(group)] = replace(state, projection=projection)
 
     def cosines(self) -> torch.Tensor:
         """cos (b, p, m) of the rows of the backward pass that just ran."""
+        return cosines(*self.products())
+
+    def products(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """<ΔW, V> (b, p, m), ‖ΔW‖² (b, m) and ‖V‖ (p, m) of the rows of the backward pass that just ran."""
         parts: list[tuple[torch.Tensor, ...]] = []
         for group in self.groups:
             state, found = group.now.state, group.now.found
@@ -202,14 +231,19 @@ class Capture:
             parts.append(tuple(t.to(home) for t in sums))
             group.reset()
         dots, norms2, norms = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))
-        return cosines(dots, norms2, norms)
+        return dots, norms2, norms
+
+    def kept(self) -> dict[int, Any]:
+        """What `also` took, by the group's number; ask before `products`, which forgets it."""
+        return {number: g.now.kept for number, g in enumerate(self.groups) if g.now.kept is not None}
 
     def token_parts(self) -> torch.Tensor:
-        """What each position adds to the sum of all cosines (b, t, p); ask before `cosines`, which forgets it."""
-        parts = [group.now.parts_btp for group in self.groups if group.now.parts_btp is not None]
+        """What each position adds to the sum of all cosines (b, t, p), where the pass kept them (`by_token`)."""
+        parts = list(self.kept().values())
         return torch.stack([part.to(parts[0].device) for part in parts]).sum(0)
 
-    def _place(self, state: Adapter, directions: Sequence[Adapter]) -> dict[int, GroupState]:
+    def _place(self, state: Adapter, given: Sequence[Adapter] | None) -> dict[int, GroupState]:
+        directions = given or ()
         for direction in directions:
             if not set(direction.factors) & set(state.factors):
                 raise PackError(f"{direction.path} and {state.path} have no module in common: nothing can be scored.")
@@ -244,8 +278,9 @@ class Capture:
                     if factor is not None and (factor.A.shape[1], factor.B.shape[0]) != (weight.shape[1], width):
                         raise PackError(f"{direction.path} does not fit the model: '{name}' has another shape there.")
             projection = None
-            if any(f is not None and s is not None for row in found for f, s in zip(row, present, strict=True)):
-                projection = _project(present, found, weight.shape[1], widths)
+            covered = any(f is not None and s is not None for row in found for f, s in zip(row, present, strict=True))
+            if covered or given is None:
+                projection = _project(present, found, weight.shape[1], widths, gradient=given is None)
                 exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
                 projection = projection.to(weight.device, exact)
             placed[id(group)] = GroupState(
@@ -254,12 +289,14 @@ class Capture:
         return placed
 
 
-def _project(present: Sequence[Any], found: Sequence[Sequence[Any]], d_in: int, widths: list[int]) -> GroupProjection:
+def _project(
+    present: Sequence[Any], found: Sequence[Sequence[Any]], d_in: int, widths: list[int], *, gradient: bool
+) -> GroupProjection:
     """`prepare` over the members that the state adapts, widened to the whole group's outputs."""
     here = [m for m, f in enumerate(present) if f is not None]
-    narrow = prepare(
-        [present[m] for m in here], [[row[m] for m in here] for row in found], d_in, [widths[m] for m in here]
-    )
+    states = [present[m] for m in here]
+    narrow = prepare(states, [[row[m] for m in here] for row in found], d_in, [widths[m] for m in here])
+    narrow = of_gradient(narrow, states) if gradient else narrow
     if len(here) == len(present):
         return narrow
     columns = torch.cat([torch.arange(sum(widths[:m]), sum(widths[: m + 1])) for m in here])

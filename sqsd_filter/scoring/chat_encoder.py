@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,15 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def cut_answer(row: Encoded, answer_tokens: int | None) -> Encoded:
+    """The row without what follows its first `answer_tokens` supervised tokens."""
+    positions = np.flatnonzero(row.answer)
+    if answer_tokens is None or len(positions) <= answer_tokens:
+        return row
+    stop = int(positions[answer_tokens])
+    return replace(row, ids=row.ids[:stop], answer=row.answer[:stop])
 
 
 @dataclass

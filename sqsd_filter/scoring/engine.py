@@ -1,4 +1,4 @@
-"""The model at work: frozen weights, one bin of token rows in, each probe's projection of each row out."""
+"""The model at work: frozen weights, one bin of token rows in, values of each row out (SQSD: its projections)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -14,12 +14,13 @@ import torch
 from sqsd_filter.errors import ModelError, SQSDError
 from sqsd_filter.scoring.adapters import load_adapter, probe_modules
 from sqsd_filter.scoring.batching import default_budget, next_tokens
-from sqsd_filter.scoring.capture import Capture
+from sqsd_filter.scoring.capture import Also, Capture
 from sqsd_filter.scoring.chat_encoder import Encoded
+from sqsd_filter.scoring.projection import by_token
 from sqsd_filter.scoring.weights import load_model
 
 if TYPE_CHECKING:
-    from sqsd_filter.scoring.scorer import SQSDScorer
+    from sqsd_filter.scoring.scorer import BatchedScorer
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +65,30 @@ class LossGradient:
         grad_bth[supervised_bt] = self._head_gradient(hidden_bth.detach()[supervised_bt], targets_bt[supervised_bt])
         hidden_bth.backward(grad_bth)
 
+    @torch.no_grad()
+    def losses(self, ids_bt: torch.Tensor, targets_bt: torch.Tensor) -> torch.Tensor:
+        """Each row's cross entropy, summed over its supervised positions: (b,) float64. No backward pass."""
+        if self._head_apart:
+            found_bth = self.model.base_model(input_ids=ids_bt, use_cache=False).last_hidden_state
+        else:
+            found_bth = self.model(input_ids=ids_bt, use_cache=False).logits
+        supervised_bt = (targets_bt := targets_bt.to(found_bth.device)) >= 0
+        losses = []
+        for found, targets in zip(
+            found_bth[supervised_bt].split(self._chunk), targets_bt[supervised_bt].split(self._chunk), strict=True
+        ):
+            logits_nv = self._logits(_filled(found))[: len(targets)] if self._head_apart else found
+            exact = torch.promote_types(logits_nv.dtype, torch.float32)
+            losses.append(torch.nn.functional.cross_entropy(logits_nv.to(exact), targets, reduction="none"))
+        by_row = torch.cat(losses).double().split(supervised_bt.sum(-1).tolist())
+        return torch.stack([own.sum() for own in by_row])
+
     def _head_gradient(self, hidden_nh: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
         """∂L/∂hidden (n, h) of the summed cross entropy, the logits made a chunk at a time."""
         grads = []
         for hidden, targets in zip(hidden_nh.split(self._chunk), targets_n.split(self._chunk), strict=True):
             n = len(targets)
-            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, max(0, FEWEST_POSITIONS - n))).requires_grad_()
+            hidden = _filled(hidden).requires_grad_()
             logits_nv = self._logits(hidden)[:n]
             grads.append(torch.autograd.grad(logits_nv, hidden, _loss_gradient(logits_nv, targets))[0][:n])
         return torch.cat(grads)
@@ -115,6 +134,11 @@ class LossGradient:
         return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2, atol=1e-3, equal_nan=True)
 
 
+def _filled(hidden_nh: torch.Tensor) -> torch.Tensor:
+    """As many positions as a chunk has at least."""
+    return torch.nn.functional.pad(hidden_nh, (0, 0, 0, max(0, FEWEST_POSITIONS - len(hidden_nh))))
+
+
 def _loss_gradient(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
     """∂L/∂logits (n, v) of the summed cross entropy: softmax minus one-hot.
 
@@ -158,32 +182,11 @@ def _room(model: Any, device: torch.device, gpus: float) -> int:
     return max(0, int(torch.cuda.get_device_properties(device).total_memory * min(1.0, gpus)) - held)
 
 
-class Engine:
-    """A loaded model and its states. `project` is all a scorer needs."""
+class ModelEngine:
+    """A loaded model, and what a device bears of it. `project` is all a scorer needs."""
 
-    def __init__(self, model: Any, scorer: SQSDScorer) -> None:
-        pack = scorer.pack
-        self.probes, self.per_module = pack.probes, scorer.per_module
-        adapters = {name: load_adapter(pack.adapter(name)) for name in pack.adapters}
-        self.passes = list(dict.fromkeys(p.at for p in pack.probes))
-        self.members = {at: [k for k, p in enumerate(pack.probes) if p.at == at] for at in self.passes}
-        states = {
-            at: (
-                adapters[at[0]].with_scaling(at[1]),
-                [adapters[pack.probes[k].direction] for k in self.members[at]],
-            )
-            for at in self.passes
-        }
+    def __init__(self, model: Any, scorer: BatchedScorer) -> None:
         device = model.get_input_embeddings().weight.device
-        self.capture = Capture(model, states, torch.zeros((1, 2), dtype=torch.long, device=device))
-        self.gradient = LossGradient(model)
-        self.coverage = {
-            self.probes[k].name: count
-            for at in self.passes
-            for k, count in zip(self.members[at], self.capture.coverage(at), strict=True)
-        }
-        self.modules = {at: self.capture.modules(at) for at in self.passes}
-        self.probe_modules = probe_modules(self.probes, adapters)
         config = model.config.get_text_config()
         # On a CPU bins run side by side, a thread each: what a row scores then depends on no number of threads, and
         # two small products keep two cores busier than one of twice the size. Some rotary embeddings keep state.
@@ -199,7 +202,7 @@ class Engine:
         )
 
     @classmethod
-    def load(cls, scorer: SQSDScorer) -> Engine:
+    def load(cls, scorer: BatchedScorer) -> Self:
         """Load the scorer's model in its dtype on its device. Raises `ModelError`, `PackError`."""
         model = load_model(
             scorer.base_model,
@@ -224,6 +227,39 @@ class Engine:
         return engine
 
     def project(self, rows: Sequence[Encoded]) -> np.ndarray:
+        """The scorer's values of each row: (b, values) float64."""
+        raise NotImplementedError
+
+
+class Engine(ModelEngine):
+    """A loaded model at the pack's states."""
+
+    def __init__(self, model: Any, scorer: BatchedScorer) -> None:
+        pack = scorer.pack
+        self.probes, self.per_module = pack.probes, scorer.per_module
+        adapters = {name: load_adapter(pack.adapter(name)) for name in pack.adapters}
+        self.passes = list(dict.fromkeys(p.at for p in pack.probes))
+        self.members = {at: [k for k, p in enumerate(pack.probes) if p.at == at] for at in self.passes}
+        states = {
+            at: (
+                adapters[at[0]].with_scaling(at[1]),
+                [adapters[pack.probes[k].direction] for k in self.members[at]],
+            )
+            for at in self.passes
+        }
+        device = model.get_input_embeddings().weight.device
+        self.capture = Capture(model, states, torch.zeros((1, 2), dtype=torch.long, device=device))
+        self.gradient = LossGradient(model)
+        self.coverage = {
+            self.probes[k].name: count
+            for at in self.passes
+            for k, count in zip(self.members[at], self.capture.coverage(at), strict=True)
+        }
+        self.modules = {at: self.capture.modules(at) for at in self.passes}
+        self.probe_modules = probe_modules(self.probes, adapters)
+        super().__init__(model, scorer)
+
+    def project(self, rows: Sequence[Encoded]) -> np.ndarray:
         """Σ_m cos for each row and probe: (b, probes) float64; for a scorer with `per_module`, behind these the cosines
         of each probe's modules, as `probe_modules` has them."""
         out = np.empty((len(rows), len(self.probes)))
@@ -241,7 +277,7 @@ class Engine:
         """What a row's value of each probe is the sum of, taken apart in two ways: the cosine of each of its modules
         (m,), as `probe_modules` has them, and what each position adds (t,), of all tokens up to the last but one."""
         found = {}
-        for at in self._passes([row], by_token=True):
+        for at in self._passes([row], also=by_token):
             parts_btp = self.capture.token_parts()
             found[at] = self.capture.cosines(), parts_btp.double().cpu().numpy()
         return [
@@ -249,11 +285,11 @@ class Engine:
             for k, p in enumerate(self.probes)
         ]
 
-    def _passes(self, rows: Sequence[Encoded], *, by_token: bool = False) -> Iterator[tuple[str, float | None]]:
+    def _passes(self, rows: Sequence[Encoded], *, also: Also | None = None) -> Iterator[tuple[str, float | None]]:
         """Each pass of the probes, when its backward is done."""
         ids_bt, targets_bt = next_tokens(rows, self.gradient.device)
         for at in self.passes:
-            self.capture.use(at, (ids_bt.shape[0], ids_bt.shape[1]), by_token=by_token)
+            self.capture.use(at, (ids_bt.shape[0], ids_bt.shape[1]), also=also)
             self.gradient.backward(ids_bt, targets_bt)
             yield at
 

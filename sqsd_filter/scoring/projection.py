@@ -37,9 +37,9 @@ from sqsd_filter.scoring.adapters import LoraFactors
 class GroupProjection:
     """What a group of modules needs to project rows from one state on p directions; made once per state.
 
-    `query_A_rip` and `query_B_rop` are the right-hand factors of <ΔW, V>, `gram_*_rr` those of ‖ΔW‖², `block_ro` and
-    `block_rr` are 1 where row and column belong to the same module. `norm_pm` is ‖V‖, 0 where a direction does not
-    cover a module.
+    `query_A_rip` and `query_B_rop` are the right-hand factors of <ΔW, V>, `gram_*_rr` those of ‖ΔW‖², `block_ro` is 1
+    where row and column belong to the same module, `block_rr` where they do so in its cross term. `norm_pm` is ‖V‖, 0
+    where a direction does not cover a module.
     """
 
     query_A_rip: torch.Tensor
@@ -49,7 +49,7 @@ class GroupProjection:
     block_ro: torch.Tensor
     block_rr: torch.Tensor
     norm_pm: torch.Tensor
-    masked: bool  # has blocks that belong to no module
+    masked: bool  # has blocks that don't count
 
     def to(self, device: torch.device, dtype: torch.dtype) -> GroupProjection:
         moved: dict[str, Any] = {k: v.to(device, dtype) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
@@ -92,6 +92,49 @@ def prepare(
     return GroupProjection(query_A_rip, query_B_rop, gram_A_rr, gram_B_rr, block_ro, block_rr, norm_pm, modules > 1)
 
 
+def of_gradient(group: GroupProjection, states: Sequence[LoraFactors]) -> GroupProjection:
+    """The same group for the gradient itself: `contract` then gives ‖G_A‖² + ‖G_B‖² in the place of ‖ΔW‖²."""
+    scaling_r = torch.cat([group.gram_A_rr.new_full((len(s.A),), s.scaling) for s in states])
+    return replace(
+        group,
+        gram_A_rr=torch.diag(scaling_r**2),  # s², because the stacked G_B is taken without its s
+        gram_B_rr=torch.eye(len(scaling_r), dtype=scaling_r.dtype),
+        block_rr=torch.zeros_like(group.block_rr),
+        masked=True,
+    )
+
+
+def towards(
+    group: GroupProjection, gradients: Sequence[tuple[torch.Tensor, torch.Tensor]], ranks: Sequence[int]
+) -> GroupProjection:
+    """A group of `of_gradient` with p gradients, as `summed` gives them, in the place of directions: `contract` then
+    gives <G_A, G_A'> + <G_B, G_B'> with each."""
+    A_pri, B_pro = (torch.stack(side) for side in zip(*gradients, strict=True))
+    scaled_B_pro = group.gram_A_rr @ B_pro
+    return replace(
+        group,
+        query_A_rip=-A_pri.permute(1, 2, 0).contiguous(),  # `contract` takes a step, against the gradient
+        query_B_rop=-scaled_B_pro.permute(1, 2, 0).contiguous(),
+        norm_pm=per_module((A_pri**2).sum(-1) + (B_pro * scaled_B_pro).sum(-1), ranks).sqrt(),
+    )
+
+
+def summed(
+    group: GroupProjection,
+    weight_b: torch.Tensor,
+    x_bti: torch.Tensor,
+    h_btr: torch.Tensor,
+    d_bto: torch.Tensor,
+    e_btr: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ_b weight_b · (G_A (r, i), G_B (r, o) without its s): no row's own gradient is formed."""
+    dtype = group.gram_A_rr.dtype
+    weight_b11 = weight_b.to(x_bti.device, dtype)[:, None, None]
+    A_ri = torch.einsum("btr,bti->ri", e_btr.to(dtype) * weight_b11, x_bti.to(dtype))
+    B_ro = torch.einsum("btr,bto->ro", h_btr.to(dtype) * weight_b11, d_bto.to(dtype))
+    return A_ri, B_ro.mul_(group.block_ro)
+
+
 def contract(
     group: GroupProjection, x_bti: torch.Tensor, h_btr: torch.Tensor, d_bto: torch.Tensor, e_btr: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,12 +162,12 @@ def contract(
 
 def by_token(
     group: GroupProjection,
-    ranks: Sequence[int],
     x_bti: torch.Tensor,
     h_btr: torch.Tensor,
     d_bto: torch.Tensor,
     e_btr: torch.Tensor,
     norms_br: torch.Tensor,
+    ranks: Sequence[int],
 ) -> torch.Tensor:
     """What each position adds to the sum of the group's cosines: (b, t, p), whose sum over t that sum is.
 

@@ -10,7 +10,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -31,6 +31,7 @@ CRASHED = "crashed"  # a row whose process died again and again
 FAILED = "failed"  # a row that makes the model fail; the detail has the error
 TRANSIENT = (OUT_OF_MEMORY, FAILED, CRASHED)  # reasons that may be gone at the next try
 SCORING = 3  # to be raised whenever a change gives a row another score or reason
+SQSD = "sqsd"  # the scorer that this package is about
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -107,9 +108,14 @@ class Scorer:
         return self._content[0]
 
     @property
+    def weights(self) -> dict[str, float]:
+        """The values whose weighted sum is the risk, by name."""
+        return {p.name: p.weight for p in self.pack.probes}
+
+    @property
     def values(self) -> list[str]:
         """Names of what is kept of each row."""
-        return [p.name for p in self.pack.probes]
+        return list(self.weights)
 
     def settings(self) -> dict[str, Any]:
         """Everything besides the conversation that a score depends on."""
@@ -133,7 +139,7 @@ class Scorer:
         results = Results(encoded, self.values, watch or Watch())
         if results.rows:
             self._score(results.rows, results)
-        risk = np.sum([p.weight * results.probes[p.name] for p in self.pack.probes], axis=0)
+        risk = np.sum([weight * results.probes[name] for name, weight in self.weights.items()], axis=0)
         return Scores(results.probes, risk, results.status, results.detail, results.tokens)
 
     def _score(self, rows: Mapping[int, Encoded], results: Results) -> None:
@@ -185,75 +191,52 @@ class Scorer:
         return rows.with_scores(scores)
 
 
-class SQSDScorer(Scorer):
-    """SQSD (arXiv 2605.04572), batched: one shared backward pass a bin, projected in low rank.
+class BatchedScorer(Scorer):
+    """A scorer that runs bins of rows on an engine: its own, this process's or another's device, the same statuses."""
 
-    >>> from datasets import Dataset
-    >>> rows = Dataset.from_list([{"question": "2+2?", "answer": "4"}, {"question": "And 3+3?", "answer": ""}])
-    >>> scored = rows.map(SQSDScorer("smollm2-135m"), batched=True)
-    >>> scored.column_names
-    ['question', 'answer', 'sqsd_risk', 'sqsd_danger', 'sqsd_safety', 'sqsd_status']
-    >>> scored["sqsd_status"][:]
-    ['scored', 'no_answer']
-
-    Rows with other columns: `SQSDScorer("smollm2-135m", columns=Columns(prompt="q", answer="a"))`. A stream forgets its
-    types in `map`, unless they are named: `stream.map(scorer, batched=True, features=Features({**stream.features,
-    **scorer.features}))`.
-    """
+    name: str  # by which the command line and the report know it
+    per_module = False
 
     def __init__(
-        self,
-        *args: Any,
-        token_budget: int | None = None,
-        attention: str | None = None,
-        per_module: bool = False,
-        **kwargs: Any,
+        self, *args: Any, token_budget: int | None = None, attention: str | None = None, **kwargs: Any
     ) -> None:
         """As `Scorer`; `token_budget` caps a bin's padded tokens (default: by the device), `attention` names the
-        attention kernel as transformers does. With `per_module` the cosine at each module is a value, too, named
-        PROBE/MODULE."""
+        attention kernel as transformers does."""
         super().__init__(*args, **kwargs)
         if token_budget is not None and token_budget < 1:
             raise UsageError("token_budget must be at least 1.")
         self.token_budget, self.attention, self.gpus = token_budget, attention, 1.0
-        self.per_module = per_module
-        self._modules: dict[str, list[str]] | None = None
         self._engine: Any = None
         self._process: int | None = None
 
     @property
     def engine(self) -> Any:
-        """The loaded model at its states (`engine.Engine`)."""
+        """What scores the rows of a bin: the loaded model in most cases (`engine.ModelEngine`)."""
         if self._engine is None or self._process != os.getpid():  # a fork's parent keeps what its model runs on
-            from sqsd_filter.scoring.engine import Engine
-
             self.check_device()
             limit_threads()
-            self._engine, self._process = sound(lambda: Engine.load(self)), os.getpid()
-            self._modules = self._engine.probe_modules  # from now on the pack's files are not needed
+            self._engine, self._process = sound(self._load), os.getpid()
         return self._engine
 
     @property
-    def modules(self) -> dict[str, list[str]]:
-        """The modules that each probe sums the cosines of, in their order in files; {} unless `per_module`."""
-        if not self.per_module:
-            return {}
-        if self._modules is None:
-            from sqsd_filter.scoring.adapters import load_adapter, probe_modules
+    def passes(self) -> int:
+        """How often a row goes through the model."""
+        return 1
 
-            adapters = {name: load_adapter(self.pack.adapter(name)) for name in self.pack.adapters}
-            self._modules = probe_modules(self.pack.probes, adapters)
-        return self._modules
+    def _load(self) -> Any:
+        """The engine of this scorer: it has `project`, `workers` and `default_budget` as `engine.ModelEngine`."""
+        raise NotImplementedError
 
     @property
-    def values(self) -> list[str]:
-        return super().values + [f"{name}/{module}" for name, modules in self.modules.items() for module in modules]
+    def modules(self) -> dict[str, list[str]]:
+        """The modules whose cosines are values, too, by probe."""
+        return {}
 
     def settings(self) -> dict[str, Any]:
         """As `Scorer`. The kernel counts where one was named: who does that mistrusts the default one, and must not be
         given the scores that it made."""
-        named = {"attention": self.attention} if self.attention else {}
-        return super().settings() | named | ({"per_module": True} if self.per_module else {})
+        named = {"scorer": self.name} if self.name != SQSD else {}
+        return super().settings() | named | ({"attention": self.attention} if self.attention else {})
 
     def _score(self, rows: Mapping[int, Encoded], results: Results) -> None:
         from sqsd_filter.scoring.batching import bins, halving
@@ -286,7 +269,7 @@ class SQSDScorer(Scorer):
         rest = [row for row in alone if row[0] not in watch.given_up]
         side_by_side(lambda row: halving(run, row, give_up), rest, min(1, engine.workers))
 
-    def on_device(self, device: str, *, gpus: float = 1.0) -> SQSDScorer:
+    def on_device(self, device: str, *, gpus: float = 1.0) -> Self:
         """The same scorer for a device that may be another process's: for a share of a GPU, or with the model laid over
         several.
 
@@ -297,16 +280,14 @@ class SQSDScorer(Scorer):
         placed.gpus = gpus
         return placed
 
-    def changed(
-        self, *, device: str | None = None, dtype: str | None = None, attention: str | None = None
-    ) -> SQSDScorer:
+    def changed(self, *, device: str | None = None, dtype: str | None = None, attention: str | None = None) -> Self:
         """The same scorer, its model not loaded, with other settings where they are given."""
         other = copy.copy(self)
         other._device, other._dtype = device or self._device, dtype or self._dtype
         other.attention = attention or self.attention
         return other
 
-    def beside(self, placed: SQSDScorer) -> SQSDScorer:
+    def beside(self, placed: Self) -> Self:
         """This scorer for rows of its own in this process, exactly as `placed`, made of it, scores elsewhere."""
         if placed is self:
             return self
@@ -314,7 +295,7 @@ class SQSDScorer(Scorer):
         own.gpus = placed.gpus
         return own
 
-    def with_pack(self, pack: Pack) -> SQSDScorer:
+    def with_pack(self, pack: Pack) -> Self:
         """The same scorer with its pack read from another place."""
         moved = copy.copy(self)
         moved.pack = pack
@@ -326,5 +307,64 @@ class SQSDScorer(Scorer):
 
     def __getstate__(self) -> State:
         """Configuration only: hashing and pickling never see a loaded model."""
-        loaded = dict.fromkeys(("_engine", "_process", "_encoder", "_form", "_content", "_rank", "_modules"))
+        loaded = dict.fromkeys(("_engine", "_process", "_encoder", "_form", "_content", "_rank"))
         return State({**vars(self), **loaded}, self.content)
+
+
+class SQSDScorer(BatchedScorer):
+    """SQSD (arXiv 2605.04572), batched: one shared backward pass a bin, projected in low rank.
+
+    >>> from datasets import Dataset
+    >>> rows = Dataset.from_list([{"question": "2+2?", "answer": "4"}, {"question": "And 3+3?", "answer": ""}])
+    >>> scored = rows.map(SQSDScorer("smollm2-135m"), batched=True)
+    >>> scored.column_names
+    ['question', 'answer', 'sqsd_risk', 'sqsd_danger', 'sqsd_safety', 'sqsd_status']
+    >>> scored["sqsd_status"][:]
+    ['scored', 'no_answer']
+
+    Rows with other columns: `SQSDScorer("smollm2-135m", columns=Columns(prompt="q", answer="a"))`. A stream forgets its
+    types in `map`, unless they are named: `stream.map(scorer, batched=True, features=Features({**stream.features,
+    **scorer.features}))`.
+    """
+
+    name = SQSD
+
+    def __init__(self, *args: Any, per_module: bool = False, **kwargs: Any) -> None:
+        """As `BatchedScorer`. With `per_module` the cosine at each module is a value, too, named PROBE/MODULE."""
+        super().__init__(*args, **kwargs)
+        self.per_module = per_module
+        self._modules: dict[str, list[str]] | None = None
+
+    @property
+    def passes(self) -> int:
+        """Once at each state."""
+        return len({p.at for p in self.pack.probes})
+
+    def _load(self) -> Any:
+        from sqsd_filter.scoring.engine import Engine
+
+        engine = Engine.load(self)
+        self._modules = engine.probe_modules  # from now on the pack's files are not needed
+        return engine
+
+    @property
+    def modules(self) -> dict[str, list[str]]:
+        """The modules that each probe sums the cosines of, in their order in files; {} unless `per_module`."""
+        if not self.per_module:
+            return {}
+        if self._modules is None:
+            from sqsd_filter.scoring.adapters import load_adapter, probe_modules
+
+            adapters = {name: load_adapter(self.pack.adapter(name)) for name in self.pack.adapters}
+            self._modules = probe_modules(self.pack.probes, adapters)
+        return self._modules
+
+    @property
+    def values(self) -> list[str]:
+        return super().values + [f"{name}/{module}" for name, modules in self.modules.items() for module in modules]
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | ({"per_module": True} if self.per_module else {})
+
+    def __getstate__(self) -> State:
+        return State({**super().__getstate__(), "_modules": None}, self.content)

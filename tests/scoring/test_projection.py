@@ -190,7 +190,7 @@ def test_what_each_position_adds_is_its_own_update_in_the_dense_form(
     h = x @ torch.cat([s.A for s in states]).T
     e = d @ torch.block_diag(*[s.scaling * s.B for s in states])
     _, norms = contract(group, x, h, d, e)
-    parts = by_token(group, ranks, x, h, d, e, norms)
+    parts = by_token(group, x, h, d, e, norms, ranks)
     torch.testing.assert_close(parts, expected, rtol=0, atol=1e-12)
     sums = low_rank(states, directions, x, d, d_out).sum(-1)
     torch.testing.assert_close(parts.sum(1), sums, rtol=0, atol=1e-12)
@@ -204,5 +204,5 @@ def test_a_position_without_a_gradient_adds_nothing() -> None:
     d[:, 3] = 0
     group = prepare([state], [[V], [nothing]], D_IN, [5])
     h, e = x @ state.A.T, d @ (state.scaling * state.B)
-    parts = by_token(group, [2], x, h, d, e, contract(group, x, h, d, e)[1])
+    parts = by_token(group, x, h, d, e, contract(group, x, h, d, e)[1], [2])
     assert (parts[:, 3] == 0).all() and (parts[:, :, 1] == 0).all() and (parts[:, 2, 0] != 0).all()

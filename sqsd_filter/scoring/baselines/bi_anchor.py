@@ -1,0 +1,66 @@
+"""Bidirectional anchoring by gradients, of "What is in Your Safe Data? Identifying Benign Data that Breaks Safety" (He,
+Xia, Henderson; COLM 2024; arXiv 2404.01099).
+
+    risk(z) = <g(z)/‖g(z)‖, u> - <g(z)/‖g(z)‖, s>,      u = mean of g(a)/‖g(a)‖ over the unsafe anchors a, s of the safe
+
+An anchor's g is that of the loss on the first 10 tokens of its answer, which tell whether it complies; a row's is that
+of its whole answer. The values are the two similarities, `unsafe` and `safe`.
+
+Departures: g is that of the LoRA matrices at the pack's state (see `gradients`), the paper's that of all weights of the
+aligned model; there is one set of safe anchors, where the authors' scripts subtract the similarities to two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from sqsd_filter.scoring.baselines.base import AnchoredScorer, finite, over_anchors
+from sqsd_filter.scoring.baselines.gradients import STATE, GradientEngine, Pair
+from sqsd_filter.scoring.chat_encoder import Encoded, cut_answer
+
+FIRST = 10  # tokens of an anchor's answer
+
+
+class BiAnchorEngine(GradientEngine):
+    """Gradients held to the mean ones of the anchors."""
+
+    def __init__(self, model: Any, scorer: BiAnchorScorer) -> None:
+        super().__init__(model, scorer)
+        means = [self._mean(scorer, [cut_answer(row, FIRST) for row in rows]) for rows in scorer.encoded_anchors()]
+        self.capture.towards(STATE, means)
+
+    def _mean(self, scorer: BiAnchorScorer, rows: Sequence[Encoded]) -> dict[int, Pair]:
+        """The mean of the anchors' unit gradients, by two passes: one for their norms, one for the weighted sum."""
+        total: dict[int, Pair] = {}
+
+        def run(members: list[int]) -> None:
+            some = [rows[k] for k in members]
+            weight_b = inverse_norms(finite(self.products(some)[1])) / len(rows)
+            for group, (A_ri, B_ro) in self.summed(some, weight_b).items():
+                A0_ri, B0_ro = total.get(group, (0, 0))
+                total[group] = A_ri + A0_ri, B_ro + B0_ro
+
+        over_anchors(self, scorer, rows, run)
+        return total
+
+    def project(self, rows: Sequence[Encoded]) -> np.ndarray:
+        """The similarities to the unsafe and the safe anchors: (b, 2)."""
+        dots_bp, norms2_b = self.products(rows)
+        return (dots_bp * inverse_norms(norms2_b)[:, None]).numpy()
+
+
+def inverse_norms(norms2_b: torch.Tensor) -> torch.Tensor:
+    """1/‖g‖, 0 where that is 0."""
+    return torch.where(norms2_b == 0, 0, norms2_b.rsqrt())
+
+
+class BiAnchorScorer(AnchoredScorer):
+    """Gradient similarity to unsafe anchors minus that to safe ones."""
+
+    name = "bi-anchor"
+    plus, minus = ("unsafe",), ("safe",)
+    engine_type = BiAnchorEngine
