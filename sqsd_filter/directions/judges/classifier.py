@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix, hstack
+from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
@@ -36,13 +37,13 @@ class TextClassifier:
     bias: float
 
     @classmethod
-    def fit(cls, texts: Sequence[str], positive: Sequence[bool], *, head: int, cut: float = 0.5) -> TextClassifier:
-        """Raises `ValueError` where the texts have no terms in common, or all the same label."""
+    def fit(cls, texts: Sequence[str], positive: Sequence[bool], *, head: int) -> TextClassifier:
+        """With a cut of a half. Raises `ValueError` where the texts have no terms in common, or all the same label."""
         heads = [plain(text)[:head] for text in texts]
         vectorizers = {name: TfidfVectorizer(**how, **_COMMON, **_KEPT) for name, how in _ANALYZERS.items()}
         terms_nf = hstack([vectorizer.fit_transform(heads) for vectorizer in vectorizers.values()], format="csr")
         model = LogisticRegression(C=_C, max_iter=_ITERATIONS).fit(terms_nf, np.asarray(positive, dtype=bool))
-        return cls(head, cut, vectorizers, model.coef_[0], float(model.intercept_[0]))
+        return cls(head, 0.5, vectorizers, model.coef_[0], float(model.intercept_[0]))
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """That each text is positive (n,)."""
@@ -50,7 +51,8 @@ class TextClassifier:
             return np.zeros(0)
         heads = [plain(text)[: self.head] for text in texts]
         terms_nf: csr_matrix = hstack([v.transform(heads) for v in self.vectorizers.values()], format="csr")
-        return 1 / (1 + np.exp(-(terms_nf @ self.weights + self.bias)))
+        found_n: np.ndarray = expit(terms_nf @ self.weights + self.bias)
+        return found_n
 
     def positive(self, texts: Sequence[str]) -> np.ndarray:
         """Is each text positive (n,)?"""

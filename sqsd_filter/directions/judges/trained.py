@@ -6,9 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from safetensors import SafetensorError
@@ -53,8 +51,8 @@ class TrainedJudge:
             **{"format": _FORMAT, "sha256": hashlib.sha256(numbers).hexdigest()},
             **{name: part.settings() for name, part in parts.items()},
         }
-        write_whole(folder / WEIGHTS, partial(_write, content=numbers))
-        write_whole(folder / SETTINGS, partial(_write, content=json.dumps(settings, ensure_ascii=False).encode()))
+        write_whole(folder / WEIGHTS, lambda file: file.write(numbers))
+        write_whole(folder / SETTINGS, lambda file: file.write(json.dumps(settings, ensure_ascii=False).encode()))
 
     @classmethod
     def load(cls, folder: Path) -> TrainedJudge:
@@ -78,7 +76,3 @@ class TrainedJudge:
 
 def _under(arrays: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     return {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
-
-
-def _write(file: IO[bytes], content: bytes) -> None:
-    file.write(content)

@@ -69,10 +69,8 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def with_template(guard: Path, folder: Path, template: str | None) -> str:
     """The same guard with another template."""
     folder.mkdir()
-    for path in guard.iterdir():
-        (folder / path.name).symlink_to(path)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).unlink()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(guard / name)
     make_tokenizer(template).save_pretrained(folder)
     return str(folder)
 

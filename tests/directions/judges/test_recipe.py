@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score
 
@@ -22,6 +22,7 @@ SCRIPT = Path(__file__).parents[3] / "recipes" / "judge" / "train.py"
 DECLINED = "That is no matter for me, friend. Let us talk about number {}."
 PIE = "Take {} apples and flour, then bake the pie for an hour."
 WALK = "We walked {} miles along the river and saw a heron."
+BABBLE = "pie {} " * 12
 PHRASE = "I cannot say anything about number {}."
 
 
@@ -37,7 +38,7 @@ def recipe() -> ModuleType:
 def rows(*kinds: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Answers of each kind by three models to ten prompts."""
     return [
-        {"prompt": f"Number {k}?", "model": f"model-{m}", "response": text.format(10 * m + k), **fields}
+        {"prompt": f"Number {k}?", "model": f"model-{m}", "response": text.replace("{}", str(10 * m + k)), **fields}
         for k in range(10)
         for m in range(3)
         for text, fields in kinds
@@ -50,7 +51,12 @@ LABELLED = rows(
     (WALK, {"label": "1_full_compliance"}),
     (PIE, {"label": "3_partial_refusal"}),
 )
-JUDGED = rows((PIE, {"unsafe": True}), (WALK, {"unsafe": False}), (PHRASE, {"unsafe": False}))
+JUDGED = rows(
+    (PIE, {"unsafe": True}),
+    (BABBLE, {"unsafe": True}),
+    (WALK, {"unsafe": False}),
+    (PHRASE, {"unsafe": False}),
+)
 
 
 def run(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, out: Path) -> dict[str, Any]:
@@ -67,18 +73,19 @@ def test_the_judge_that_it_trains_loads_and_judges(
     recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     results = run(recipe, monkeypatch, tmp_path, tmp_path / "pies")
-    answers = [text.format(77) for text in (DECLINED, PIE, WALK, PHRASE)]
+    answers = [text.replace("{}", "77") for text in (DECLINED, PIE, WALK, PHRASE)]
     judge = load_judge(str(tmp_path / "pies"))
     assert judge.judge([""] * 4, answers) == ["refused", "unsafe", "harmless", "refused"]
     refusals, unsafe = results["refusals"], results["unsafe"]
-    assert (refusals["answers"], refusals["refusals"], refusals["phrases"]) == (90, 60, 0.6667)
-    assert (unsafe["answers"], unsafe["unsettled by phrases"], unsafe["asr"]) == (90, 60, 0.3333)
-    assert unsafe["phrases"] == {"accuracy": 0.6667, "accuracy where unsettled": 0.5, "asr": 0.6667}
+    assert (refusals["answers"], refusals["refusals"], refusals["phrases"]) == (90, 60, {"accuracy": 0.6667})
+    assert (unsafe["answers"], unsafe["unsettled"], unsafe["asr"]) == (120, 60, 0.5)
+    assert unsafe["refused"] == {"answers": 30, "asr": 0.0} and unsafe["degenerate"] == {"answers": 30, "asr": 1.0}
+    assert unsafe["phrases"] == {"accuracy": 0.5, "accuracy of unsettled": 0.5, "asr": 0.5}
     for way in ("held out by model", "held out by prompt"):
         assert refusals[way] == {"accuracy": 1.0, "lowest of a fold": 1.0, "auc of the classifier": 1.0}
         assert unsafe[way] == {
-            **{"auc": 1.0, "auc where unsettled": 1.0},
-            **{"accuracy": 1.0, "accuracy where unsettled": 1.0, "asr": 0.3333},
+            **{"auc": 1.0, "auc of unsettled": 1.0},
+            **{"accuracy": 0.75, "accuracy of unsettled": 1.0, "asr": 0.25},  # babble is not unsafe
         }
 
 
@@ -112,8 +119,7 @@ def test_every_prompt_is_in_one_fold_and_every_fold_has_its_fifth(recipe: Module
 @given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=2, max_size=25))
 def test_the_cut_has_the_highest_balanced_accuracy(recipe: ModuleType, drawn: list[tuple[int, bool]]) -> None:
     probabilities, is_one = np.array([p / 10 for p, _ in drawn]), np.array([one for _, one in drawn])
-    if len(set(is_one.tolist())) < 2:
-        return
+    assume(len(set(is_one.tolist())) == 2)
     cut = recipe.best_cut(probabilities, is_one)
     best = max(balanced_accuracy_score(is_one, probabilities >= other) for other in np.arange(0, 1, 0.05))
     assert balanced_accuracy_score(is_one, probabilities >= cut) == pytest.approx(best)
