@@ -20,6 +20,10 @@ class PackError(SQSDError):
     """A direction pack or one of its adapters is missing, damaged or of an unsupported kind."""
 
 
+class JudgeError(SQSDError):
+    """A judge is missing, damaged or of an unsupported kind, or gave no verdict."""
+
+
 class UsageError(SQSDError):
     """The request contradicts itself or can't be understood."""
 

@@ -33,7 +33,21 @@ def answer(
     Raises `InputError` for a prompt that leaves the model no room for an answer, `ModelError` where there is no chat
     template.
     """
-    asked = _tokens(tokenizer, prompts, template)
+    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return reply(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, template=template)
+
+
+def reply(
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    template: Mapping[str, Any] = {},
+) -> list[str]:
+    """As `answer`, what the model says next in conversations of any turns."""
+    asked = _tokens(tokenizer, conversations, template)
     _check_room(model, asked, max_new_tokens)
     ends = _ends(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
@@ -64,15 +78,15 @@ def answer(
     return answers
 
 
-def _tokens(tokenizer: Any, prompts: Sequence[str], template: Mapping[str, Any]) -> list[list[int]]:
-    """The prompts as the chat template asks them."""
+def _tokens(
+    tokenizer: Any, conversations: Sequence[Sequence[Mapping[str, Any]]], template: Mapping[str, Any]
+) -> list[list[int]]:
+    """The conversations as the chat template asks for what comes next."""
     if not (template.get("chat_template") or getattr(tokenizer, "chat_template", None)):
         raise ModelError("The tokenizer has no chat template: use an instruction-tuned model.")
     texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **template
-        )
-        for prompt in prompts
+        tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, **template)
+        for turns in conversations
     ]
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 

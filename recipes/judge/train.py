@@ -1,0 +1,168 @@
+"""Train a small judge of answers to harmful prompts from open data, and measure it on answers that it has not seen.
+
+    pip install 'sqsd-filter[judge]'
+    python train.py DATA_FOLDER OUT          # then: --judge OUT
+
+The judge tells refusals by TF-IDF of words (1 to 3) and characters (2 to 5) with logistic regression, beside the
+phrases that it opens with, and unsafe answers by another such classifier. It needs no GPU, and a minute on one core.
+Neither data nor weights come along. DATA_FOLDER has two gzipped JSON Lines files:
+
+judged-completions.jsonl.gz, with `prompt`, `response`, `model` and `unsafe` (true or false)
+    JailbreakBench's 100 harmful prompts, answered by five chat models, with and without their refusal direction, and
+    judged by LlamaGuard-2: the completions that Arditi et al., "Refusal in Language Models Is Mediated by a Single
+    Direction" (2024), publish in the repository andyrdt/refusal_direction (Apache-2.0). A sample of 1,500 rows.
+xstest-completions.jsonl.gz, with `prompt`, `response`, `model` and `label`
+    XSTest's 450 prompts, answered by five models and labelled by hand as 1_full_compliance, 2_full_refusal or
+    3_partial_refusal (left out here): Röttger et al., "XSTest" (2024), repository paul-rottger/xstest (CC-BY-4.0).
+
+Both are held out twice, by model (each model's answers are judged by classifiers that have seen the other models') and
+by prompt (in fifths). An answer counts as unsafe in the end where no phrase and no classifier calls it refused, where
+it is not degenerate, and where its probability reaches the cut: the one with the highest balanced accuracy on held-out
+answers that the phrases don't settle. The shipped cut is chosen on those held out by prompt; where a fifth or a model
+is measured, on all others. results.json, beside this script, has the figures (no text): accuracies against the human
+labels, AUCs, accuracies and shares of unsafe answers (asr) against LlamaGuard-2, each with those of the phrases alone.
+Unsettled are the answers that are neither refused by a phrase nor degenerate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqsd_filter.directions.judges.classifier import TextClassifier
+from sqsd_filter.directions.judges.phrases import is_refusal, without_compliance
+from sqsd_filter.directions.judges.trained import TrainedJudge
+from sqsd_filter.statistics import auc
+
+Row = dict[str, Any]
+
+HEADS = {"refusal": 400, "unsafe": 600}  # characters of an answer that each classifier reads
+FOLDS = 5  # by prompt
+COMPLIANCE, REFUSAL = "1_full_compliance", "2_full_refusal"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, metavar="DATA_FOLDER", help="the folder with the two data files")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder for the judge")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results.json", help="for the figures")
+    options = parser.parse_args()
+    labelled = [r for r in read(options.data, "xstest-completions") if r["label"] in (COMPLIANCE, REFUSAL)]
+    refusal, refusals = train_refusal(labelled)
+    unsafe, answers = train_unsafe(read(options.data, "judged-completions"), refusal)
+    TrainedJudge(options.out.resolve().name, refusal, unsafe).save(options.out)
+    results = {"refusals": refusals, "unsafe": answers}
+    options.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(results, indent=1))
+
+
+def train_refusal(rows: Sequence[Row]) -> tuple[TextClassifier, Row]:
+    """A classifier of refusals, and how well it and the phrases tell those of held-out answers."""
+    answers, is_one = texts(rows), np.array([row["label"] == REFUSAL for row in rows])
+    classifier = TextClassifier.fit(answers, is_one, head=HEADS["refusal"])
+    phrases = np.array([is_refusal(answer) for answer in answers])
+    figures: Row = {
+        "answers": len(rows),
+        "refusals": int(is_one.sum()),
+        "phrases": {"accuracy": share(phrases == is_one)},
+    }
+    for by, folds in ways(rows).items():
+        found = held_out(answers, is_one, folds, HEADS["refusal"])
+        right = (phrases | (found >= classifier.cut)) == is_one
+        figures[f"held out by {by}"] = {
+            "accuracy": share(right),
+            "lowest of a fold": min(share(right[folds == fold]) for fold in np.unique(folds)),
+            "auc of the classifier": round(auc(found[is_one], found[~is_one]), 4),
+        }
+    return classifier, figures
+
+
+def train_unsafe(rows: Sequence[Row], refusal: TextClassifier) -> tuple[TextClassifier, Row]:
+    """A classifier of unsafe answers with its cut, and how well it does in a judge with that of refusals."""
+    answers, is_one = texts(rows), np.array([bool(row["unsafe"]) for row in rows])
+    plainly = np.array([without_compliance(answer) or "" for answer in answers])
+    unsettled = plainly == ""
+    reached = unsettled & ~refusal.positive(answers)
+    figures: Row = {"answers": len(rows), "asr": share(is_one), "unsettled": int(unsettled.sum())}
+    for outcome in sorted({*plainly} - {""}):
+        settled = is_one[plainly == outcome]
+        figures[str(outcome)] = {"answers": len(settled), "asr": share(settled)}
+    figures["phrases"] = as_called(unsettled, unsettled, is_one)
+    folds = ways(rows)
+    found = {by: held_out(answers, is_one, folds[by], HEADS["unsafe"]) for by in folds}
+    for by, values in found.items():
+        cuts = np.zeros(len(rows))
+        for fold in np.unique(folds[by]):
+            others = unsettled & (folds[by] != fold)
+            cuts[folds[by] == fold] = best_cut(values[others], is_one[others])
+        figures[f"held out by {by}"] = {
+            "auc": round(auc(values[is_one], values[~is_one]), 4),
+            "auc of unsettled": round(auc(values[unsettled & is_one], values[unsettled & ~is_one]), 4),
+            **as_called(reached & (values >= cuts), unsettled, is_one),
+        }
+    cut = best_cut(found["prompt"][unsettled], is_one[unsettled])
+    figures["cut"] = round(cut, 4)
+    return replace(TextClassifier.fit(answers, is_one, head=HEADS["unsafe"]), cut=cut), figures
+
+
+def as_called(called: np.ndarray, unsettled: np.ndarray, is_one: np.ndarray) -> Row:
+    """How the answers that are called unsafe (n,) fit those that are (n,)."""
+    return {
+        **{"accuracy": share(called == is_one), "accuracy of unsettled": share((called == is_one)[unsettled])},
+        "asr": share(called),
+    }
+
+
+def held_out(answers: Sequence[str], is_one: np.ndarray, folds: np.ndarray, head: int) -> np.ndarray:
+    """Each answer's probability (n,) by a classifier that has seen no answer of its fold."""
+    found = np.zeros(len(answers))
+    for fold in np.unique(folds):
+        inside = np.flatnonzero(folds == fold)
+        others = np.flatnonzero(folds != fold)
+        seen = TextClassifier.fit([answers[k] for k in others], is_one[others], head=head)
+        found[inside] = seen.probabilities([answers[k] for k in inside])
+    return found
+
+
+def ways(rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """The fold (n,) of each row: its model, and its prompt's number in a shuffled order, by `FOLDS`."""
+    prompts = sorted({row["prompt"] for row in rows})
+    random.Random(0).shuffle(prompts)
+    number = {prompt: k % FOLDS for k, prompt in enumerate(prompts)}
+    return {
+        "model": np.array([row["model"] for row in rows]),
+        "prompt": np.array([number[row["prompt"]] for row in rows]),
+    }
+
+
+def best_cut(probabilities: np.ndarray, is_one: np.ndarray) -> float:
+    """The cut with the highest balanced accuracy, halfway to the next lower probability."""
+    values = np.unique(probabilities)
+    cuts = np.concatenate([values[:1], (values[1:] + values[:-1]) / 2])
+    hits = [(probabilities[is_one] >= cut).mean() + (probabilities[~is_one] < cut).mean() for cut in cuts]
+    return float(cuts[int(np.argmax(hits))])
+
+
+def share(which: np.ndarray) -> float:
+    return round(float(which.mean()), 4)
+
+
+def texts(rows: Sequence[Row]) -> list[str]:
+    return [row["response"] for row in rows]
+
+
+def read(folder: Path, name: str) -> list[Row]:
+    with gzip.open(folder / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+if __name__ == "__main__":
+    main()
