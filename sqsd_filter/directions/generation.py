@@ -33,8 +33,9 @@ def answer(
     Raises `InputError` for a prompt that leaves the model no room for an answer, `ModelError` where there is no chat
     template.
     """
-    asked = _tokens(tokenizer, prompts, template)
-    _check_room(model, asked, max_new_tokens)
+    asked = as_asked(tokenizer, prompts, template)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    check_room(asked, room, max_new_tokens)
     ends = _ends(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     answers = [""] * len(asked)
@@ -64,7 +65,7 @@ def answer(
     return answers
 
 
-def _tokens(tokenizer: Any, prompts: Sequence[str], template: Mapping[str, Any]) -> list[list[int]]:
+def as_asked(tokenizer: Any, prompts: Sequence[str], template: Mapping[str, Any]) -> list[list[int]]:
     """The prompts as the chat template asks them."""
     if not (template.get("chat_template") or getattr(tokenizer, "chat_template", None)):
         raise ModelError("The tokenizer has no chat template: use an instruction-tuned model.")
@@ -77,8 +78,8 @@ def _tokens(tokenizer: Any, prompts: Sequence[str], template: Mapping[str, Any])
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def _check_room(model: Any, asked: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def check_room(asked: Sequence[Sequence[int]], room: int | None, max_new_tokens: int) -> None:
+    """Raise `InputError` where a prompt and its answer don't fit into the model's `room` (None: no limit) of tokens."""
     longest = max(range(len(asked)), key=lambda k: len(asked[k]), default=None)
     if room is not None and longest is not None and len(asked[longest]) + max_new_tokens > room:
         raise InputError(
