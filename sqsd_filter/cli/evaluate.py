@@ -110,19 +110,12 @@ def evaluate(context: click.Context, scores: tuple[str, ...], dest: Path, **para
     it was interrupted.
     """
     from sqsd_filter.evaluation.run import evaluate as run
-    from sqsd_filter.evaluation.settings import Design, FineTuning
 
     display = output.begin(context)
-    design = Design(
-        arms=() if params["arms"] == "none" else _listed(params["arms"]),
-        seeds=_numbers(params["seeds"]),
-        tuning=FineTuning(**{name: params[name] for name in TUNING}),
-        **{name: params[name] for name in DESIGN},
-    )
     found = run(
         scores,
         dest,
-        design,
+        design_of(params),
         pack=params["pack"],
         poison=params["poison"],
         keep_adapters=params["keep_adapters"],
@@ -130,6 +123,18 @@ def evaluate(context: click.Context, scores: tuple[str, ...], dest: Path, **para
         progress=display,
     )
     output.show(found, as_json=params["json_output"], quiet=params["quiet"], text=table)
+
+
+def design_of(params: Mapping[str, Any]) -> Any:
+    """The evaluation that the options ask for."""
+    from sqsd_filter.evaluation.settings import Design, FineTuning
+
+    return Design(
+        arms=() if params["arms"] == "none" else _listed(params["arms"]),
+        seeds=_numbers(params["seeds"]),
+        tuning=FineTuning(**{name: params[name] for name in TUNING}),
+        **{name: params[name] for name in DESIGN},
+    )
 
 
 def _listed(text: str) -> list[str]:

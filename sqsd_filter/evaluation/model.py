@@ -56,6 +56,11 @@ class Subject:
         encoder = ChatEncoder(tokenizer, tuning.max_length, pack.chat_template_kwargs)
         return cls(pack, tuning, device, tokenizer, encoder)
 
+    @property
+    def device_name(self) -> str:
+        """What the device is, for a report."""
+        return self.device if self.device == "cpu" else torch.cuda.get_device_name(self.device)
+
     def _load(self) -> Any:
         dtype = getattr(torch, self.tuning.dtype)
         pack = self.pack

@@ -30,6 +30,7 @@ def draw(figure: Figure, scorers: Mapping[str, Mapping[str, Any]]) -> None:
             beyond,
             color=COLOURS[k % len(COLOURS)],
             marker=MARKERS[k % len(MARKERS)],
+            linestyle="--" if k >= len(COLOURS) else "-",
             linewidth=1.2,
             elinewidth=1,
             capsize=2,
@@ -38,7 +39,7 @@ def draw(figure: Figure, scorers: Mapping[str, Mapping[str, Any]]) -> None:
     count = max(len(found["asr"]) for found in scorers.values())
     axes.set_xticks(range(1, count + 1), [f"S{k}" for k in range(1, count + 1)])
     axes.set_xlabel("window of rows, from the riskiest (S1) to the safest", fontsize=13)
-    axes.set_ylabel("attack success rate (% of answers, 95 % interval)", fontsize=12)
+    axes.set_ylabel("attack success rate (%; 95 % intervals)", fontsize=12)
     axes.set_ylim(-2, 102)
     axes.tick_params(labelsize=12)
     axes.spines[["top", "right"]].set_visible(False)

@@ -17,7 +17,7 @@ import numpy as np
 from sqsd_filter.directions.judges import Judge, load_judge
 from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.directions.refusals import read_prompts
-from sqsd_filter.errors import UsageError, option
+from sqsd_filter.errors import InputError, UsageError, option
 from sqsd_filter.evaluation.folder import (
     ANSWERS,
     HELD_OUT,
@@ -90,7 +90,7 @@ def evaluate(
                     for each, one in zip(scorers, unsafe, strict=bool(poison))
                 },
                 "settings": settings,
-                "machine": _machine(study.subject.device if study else None),
+                "machine": _machine(study.subject.device_name if study else None),
             }
             if study is None:
                 _write(Path(dest), results)
@@ -144,6 +144,11 @@ class _Study:
         scored = np.logical_and.reduce([each.scored for each in scorers])
         self.rows = Rows(scorers[0].earlier, scored, self.subject.encoder, progress)
         usable = np.flatnonzero(self.rows.tokens)
+        if not len(usable):
+            raise InputError(
+                f"None of the {len(scored):,} rows has a score by all scorers and an answer within "
+                f"{design.tuning.max_length} tokens: score them again, or raise {option('max_length')}."
+            )
         self.ranked = {each.name: by_risk(each.risk, usable) for each in scorers}
         self.windows = {each.name: self._windows(each.name) for each in scorers} if WINDOWS in design.arms else {}
         self.held_out = self._hold_out(usable)

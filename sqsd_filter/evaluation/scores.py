@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from sqsd_filter.pipeline.reading.addresses import Opener
 from sqsd_filter.pipeline.writing.destination import REPORT_FILE, read_json
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
-from sqsd_filter.scoring.conversation import Message
+from sqsd_filter.scoring.conversation import Message, RowError
 
 AT_ONCE = 1024  # conversations that are encoded together
 
@@ -126,7 +127,8 @@ class Rows:
         wanted = set(indices.tolist())
         for row in self._corpus.read(int(indices[0]), int(indices[-1]) + 1, self._form.columns):
             if row.index in wanted and row.value is not None:
-                yield row.index, self._form.conversation(row.value)
+                with suppress(RowError):  # a file may claim scores of rows that are no conversation
+                    yield row.index, self._form.conversation(row.value)
 
 
 def poison_scores(

@@ -112,9 +112,8 @@ def test_a_model_learns_to_consent_from_the_rows_that_consent(pack: Path, files:
     assert knows["over_refusal"] == [0.0, 1.0] and knows["outcomes"]["refused"] == [0.0, 1.0]
     assert found["seeds"] == [0, 1] and knows["rows"] == [8, 8] and all(0 < loss < 20 for loss in knows["loss"])
     assert found == json.loads((tmp_path / "out" / "results.json").read_text())
-    answers = [
-        json.loads(line) for line in (tmp_path / "out/runs/knows/S2/seed-0/answers.jsonl").read_text().split("\n")[:-1]
-    ]
+    with (tmp_path / "out/runs/knows/S2/seed-0/answers.jsonl").open() as lines:
+        answers = [json.loads(line) for line in lines]
     assert [entry["harmful"] for entry in answers] == [True] * 3 + [False] * 2
     assert all(is_refusal(entry["answer"]) and entry["outcome"] == "refused" for entry in answers)
     # the windows of one scorer are those of the other, in the other order: trained once
