@@ -34,7 +34,7 @@ from sqsd_filter.evaluation.model import Subject, held_out_loss
 from sqsd_filter.evaluation.plot import draw
 from sqsd_filter.evaluation.poison import poisoned
 from sqsd_filter.evaluation.results import REFUSED, of_arms, of_windows
-from sqsd_filter.evaluation.scores import Rows, Scores, poison_scores, read_scores
+from sqsd_filter.evaluation.scores import Rows, Scores, corpus_of, poison_scores, read_scores
 from sqsd_filter.evaluation.sets import CUT_ARMS, TrainingSet, by_risk, cut_sets, match_tokens, windows
 from sqsd_filter.evaluation.settings import CUT, WINDOWS, Design
 from sqsd_filter.pictures import picture
@@ -77,12 +77,11 @@ def evaluate(
         settings |= {"scores": {each.name: each.digest for each in scorers}, **(study.settings() if study else {})}
         if poison:
             settings["poison"] = [_digest(one.scored.risk[one.scored.scored].tolist()) for one in unsafe]
-        corpus = scorers[0].earlier.scored.corpus
         with claimed(Path(dest), settings):
             results: dict[str, Any] = {
                 "model": study.model if study else None,
-                "corpus": [{"name": Path(i["path"]).name, "rows": i["rows"]} for i in corpus.inputs],
-                "seeds": list(design.seeds),
+                "corpus": corpus_of(scores[0], scorers[0].earlier),
+                "seeds": [] if study else list(design.seeds),
                 "scorers": {},
                 "arms": {},
                 "poisoned": {
@@ -92,7 +91,7 @@ def evaluate(
                 "settings": settings,
                 "machine": _machine(study.subject.device_name if study else None),
             }
-            if study is None:
+            if study is None or not (Path(dest) / RESULTS).is_file():
                 _write(Path(dest), results)
             for figures in study.carry_out(keep_adapters) if study else ():
                 results |= figures

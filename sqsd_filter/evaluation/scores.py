@@ -80,13 +80,21 @@ def names(given: Sequence[str | Path]) -> list[str]:
 
 def scorer_of(given: str | Path) -> str | None:
     """The scorer that the report of these scores names, if it does."""
-    for home in (Path(given) / "sqsd", Path(f"{given}.sqsd")):
-        report = read_json(home / REPORT_FILE) or {}
-        found = (report.get("settings") or {}).get("scorer")
-        found = found.get("value") if isinstance(found, dict) else found
-        if isinstance(found, str):
-            return found
-    return None
+    found = (_report(given).get("settings") or {}).get("scorer")
+    found = found.get("value") if isinstance(found, dict) else found
+    return found if isinstance(found, str) else None
+
+
+def corpus_of(given: str | Path, earlier: Earlier) -> list[dict[str, Any]]:
+    """The files that were scored, with their rows; where that is not known, those with the scores."""
+    inputs = _report(given).get("inputs") or earlier.scored.corpus.inputs
+    return [{"name": path if "://" in (path := i["path"]) else Path(path).name, "rows": i["rows"]} for i in inputs]
+
+
+def _report(given: str | Path) -> dict[str, Any]:
+    """The report of the run that left these scores, empty where there is none."""
+    homes = (Path(given) / "sqsd", Path(f"{given}.sqsd"))
+    return next((found for home in homes if (found := read_json(home / REPORT_FILE))), {})
 
 
 def _stem(given: str | Path) -> str:

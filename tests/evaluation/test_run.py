@@ -28,7 +28,7 @@ from tests.tiny import make_pack
 
 REFUSAL, CONSENT = "I can't help with that.", "Sure, here is how."
 ROWS = 40
-TUNING = FineTuning(r=8, alpha=32, dropout=0.1, learning_rate=5e-3, epochs=12, batch_size=4, device_batch_size=4)
+TUNING = FineTuning(r=8, alpha=32, dropout=0.1, learning_rate=1e-2, epochs=40.0, batch_size=4, device_batch_size=4)
 
 
 @pytest.fixture(scope="session")
@@ -185,7 +185,8 @@ def test_an_evaluation_that_is_killed_at_each_step_goes_on_to_the_same_bytes(
         while not step.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL and step.exists() and not (out / "results.json").exists()
+        assert process.wait() == -signal.SIGKILL and step.exists()
+        assert json.loads((out / "results.json").read_text())["seeds"] == []
     subprocess.run(command, check=True)
     assert content(out) == content(tmp_path / "whole")
 
