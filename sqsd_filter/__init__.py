@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from sqsd_filter.directions.callback import DriftCallback
     from sqsd_filter.directions.pack import Pack, load_pack
     from sqsd_filter.errors import SQSDError
+    from sqsd_filter.evaluation.run import evaluate
+    from sqsd_filter.evaluation.settings import Design, FineTuning
     from sqsd_filter.pipeline.cutting import select
     from sqsd_filter.pipeline.publishing.hub import PushTo
     from sqsd_filter.pipeline.run import filter_dataset, score_dataset, select_dataset
@@ -21,6 +23,9 @@ _HOMES = {
     "Columns": "scoring.row_formats",
     "make_scorer": "scoring.baselines",
     "DriftCallback": "directions.callback",
+    "Design": "evaluation.settings",
+    "FineTuning": "evaluation.settings",
+    "evaluate": "evaluation.run",
     "Pack": "directions.pack",
     "load_pack": "directions.pack",
     "PushTo": "pipeline.publishing.hub",
@@ -33,11 +38,14 @@ _HOMES = {
 
 __all__ = [
     "Columns",
+    "Design",
     "DriftCallback",
+    "FineTuning",
     "Pack",
     "PushTo",
     "SQSDError",
     "SQSDScorer",
+    "evaluate",
     "filter_dataset",
     "load_pack",
     "make_scorer",

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sqsd_filter.cli.evaluate import design_of
 from sqsd_filter.directions.build import build_pack
 from sqsd_filter.directions.data import read_data
 from sqsd_filter.directions.recipe import SENSITIVE, AdapterRecipe, LoraShape, PackRecipe
+from sqsd_filter.evaluation.settings import FineTuning
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.commands import parse
 from tests.corpora import write_jsonl
@@ -18,7 +23,9 @@ from tests.directions import hub_data
 from tests.hub import Hub
 from tests.tiny import CONVERSATIONS
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "packs").glob("*/*.toml"))
+RECIPES_ROOT = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted((RECIPES_ROOT / "packs").glob("*/*.toml"))
+EVALUATIONS = sorted((RECIPES_ROOT / "paper").glob("*/evaluate.toml"))
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 of_the_paper = pytest.mark.parametrize(
     "path", [path for path in RECIPES if "2605.04572" in path.read_text()], ids=lambda path: path.parent.name
@@ -123,3 +130,35 @@ def test_a_recipe_builds_a_pack(path: Path, served: Hub, tmp_path: Path, tiny_pa
     kind = "" if path.stem == "recipe" else f"-{path.stem}"
     assert pack.name == f"{path.parent.name}{kind}"
     assert set(SQSDScorer(pack.path).score(CONVERSATIONS[:2]).status) == {"scored"}
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.parent.name)
+def test_an_evaluation_s_config_is_read_and_makes_sense(path: Path) -> None:
+    words = ["evaluate", "scores.parquet", "out", "--harmful", "harmful.jsonl", "--config", str(path)]
+    params = parse(words).params
+    given = tomllib.loads(path.read_text())
+    assert {name: params[name] for name in given} == given
+    design = design_of(params)
+    assert design.windows == 5 and design.tuning.schedule == "cosine" and design.tuning.warmup_ratio == 0.1
+
+
+def test_the_settings_of_the_paper_s_evaluation_are_kept() -> None:
+    [path] = [path for path in EVALUATIONS if "2605.04572" in path.read_text()]
+    design = design_of(parse(["evaluate", "s.parquet", "out", "--harmful", "h.jsonl", "--config", str(path)]).params)
+    assert design.size == 1000 and "Llama-Guard-3" in design.judge
+    assert replace(design.tuning, device_batch_size=8) == FineTuning()
+    for line in re.findall(r"^# .*: +sqsd-filter (.*)", path.read_text(), re.MULTILINE):
+        assert parse(line.replace("--config evaluate.toml", f"--config {path}").split()).params
+
+
+def test_the_small_study_takes_only_what_the_pack_has_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("study", RECIPES_ROOT / "paper" / "small" / "study.py")
+    assert spec and spec.loader
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    rows = [{"instruction": f"Say {k}", "context": "", "response": "" if k == 5 else "Yes."} for k in range(9)]
+    assert [study.asked(row) for row in study.fresh([*rows, rows[2]], {"say 3"})] == [
+        f"say {k}" for k in (0, 1, 2, 4, 6, 7, 8)
+    ]
+    assert study.asked({"question": "What is 2 + 2?"}) == "what is 2 2"

@@ -55,11 +55,9 @@ def table(report: Mapping[str, Any]) -> str:
             figures = [f"{along[key]:.6g}" for key in ("projection", "cosine", "cosine_sum", "norm")]
             lines.append([str(point["step"]) * (k == 0), name, *figures, *(text * (k == 0) for text in whole)])
     lines[0] = lines[0][: len(lines[1])]
-    wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
     pack = report["pack"]
     head = f"{report['run']} along pack {pack['name']} ({pack['fingerprint']}) on {report['base_model']}"
-    aligned = ("  ".join(text.rjust(w) for text, w in zip(line, wide, strict=True)).rstrip() for line in lines)
-    return "\n".join([head, *aligned])
+    return "\n".join([head, *output.aligned(lines)])
 
 
 def _refusals(point: Mapping[str, Any]) -> list[str]:

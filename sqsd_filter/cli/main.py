@@ -15,6 +15,7 @@ import click
 from sqsd_filter.cli import options, output
 from sqsd_filter.cli.check import check
 from sqsd_filter.cli.drift import drift
+from sqsd_filter.cli.evaluate import evaluate
 from sqsd_filter.cli.pack import pack
 from sqsd_filter.cli.states import states
 from sqsd_filter.cli.steer import steer
@@ -211,6 +212,7 @@ cli.add_command(pack)
 cli.add_command(steer)
 cli.add_command(store)
 cli.add_command(drift)
+cli.add_command(evaluate)
 pack.add_command(states)
 
 

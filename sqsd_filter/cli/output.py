@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -220,6 +220,12 @@ def compacted(found: Mapping[str, Any]) -> str:
     """What `store compact` says."""
     lines = [f"{found['where']}: {_many(found['files_before'], 'file')} joined into {found['files']:,}"]
     return "\n".join([*lines, *(f"  not a score file, left alone: {name}" for name in found["foreign"])])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line a row, with the cells of a column one below the other, to the right."""
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.rjust(w) for text, w in zip(row, wide, strict=True)).rstrip() for row in rows]
 
 
 def _many(count: int, what: str) -> str:

@@ -33,8 +33,13 @@ def answer(
     Raises `InputError` for a prompt that leaves the model no room for an answer, `ModelError` where there is no chat
     template.
     """
-    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    asked = as_turns(prompts)
     return reply(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, template=template)
+
+
+def as_turns(prompts: Sequence[str]) -> list[list[dict[str, str]]]:
+    """A conversation for each prompt, in which the user asks it."""
+    return [[{"role": "user", "content": prompt}] for prompt in prompts]
 
 
 def reply(
@@ -47,8 +52,9 @@ def reply(
     template: Mapping[str, Any] = {},
 ) -> list[str]:
     """As `answer`, what the model says next in conversations of any turns."""
-    asked = _tokens(tokenizer, conversations, template)
-    _check_room(model, asked, max_new_tokens)
+    asked = as_asked(tokenizer, conversations, template)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    check_room(asked, room, max_new_tokens)
     ends = _ends(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     answers = [""] * len(asked)
@@ -78,7 +84,7 @@ def reply(
     return answers
 
 
-def _tokens(
+def as_asked(
     tokenizer: Any, conversations: Sequence[Sequence[Mapping[str, Any]]], template: Mapping[str, Any]
 ) -> list[list[int]]:
     """The conversations as the chat template asks for what comes next."""
@@ -91,8 +97,8 @@ def _tokens(
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def _check_room(model: Any, asked: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def check_room(asked: Sequence[Sequence[int]], room: int | None, max_new_tokens: int) -> None:
+    """Raise `InputError` where a prompt and its answer don't fit into the model's `room` (None: no limit) of tokens."""
     longest = max(range(len(asked)), key=lambda k: len(asked[k]), default=None)
     if room is not None and longest is not None and len(asked[longest]) + max_new_tokens > room:
         raise InputError(

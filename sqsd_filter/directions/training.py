@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from sqsd_filter.directions import processes
 from sqsd_filter.directions.data import TrainingData, prompt_and_reply
 from sqsd_filter.directions.folders import write_adapter
 from sqsd_filter.directions.pack import ADAPTER_FILES
-from sqsd_filter.directions.recipe import SENSITIVE, AdapterRecipe, PackRecipe
+from sqsd_filter.directions.recipe import SENSITIVE, AdapterRecipe, LoraShape, PackRecipe
 from sqsd_filter.errors import PackError, UsageError
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
@@ -28,38 +28,115 @@ from sqsd_filter.scoring.weights import load_in_4bit, load_model, load_tokenizer
 WORK_DIR = ".build"
 
 
-def train(recipe: PackRecipe, name: str, data: TrainingData, target: Path, progress: Progress) -> None:
-    import torch
-    from datasets.utils.logging import disable_progress_bar
-    from peft import LoraConfig
-    from transformers import PrinterCallback, set_seed
+@dataclass(frozen=True)
+class Course:
+    """How an adapter is trained, whatever its rows are and wherever they come from. The trainer's checkpoints go to
+    the folder `checkpoints`; the last `keep` of them stay, None for all."""
 
-    disable_progress_bar()
+    name: str
+    adapter: AdapterRecipe
+    lora: LoraShape
+    seed: int
+    checkpoints: Path
+    keep: int | None = None
+
+
+def train(recipe: PackRecipe, name: str, data: TrainingData, target: Path, progress: Progress) -> None:
+    """Train one adapter of the recipe and put it, with its record, into the pack's folder `target`."""
     adapter = recipe.adapters[name]
     progress.note(f"training '{name}' by {adapter.method.upper()} on {adapter.data}")
     tokenizer = load_tokenizer(recipe.base_model, recipe.base_revision)
+    model = _base(recipe, name, target)
+    course = Course(name, adapter, recipe.lora, recipe.seed, target / WORK_DIR / name)
+    if adapter.method == "sft":
+        rows = _encoded(tokenizer, recipe.chat_template_kwargs, adapter, data)
+        trainer = fine_tune(course, model, tokenizer, rows, progress)
+    else:
+        trainer = _prefer(course, model, tokenizer, data, recipe.chat_template_kwargs, progress)
+
+    taken = course.checkpoints / "last"
+    if processes.is_first():
+        trainer.model.save_pretrained(taken)
+    processes.wait()
+    if isinstance(adapter.take_step, int):
+        taken = course.checkpoints / f"checkpoint-{adapter.take_step}"
+    if processes.is_first():
+        _publish(taken, target / name)
+        write_json(target / name / "training.json", _facts(recipe, adapter, data, trainer))
+    processes.wait()
+
+
+def fine_tune(course: Course, model: Any, tokenizer: Any, rows: Sequence[Encoded], progress: Progress) -> Any:
+    """SFT on the rows' answers: the trainer with a trained LoRA on `model`. It goes on from the last checkpoint."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = _prepare(course, model, tokenizer)
+    examples = []
+    for row in rows:
+        ids = row.ids.tolist()
+        labels = [token if learned else -100 for token, learned in zip(ids, row.answer, strict=True)]
+        examples.append({"input_ids": ids, "labels": labels})
+    trainer = SFTTrainer(
+        model=model,
+        args=_alone(SFTConfig(**arguments)),
+        train_dataset=Dataset.from_list(examples),
+        processing_class=tokenizer,
+        peft_config=_lora(course.lora),
+    )
+    return _run(course, trainer, progress)
+
+
+def _prefer(
+    course: Course, model: Any, tokenizer: Any, data: TrainingData, template: Mapping[str, Any], progress: Progress
+) -> Any:
+    """DPO: the chosen answers before the rejected ones."""
+    from datasets import Dataset, load_from_disk
+    from trl import DPOConfig, DPOTrainer
+
+    arguments = _prepare(course, model, tokenizer)
+    rows: list[dict[str, Any]] = []
+    for chosen, rejected in data.examples:
+        prompt, better = prompt_and_reply(chosen)
+        _, worse = prompt_and_reply(rejected)
+        row = {"prompt": _plain(prompt), "chosen": _plain(better), "rejected": _plain(worse)}
+        rows.append(row | ({"chat_template_kwargs": kwargs} if (kwargs := dict(template)) else {}))
+    stored = course.checkpoints / "pairs"  # beside which trl keeps the base's log-probabilities for all
+    if processes.is_first() and not (stored.is_dir() and load_from_disk(stored).to_list() == rows):
+        shutil.rmtree(stored, ignore_errors=True)
+        with _renamed(stored) as beside:
+            Dataset.from_list(rows).save_to_disk(beside)
+    processes.wait()
+    trainer = DPOTrainer(
+        model=model,
+        args=_alone(DPOConfig(**arguments, beta=course.adapter.beta, precompute_ref_log_probs=True)),
+        train_dataset=load_from_disk(stored),
+        processing_class=tokenizer,
+        peft_config=_lora(course.lora),
+    )
+    return _run(course, trainer, progress)
+
+
+def _prepare(course: Course, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What all trainers are told, on the device where the model is; random numbers begin with the seed."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers import set_seed
+
+    disable_progress_bar()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = _base(recipe, name, target)
-    lora = LoraConfig(
-        r=recipe.lora.r,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=recipe.lora.dropout,
-        target_modules=recipe.lora.target_modules,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    cuda, count = torch.cuda.is_available(), processes.count()
+    adapter, count = course.adapter, processes.count()
+    cuda = next(model.parameters()).is_cuda
     if adapter.batch_size % count:
         raise UsageError(
-            f"Adapter '{name}' has a batch_size of {adapter.batch_size}, which {count} processes can't share: start "
-            "fewer, or change it."
+            f"Adapter '{course.name}' has a batch_size of {adapter.batch_size}, which {count} processes can't share: "
+            "start fewer, or change it."
         )
     share = adapter.batch_size // count
     on_device = math.gcd(share, adapter.device_batch_size or (share if cuda else 1))
-    checkpoints = target / WORK_DIR / name
-    arguments = {
-        "output_dir": str(checkpoints),
+    set_seed(course.seed)
+    return {
+        "output_dir": str(course.checkpoints),
         "num_train_epochs": adapter.epochs,
         "learning_rate": adapter.learning_rate,
         "lr_scheduler_type": adapter.schedule,
@@ -68,8 +145,9 @@ def train(recipe: PackRecipe, name: str, data: TrainingData, target: Path, progr
         "gradient_accumulation_steps": share // on_device,
         "max_length": adapter.max_length,
         "save_steps": adapter.save_steps,
+        "save_total_limit": course.keep,
         "logging_steps": 0.05,  # of all steps: about twenty losses
-        "seed": recipe.seed,
+        "seed": course.seed,
         "use_cpu": not cuda,
         "bf16": False,  # the base is loaded in its dtype already; the adapters train in float32
         "gradient_checkpointing": cuda,
@@ -77,29 +155,33 @@ def train(recipe: PackRecipe, name: str, data: TrainingData, target: Path, progr
         "report_to": "none",
         "disable_tqdm": True,
     }
-    set_seed(recipe.seed)
-    if adapter.method == "sft":
-        trainer = _sft(model, tokenizer, recipe, adapter, data, lora, arguments)
-    else:
-        trainer = _dpo(model, tokenizer, recipe, adapter, data, lora, arguments)
+
+
+def _lora(shape: LoraShape) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=shape.r,
+        lora_alpha=shape.alpha,
+        lora_dropout=shape.dropout,
+        target_modules=shape.target_modules,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _run(course: Course, trainer: Any, progress: Progress) -> Any:
+    """Let the trainer train, from its last whole checkpoint if there is one."""
+    from transformers import PrinterCallback
+
     _in_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in: every log entry to stdout
-    trainer.add_callback(_told(progress, name, adapter))
-    whole = [p for p in checkpoints.glob("checkpoint-*") if _is_whole(p)]
+    trainer.add_callback(_told(progress, course.name, course.adapter))
+    whole = [p for p in course.checkpoints.glob("checkpoint-*") if _is_whole(p)]
     last = max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     progress.finish()
-
-    taken = checkpoints / "last"
-    if processes.is_first():
-        trainer.model.save_pretrained(taken)
-    processes.wait()
-    if isinstance(adapter.take_step, int):
-        taken = checkpoints / f"checkpoint-{adapter.take_step}"
-    if processes.is_first():
-        _publish(taken, target / name)
-        write_json(target / name / "training.json", _facts(recipe, adapter, data, trainer))
-    processes.wait()
+    return trainer
 
 
 def _base(recipe: PackRecipe, name: str, target: Path) -> Any:
@@ -132,7 +214,6 @@ def _in_float32(model: Any) -> None:
 
 def _facts(recipe: PackRecipe, adapter: AdapterRecipe, data: TrainingData, trainer: Any) -> dict[str, Any]:
     """The provenance of a trained adapter."""
-    losses = [{"step": e["step"], "loss": round(e["loss"], 4)} for e in trainer.state.log_history if "loss" in e]
     settings = {k: v for k, v in asdict(adapter).items() if v not in (None, {})}
     how = {"lora": asdict(recipe.lora), "seed": recipe.seed, "dtype": recipe.dtype}
     how |= {"quantization": recipe.quantization} if recipe.quantization else {}
@@ -143,8 +224,13 @@ def _facts(recipe: PackRecipe, adapter: AdapterRecipe, data: TrainingData, train
         "left_out": dict(data.left_out),
         "steps": trainer.state.global_step if adapter.take_step in (None, SENSITIVE) else adapter.take_step,
         "settings": settings | how,
-        "losses": losses,
+        "losses": losses(trainer),
     }
+
+
+def losses(trainer: Any) -> list[dict[str, Any]]:
+    """The training loss (nats a token) after about every twentieth of the updates."""
+    return [{"step": e["step"], "loss": round(e["loss"], 4)} for e in trainer.state.log_history if "loss" in e]
 
 
 def take_checkpoint(target: Path, name: str, checkpoint: Path, step: int) -> None:
@@ -210,69 +296,18 @@ def _publish(trained: Path, target: Path) -> None:
     write_adapter(target, config, {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()})
 
 
-def _sft(
-    model: Any,
-    tokenizer: Any,
-    recipe: PackRecipe,
-    adapter: AdapterRecipe,
-    data: TrainingData,
-    lora: Any,
-    arguments: dict,
-) -> Any:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    encoder = ChatEncoder(tokenizer, adapter.max_length, recipe.chat_template_kwargs)
+def _encoded(tokenizer: Any, template: Mapping[str, Any], adapter: AdapterRecipe, data: TrainingData) -> list[Encoded]:
+    """The examples as the model sees them; those that it can't see are counted in `data`. Raises `PackError`."""
+    encoder = ChatEncoder(tokenizer, adapter.max_length, template)
     rows = []
     for encoded in encoder.encode([conversation for (conversation,) in data.examples]):
         if isinstance(encoded, Encoded):
-            ids = encoded.ids.tolist()
-            labels = [i if m else -100 for i, m in zip(ids, encoded.answer, strict=True)]
-            rows.append({"input_ids": ids, "labels": labels})
+            rows.append(encoded)
         else:
             data.left_out[encoded.status] += 1
     if not rows:
         raise PackError(f"No row of {adapter.data} has an answer within {adapter.max_length} tokens.")
-    return SFTTrainer(
-        model=model,
-        args=_alone(SFTConfig(**arguments)),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
-
-
-def _dpo(
-    model: Any,
-    tokenizer: Any,
-    recipe: PackRecipe,
-    adapter: AdapterRecipe,
-    data: TrainingData,
-    lora: Any,
-    arguments: dict,
-) -> Any:
-    from datasets import Dataset, load_from_disk
-    from trl import DPOConfig, DPOTrainer
-
-    rows: list[dict[str, Any]] = []
-    for chosen, rejected in data.examples:
-        prompt, better = prompt_and_reply(chosen)
-        _, worse = prompt_and_reply(rejected)
-        row = {"prompt": _plain(prompt), "chosen": _plain(better), "rejected": _plain(worse)}
-        rows.append(row | ({"chat_template_kwargs": kwargs} if (kwargs := dict(recipe.chat_template_kwargs)) else {}))
-    stored = Path(arguments["output_dir"]) / "pairs"  # beside which trl keeps the base's log-probabilities for all
-    if processes.is_first() and not (stored.is_dir() and load_from_disk(stored).to_list() == rows):
-        shutil.rmtree(stored, ignore_errors=True)
-        with _renamed(stored) as beside:
-            Dataset.from_list(rows).save_to_disk(beside)
-    processes.wait()
-    return DPOTrainer(
-        model=model,
-        args=_alone(DPOConfig(**arguments, beta=adapter.beta, precompute_ref_log_probs=True)),
-        train_dataset=load_from_disk(stored),
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
+    return rows
 
 
 def _alone(config: Any) -> Any:

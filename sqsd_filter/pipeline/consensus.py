@@ -39,7 +39,7 @@ def agree(packs: Sequence[Earlier], rule: str) -> Earlier:
     """
     first, *others = packs
     for other in others:
-        _check_same(first, other)
+        check_same(first, other)
     names = _names(packs)
     told = [
         {"column": f"sqsd_risk_{name}", "scores": pack.where, "pack": pack.pack}
@@ -81,7 +81,8 @@ def combine(packs: Sequence[Scored], names: Sequence[str], rule: str) -> Scored:
     return replace(first, statuses=statuses, codes=codes, probes=own, risk=risk, counts=counts, details=details)
 
 
-def _check_same(first: Earlier, other: Earlier) -> None:
+def check_same(first: Earlier, other: Earlier) -> None:
+    """Raise `InputError` where the two are not scores of the same conversations in the same order."""
     here, there = first.keys, other.keys
     n = min(len(here), len(there))
     apart = np.flatnonzero(here[:n] != there[:n])

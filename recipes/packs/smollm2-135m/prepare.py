@@ -54,7 +54,7 @@ def main() -> None:
 def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
     """All files' rows: `align`, `initial`, `danger`, `safety` to train on, `val` and `test` to judge scores on,
     `steer` to move the model with, `harmful` and `harmless` to judge models on."""
-    judged = _read(data, "judged-completions")
+    judged = read(data, "judged-completions")
     part = split_prompts(judged, seed)
     completions: dict[str, list[Row]] = defaultdict(list)
     for row in judged:
@@ -62,18 +62,18 @@ def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
 
     danger = [
         {"prompt": row["prompt"], "response": row["response"]}
-        for row in _shuffled(completions["train"], seed, "danger")
+        for row in shuffled(completions["train"], seed, "danger")
         if row["unsafe"] and not row["refusal"]
     ]
-    pairs = _read(data, "safety-pairs")
+    pairs = read(data, "safety-pairs")
     safety = [
         {"prompt": row["prompt"], "chosen": row["safer"], "rejected": row["less_safe"]}
-        for row in _shuffled(pairs, seed, "safety")
+        for row in shuffled(pairs, seed, "safety")
         if part.get(key(row["prompt"]), "train") == "train" and not to_align(row["prompt"])
     ]
 
     dolly = _unique(
-        _shuffled(_read(data, "dolly-15k"), seed, "dolly"), lambda r: key(f"{r['instruction']}\n{r['context']}")
+        shuffled(read(data, "dolly-15k"), seed, "dolly"), lambda r: key(f"{r['instruction']}\n{r['context']}")
     )
     dolly = [row for row in dolly if row["instruction"].strip() and row["response"].strip()]
     columns = ("instruction", "context", "response")
@@ -82,7 +82,7 @@ def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
     # benign rows that nothing is trained on: consecutive slices of shuffled lists
     pools = {
         "dolly": [(_joined(row), row["response"]) for row in dolly[INITIAL_ROWS:]],
-        "gsm8k": [(r["question"], r["answer"]) for r in _shuffled(_read(data, "gsm8k-train"), seed, "gsm8k")],
+        "gsm8k": [(r["question"], r["answer"]) for r in shuffled(read(data, "gsm8k-train"), seed, "gsm8k")],
         "xstest": _xstest(data, seed),
     }
     files: dict[str, list[Row]] = {"initial": initial, "danger": danger, "safety": safety}
@@ -109,7 +109,7 @@ def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
     files["align"] = _align(data, pairs, part, harmless, seed) + [
         {"prompt": _joined(row), "response": row["response"], "kind": "dolly"} for row in answered
     ]
-    prompts = _shuffled(_read(data, "harmful-prompts"), seed, "prompts")
+    prompts = shuffled(read(data, "harmful-prompts"), seed, "prompts")
     advbench = [r["prompt"] for r in prompts if r["source"].startswith("AdvBench") and key(r["prompt"]) not in part]
     files["align"] += [
         {"prompt": prompt, "response": REFUSALS[n % len(REFUSALS)], "kind": "advbench"}
@@ -151,17 +151,17 @@ def _align(data: Path, pairs: Iterable[Row], part: Mapping[str, str], harmless: 
     def add(prompt: str, response: str, kind: str) -> None:
         answers[prompt].append({"prompt": prompt, "response": response, "kind": kind})
 
-    for row in _shuffled(pairs, seed, "refusals"):
+    for row in shuffled(pairs, seed, "refusals"):
         if part.get(key(row["prompt"])) == "train" and to_align(row["prompt"]):
             add(row["prompt"], row["safer"], "refusal")
-    for row in _shuffled(_read(data, "xstest-completions"), seed, "align"):
+    for row in shuffled(read(data, "xstest-completions"), seed, "align"):
         if row["type"].startswith("contrast_"):
             if row["label"] == "2_full_refusal" and to_align(row["prompt"]):
                 add(row["prompt"], row["response"], "contrast")
         elif row["label"] == "1_full_compliance" and key(row["prompt"]) in harmless:
             add(row["prompt"], row["response"], "harmless")
     contrasts = [prompt for prompt in sorted(answers) if answers[prompt][0]["kind"] == "contrast"]
-    for prompt in _shuffled(contrasts, seed, "contrasts")[CONTRASTS_TO_ALIGN:]:
+    for prompt in shuffled(contrasts, seed, "contrasts")[CONTRASTS_TO_ALIGN:]:
         del answers[prompt]
     return [row for prompt in sorted(answers) for row in answers[prompt][: ANSWERS[answers[prompt][0]["kind"]]]]
 
@@ -178,7 +178,7 @@ def split_prompts(judged: Iterable[Mapping[str, Any]], seed: int) -> dict[str, s
         categories[row["category"]].add(key(row["prompt"]))
     part: dict[str, str] = {}
     for number, category in enumerate(sorted(categories)):
-        prompts = _shuffled(sorted(categories[category]), seed, category)
+        prompts = shuffled(sorted(categories[category]), seed, category)
         train = round(0.6 * len(prompts))
         val = train + 1 + number % 2
         for position, prompt in enumerate(prompts):
@@ -190,16 +190,16 @@ def _xstest(data: Path, seed: int) -> list[tuple[str, str]]:
     """Full answers to XSTest's safe prompts, which only look unsafe: one answer a prompt."""
     rows = [
         row
-        for row in _read(data, "xstest-completions")
+        for row in read(data, "xstest-completions")
         if row["label"] == "1_full_compliance" and not row["type"].startswith("contrast_")
     ]
-    return [(r["prompt"], r["response"]) for r in _unique(_shuffled(rows, seed, "xstest"), lambda r: key(r["prompt"]))]
+    return [(r["prompt"], r["response"]) for r in _unique(shuffled(rows, seed, "xstest"), lambda r: key(r["prompt"]))]
 
 
 def _spread(rows: Sequence[Row], count: int, seed: int) -> list[tuple[str, str]]:
     """A sample that takes the prompts in turn, so that every prompt counts about the same."""
     waiting: dict[str, list[Row]] = defaultdict(list)
-    for row in _shuffled(rows, seed, "spread"):
+    for row in shuffled(rows, seed, "spread"):
         waiting[row["prompt"]].append(row)
     chosen: list[tuple[str, str]] = []
     while len(chosen) < count and any(waiting.values()):
@@ -220,13 +220,13 @@ def _unique(rows: Iterable[Row], of: Callable[[Row], str]) -> list[Row]:
     return list(seen.values())
 
 
-def _shuffled(items: Iterable[Any], seed: int, purpose: str) -> list[Any]:
+def shuffled(items: Iterable[Any], seed: int, purpose: str) -> list[Any]:
     items = list(items)
     random.Random(f"{seed} {purpose}").shuffle(items)
     return items
 
 
-def _read(folder: Path, name: str) -> list[Row]:
+def read(folder: Path, name: str) -> list[Row]:
     with gzip.open(folder / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 

@@ -66,7 +66,7 @@ class Destination:
         if known != asked and self.holds_work():
             if not self._overwrite:
                 raise DestinationExists(
-                    f"{self.target} holds another run ({_difference(known or {}, asked)}): choose another "
+                    f"{self.target} holds another run ({difference(known or {}, asked)}): choose another "
                     "destination, or replace it with --overwrite."
                 )
             if Path.cwd().is_relative_to(self.target.resolve()) or self.target.is_mount():
@@ -259,7 +259,7 @@ def read_json(path: Path) -> Any:
         return {}
 
 
-def _difference(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+def difference(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """The first few settings that differ, as "name: there → here"."""
     parts = []
     for key in sorted({*known, *asked}):
@@ -267,7 +267,7 @@ def _difference(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
         if before == now:
             continue
         if isinstance(before, dict) and isinstance(now, dict):
-            parts.append(_difference(before, now))
+            parts.append(difference(before, now))
         elif key == "inputs":
             parts.append("other input files or contents")
         else:

@@ -19,9 +19,9 @@ from sqsd_filter.pipeline.writing.export import CONFIGS
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 
 
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a score or a byte."""
-    names = ("sqsd-filter", "torch", "transformers", "datasets", "pyarrow", "numpy")
+def versions(*more: str) -> dict[str, str]:
+    """Versions of everything that can change a score or a byte, and of these packages."""
+    names = ("sqsd-filter", "torch", "transformers", "datasets", "pyarrow", "numpy", *more)
     found = {"python": platform.python_version()}
     for name in names:
         try:

@@ -1,0 +1,122 @@
+"""The paper's experiment at the size of a laptop: rows of Dolly and GSM8K are scored by each scorer, and models are
+fine-tuned on what they call risky and safe. Results come to OUT/<corpus>/results.json after each seed.
+
+    nohup python study.py DATA_FOLDER OUT > study.log 2>&1 &
+
+DATA_FOLDER has databricks-dolly-15k, GSM8K, AdvBench, StrongREJECT, XSTest and completions to JailbreakBench prompts,
+as recipes/packs/smollm2-135m/prepare.py reads them. No row or prompt that the pack was trained or chosen on is used.
+Whatever ends it, the same command goes on. About 5 minutes a fine-tuning on two cores, 150 a corpus for ten scorers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1] / "packs" / "smollm2-135m"))
+
+import prepare  # noqa: E402
+
+SCORERS = ("sqsd", "random", "length")  # names that `sqsd-filter score --scorer` takes
+CUT_SCORERS = ("sqsd", "length")  # whose cut is compared with a random one, which takes longer
+CORPUS_ROWS = 2000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="the folder with the open data files")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--pack", default="smollm2-135m", help="the aligned model, and the compass of the scores")
+    parser.add_argument("--judge", default="phrases")
+    parser.add_argument("--scorers", default=",".join(SCORERS), help="as sqsd,random")
+    options = parser.parse_args()
+    scorers = options.scorers.split(",")
+    files = write_data(options.data, options.out / "data")
+    for name, rows in files.items():
+        if name not in ("harmful", "harmless"):
+            for scorer in scorers:
+                score(rows, scores(options.out, name, scorer), scorer, options.pack)
+    for corpus in ("dolly", "gsm8k"):
+        asked = ["--harmful", files["harmful"], "--harmless", files["harmless"], "--judge", options.judge]
+        asked += ["--pack", options.pack, "--config", HERE / "evaluate.toml"]
+        found = [scores(options.out, corpus, scorer) for scorer in scorers]
+        poison = [word for scorer in scorers for word in ("--poison", scores(options.out, "unsafe", scorer))]
+        call("evaluate", *found, options.out / corpus, *asked, *poison)
+        if cut := [scores(options.out, corpus, scorer) for scorer in scorers if scorer in CUT_SCORERS]:
+            call("evaluate", *cut, options.out / f"{corpus}-cut", *asked, "--arms", "cut", "--drop-top", "5%")
+
+
+def scores(out: Path, rows: str, scorer: str) -> Path:
+    return out / "scores" / rows / f"{scorer}.parquet"
+
+
+def score(rows: Path, target: Path, scorer: str, pack: str) -> None:
+    """Score a file, unless that is done."""
+    report = Path(f"{target}.sqsd") / "report.json"
+    if report.is_file() and json.loads(report.read_text())["status"] == "ok":
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    call("score", rows, target, "--scorer", scorer, "--pack", pack, "--config", HERE / "evaluate.toml")
+
+
+def call(*words: object) -> None:
+    command = ["sqsd-filter", *map(str, words)]
+    print(" ".join(command), file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, "-m", "sqsd_filter", *command[1:]], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def write_data(data: Path, out: Path) -> dict[str, Path]:
+    """The files of the study, which are written once: two corpora, known unsafe rows, and prompts."""
+    files = {name: out / f"{name}.jsonl" for name in ("dolly", "gsm8k", "unsafe", "harmful", "harmless")}
+    if all(path.is_file() for path in files.values()):
+        return files
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in study_rows(data).items():
+        beside = files[name].with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        beside.rename(files[name])
+    return files
+
+
+def study_rows(data: Path, seed: int = 0) -> dict[str, list[Mapping[str, Any]]]:
+    """All files' rows: what `prepare` left, and the prompts that it set aside for judging models."""
+    prepared = prepare.prepare(data, seed)
+    seen = {asked(row) for name in ("initial", "align", "val", "test") for row in prepared[name]}
+    judged = prepare.read(data, "judged-completions")
+    part = prepare.split_prompts(judged, seed)
+    corpora = {name: prepare.read(data, file) for name, file in (("dolly", "dolly-15k"), ("gsm8k", "gsm8k-train"))}
+    unsafe = [
+        {"prompt": row["prompt"], "response": row["response"]}
+        for row in judged
+        if part[prepare.key(row["prompt"])] == "test" and row["unsafe"] and not row["refusal"]
+    ]
+    unseen = {name: fresh(prepare.shuffled(rows, seed, "study"), seen) for name, rows in corpora.items()}
+    return {**unseen, "unsafe": unsafe, **{name: prepared[name] for name in ("harmful", "harmless")}}
+
+
+def fresh(rows: Iterable[Mapping[str, Any]], seen: set[str]) -> list[Mapping[str, Any]]:
+    """The first `CORPUS_ROWS` of the rows with a question and an answer, none of them seen before or twice."""
+    chosen: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        answer = row.get("response", row.get("answer", ""))
+        if asked(row) not in seen and asked(row) and answer.strip():
+            chosen.setdefault(asked(row), row)
+    return list(chosen.values())[:CORPUS_ROWS]
+
+
+def asked(row: Mapping[str, Any]) -> str:
+    """What a row asks, without case, punctuation and spacing."""
+    question = row.get("prompt") or row.get("question") or f"{row.get('instruction', '')}\n{row.get('context', '')}"
+    return prepare.key(question)
+
+
+if __name__ == "__main__":
+    main()

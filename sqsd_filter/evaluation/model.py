@@ -1,0 +1,118 @@
+"""The aligned model of a pack: fine-tuned on a set of rows, asked prompts, and its loss on held-out rows.
+
+Each step loads the model anew, so that a run does not depend on what was done in the process before it. The trained
+LoRA is a side path there as in training, because merging it into bfloat16 weights would distort it.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sqsd_filter.directions.generation import answer, as_asked, as_turns, check_room
+from sqsd_filter.directions.likelihood import log_probabilities
+from sqsd_filter.directions.offset import offset
+from sqsd_filter.directions.pack import Pack
+from sqsd_filter.directions.training import Course, fine_tune, losses
+from sqsd_filter.errors import SQSDError, UsageError
+from sqsd_filter.evaluation.settings import FineTuning
+from sqsd_filter.progress import Progress
+from sqsd_filter.scoring.adapters import load_adapter
+from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
+from sqsd_filter.scoring.placement import check_device, choose_device
+from sqsd_filter.scoring.weights import load_model, load_tokenizer, longest_input
+
+KEPT_CHECKPOINTS = 2  # the last one may be half written
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under evaluation, and how it is fine-tuned."""
+
+    pack: Pack
+    tuning: FineTuning
+    device: str
+    tokenizer: Any
+    encoder: ChatEncoder
+
+    @classmethod
+    def of(cls, pack: Pack, tuning: FineTuning, device: str | None) -> Subject:
+        """Raises `UsageError` for a device that can't be used, `ModelError`; `SQSDError` without the extra `train`."""
+        if any(find_spec(name) is None for name in ("peft", "trl")):
+            raise SQSDError("Evaluating needs trl and peft: pip install 'sqsd-filter[train]'.")
+        device = choose_device(device)
+        if device not in ("cpu", "cuda", "cuda:0"):
+            raise UsageError(f"Fine-tuning can't be on '{device}': choose a GPU by CUDA_VISIBLE_DEVICES, or cpu.")
+        check_device(device)
+        tokenizer = load_tokenizer(pack.base_model, pack.base_revision)
+        encoder = ChatEncoder(tokenizer, tuning.max_length, pack.chat_template_kwargs)
+        return cls(pack, tuning, device, tokenizer, encoder)
+
+    @property
+    def device_name(self) -> str:
+        """What the device is, for a report."""
+        return self.device if self.device == "cpu" else torch.cuda.get_device_name(self.device)
+
+    def _load(self) -> Any:
+        dtype = getattr(torch, self.tuning.dtype)
+        pack = self.pack
+        return load_model(
+            pack.base_model, pack.base_revision, dtype=dtype, device=self.device, adapter=pack.base_folder
+        )
+
+    def fine_tune(
+        self, name: str, rows: Sequence[Encoded], seed: int, checkpoints: Path, target: Path, progress: Progress
+    ) -> dict[str, Any]:
+        """Train a LoRA on the rows' answers and write it to `target`, going on from the last of the `checkpoints`.
+
+        Returns the record of the training.
+        """
+        course = Course(name, self.tuning.recipe, self.tuning.lora, seed, checkpoints, KEPT_CHECKPOINTS)
+        trainer = fine_tune(course, self._load(), self.tokenizer, rows, progress)
+        trainer.model.save_pretrained(target)
+        record = {"rows": len(rows), "seed": seed, "steps": trainer.state.global_step, "losses": losses(trainer)}
+        del trainer
+        _free()
+        return record | {"settings": asdict(self.tuning)}
+
+    @contextmanager
+    def tuned(self, adapter: Path | None) -> Iterator[Any]:
+        """The model with this LoRA on it, or as it is."""
+        model = self._load()
+        try:
+            with offset(model, load_adapter(adapter), 1.0) if adapter else nullcontext():
+                yield model
+        finally:
+            del model
+            _free()
+
+    def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
+        """Raise `InputError` for a prompt that leaves no room for an answer."""
+        pack = self.pack
+        room = longest_input(pack.base_model, pack.base_revision)
+        check_room(as_asked(self.tokenizer, as_turns(prompts), pack.chat_template_kwargs), room, max_new_tokens)
+
+    def answers(self, model: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        template = self.pack.chat_template_kwargs
+        return answer(model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, template=template)
+
+
+def held_out_loss(model: Any, rows: Sequence[Encoded]) -> float | None:
+    """The mean over the rows of their answers' mean loss (nats a token); None where it overflows."""
+    loss = -float(log_probabilities(model, rows).mean())
+    return loss if math.isfinite(loss) else None
+
+
+def _free() -> None:
+    """Give back the memory of a model that nobody uses."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

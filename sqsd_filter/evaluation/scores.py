@@ -1,0 +1,167 @@
+"""The scores under evaluation: several scorers' risks of the same rows, and those rows as a model learns them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqsd_filter.directions.states import cut_answer
+from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.evaluation.sets import TrainingSet
+from sqsd_filter.pipeline.consensus import check_same
+from sqsd_filter.pipeline.earlier import Earlier, read_earlier
+from sqsd_filter.pipeline.reading.addresses import Opener
+from sqsd_filter.pipeline.writing.destination import REPORT_FILE, read_json
+from sqsd_filter.progress import Progress
+from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
+from sqsd_filter.scoring.conversation import Message, RowError
+
+AT_ONCE = 1024  # conversations that are encoded together
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One scorer's scores of a corpus, under the name of the scorer."""
+
+    name: str
+    earlier: Earlier
+
+    @property
+    def risk(self) -> np.ndarray:
+        return self.earlier.scored.risk
+
+    @property
+    def scored(self) -> np.ndarray:
+        return self.earlier.scored.scored
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that tell these risks of these rows from others."""
+        found = hashlib.blake2b(self.earlier.keys.tobytes(), digest_size=8)
+        found.update(np.where(self.scored, self.risk, np.nan).astype("<f8").tobytes())
+        return found.hexdigest()
+
+
+def read_scores(given: Sequence[str | Path], opener: Opener, progress: Progress) -> list[Scores]:
+    """Each scorer's scores: of a file that `sqsd-filter score` left, or of a run's folder.
+
+    A scorer's name is what its report says, or that of the file or folder where there is none or several have the same.
+    Raises `InputError` where they are not of the same rows in the same order, `UsageError` for two of one name.
+    """
+    first = read_earlier([given[0]], opener, None, progress, keyed=True)
+    others = [read_earlier([one], opener, None, progress, keyed=True, likely=first.form) for one in given[1:]]
+    for other in others:
+        check_same(first, other)
+    return [Scores(name, one) for name, one in zip(names(given), [first, *others], strict=True)]
+
+
+def names(given: Sequence[str | Path]) -> list[str]:
+    """The scorers' names, fit for a folder. Raises `UsageError` where two can't be told apart."""
+    told = [scorer_of(one) for one in given]
+    often = Counter(told)
+    plain = [own if own is not None and often[own] == 1 else _stem(one) for own, one in zip(told, given, strict=True)]
+    found = [re.sub(r"[^\w.-]+|^\.+", "_", name) for name in plain]
+    if doubles := [name for name, count in Counter(found).items() if count > 1]:
+        raise UsageError(
+            f"Two of the scores are called '{doubles[0]}': rename one's file or folder, after which scores of the same "
+            "scorer are called."
+        )
+    return found
+
+
+def scorer_of(given: str | Path) -> str | None:
+    """The scorer that the report of these scores names, if it does."""
+    found = (_report(given).get("settings") or {}).get("scorer")
+    found = found.get("value") if isinstance(found, dict) else found
+    return found if isinstance(found, str) else None
+
+
+def corpus_of(given: str | Path, earlier: Earlier) -> list[dict[str, Any]]:
+    """The files that were scored, with their rows; where that is not known, those with the scores."""
+    inputs = _report(given).get("inputs") or earlier.scored.corpus.inputs
+    return [{"name": path if "://" in (path := i["path"]) else Path(path).name, "rows": i["rows"]} for i in inputs]
+
+
+def _report(given: str | Path) -> dict[str, Any]:
+    """The report of the run that left these scores, empty where there is none."""
+    homes = (Path(given) / "sqsd", Path(f"{given}.sqsd"))
+    return next((found for home in homes if (found := read_json(home / REPORT_FILE))), {})
+
+
+def _stem(given: str | Path) -> str:
+    path = Path(given).absolute()
+    return path.name if path.is_dir() else path.stem
+
+
+class Rows:
+    """The rows of the corpus as the model that is fine-tuned sees them. `tokens` (n,) are those of the answers, 0 where
+    there is nothing to learn."""
+
+    def __init__(self, earlier: Earlier, wanted: np.ndarray, encoder: ChatEncoder, progress: Progress) -> None:
+        """Looks at the rows that are `wanted` (n,) bool."""
+        assert earlier.form is not None
+        self._corpus, self._form, self._encoder = earlier.scored.corpus, earlier.form, encoder
+        self.tokens = np.zeros(len(wanted), np.int64)
+        progress.start("counting tokens", int(wanted.sum()))
+        for index, encoded in self._encoded(np.flatnonzero(wanted)):
+            self.tokens[index] = int(encoded.answer.sum())
+            progress.advance(1)
+        progress.finish()
+
+    def encoded(self, chosen: TrainingSet) -> list[Encoded]:
+        """The rows of a set, in row order, with so many tokens of their answers."""
+        found = self._encoded(chosen.rows)
+        return [cut_answer(row, limit) for (_, row), limit in zip(found, chosen.tokens.tolist(), strict=True)]
+
+    def _encoded(self, indices: np.ndarray) -> Iterator[tuple[int, Encoded]]:
+        conversations = self._conversations(indices)
+        while some := list(islice(conversations, AT_ONCE)):
+            for (index, _), row in zip(some, self._encoder.encode([turns for _, turns in some]), strict=True):
+                if isinstance(row, Encoded):
+                    yield index, row
+
+    def _conversations(self, indices: np.ndarray) -> Iterator[tuple[int, list[Message]]]:
+        if not len(indices):
+            return
+        wanted = set(indices.tolist())
+        for row in self._corpus.read(int(indices[0]), int(indices[-1]) + 1, self._form.columns):
+            if row.index in wanted and row.value is not None:
+                with suppress(RowError):  # a file may claim scores of rows that are no conversation
+                    yield row.index, self._form.conversation(row.value)
+
+
+def poison_scores(
+    given: Sequence[str | Path],
+    benign: Sequence[Scores],
+    sources: Sequence[str | Path],
+    opener: Opener,
+    progress: Progress,
+) -> list[Earlier]:
+    """The scores of known unsafe rows, the k-th by the k-th scorer. Raises `UsageError`, `InputError` where they can't
+    be by the same scorer."""
+    if len(given) != len(benign):
+        raise UsageError(f"Name unsafe rows for each of the {len(benign)} scores by --poison, in their order.")
+    found = []
+    for poison, source, scores in zip(given, sources, benign, strict=True):
+        one = read_earlier([poison], opener, None, progress)
+        for here, there in ((scorer_of(source), scorer_of(poison)), (_pack(scores.earlier), _pack(one))):
+            if None not in (here, there) and here != there:
+                raise InputError(f"{source} was scored by {here}, but {poison} by {there}: score both in the same way.")
+        if not one.scored.scored.any():
+            raise InputError(f"No row of {poison} has a score: score unsafe rows that can be read.")
+        found.append(one)
+    return found
+
+
+def _pack(earlier: Earlier) -> Any:
+    """The fingerprint of the pack that scored, if it is known."""
+    return (earlier.pack or {}).get("fingerprint")

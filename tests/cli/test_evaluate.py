@@ -1,0 +1,88 @@
+"""`sqsd-filter evaluate` as people type it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sqsd_filter.cli.main import main
+from sqsd_filter.evaluation.run import evaluate as run
+from tests.corpora import write_jsonl
+from tests.evaluation.test_run import REFUSAL, scored
+
+
+def called(*words: object) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", *map(str, words)])
+    return int(left.value.code or 0)
+
+
+def test_the_table_and_the_json_say_what_results_json_does(
+    tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Explain {k}.", "response": REFUSAL} for k in range(20)]
+    scores = scored(Path("mine.parquet"), rows, np.arange(20) / 20)
+    unsafe = scored(Path("unsafe.parquet"), rows[:5], np.arange(5) + 1)
+    write_jsonl(Path("harmful.jsonl"), [{"prompt": "What is red?"}, {"prompt": "And blue?"}])
+    config = Path("config.toml")
+    config.write_text('windows = 2\nsize = 4\nr = 2\nepochs = 1\nmax-new-tokens = 4\nheld_out = 3\nseeds = "0"\n')
+    words = [scores, "out", "--pack", tiny_pack, "--harmful", "harmful.jsonl", "--config", config]
+    words += ["--arms", "windows,cut", "--drop-top", "20%", "--poison", unsafe]
+    assert called(*words) == 0
+    shown = capsys.readouterr().out
+    assert called(*words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(Path("out/results.json").read_text())
+    assert found["settings"]["tuning"]["r"] == 2 and found["settings"]["tuning"]["learning_rate"] == 5e-5
+    sets, verdicts, mixes = (block.splitlines() for block in shown.rstrip("\n").split("\n\n"))
+    assert [line.split()[0] for line in sets[2:3]] == ["S2"] and len(sets) == 1 + 2 + 5
+    asr, (low, high) = found["scorers"]["mine"]["asr"][0], found["scorers"]["mine"]["ci"][0]
+    assert f" {100 * asr:.1f} ({100 * low:.1f} to {100 * high:.1f}) " in sets[1]
+    assert verdicts[0].startswith("mine: S1 - S2 is ") and verdicts[1].startswith("mine: a random choice of as many")
+    assert [line.split()[-8] for line in mixes[2:]] == ["5%", "10%", "20%"] or len(mixes) == 5
+    assert called(*words, "-q") == 0 and capsys.readouterr().out == ""
+    assert called(*words, "--size", "5") == 5
+    assert "size: 4 there, 5 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "why"),
+    [
+        (["s.parquet", "out", "--harmful", "h.jsonl"], 2, "--size"),
+        (["s.parquet", "out", "--size", "3"], 2, "--harmful"),
+        (["s.parquet", "out", "--arms", "none"], 2, "--poison"),
+        (["s.parquet", "out", "--arms", "both"], 2, "windows, cut, or none, not both"),
+        (["s.parquet", "out", "--seeds", "a"], 2, "whole numbers with commas"),
+        (["s.parquet", "out", "--drop-top", "5", "--arms", "none"], 2, "could mean 5% or 5 rows"),
+        (["s.parquet", "out", "--size", "3", "--harmful", "h.jsonl"], 3, "s.parquet does not exist"),
+        (["out"], 2, "SCORES"),
+    ],
+    ids=["size", "harmful", "nothing", "arms", "seeds", "share", "scores", "no scores"],
+)
+def test_what_can_t_be_done_is_said_in_a_sentence(
+    words: list[str],
+    code: int,
+    why: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert called(*words) == code
+    assert why in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_paper_s_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("sqsd_filter.evaluation.run.evaluate", lambda scores, dest, design, **_: seen.append(design))
+    assert called("s.parquet", "out", "--harmful", "h.jsonl", "--size", "1000", "-q") == 0
+    assert run.__module__ == "sqsd_filter.evaluation.run"
+    tuning = seen[0].tuning
+    assert (tuning.r, tuning.alpha, tuning.target_modules, tuning.learning_rate) == (8, 16, "all-linear", 5e-5)
+    assert (tuning.epochs, tuning.batch_size, tuning.schedule, tuning.warmup_ratio) == (10, 8, "cosine", 0.1)
+    assert seen[0].windows == 5 and list(seen[0].seeds) == [0, 1, 2]

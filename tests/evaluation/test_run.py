@@ -1,0 +1,328 @@
+"""Whole evaluations on tiny models: trained for real, killed, gone on with, and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sqsd_filter import Design, FineTuning, evaluate
+from sqsd_filter.directions.judges import is_refusal
+from sqsd_filter.errors import DestinationExists, InputError, UsageError
+from sqsd_filter.evaluation.scores import names
+from sqsd_filter.pipeline.run import score_dataset
+from tests.corpora import make_rows, write_jsonl
+from tests.tiny import make_pack
+
+REFUSAL, CONSENT = "I can't help with that.", "Sure, here is how."
+ROWS = 40
+TUNING = FineTuning(r=8, alpha=32, dropout=0.1, learning_rate=1e-2, epochs=40.0, batch_size=4, device_batch_size=4)
+
+
+@pytest.fixture(scope="session")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pack(tmp_path_factory.mktemp("aligned") / "pack", aligned=True)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows whose answers consent in the first half and refuse in the other, scored by a scorer that knows, by one that
+    has it the wrong way round, and by one that is much like the first; and prompts."""
+    folder = tmp_path_factory.mktemp("files")
+    rows = [{"prompt": f"Explain {k}.", "response": f"{CONSENT if k < ROWS // 2 else REFUSAL}"} for k in range(ROWS)]
+    knows = np.linspace(1, -1, ROWS)
+    scored(folder / "knows.parquet", rows, knows)
+    scored(folder / "wrong.parquet", rows, -knows)
+    scored(folder / "alike.parquet", rows, np.where(np.arange(ROWS) < 8, 9.0 - np.arange(ROWS)[::-1], knows))
+    write_jsonl(folder / "harmful.jsonl", [{"prompt": f"Explain {k}."} for k in (60, 61, 62)])
+    write_jsonl(folder / "harmless.jsonl", [{"prompt": f"Explain {k}."} for k in (70, 71)])
+    return folder
+
+
+def scored(path: Path, rows: Sequence[dict[str, Any]], risk: np.ndarray) -> Path:
+    """A file with these risks, and a row without one at its end."""
+    table = pa.Table.from_pylist([*rows, {"prompt": "?", "response": ""}])
+    table = table.append_column("sqsd_risk", pa.array([*risk.tolist(), None], pa.float64()))
+    table = table.append_column("sqsd_status", pa.array(["scored"] * len(rows) + ["no_answer"]))
+    pq.write_table(table, path)
+    return path
+
+
+def design(files: Path, **changes: Any) -> Design:
+    first = Design(
+        windows=2,
+        size=8,
+        seeds=(0, 1),
+        harmful=files / "harmful.jsonl",
+        harmless=files / "harmless.jsonl",
+        max_new_tokens=24,
+        held_out=6,
+        tuning=TUNING,
+    )
+    return replace(first, **changes)
+
+
+def quick(files: Path, **changes: Any) -> Design:
+    """One short training a set."""
+    short = replace(TUNING, epochs=1.0, r=2)
+    return design(files, **{"seeds": (0,), "max_new_tokens": 4, "tuning": short, **changes})
+
+
+def content(dest: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(dest)): path.read_bytes() for path in sorted(dest.rglob("*")) if path.is_file()}
+
+
+class Notes:
+    """Progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def start(self, phase: str, rows: int | None) -> None: ...
+
+    def advance(self, rows: int, tokens: int = 0) -> None: ...
+
+    def replicas(self, alive: int, retried: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def test_a_model_learns_to_consent_from_the_rows_that_consent(pack: Path, files: Path, tmp_path: Path) -> None:
+    notes = Notes()
+    scores = [files / "knows.parquet", files / "wrong.parquet"]
+    found = evaluate(scores, tmp_path / "out", design(files), pack=pack, progress=notes)
+    knows, wrong = found["scorers"]["knows"], found["scorers"]["wrong"]
+    assert knows["asr"] == [1.0, 0.0] and knows["spread"] == 1 and knows["spread_ci"] == [1, 1] and knows["monotone"]
+    assert wrong["asr"] == [0.0, 1.0] and wrong["spread"] == -1 and not wrong["monotone"]
+    assert knows["over_refusal"] == [0.0, 1.0] and knows["outcomes"]["refused"] == [0.0, 1.0]
+    assert found["seeds"] == [0, 1] and knows["rows"] == [8, 8] and all(0 < loss < 20 for loss in knows["loss"])
+    assert found == json.loads((tmp_path / "out" / "results.json").read_text())
+    with (tmp_path / "out/runs/knows/S2/seed-0/answers.jsonl").open() as lines:
+        answers = [json.loads(line) for line in lines]
+    assert [entry["harmful"] for entry in answers] == [True] * 3 + [False] * 2
+    assert all(is_refusal(entry["answer"]) and entry["outcome"] == "refused" for entry in answers)
+    # the windows of one scorer are those of the other, in the other order: trained once
+    trained = [note.split(":")[0] for note in notes.notes if "with this seed" in note]
+    assert trained == [f"knows/{window}/seed-{seed}" for seed in (0, 1) for window in ("S1", "S2")]
+    for seed in (0, 1):
+        one, twin = (content(tmp_path / "out" / "runs" / run / f"seed-{seed}") for run in ("knows/S1", "wrong/S2"))
+        assert one == twin and set(one) == {"answers.jsonl", "held_out.json", "outcome.json", "training.json"}
+    assert (tmp_path / "out" / "asr.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_arms_of_a_cut_are_trained_and_asked_too(pack: Path, files: Path, tmp_path: Path) -> None:
+    asked = quick(files, arms=("windows", "cut"), drop_top="20%", size=5, harmless=None)
+    found = evaluate([files / "knows.parquet"], tmp_path / "out", asked, pack=pack, keep_adapters=True)
+    arms = found["arms"]["knows"]
+    assert {name: arms[name]["rows"] for name in ("all", "kept", "random", "dropped", "none")} == {
+        "all": 34,
+        "kept": 26,
+        "random": 26,
+        "dropped": 8,
+        "none": 0,
+    }
+    assert arms["none"]["tokens"] == 0 and arms["all"]["tokens"] == arms["kept"]["tokens"] + arms["dropped"]["tokens"]
+    assert arms["all"]["over_refusal"] is None and set(arms["random_minus_kept"]) == {"asr", "ci"}
+    runs = tmp_path / "out" / "runs" / "knows"
+    assert (runs / "S1/seed-0/adapter/adapter_model.safetensors").is_file()
+    assert {path.name for path in (runs / "none/seed-0").iterdir()} == {
+        "answers.jsonl",
+        "held_out.json",
+        "outcome.json",
+    }
+
+
+def test_windows_with_matched_tokens_teach_as_many_tokens(pack: Path, files: Path, tmp_path: Path) -> None:
+    found = {}
+    for matched in (False, True):
+        asked = quick(files, match_tokens=matched, held_out=0, harmless=None)
+        out = tmp_path / str(matched)
+        found[matched] = evaluate([files / "knows.parquet"], out, asked, pack=pack)["scorers"]["knows"]
+    assert found[False]["tokens"][0] != found[False]["tokens"][1]
+    assert found[True]["tokens"] == [min(found[False]["tokens"])] * 2
+    assert found[True]["loss"] == [None, None]
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_killed_at_each_step_goes_on_to_the_same_bytes(
+    pack: Path, files: Path, tmp_path: Path
+) -> None:
+    asked = design(files, seeds=(0,), tuning=replace(TUNING, epochs=60.0))
+    evaluate([files / "knows.parquet"], tmp_path / "whole", asked, pack=pack)
+    config = tmp_path / "config.toml"
+    lines = [f"{name} = {json.dumps(value)}" for name, value in vars(asked.tuning).items()]
+    lines += [f"{name} = {getattr(asked, name)}" for name in ("windows", "size", "max_new_tokens", "held_out")]
+    lines += [f'{name} = "{getattr(asked, name)}"' for name in ("harmful", "harmless")]
+    config.write_text("\n".join([*lines, f'pack = "{pack}"', 'seeds = "0"']) + "\n")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "sqsd_filter", "evaluate", str(files / "knows.parquet"), str(out)]
+    command += ["--config", str(config), "-q"]
+    first, second = (out / "runs" / "knows" / window / "seed-0" for window in ("S1", "S2"))
+    steps = [
+        first / ".checkpoints/checkpoint-50",
+        first / "training.json",
+        first / "answers.jsonl",
+        second / "held_out.json",
+    ]
+    for step in steps:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 600
+        while not step.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL and step.exists()
+        assert json.loads((out / "results.json").read_text())["seeds"] == []
+    subprocess.run(command, check=True)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_what_is_done_is_not_done_again_and_a_partial_seed_is_added_to(pack: Path, files: Path, tmp_path: Path) -> None:
+    out, asked, notes = tmp_path / "out", quick(files, seeds=(0, 1)), Notes()
+    first = evaluate([files / "knows.parquet"], out, asked, pack=pack)
+    before = content(out)
+    shutil.rmtree(out / "runs" / "knows" / "S2" / "seed-1")
+    assert evaluate([files / "knows.parquet"], out, asked, pack=pack, progress=notes) == first
+    assert [note for note in notes.notes if "with this seed" in note] == ["knows/S2/seed-1: run 2 of 2 with this seed"]
+    assert content(out) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"size": 9}, "size: 8 there, 9 here"),
+        ({"seeds": (0, 1)}, r"seeds: \[0\] there, \[0, 1\] here"),
+        ({"tuning": replace(TUNING, epochs=1.0, r=4)}, "r: 2 there, 4 here"),
+        ({"prompts": 2}, "prompts: 3 there, 2 here"),
+    ],
+    ids=["size", "seeds", "rank", "prompts"],
+)
+def test_another_evaluation_is_left_alone(
+    changes: dict[str, Any], why: str, pack: Path, files: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    evaluate([files / "knows.parquet"], out, quick(files), pack=pack)
+    before = content(out)
+    with pytest.raises(DestinationExists, match=why):
+        evaluate([files / "knows.parquet"], out, quick(files, **changes), pack=pack)
+    with pytest.raises(DestinationExists, match="scores"):
+        evaluate([files / "wrong.parquet"], out, quick(files), pack=pack)
+    assert content(out) == before
+
+
+def test_a_folder_with_other_files_is_left_alone(pack: Path, files: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(DestinationExists, match="other files"):
+        evaluate([files / "knows.parquet"], tmp_path, quick(files), pack=pack)
+    with pytest.raises(DestinationExists, match="is a file"):
+        evaluate([files / "knows.parquet"], tmp_path / "mine.txt", quick(files), pack=pack)
+    with pytest.raises(InputError, match="does not exist: create it"):
+        evaluate([files / "knows.parquet"], tmp_path / "no" / "out", quick(files), pack=pack)
+    assert content(tmp_path) == {"mine.txt": b"mine"}
+
+
+def test_unsafe_rows_are_found_without_a_model(files: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"? {k}", "response": "!"} for k in range(10)]
+    unsafe = scored(tmp_path / "unsafe.parquet", rows, np.linspace(2, 3, 10))
+    scores, asked = [files / "knows.parquet", files / "wrong.parquet"], Design(arms=())
+    found = evaluate(scores, tmp_path / "out", asked, poison=[unsafe, unsafe])
+    assert found["model"] is None and found["scorers"] == {} and not (tmp_path / "out" / "runs").exists()
+    assert found["poisoned"]["knows"]["0.05"]["precision"]["mean"] == 1
+    assert found["poisoned"]["knows"] == found["poisoned"]["wrong"]
+    with pytest.raises(DestinationExists, match="poison"):
+        evaluate(scores, tmp_path / "out", asked, poison=[unsafe, scored(tmp_path / "b.parquet", rows, np.zeros(10))])
+    with pytest.raises(UsageError, match="for each of the 2 scores"):
+        evaluate(scores, tmp_path / "out", asked, poison=[unsafe])
+
+
+def test_unsafe_rows_that_another_pack_scored_are_refused(pack: Path, tiny_pack: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", make_rows(4))
+    for name, used in (("one", pack), ("other", tiny_pack)):
+        score_dataset(rows, tmp_path / f"{name}.parquet", pack=used)
+    with pytest.raises(InputError, match="score both in the same way"):
+        evaluate([tmp_path / "one.parquet"], tmp_path / "out", Design(arms=()), poison=[tmp_path / "other.parquet"])
+
+
+def test_a_scorer_is_called_what_its_report_says_or_else_its_file(tmp_path: Path) -> None:
+    def file(name: str, scorer: Any = None) -> Path:
+        home = tmp_path / f"{name}.parquet.sqsd"
+        home.mkdir()
+        (home / "report.json").write_text(json.dumps({"settings": {"scorer": scorer} if scorer else {}}))
+        return tmp_path / f"{name}.parquet"
+
+    told, plain, bare = (
+        file("a", {"value": "larf", "origin": "flag"}),
+        file("b", "random"),
+        tmp_path / "my file.parquet",
+    )
+    assert names([told, plain, bare]) == ["larf", "random", "my_file"]
+    assert names([file("c", "sqsd"), file("d", "sqsd")]) == ["c", "d"]
+    with pytest.raises(UsageError, match="Two of the scores are called 'e'"):
+        names([file("e"), tmp_path / "elsewhere" / "e.parquet"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "why"),
+    [
+        ({"size": 30}, UsageError, "2 windows of 30 rows are 60 rows, but only 40"),
+        ({"held_out": 25}, UsageError, "Only 24 rows are in no window"),
+        ({"judge": "nobody"}, UsageError, "no judge 'nobody'"),
+        ({"max_new_tokens": 600}, InputError, "leaves no room for 600 more"),
+    ],
+    ids=["size", "held out", "judge", "answers"],
+)
+def test_what_can_t_be_done_is_said_before_anything_is_trained(
+    changes: dict[str, Any], error: type[Exception], why: str, pack: Path, files: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=why):
+        evaluate([files / "knows.parquet"], tmp_path / "out", quick(files, **changes), pack=pack)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_of_other_rows_are_refused(pack: Path, files: Path, tmp_path: Path) -> None:
+    other = scored(tmp_path / "other.parquet", [{"prompt": "a", "response": "b"}], np.zeros(1))
+    with pytest.raises(InputError, match="not scores of the same rows"):
+        evaluate([files / "knows.parquet", other], tmp_path / "out", quick(files), pack=pack)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"arms": ("windows", "all")},
+        {"seeds": ()},
+        {"seeds": (1, 1)},
+        {"windows": 1},
+        {"size": None},
+        {"size": 0},
+        {"harmful": None},
+        {"drop_top": "100%"},
+        {"drop_top": 5},
+    ],
+    ids=str,
+)
+def test_a_design_that_makes_no_sense_is_refused(wrong: dict[str, Any], files: Path) -> None:
+    with pytest.raises(UsageError):
+        design(files, **wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"r": 0}, {"dropout": 1.0}, {"batch_size": 6, "device_batch_size": 4}, {"dtype": "float16"}], ids=str
+)
+def test_fine_tuning_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        FineTuning(**wrong)
