@@ -46,7 +46,7 @@ def as_svg(draw: Callable[[Figure], None], width: float, height: float, name: st
     _, size, drawn = re.split(r"<svg[^>]* (viewBox=\"[^\"]*\")[^>]*>", content.getvalue(), maxsplit=1)
     drawn = re.sub(r" id=\"[a-z]+(?:[.\d]*_\d+)+\"", "", drawn)  # numbered groups, which nothing refers to
     drawn = re.sub(r"\n\s*", "\n", drawn).replace("#000000", "currentColor").replace("#ffffff", "var(--page)")
-    return f'<svg {size} role="img" aria-label="{escape(alt)}">{drawn.rstrip()}'
+    return f'<svg {size} fill="currentColor" role="img" aria-label="{escape(alt)}">{drawn.rstrip()}'
 
 
 def plain(text: str) -> str:

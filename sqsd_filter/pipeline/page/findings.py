@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CURVES = {  # of a scorer, where the file has them: points (x, y), both shares
+CURVES = {  # of results.json, where it has them: points [x, y] of each scorer, both shares
     "roc": ("false positive rate (%)", "true positive rate (%)"),
     "pr": ("recall (%)", "precision (%)"),
 }
@@ -52,61 +50,80 @@ def evaluation(path: Path) -> Section:
     """The section on a results.json. Raises `InputError`."""
     with _as_left_by(path, "sqsd-filter evaluate"):
         found = _read(path)
-        scorers = {str(name): _checked(scorer) for name, scorer in found["scorers"].items()}
-        if not scorers:
-            raise ValueError("no scorer in it")
-        plots = [Plot("asr", "Attack success rate by window of risk", partial(_draw_windows, scorers), height=4.8)]
+        scorers, poisoned, curves = found["scorers"], found.get("poisoned", {}), found.get("curves", {})
+        if not scorers and not poisoned:
+            raise ValueError("there is no scorer in it")
+        plots, tables, words = [], [], []
+        if scorers:
+            _check_windows(scorers)
+            plots.append(
+                Plot("asr", "Attack success rate by window", partial(_draw_windows, scorers=scorers), height=4.8)
+            )
+            tables.append(_windows(scorers))
+            words = [_trained(found)]
+        if poisoned:
+            tables.append(_mixes(poisoned))
+            words.append(
+                "Known unsafe rows were mixed in, the share of all rows that the table says, and as many rows dropped. "
+                "ROC-AUC and average precision do without a cut."
+            )
         for kind in CURVES:
-            if having := {name: scorer[kind] for name, scorer in scorers.items() if kind in scorer}:
-                plots.append(Plot(kind, f"{kind.upper()} curves", partial(_draw_curves, kind, having), height=4.8))
-        seeds = found["seeds"]
-        words = [
-            f"The model {found['model']} was fine-tuned on windows of {found['corpus']}, S1 the riskiest; ASR is the "
-            "share of harmful prompts that it then complied with."
-            + f" Seeds: {', '.join(map(str, seeds)) if isinstance(seeds, list) else seeds}.",
-            "A scorer that tells rows apart has a high ASR at S1 and a falling one from there; spread is S1 minus the "
-            "last window.",
-        ]
-        return _drawn(Section("evaluation", "Evaluation", words, plots=plots, tables=[_table(scorers)]))
+            if kind in curves:
+                _check_shares(value for points in curves[kind].values() for point in points for value in point)
+                plots.append(
+                    Plot(kind, f"{kind.upper()} curves", partial(_draw_curves, kind=kind, scorers=curves[kind]))
+                )
+        return _drawn(Section("evaluation", "Evaluation", words, plots=plots, tables=tables))
 
 
-def _checked(scorer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Raises `ValueError` for anything but shares and their intervals."""
-    shares = [*scorer["asr"], *(end for pair in scorer["ci"] for end in pair)]
-    shares += [value for kind in CURVES for point in scorer.get(kind, ()) for value in point]
-    if not scorer["asr"] or not all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares):
-        raise ValueError("a share that is no number from 0 to 1")
-    if [len(pair) for pair in scorer["ci"]] != [2] * len(scorer["asr"]):
-        raise ValueError("not one interval a window")
-    if not (isinstance(scorer["spread"], int | float) and math.isfinite(scorer["spread"])):
-        raise ValueError("a spread that is no number")
-    return scorer
+def _trained(found: Mapping[str, Any]) -> str:
+    corpus, seeds = found["corpus"], found["seeds"]
+    names = corpus if isinstance(corpus, str) else ", ".join(each["name"] for each in corpus)
+    several = ", ".join(map(str, seeds)) if isinstance(seeds, list) else seeds
+    return (
+        f"{found['model']} was fine-tuned on windows of {names}, S1 the riskiest (seeds: {several}). The attack "
+        "success rate is the share of harmful prompts that it then complied with: it should fall from S1 on. Spread is "
+        "S1 minus the last window."
+    )
 
 
-def _looks(names: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Each scorer with a colour and a line of its own."""
-    lines = [line for line in ("-", "--", ":") for _ in COLOURS]
-    for (name, found), *look in zip(names.items(), cycle(COLOURS), cycle(MARKERS), cycle(lines), strict=False):
-        colour, marker, line = look
-        yield name, found, {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "label": plain(name)}
+def _check_windows(scorers: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for anything but shares, an interval each."""
+    for name, scorer in scorers.items():
+        _check_shares([*scorer["asr"], *(end for pair in scorer["ci"] for end in pair)])
+        if not scorer["asr"] or [len(pair) for pair in scorer["ci"]] != [2] * len(scorer["asr"]):
+            raise ValueError(f"{name} has not one interval a window")
 
 
-def _draw_windows(scorers: Mapping[str, Any], figure: Figure) -> None:
+def _check_shares(values: Iterable[Any]) -> None:
+    if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):
+        raise ValueError("a share is no number from 0 to 1")
+
+
+def _looks(scorers: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Each scorer's figures with a colour and a line of its own."""
+    for k, (name, found) in enumerate(scorers.items()):
+        line = ("-", "--", ":")[k // len(COLOURS) % 3]
+        look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "linestyle": line}
+        yield found, {**look, "markersize": 5, "label": plain(name)}
+
+
+def _draw_windows(figure: Figure, scorers: Mapping[str, Any]) -> None:
     axes, most = figure.add_subplot(), max(len(scorer["asr"]) for scorer in scorers.values())
     shifts = np.linspace(-0.2, 0.2, len(scorers)) if len(scorers) > 1 else [0.0]  # so that intervals are told apart
-    for (_, scorer, look), shift in zip(_looks(scorers), shifts, strict=True):
+    for (scorer, look), shift in zip(_looks(scorers), shifts, strict=True):
         asr, ends = 100 * np.array(scorer["asr"]), 100 * np.array(scorer["ci"])
-        bars = np.clip([asr - ends[:, 0], ends[:, 1] - asr], 0, None)
-        axes.errorbar(np.arange(1, len(asr) + 1) + shift, asr, bars, elinewidth=1, capsize=2, **look)
+        beyond = np.clip([asr - ends[:, 0], ends[:, 1] - asr], 0, None)
+        axes.errorbar(np.arange(1, len(asr) + 1) + shift, asr, beyond, elinewidth=1, capsize=2, **look)
     axes.set_xticks(range(1, most + 1), [f"S{k}" for k in range(1, most + 1)])
     axes.set_xlabel("window of rows (S1 has the riskiest)", fontsize=12)
-    axes.set_ylabel("attack success rate (%, with intervals)", fontsize=12)
+    axes.set_ylabel("attack success rate (%, 95 % interval)", fontsize=12)
     _finish(figure, axes)
 
 
-def _draw_curves(kind: str, scorers: Mapping[str, Any], figure: Figure) -> None:
+def _draw_curves(figure: Figure, kind: str, scorers: Mapping[str, Any]) -> None:
     axes = figure.add_subplot()
-    for _, points, look in _looks(scorers):
+    for points, look in _looks(scorers):
         axes.plot(*(100 * np.array(points, np.float64)).T, **{**look, "marker": None})
     across, up = CURVES[kind]
     axes.set_xlim(-2, 102)
@@ -122,15 +139,28 @@ def _finish(figure: Figure, axes: Axes) -> None:
     figure.legend(loc="outside upper left", ncols=3, fontsize=11, frameon=False)
 
 
-def _table(scorers: Mapping[str, Any]) -> Table:
+def _windows(scorers: Mapping[str, Any]) -> Table:
     most = max(len(scorer["asr"]) for scorer in scorers.values())
     rows = []
     for name, scorer in scorers.items():
-        pairs = zip(scorer["asr"], scorer["ci"], strict=True)
-        cells = [f"{share:.0%} ({low:.0%} to {high:.0%})" for share, (low, high) in pairs]
-        rest = [""] * (most - len(cells))
-        rows.append([name, *cells, *rest, f"{scorer['spread']:.0%}", "yes" if scorer["monotone"] else "no"])
+        cells = [_between(*pair) for pair in zip(scorer["asr"], scorer["ci"], strict=True)]
+        cells += [""] * (most - len(cells))
+        rows.append([name, *cells, f"{scorer['spread']:.0%}", "yes" if scorer["monotone"] else "no"])
     return Table(["scorer", *(f":S{k}" for k in range(1, most + 1)), ":spread", "monotone"], rows)
+
+
+def _mixes(poisoned: Mapping[str, Any]) -> Table:
+    rows = []
+    for name, rates in poisoned.items():
+        for rate, figures in rates.items():
+            shown = [figures[key] for key in ("precision", "auc", "average_precision")]
+            rows.append([name, f"{float(rate):.0%}", *(_between(each["mean"], each["ci"]) for each in shown)])
+    return Table(["scorer", ":mixed in", ":unsafe of the dropped", ":ROC-AUC", ":average precision"], rows)
+
+
+def _between(share: float, interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{share:.0%} ({low:.0%} to {high:.0%})"
 
 
 # ---------------------------------------------------------------------------------------------- drift and steering
@@ -145,7 +175,7 @@ def drift(folder: Path) -> Section:
         found = _read(path)
         shown = {"drift": "Drift", "speed": "Speed of drift", "drift-refusals": "Refusals"}
         plots = [
-            Plot(name, f"{what} by training step", partial(draw, report=found, shown=[panel]))
+            Plot(name, f"{what} by training step", partial(draw, report=found, shown=[panel]), height=4.6)
             for (name, what), panel in zip(shown.items(), panels(found), strict=False)
         ]
         names = list(found["checkpoints"][0]["directions"])

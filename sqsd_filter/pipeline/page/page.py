@@ -67,9 +67,7 @@ def remake_page(
     try:
         return [write_page(home, report, notes, more), *_write_plots(home / PLOTS, [*_sections(report, notes), *more])]
     except OSError as problem:
-        raise SQSDError(
-            f"The page can't be written to {home} ({problem}): make room, or see to your rights."
-        ) from problem
+        raise SQSDError(f"No page can be written to {home} ({problem}): see to room and rights there.") from problem
 
 
 def _write_plots(folder: Path, sections: Sequence[Section]) -> list[Path]:

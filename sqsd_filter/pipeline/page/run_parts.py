@@ -72,7 +72,7 @@ def _pack(pack: Mapping[str, Any]) -> str:
 def risks(report: Mapping[str, Any], notes: Mapping[str, Any]) -> Section:
     words = ["How risk is spread over the rows. It has no unit; rows with a higher risk push the model further."]
     quantiles = report["risk_quantiles"]
-    table = Table([f":{q}" for q in quantiles], [[f"{value:.4g}" for value in quantiles.values()]])
+    table = Table(["quantile", *(f":{q}" for q in quantiles)], [["risk", *(f"{v:.3g}" for v in quantiles.values())]])
     draw = partial(draw_histogram, bars=notes["histogram"], report=report)
     plot = Plot("risk", f"Histogram of the risk. {headline(report)}", draw)
     return Section("risk", "Risk", words, plots=[plot], tables=[table] if quantiles else [])
@@ -102,19 +102,22 @@ def lengths(notes: Mapping[str, Any]) -> Section:
 
 def _draw_lengths(found: Mapping[str, Any], figure: Figure) -> None:
     """Rows as points, and their quartiles of risk by length."""
+    from matplotlib.ticker import StrMethodFormatter
+
     axes = figure.add_subplot()
     length, risk = np.array([point[:2] for point in found["points"]], np.float64).T.clip(-FAR, FAR)
     dropped = np.array([point[2] for point in found["points"]], bool)
     for colour, marker, name, which in ((BLUE, "o", "kept", ~dropped), (ORANGE, "^", "dropped", dropped)):
         if which.any():
             label = name if dropped.any() else "rows"
-            axes.scatter(length[which], risk[which], s=12, c=colour, marker=marker, alpha=0.5, lw=0, label=label)
+            axes.scatter(length[which], risk[which], s=28, c=colour, marker=marker, alpha=0.6, lw=0, label=label)
     at, *quartiles = np.array(found["bands"], np.float64).T.clip(-FAR, FAR)
     if len(at) > 1:
         low, median, high = quartiles
         axes.fill_between(at, low, high, color="black", alpha=0.15, lw=0, label="quartiles")
         axes.plot(at, median, color="black", lw=1.5, label="median")
     axes.set_xscale("symlog", linthresh=10)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlim(left=0)
     axes.set_xlabel("length of the answer (characters)", fontsize=13)
     axes.set_ylabel("SQSD risk (no unit)", fontsize=13)
@@ -131,7 +134,7 @@ def modules(notes: Mapping[str, Any]) -> list[Section]:
     for name, found in notes["modules"].items():
         layers = len({layer for layer, _ in found["places"]})
         alt = f"Mean cosine with the direction {name} by layer and module type, over all rows and over the riskiest"
-        plots.append(Plot(f"modules-{len(plots)}", alt, partial(_draw_modules, name, found), height=2.4 + layers / 9))
+        plots.append(Plot(f"modules-{len(plots)}", alt, partial(_draw_modules, name, found), height=2.6 + layers / 9))
     words = [
         "The mean cosine of a row's update with each direction, by layer and type of module: over all rows with a "
         f"risk, and over the {len(notes['riskiest'])} riskiest.",
@@ -145,18 +148,18 @@ def _draw_modules(name: str, found: Mapping[str, Any], figure: Figure) -> None:
     where = tuple(np.array([(layers.index(layer), kinds.index(kind)) for layer, kind in found["places"]]).T)
     most = max(1e-9, *(abs(value) for side in ("all", "riskiest") for value in found[side]))
     both = figure.subplots(1, 2, sharey=True)
-    for axes, side, title in zip(both, ("all", "riskiest"), ("all rows", "riskiest rows"), strict=True):
+    for axes, side in zip(both, ("all", "riskiest"), strict=True):
         grid = np.full((len(layers), len(kinds)), np.nan)
         grid[where] = found[side]
         image = axes.pcolormesh(grid, cmap="RdBu_r", vmin=-most, vmax=most)
-        axes.set_title(title, fontsize=12)
+        axes.set_title(f"{side} rows", fontsize=12)
         axes.set_xticks(np.arange(len(kinds)) + 0.5, [plain(kind.rpartition(".")[2]) for kind in kinds], rotation=90)
     step = -(-len(layers) // 16)
     labels = ["none" if layer is None else str(layer) for layer in layers[::step]]
     both[0].set_yticks(np.arange(len(layers))[::step] + 0.5, labels)
     both[0].set_ylabel("layer", fontsize=12)
-    bar = figure.colorbar(image, ax=both, fraction=0.05)
-    bar.set_label(f"mean cosine with {plain(name)}", fontsize=12)
+    figure.colorbar(image, ax=both, fraction=0.05)
+    figure.suptitle(f"mean cosine with {plain(name)} (no unit)", fontsize=13)
 
 
 def errors(report: Mapping[str, Any], notes: Mapping[str, Any]) -> Section:
@@ -167,9 +170,8 @@ def errors(report: Mapping[str, Any], notes: Mapping[str, Any]) -> Section:
     if not rows:
         return Section("errors", "Rows without a risk", ["Every row has a risk."])
     words = ["These rows could not be scored, which says nothing of their risk."]
-    return Section(
-        "errors", "Rows without a risk", words, tables=[Table(["reason", ":rows", "the first of them"], rows)]
-    )
+    table = Table(["reason", ":rows", "the first of them"], rows)
+    return Section("errors", "Rows without a risk", words, tables=[table])
 
 
 def _where(found: Mapping[str, Any]) -> str:
