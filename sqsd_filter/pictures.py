@@ -51,7 +51,7 @@ def as_svg(draw: Callable[[Figure], None], width: float, height: float, name: st
 
 def plain(text: str) -> str:
     """The text as matplotlib shows it as it is: no formula in it, and one line."""
-    return " ".join(text.split()).replace("$", r"\$")
+    return "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")
 
 
 @contextmanager

@@ -53,7 +53,8 @@ def evaluation(path: Path) -> Section:
         scorers, poisoned, curves = found["scorers"], found.get("poisoned", {}), found.get("curves", {})
         if not scorers and not poisoned:
             raise ValueError("there is no scorer in it")
-        plots, tables, words = [], [], []
+        plots: list[Plot] = []
+        tables, words = [], []
         if scorers:
             _check_windows(scorers)
             plots.append(
@@ -69,7 +70,7 @@ def evaluation(path: Path) -> Section:
             )
         for kind in CURVES:
             if kind in curves:
-                _check_shares(value for points in curves[kind].values() for point in points for value in point)
+                _check_shares(share for points in curves[kind].values() for x, y in points for share in (x, y))
                 plots.append(
                     Plot(kind, f"{kind.upper()} curves", partial(_draw_curves, kind=kind, scorers=curves[kind]))
                 )

@@ -81,7 +81,7 @@ def risks(report: Mapping[str, Any], notes: Mapping[str, Any]) -> Section:
 def lengths(notes: Mapping[str, Any]) -> Section:
     found, title = notes["lengths"], "Risk and length"
     if found is None:
-        why = "How long the answers are is not known here: no columns with prompts and answers were recognised."
+        why = "No answer could be measured: no row has a risk, or it is not known which columns hold the answers."
         return Section("length", title, [why])
     rho, warning = found["spearman"], ""
     words = [f"Measured on {many(found['rows'], 'row')}, the length of an answer in characters."]

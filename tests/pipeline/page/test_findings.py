@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,11 @@ def out(tmp_path: Path) -> Path:
 
 def run(*arguments: object, capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     capfd.readouterr()
+    logger = logging.getLogger("sqsd_filter")
+    level = logger.level
     with pytest.raises(SystemExit) as left:
         main(["report", *map(str, arguments)])
+    logger.setLevel(level)  # the command set another
     out, err = capfd.readouterr()
     assert "Traceback" not in out + err
     return int(left.value.code or 0), out, err
