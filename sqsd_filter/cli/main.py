@@ -17,6 +17,7 @@ from sqsd_filter.cli.check import check
 from sqsd_filter.cli.drift import drift
 from sqsd_filter.cli.evaluate import evaluate
 from sqsd_filter.cli.pack import pack
+from sqsd_filter.cli.report import report
 from sqsd_filter.cli.states import states
 from sqsd_filter.cli.steer import steer
 from sqsd_filter.cli.store import store
@@ -213,6 +214,7 @@ cli.add_command(steer)
 cli.add_command(store)
 cli.add_command(drift)
 cli.add_command(evaluate)
+cli.add_command(report)
 pack.add_command(states)
 
 

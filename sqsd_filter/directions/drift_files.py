@@ -5,26 +5,27 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from sqsd_filter.directions.drift import Drift
-from sqsd_filter.directions.pack import Pack
 from sqsd_filter.errors import DestinationExists
-from sqsd_filter.pictures import picture
+from sqsd_filter.pictures import COLOURS, MARKERS, picture
 from sqsd_filter.pipeline.folder import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from sqsd_filter.directions.drift import Drift
+    from sqsd_filter.directions.pack import Pack
+
 REPORT = "drift.json"
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart with any colour vision
-MARKERS = "os^Dv*"
+Points = Sequence[Mapping[str, Any]]  # the checkpoints of a report
+Panel = Callable[["Axes", Points, Sequence[int]], None]
 
 
 def check_folder(out: Path, run: Path, pack: Pack) -> None:
@@ -46,16 +47,17 @@ def check_folder(out: Path, run: Path, pack: Pack) -> None:
 def write_drift(drift: Drift, out: Path) -> None:
     """Write drift.csv, modules.csv, drift.json and drift.png to the folder `out`, in place of an earlier run's."""
     out.mkdir(parents=True, exist_ok=True)
+    report = drift.report()
     texts = {
         "drift.csv": _csv(rows(drift)),
         "modules.csv": _csv(module_rows(drift)),
-        REPORT: json.dumps(drift.report(), indent=1) + "\n",
+        REPORT: json.dumps(report, indent=1) + "\n",
     }
     for name, text in texts.items():
         write_whole(out / name, partial(_write_text, text))
-    panels = [_projections, _speed, *([_refusals] if drift.points[0].refusals else [])]
-    with picture(out / "drift.png", 6 * len(panels), 5) as figure:
-        _draw(figure, drift, panels)
+    shown = panels(report)
+    with picture(out / "drift.png", 6 * len(shown), 5) as figure:
+        draw(figure, report, shown)
 
 
 def _write_text(text: str, sink: IO[bytes]) -> None:
@@ -95,10 +97,15 @@ def _csv(rows: Iterable[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _draw(figure: Figure, drift: Drift, panels: Sequence[Any]) -> None:
-    """The projections, how fast they change and, where they were counted, the refusals, by training step."""
-    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        panel(axes, drift, [point.step for point in drift.points])
+def panels(report: Mapping[str, Any]) -> list[Panel]:
+    """What there is to draw: the projections, how fast they change and, where they were counted, the refusals."""
+    return [_projections, _speed, *([_refusals] if "refusal_rate" in report["checkpoints"][0] else [])]
+
+
+def draw(figure: Figure, report: Mapping[str, Any], shown: Sequence[Panel]) -> None:
+    """Draw these panels of a report side by side, by training step."""
+    for axes, panel in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        panel(axes, report["checkpoints"], [point["step"] for point in report["checkpoints"]])
         axes.set_xlabel("training step (updates)", fontsize=12)
         axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         axes.set_xlim(left=0)
@@ -107,31 +114,30 @@ def _draw(figure: Figure, drift: Drift, panels: Sequence[Any]) -> None:
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), fontsize=12, frameon=False)
 
 
-def _styled(drift: Drift) -> Iterator[tuple[str, dict[str, Any], list[float]]]:
+def _styled(points: Points) -> Iterator[tuple[str, dict[str, Any], list[float]]]:
     """Each direction's name, look and projections."""
-    for k, name in enumerate(drift.points[0].along):
-        values = [point.along[name].totals()["projection"] for point in drift.points]
+    for k, name in enumerate(points[0]["directions"]):
+        values = [point["directions"][name]["projection"] for point in points]
         yield name, {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "markersize": 4}, values
 
 
-def _projections(axes: Axes, drift: Drift, steps: list[int]) -> None:
-    for name, look, values in _styled(drift):
+def _projections(axes: Axes, points: Points, steps: Sequence[int]) -> None:
+    for name, look, values in _styled(points):
         axes.plot(steps, values, label=name, **look)
     axes.set_ylabel(r"projection of $\theta_t - \theta_0$ (unit of the weights)", fontsize=12)
 
 
-def _speed(axes: Axes, drift: Drift, steps: list[int]) -> None:
+def _speed(axes: Axes, points: Points, steps: Sequence[int]) -> None:
     """Mean speed from each checkpoint to the next, drawn between them."""
-    for _, look, values in _styled(drift):
-        axes.stairs(np.diff(values) / np.diff(steps), steps, baseline=None, color=look["color"], linewidth=1.5)
+    for name, look, values in _styled(points):
+        speed = np.diff(values) / np.diff(steps)
+        axes.stairs(speed, steps, baseline=None, color=look["color"], linewidth=1.5, label=name)
     axes.set_ylabel("speed of drift (projection a step)", fontsize=12)
 
 
-def _refusals(axes: Axes, drift: Drift, steps: list[int]) -> None:
-    counted = [point.refusals for point in drift.points if point.refusals]
-    rates = [100 * found.rate for found in counted]
-    low, high = ([100 * found.interval[side] for found in counted] for side in (0, 1))
-    axes.fill_between(steps, low, high, color="0.85", linewidth=0)
-    axes.plot(steps, rates, color="black", marker="o", markersize=4)
+def _refusals(axes: Axes, points: Points, steps: Sequence[int]) -> None:
+    rates, low, high = ([100 * point[f"refusal_{name}"] for point in points] for name in ("rate", "low", "high"))
+    axes.fill_between(steps, low, high, color="black", alpha=0.15, linewidth=0, label="95 % Wilson interval")
+    axes.plot(steps, rates, color="black", marker="o", markersize=4, label="refusals")
     axes.set_ylim(-2, 102)
-    axes.set_ylabel(f"refusals of {counted[0].answers} prompts (%, 95 % Wilson interval)", fontsize=12)
+    axes.set_ylabel(f"refusals of {points[0]['answers']} prompts (%)", fontsize=12)

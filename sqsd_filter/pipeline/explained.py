@@ -6,11 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sqsd_filter.errors import SQSDError, UsageError, option
 from sqsd_filter.pipeline.folder import write_whole
-from sqsd_filter.pipeline.groups import nth_riskiest
 from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.conversation import Message
@@ -45,7 +42,7 @@ def write_explained(path: Path, scored: Scored, scorer: SQSDScorer, count: int, 
     Raises `SQSDError` where one does not fit into memory.
     """
     assert scored.form is not None
-    rows = _riskiest(scored, count)
+    rows = scored.riskiest(count)
     progress.start("explaining", len(rows))
     found: dict[int, dict[str, Any]] = {index: {} for index in rows}
     for row in scored.corpus.read(min(rows, default=0), max(rows, default=-1) + 1, scored.form.columns):
@@ -72,11 +69,3 @@ def _explained(scorer: SQSDScorer, index: int, turns: list[Message]) -> dict[str
             f"The explanation of row {index + 1} does not fit into the device's memory, which is more than its score "
             f"takes: leave out {option('explain')}, or lower {option('max_length')}."
         ) from problem
-
-
-def _riskiest(scored: Scored, count: int) -> list[int]:
-    rows = np.flatnonzero(scored.scored)
-    if count < len(rows):
-        rows = rows[scored.risk[rows] >= nth_riskiest(scored.risk[rows], count - 1)]
-    order: list[int] = rows[np.argsort(-scored.risk[rows], kind="stable")][:count].tolist()
-    return order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import IO, Any
 
 from sqsd_filter.errors import SQSDError, UsageError
 from sqsd_filter.pipeline.engines import Engine
+from sqsd_filter.pipeline.page.page import NOTES_FILE, PAGE_FILE, write_page
 from sqsd_filter.pipeline.publishing.bucket import Bucket
 from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.publishing.target import Finished, Target, run_id
@@ -30,6 +32,10 @@ from sqsd_filter.pipeline.writing.destination import (
 from sqsd_filter.pipeline.writing.report import versions, write_report
 from sqsd_filter.progress import Meter
 from sqsd_filter.scoring.weights import cache_dir
+
+log = logging.getLogger(__name__)
+
+Made = tuple[dict[str, Any], dict[str, Any]]  # what work has to say: for the report, and the notes for the page
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class Job:
         """The run as a target knows it: explanations never get there, so they make no other run of it."""
         return run_id({name: value for name, value in self.identity.items() if name != "explain"})
 
-    def carry_out(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def carry_out(self, work: Callable[[], Made]) -> dict[str, Any]:
         """Claim the destination, do the work, leave a report whatever happens, publish. Returns the report.
 
         Raises `SQSDError` where the disk or the target refuses.
@@ -142,7 +148,7 @@ class Job:
             self.meter.finish()
             place.release()
 
-    def _on_disk(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _on_disk(self, work: Callable[[], Made]) -> dict[str, Any]:
         place = self.outlet.place
         if place.claim(self.identity):
             report = {**read_json(place.home / REPORT_FILE), "already_done": True}
@@ -159,6 +165,7 @@ class Job:
         home = self.outlet.place.home
         names = [*(file["path"] for file in report["files"]), *report["extra_files"]]
         own = [home / RUN_FILE, home / REPORT_FILE, *sorted((home / "scores").glob("[!.]*"))]
+        own += [page for name in (PAGE_FILE, NOTES_FILE) if (page := home / name).is_file()]
         files = {name: root / name for name in names} | {str(path.relative_to(root)): path for path in own}
 
         def card(told: Mapping[str, Any], name: str) -> str:
@@ -167,19 +174,28 @@ class Job:
         where = target.publish(Finished(run, files, report, card))
         return {**report, "published": where, "already_done": False}
 
-    def _carry_out(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _carry_out(self, work: Callable[[], Made]) -> dict[str, Any]:
         base = {"settings": {}, **self.record, "versions": versions(), **self.facts}
         found: dict[str, Any] = {}
         try:
-            found = work()
+            found, notes = work()
             if self.outlet.has_card:
                 write_card(self.outlet.place.root, {**base, **found}, self.originals)
+            self._write_page({**base, **found}, notes)
         except BaseException as problem:
             status = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
             with suppress(OSError):  # the disk may be what failed
                 self._report({"status": status, **base, **found, "error": str(problem) or status})
             raise
         return self._report({"status": "ok", **base, **found})
+
+    def _write_page(self, report: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+        """The rows are all written: a page that can't be is no reason to fail."""
+        home = self.outlet.place.home
+        try:
+            write_page(home, report, notes)
+        except OSError as problem:
+            log.warning("%s can't be written (%s); all else is there.", home / PAGE_FILE, problem)
 
     def _report(self, report: dict[str, Any]) -> dict[str, Any]:
         timing: dict[str, Any] = {"seconds": round(time.time() - self.started, 3), "started": round(self.started, 3)}

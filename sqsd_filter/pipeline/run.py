@@ -17,7 +17,8 @@ from sqsd_filter.pipeline.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.explained import check_explain, write_explained
 from sqsd_filter.pipeline.folder import Folder
 from sqsd_filter.pipeline.groups import by_split
-from sqsd_filter.pipeline.job import Job, Outlet
+from sqsd_filter.pipeline.job import Job, Made, Outlet
+from sqsd_filter.pipeline.page.notes import Notes
 from sqsd_filter.pipeline.policy import Policy
 from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.reading.addresses import Opener, Source, expand
@@ -67,17 +68,19 @@ class Product:
     def identity(self) -> dict[str, Any]:
         return {"cut": str(self.cut), "on_error": self.policy.on_error, **vars(self.output)}
 
-    def make(self, scored: Scored, root: Path, progress: Progress) -> dict[str, Any]:
-        """Write the rows below `root`; what the report says of it."""
+    def make(self, scored: Scored, root: Path, progress: Progress) -> Made:
+        """Write the rows below `root`."""
         self.policy.check(scored)
         splits = by_split(scored.corpus.parts) if self.cut.per_split else None
         selection = self.policy.apply(scored, cut_rows(scored.risk, scored.scored, self.cut, splits, scored.groups))
         progress.start("writing", scored.corpus.n_rows)
-        written = export_splits(scored, selection, root, self.output, progress)
+        notes = Notes(scored, selection)
+        written = export_splits(scored, selection, root, self.output, progress, notes.see)
         written["extra_files"] += [PICTURE_FILE, CARD_FILE]
         report = summarise(scored, selection, self.cut) | vars(self.output) | written
-        write_histogram(root / PICTURE_FILE, scored.risk, scored.scored, selection.place, report)
-        return report
+        found = notes.found(report)
+        write_histogram(root / PICTURE_FILE, found["histogram"], report)
+        return report, found
 
 
 def filter_dataset(
@@ -138,7 +141,7 @@ def filter_dataset(
     check_explain(explain, dest, scorer)
     outlet = _outlet(dest, overwrite, push, product.output)
 
-    def finish(scored: Scored, meter: Meter) -> dict[str, Any]:
+    def finish(scored: Scored, meter: Meter) -> Made:
         return product.make(scored, outlet.place.root, meter)
 
     return _score_and(
@@ -194,10 +197,13 @@ def score_dataset(
         raise UsageError(f"Scores are written as parquet: name the file {dest.with_suffix('.parquet')}.")
     place = Destination(dest, lambda root: root.with_name(root.name + ".sqsd"), overwrite=overwrite)
 
-    def finish(scored: Scored, meter: Meter) -> dict[str, Any]:
+    def finish(scored: Scored, meter: Meter) -> Made:
         policy.check(scored)
         meter.start("writing", scored.corpus.n_rows)
-        return summarise(scored, None, None) | {"to": "parquet"} | export_scored(scored, place.root, meter)
+        notes = Notes(scored, None)
+        written = export_scored(scored, place.root, meter, notes.see)
+        report = summarise(scored, None, None) | {"to": "parquet"} | written
+        return report, notes.found(report)
 
     return _score_and(
         finish,
@@ -220,7 +226,7 @@ def score_dataset(
 
 
 def _score_and(
-    finish: Callable[[Scored, Meter], dict[str, Any]],
+    finish: Callable[[Scored, Meter], Made],
     outlet: Outlet,
     identity: Mapping[str, Any],
     look_at: Callable[[Corpus], None],
@@ -246,14 +252,14 @@ def _score_and(
         facts = {**_about(scorer), "datasets": _datasets(sources)}
         job = Job(outlet, identity, meter, work.record or {}, started, facts, engine, _originals(sources))
 
-        def carry_out() -> dict[str, Any]:
+        def carry_out() -> Made:
             scored = scan.score(place.home, scorer, engine, old_home=place.old_home, shared=shared)
-            report = finish(scored, meter)
+            report, notes = finish(scored, meter)
             if work.explain is not None:
                 assert isinstance(explainer, SQSDScorer)
                 path = place.home / EXPLAINED_FILE
                 report["explained"] = write_explained(path, scored, explainer, work.explain, meter)
-            return report
+            return report, notes
 
         return job.carry_out(carry_out)
 

@@ -60,7 +60,7 @@ def explain(scorer: SQSDScorer, turns: Sequence[Message]) -> dict[str, Any]:
         groups = [{what: key, **told(by_module[[k == key for k in keys]])} for key in dict.fromkeys(keys)]
         return sorted(groups, key=lambda group: -group["risk"])
 
-    places = [_place(module) for module in modules]
+    places = [place(module) for module in modules]
     return {
         "total": told(by_module),
         "layers": grouped("layer", [layer for layer, _ in places]),
@@ -72,7 +72,7 @@ def explain(scorer: SQSDScorer, turns: Sequence[Message]) -> dict[str, Any]:
     }
 
 
-def _place(module: str) -> tuple[int | None, str]:
+def place(module: str) -> tuple[int | None, str]:
     """The number of a module's layer, None outside of all, and the module's name within it."""
     found = re.search(r"\.(\d+)\.", module)
     return (int(found[1]), module[found.end() :]) if found else (None, module)

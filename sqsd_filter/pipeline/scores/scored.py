@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.groups import Groups
+from sqsd_filter.pipeline.groups import Groups, nth_riskiest
 from sqsd_filter.pipeline.reading.json_schema import to_rows
 from sqsd_filter.pipeline.reading.sources import Chunk, Corpus, Row
 from sqsd_filter.pipeline.scores.store import ScoreStore
@@ -62,6 +62,14 @@ class Scored:
     def scored(self) -> np.ndarray:
         """(n,) bool."""
         return (self.codes == self.statuses.index(SCORED)) & np.isfinite(self.risk)
+
+    def riskiest(self, count: int) -> list[int]:
+        """The `count` rows of the highest risk, or all that have one, the riskiest first, equal risks in row order."""
+        rows = np.flatnonzero(self.scored)
+        if count < len(rows):
+            rows = rows[self.risk[rows] >= nth_riskiest(self.risk[rows], count - 1)]
+        order: list[int] = rows[np.argsort(-self.risk[rows], kind="stable")][:count].tolist()
+        return order
 
     def reasons(self) -> dict[str, int]:
         """How many rows have no score, by status, the most frequent first."""

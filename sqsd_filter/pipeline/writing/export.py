@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ ORIGIN = {"sqsd_reason": pa.string(), "sqsd_file": pa.string(), "sqsd_line": pa.
 MODULES = b"sqsd_modules"  # in a parquet file's metadata: the modules behind each probe's list, in its order
 WEIGHT = "sqsd_weight"  # of a row for training, where rows are weighted
 OTHERS = {**ORIGIN, WEIGHT: pa.float64()}  # beside the scores
+See = Callable[[Chunk], None]
+
+
+def _look_away(_: Chunk) -> None:
+    pass
 
 
 def check_columns(corpus: Corpus, output: Output) -> None:
@@ -39,15 +44,15 @@ def check_columns(corpus: Corpus, output: Output) -> None:
 
 
 def export_splits(
-    scored: Scored, selection: Selection, root: Path, output: Output, progress: Progress
+    scored: Scored, selection: Selection, root: Path, output: Output, progress: Progress, see: See = _look_away
 ) -> dict[str, Any]:
     """Write kept, dropped and errors below `root`, each split of the corpus apart.
 
     Kept and dropped rows carry the score columns; error rows their status, the reason in words and where they came
     from, with the line's own bytes where it could not be read. What rows in `errors` hold changes no column of the
-    others. Lines of JSON hold less: see `Lines`. Returns what the report says of it: the "files" with the rows, the
-    "extra_files" that belong to them, and the "json_columns" whose values are stored as JSON. Raises `SQSDError` when
-    the disk refuses, or when a row would not be accounted for.
+    others. Lines of JSON hold less: see `Lines`. Each chunk is given to `see`, too. Returns what the report says of it:
+    the "files" with the rows, the "extra_files" that belong to them, and the "json_columns" whose values are stored as
+    JSON. Raises `SQSDError` when the disk refuses, or when a row would not be accounted for.
     """
     corpus = scored.corpus
     schema = _kept_schema(scored, selection)
@@ -72,6 +77,7 @@ def export_splits(
             for config, code in CONFIGS.items():
                 where = np.flatnonzero(place == code)
                 files[config, chunk.split].write(rows.bad(where) if code == ERROR else rows.good(where))
+            see(chunk)
             progress.advance(len(place))
         written = {name: files[place].rows for place, name in names.items()}
         if sum(written.values()) != corpus.n_rows:
@@ -104,16 +110,17 @@ def _kept_schema(scored: Scored, selection: Selection) -> pa.Schema:
     return scored.corpus.schema if whole else scored.corpus.apt_schema
 
 
-def export_scored(scored: Scored, path: Path, progress: Progress) -> dict[str, Any]:
+def export_scored(scored: Scored, path: Path, progress: Progress, see: See = _look_away) -> dict[str, Any]:
     """Write every row, in order, with its score columns; where rows have no score, also the columns of `errors`.
 
-    Returns what `export_splits` does.
+    Each chunk is given to `see`, too. Returns what `export_splits` does.
     """
     errors = bool(scored.reasons())
     with Files(ParquetFile, path, ".") as file:
         for chunk in scored.corpus.chunks():
             table = _with_scores(scored, chunk.start, chunk.table)
             file.write(_with_columns(table, _origin(scored, chunk, np.arange(table.num_rows))) if errors else table)
+            see(chunk)
             progress.advance(table.num_rows)
         return {"files": file.publish(), "extra_files": [], "json_columns": json_columns(scored.corpus.schema)}
 

@@ -1,4 +1,4 @@
-"""The picture on the dataset card: how risk is spread over the rows, and which part of them was dropped."""
+"""The picture on card and page: how risk is spread over the rows, and which part of them was dropped."""
 
 from __future__ import annotations
 
@@ -22,22 +22,29 @@ BLOCK = 2**20  # rows counted at a time
 FAR = 1e100  # beyond it the sums of a drawing overflow
 
 
-def write_histogram(
-    path: Path, risk: np.ndarray, scored: np.ndarray, place: np.ndarray, report: Mapping[str, Any]
-) -> None:
-    """Draw `risk` (n,) of the rows that are `scored` (n,) bool, the `DROPPED` ones of `place` (n,) in a colour of their
-    own, as a PNG of 1200 × 500 pixels: the same bytes for the same rows.
+def count_bars(
+    risk: np.ndarray, scored: np.ndarray, place: np.ndarray, report: Mapping[str, Any]
+) -> dict[str, list[Any]]:
+    """What the picture shows of `risk` (n,) of the rows that are `scored` (n,) bool, with the `DROPPED` ones of `place`
+    (n,) apart: `edges` and `counts`, as of `bar_edges` and `count_rows`, fit for JSON.
 
-    The report's quantiles give the limits, and its threshold a line, unless groups were cut at several.
+    The report's quantiles give the limits.
     """
-    weights, groups = report.get("weights"), report.get("groups")
-    cut = None if groups else (weights or report)["threshold"]
     bars = min(MOST_BARS, 2 * math.isqrt(int(scored.sum())) + 1)
-    edges = bar_edges(bars, report["risk_quantiles"], cut)
-    counts = count_rows(edges, risk, scored, place)
-    names = ("kept, weighted by risk", "", "threshold of the weights") if weights else ("kept", "dropped", "cut")
+    edges = bar_edges(bars, report["risk_quantiles"], _cut(report))
+    return {"edges": edges.tolist(), "counts": count_rows(edges, risk, scored, place).tolist()}
+
+
+def write_histogram(path: Path, bars: Mapping[str, list[Any]], report: Mapping[str, Any]) -> None:
+    """Draw what was counted as a PNG of 1200 × 500 pixels: the same bytes for the same rows."""
     with picture(path, 12, 5) as figure:
-        _draw(figure, edges, counts, cut, names)
+        draw_histogram(figure, bars, report)
+
+
+def _cut(report: Mapping[str, Any]) -> float | None:
+    """Where a line is to be drawn, if it is one place."""
+    level: float | None = None if report.get("groups") else (report.get("weights") or report)["threshold"]
+    return level
 
 
 def bar_edges(bars: int, quantiles: Mapping[str, float], cut: float | None) -> np.ndarray:
@@ -71,11 +78,15 @@ def count_rows(edges: np.ndarray, risk: np.ndarray, scored: np.ndarray, place: n
     return counts.reshape(2, -1)
 
 
-def _draw(
-    figure: Figure, edges: np.ndarray, counts: np.ndarray, cut: float | None, names: tuple[str, str, str]
-) -> None:
+def draw_histogram(figure: Figure, bars: Mapping[str, list[Any]], report: Mapping[str, Any]) -> None:
+    """Bars of kept rows with the dropped ones on top, and the cut as a line unless groups were cut at several."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+    edges, counts, cut = np.array(bars["edges"]), np.array(bars["counts"]), _cut(report)
+    if report.get("weights"):
+        names = ("kept, weighted by risk", "", "threshold of the weights")
+    else:
+        names = ("kept" if "kept" in report["rows"] else "scored", "dropped", "cut")
     axes = figure.add_subplot()
     width = edges[1] - edges[0]
     left = np.concatenate([edges[:-1], [edges[-1] + width, edges[0] - 2 * width]])  # outliers come last, one bar apart
@@ -84,9 +95,9 @@ def _draw(
     for rows, colour, name in zip(np.roll(counts, -1, axis=1), (BLUE, ORANGE), names, strict=False):
         if total := int(rows.sum()):
             label = f"{name}: {total:,} row{'s' * (total != 1)}"
-            bars = axes.bar(left, rows, width, floor, align="edge", color=colour, ec="white", lw=0.3, label=label)
-            legend.append(bars)
-            for outliers in bars[-2:]:
+            drawn = axes.bar(left, rows, width, floor, align="edge", color=colour, ec="white", lw=0.3, label=label)
+            legend.append(drawn)
+            for outliers in drawn[-2:]:
                 outliers.set_hatch("//")
         floor += rows
     if cut is not None:
@@ -104,4 +115,10 @@ def _draw(
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.tick_params(labelsize=12)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(handles=legend, loc="outside upper left", ncols=3, fontsize=13, frameon=False)
+    figure.legend(
+        handles=legend,
+        loc="outside upper left",
+        ncols=3 if figure.get_figwidth() > 9 else 1,
+        fontsize=13,
+        frameon=False,
+    )

@@ -54,7 +54,8 @@ def loaded(dest: Path, report: dict[str, Any], config: str) -> list[dict[str, An
 def test_what_a_run_writes_is_told_and_loads_as_is_told(to: str, folder: Path) -> None:
     report = cut("out", to)
     assert [f["config"] for f in report["files"]] == ["kept"] * 8 + ["dropped"] * 6 + ["errors"]
-    told = [*(f["path"] for f in report["files"]), *report["extra_files"], "sqsd/report.json", "sqsd/run.json"]
+    told = [*(f["path"] for f in report["files"]), *report["extra_files"]]
+    told += [f"sqsd/{name}" for name in ("report.json", "run.json", "report.html", "notes.json")]
     assert sorted(told) == sorted(str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file())
     assert (report["to"], report["shard_size"], report["with_scores"]) == (to, 1, False)
     card = Path("out/README.md").read_text()

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Cut, cut_rows
 from sqsd_filter.pipeline.writing import histogram
-from sqsd_filter.pipeline.writing.histogram import MOST_BARS, bar_edges, count_rows, write_histogram
+from sqsd_filter.pipeline.writing.histogram import MOST_BARS, bar_edges, count_bars, count_rows, write_histogram
 from sqsd_filter.pipeline.writing.report import QUANTILES
 
 BLUE, ORANGE = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
@@ -31,8 +31,9 @@ def draw(path: Path, risk: np.ndarray, **changes: Any) -> np.ndarray:
     """The picture (500, 1200, 4) of rows that lost their riskiest 5 %, in a run whose report differs by these."""
     scored = np.isfinite(risk)
     selection = cut_rows(risk, scored, changes.pop("cut", Cut.of(drop_top="5%")))
-    report = {"risk_quantiles": quantiles(risk[scored]), "threshold": selection.threshold, **changes}
-    write_histogram(path, risk, scored, selection.place, report)
+    report = {"risk_quantiles": quantiles(risk[scored]), "threshold": selection.threshold, "rows": {"kept": 0}}
+    report |= changes
+    write_histogram(path, count_bars(risk, scored, selection.place, report), report)
     return np.asarray(Image.open(path))
 
 

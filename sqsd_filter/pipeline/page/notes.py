@@ -1,0 +1,174 @@
+"""What the page shows of a run's rows, noted while they are written: no row is read for it, and little is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sqsd_filter.errors import SQSDError
+from sqsd_filter.pipeline.reading.json_schema import to_rows
+from sqsd_filter.pipeline.reading.sources import Chunk
+from sqsd_filter.pipeline.scores.scored import SCORE_PREFIX, PerModule, Scored
+from sqsd_filter.pipeline.selection import DROPPED, KEPT, Selection
+from sqsd_filter.pipeline.writing.histogram import BLOCK, count_bars
+from sqsd_filter.scoring.conversation import Message, RowError, speaks
+from sqsd_filter.scoring.explain import place as place_of
+from sqsd_filter.scoring.row_formats import Columns, RowFormat
+from sqsd_filter.statistics import spearman
+
+MOST_ROWS = 50  # of the riskiest
+MOST_TEXT = 600  # characters of a prompt or an answer
+MOST_DETAIL = 200  # characters of what is wrong with a row
+MOST_ORIGINS = 3  # of each kind of error
+MOST_LENGTHS = 2**14  # rows whose answers are measured
+MOST_POINTS = 800  # of these that are drawn
+BANDS = 10  # rows by length, each as many
+SAMPLE = 100  # rows to tell their form by
+
+
+class Notes:
+    """Sees all chunks of a corpus and takes down its riskiest rows, origins of errors, and lengths of answers."""
+
+    def __init__(self, scored: Scored, selection: Selection | None) -> None:
+        """Without a selection no row is dropped."""
+        self.scored = scored
+        self.place = np.full(len(scored.risk), KEPT, np.uint8) if selection is None else selection.place
+        self._riskiest = scored.riskiest(MOST_ROWS)
+        self._measured = _some(np.flatnonzero(scored.scored))
+        of = {status: scored.codes == scored.statuses.index(status) for status in scored.reasons()}
+        self._failed = {status: np.flatnonzero(rows)[:MOST_ORIGINS].tolist() for status, rows in of.items()}
+        self._form, self._told = scored.form, scored.form is not None
+        self._lengths: dict[int, int] = {}
+        self._shown: dict[int, dict[str, Any]] = {}
+        self._errors: dict[int, dict[str, Any]] = {}
+
+    def see(self, chunk: Chunk) -> None:
+        if not self._told and chunk.table.num_rows:
+            self._form, self._told = _guessed(chunk.table), True
+        start, stop = chunk.start, chunk.start + chunk.table.num_rows
+        shown = [row for row in self._riskiest if start <= row < stop]
+        first, last = np.searchsorted(self._measured, [start, stop]) if self._form else (0, 0)
+        wanted = sorted({*self._measured[first:last].tolist(), *shown})
+        for row, value in zip(wanted, _values(chunk, wanted, self._form), strict=True):
+            turns = self._turns(value)
+            if turns is not None:
+                self._lengths[row] = len(_answer(turns))
+            if row in shown:
+                prompt = json.dumps(value, ensure_ascii=False, default=str) if turns is None else _prompt(turns)
+                answer = "" if turns is None else _answer(turns)
+                self._shown[row] = _origin(chunk, row) | {"prompt": _cut(prompt), "answer": _cut(answer)}
+        for row in (row for rows in self._failed.values() for row in rows if start <= row < stop):
+            why = self.scored.detail(chunk, row - start)[:MOST_DETAIL]
+            self._errors[row] = _origin(chunk, row) | {"why": why}
+
+    def _turns(self, value: Mapping[str, Any]) -> list[Message] | None:
+        try:
+            return self._form.conversation(value) if self._form else None
+        except RowError:  # possible only where the form is a guess
+            return None
+
+    def found(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        """All of it, as JSON has it, when every chunk was seen; `report` is the run's."""
+        scored = self.scored
+        probes = {name: values[self._riskiest].tolist() for name, values in scored.probes.items()}
+        return {
+            "histogram": count_bars(scored.risk, scored.scored, self.place, report),
+            "lengths": self._by_length(),
+            "riskiest": [
+                {
+                    **self._shown[row],
+                    "risk": float(scored.risk[row]),
+                    "dropped": bool(self.place[row] == DROPPED),
+                    "probes": {name: values[k] for name, values in probes.items()},
+                }
+                for k, row in enumerate(self._riskiest)
+            ],
+            "errors": {status: [self._errors[row] for row in rows] for status, rows in self._failed.items()},
+            "modules": {name: self._means(each) for name, each in scored.modules.items()},
+        }
+
+    def _by_length(self) -> dict[str, Any] | None:
+        """Risk against the length of the answer, of the rows that were measured; None where no answer was."""
+        measured = [row for row in self._measured.tolist() if row in self._lengths]
+        if not measured:
+            return None
+        risk, length = self.scored.risk[measured], np.array([self._lengths[row] for row in measured])
+        few = slice(None, None, -(-len(measured) // MOST_POINTS))
+        dropped = self.place[measured] == DROPPED
+        points = zip(length[few].tolist(), risk[few].tolist(), dropped[few].tolist(), strict=True)
+        bands = np.array_split(np.argsort(length, kind="stable"), min(BANDS, max(1, len(measured) // BANDS)))
+        return {
+            "rows": len(measured),
+            "spearman": spearman(risk, length),
+            "points": [list(point) for point in points],
+            "bands": [[float(np.median(length[b])), *np.quantile(risk[b], [0.25, 0.5, 0.75]).tolist()] for b in bands],
+        }
+
+    def _means(self, modules: PerModule) -> dict[str, Any]:
+        """A probe's mean cosine at each of its modules, over all scored rows and over the riskiest ones."""
+        total, scored = np.zeros(len(modules.names)), self.scored.scored
+        for start in range(0, len(scored), BLOCK):
+            block = slice(start, start + BLOCK)
+            total += modules.cosines[block][scored[block]].sum(axis=0, dtype=np.float64)
+        means = {"all": total / max(1, scored.sum())}
+        means["riskiest"] = modules.cosines[self._riskiest].sum(axis=0, dtype=np.float64) / max(1, len(self._riskiest))
+        return {"places": [place_of(name) for name in modules.names], **{k: m.tolist() for k, m in means.items()}}
+
+
+def _some(rows: np.ndarray) -> np.ndarray:
+    """These rows (n,), ascending, or where there are too many a random part of them, always the same."""
+    if len(rows) <= MOST_LENGTHS:
+        return rows
+    return rows[np.sort(np.random.default_rng(0).choice(len(rows), MOST_LENGTHS, replace=False, shuffle=False))]
+
+
+def _guessed(table: pa.Table) -> RowFormat | None:
+    """The form of rows that nothing is known of but how they look."""
+    try:
+        return Columns().choose(to_rows(_bare(table).slice(0, SAMPLE)))
+    except SQSDError:
+        return None
+
+
+def _bare(table: pa.Table) -> pa.Table:
+    return table.select([name for name in table.column_names if not name.startswith(SCORE_PREFIX)])
+
+
+def _values(chunk: Chunk, rows: Sequence[int], form: RowFormat | None) -> Iterable[dict[str, Any]]:
+    """What these rows of the chunk hold in the columns of the form; in all where there is none."""
+    if form is None:
+        table = _bare(chunk.table)
+    else:
+        table = chunk.table.select([name for name in form.columns if name in chunk.table.column_names])
+    return to_rows(table.take(np.array(rows, np.int64) - chunk.start))
+
+
+def _origin(chunk: Chunk, row: int) -> dict[str, Any]:
+    k = row - chunk.start
+    return {"row": row, "file": chunk.files[k], "line": chunk.lines[k]}
+
+
+def _answer(turns: Sequence[Message]) -> str:
+    """All that is supervised."""
+    return "\n\n".join(_said(turn) for turn in turns if speaks(turn))
+
+
+def _prompt(turns: Sequence[Message]) -> str:
+    """All else that is said; by whom, where it is more than one turn."""
+    others = [turn for turn in turns if not speaks(turn) and isinstance(turn["content"], str)]
+    return "\n\n".join(_said(turn) if len(others) == 1 else f"{turn['role']}: {_said(turn)}" for turn in others)
+
+
+def _said(turn: Message) -> str:
+    calls = turn.get("tool_calls")
+    parts = [turn["content"], json.dumps(calls, ensure_ascii=False, default=str) if calls else ""]
+    return "\n".join(part for part in parts if part.strip())
+
+
+def _cut(text: str) -> dict[str, Any]:
+    """The text's head, and how many more characters it has."""
+    return {"text": text[:MOST_TEXT], "more": max(0, len(text) - MOST_TEXT)}

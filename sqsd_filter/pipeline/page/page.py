@@ -1,0 +1,140 @@
+"""report.html, a run as one page that loads nothing: every run leaves it, and `report` makes it anew with more in it.
+
+It holds text of rows, dropped ones above all, so no push to the Hub takes it along.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from sqsd_filter.errors import InputError, SQSDError
+from sqsd_filter.pictures import picture
+from sqsd_filter.pipeline.folder import sweep, write_whole
+from sqsd_filter.pipeline.page import run_parts
+from sqsd_filter.pipeline.page.findings import drift, evaluation, steering
+from sqsd_filter.pipeline.page.parts import Section
+from sqsd_filter.pipeline.writing.destination import EXPLAINED_FILE, REPORT_FILE, read_json
+
+PAGE_FILE = "report.html"
+NOTES_FILE = "notes.json"  # what the page shows of rows
+PLOTS = "plots"
+TOP = 5  # modules and tokens of an explained row
+
+# Invisible in a browser, or not allowed in HTML: shown as signs of their own, but for a newline and a tab
+_SIGNS = {k: 0x2400 + k for k in range(32) if chr(k) not in "\n\t"} | {0x7F: 0x2421}
+_SIGNS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def write_page(home: Path, report: Mapping[str, Any], notes: Mapping[str, Any], more: Sequence[Section] = ()) -> Path:
+    """Write the page on a run, and the notes that it can be made anew from, into the run's `home`. Raises `OSError`.
+
+    The same run gives the same bytes: the report's timing is not looked at.
+    """
+    text = json.dumps(notes, indent=1) + "\n"
+    write_whole(home / NOTES_FILE, lambda sink: sink.write(text.encode()))
+    page = _render(report, notes, _explained(home), [*_sections(report, notes), *more])
+    write_whole(home / PAGE_FILE, lambda sink: sink.write(page.encode()))
+    return home / PAGE_FILE
+
+
+def remake_page(
+    out: Path, *, evaluated: Path | None = None, drifted: Path | None = None, steered: Path | None = None
+) -> list[Path]:
+    """Make the page of the run in `out`, a folder or a file of scores, anew, with sections on an evaluation's
+    results.json, and on the folders that `drift` and `steer` left; and all its pictures as PNG files beside it.
+
+    Returns what was written. Raises `InputError` where there is no finished run, or one of the others is not what it
+    should be, `SQSDError` where the disk refuses.
+    """
+    home = out / "sqsd" if out.is_dir() else out.with_name(out.name + ".sqsd")
+    report, notes = read_json(home / REPORT_FILE), read_json(home / NOTES_FILE)
+    if not report or report.get("status") != "ok":
+        raise InputError(f"{out} holds no finished run: name the destination of one.")
+    if not notes:
+        raise InputError(
+            f"{out} has no {NOTES_FILE} to make a page from: start the same run again with --overwrite, which needs no "
+            "model for scores that are there."
+        )
+    given = ((evaluation, evaluated), (drift, drifted), (steering, steered))
+    more = [read(path) for read, path in given if path is not None]
+    try:
+        return [write_page(home, report, notes, more), *_write_plots(home / PLOTS, [*_sections(report, notes), *more])]
+    except OSError as problem:
+        raise SQSDError(f"No page can be written to {home} ({problem}): see to room and rights there.") from problem
+
+
+def _write_plots(folder: Path, sections: Sequence[Section]) -> list[Path]:
+    """All pictures, in place of those of an earlier page."""
+    folder.mkdir(exist_ok=True)
+    sweep(folder)
+    plots = {folder / f"{plot.name}.png": plot for section in sections for plot in section.plots}
+    for path, plot in plots.items():
+        with picture(path, plot.width, plot.height) as figure:
+            plot.draw(figure)
+    for path in set(folder.glob("*.png")) - plots.keys():
+        path.unlink()
+    return list(plots)
+
+
+def _sections(report: Mapping[str, Any], notes: Mapping[str, Any]) -> list[Section]:
+    return [
+        run_parts.risks(report, notes),
+        run_parts.lengths(notes),
+        run_parts.errors(report, notes),
+        *run_parts.groups(report),
+        *run_parts.modules(notes),
+    ]
+
+
+def _explained(home: Path) -> dict[int, Mapping[str, Any]]:
+    """What carries the risk of rows, where that was asked for."""
+    return {row["row"]: row for row in (read_json(home / EXPLAINED_FILE) or {}).get("rows", [])}
+
+
+def _render(
+    report: Mapping[str, Any],
+    notes: Mapping[str, Any],
+    explained: Mapping[int, Mapping[str, Any]],
+    sections: Sequence[Section],
+) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=_visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    text = environment.get_template("page.html").render(
+        headline=run_parts.headline(report),
+        summary=run_parts.summary(report),
+        sections=sections,
+        settings=run_parts.settings(report),
+        riskiest=notes["riskiest"],
+        carriers={index: _carriers(row) for index, row in explained.items()},
+        has_fates="kept" in report["rows"] and not report.get("weights"),
+        version=report["versions"]["sqsd-filter"],
+        svg=Markup,
+    )
+    return text.encode(errors="backslashreplace").decode()  # a path may be no UTF-8
+
+
+def _carriers(row: Mapping[str, Any]) -> dict[str, str]:
+    """The modules and tokens that add most to a row's risk."""
+    modules = ", ".join(f"{each['module']} {each['risk']:+.4f}" for each in row["modules"][:TOP])
+    tokens = sorted(row["tokens"], key=lambda token: -token["risk"])[:TOP]
+    return {"modules": modules, "tokens": ", ".join(f"{token['text']!r} {token['risk']:+.4f}" for token in tokens)}
+
+
+def _visible(value: Any) -> Any:
+    """Text with signs for what could not be seen, or would not be valid."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return re.sub("\r\n?", "\n", value).translate(_SIGNS)
+    return value

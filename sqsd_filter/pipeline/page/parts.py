@@ -1,0 +1,61 @@
+"""What a page is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from sqsd_filter.pictures import as_svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 6.4, 4.0  # inches of a picture, whose text is to be readable on a phone
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture, so many inches large. `name` is that of its file, `alt` says in words what it shows."""
+
+    name: str
+    alt: str
+    draw: Callable[[Figure], None]
+    width: float = WIDTH
+    height: float = HEIGHT
+
+    @cached_property
+    def svg(self) -> str:
+        return as_svg(self.draw, self.width, self.height, self.name, self.alt)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns whose name begins with a colon hold numbers."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, sentences, a sentence that must be seen, then pictures and tables."""
+
+    id: str
+    title: str
+    words: Sequence[str] = ()
+    warning: str = ""
+    plots: Sequence[Plot] = ()
+    tables: Sequence[Table] = ()
+
+
+def number(value: float | None) -> str:
+    """A count with commas, anything else with six digits; nothing where there is none."""
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

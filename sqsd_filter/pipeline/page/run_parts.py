@@ -1,0 +1,233 @@
+"""The sections on a run: its rows and risks, and how it was made. From its report and the notes on its rows."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sqsd_filter.pictures import BLUE, ORANGE, plain
+from sqsd_filter.pipeline.page.parts import Plot, Section, Table, many, number
+from sqsd_filter.pipeline.rules import CONSENSUS
+from sqsd_filter.pipeline.writing.histogram import FAR, draw_histogram
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RELATED = 0.3  # a rank correlation with length from which it is pointed at
+MOST_GROUPS = 50
+MOST_INPUTS = 20
+LONGEST = 120  # characters of a value in a table
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    rows = report["rows"]
+    if "kept" not in rows:
+        return f"{many(rows['total'], 'row')} with their risk"
+    if report.get("weights"):
+        return f"{many(rows['kept'], 'row')} weighted by their risk"
+    what = "the riskiest dropped" if rows["dropped"] else "none dropped"
+    return f"{rows['kept']:,} of {many(rows['total'], 'row')} kept, {what}"
+
+
+def summary(report: Mapping[str, Any]) -> list[str]:
+    """What was done, in a few sentences."""
+    rows, words = report["rows"], []
+    fates = {"kept": "were kept", "dropped": "dropped", "errors": "could not be scored"}
+    told = ", ".join(f"{rows[name]:,} {fate}" for name, fate in fates.items() if name in rows)
+    words.append(f"{many(rows['total'], 'row')} came in: {told}.")
+    if report["cut"] is not None:
+        words.append(f"The cut: {report['cut']}.")
+    if weights := report.get("weights"):
+        at = "" if weights["threshold"] is None else f" with the threshold {weights['threshold']:.6g}"
+        words.append(f"Each row has the weight {weights['formula']}{at}; the weights add up to {weights['sum']:,.6g}.")
+    elif report["threshold"] is not None and rows["dropped"]:
+        words.append(f"Rows were dropped from the risk {report['threshold']:.6g} on.")
+        words += [f"{many(report['ties'], 'kept row')} had that very risk."] if report["ties"] else []
+    if groups := report.get("groups"):
+        column = "split" if groups["column"] is None else f"group of equal {groups['column']}"
+        words.append(f"Each {column} had its own share of the cut.")
+    return [*words, _measure(report)]
+
+
+def _measure(report: Mapping[str, Any]) -> str:
+    """Which pack gave the risks."""
+    if found := report.get("consensus"):
+        packs = ", ".join(_pack(each["pack"]) if each["pack"] else each["column"] for each in found["packs"])
+        return f"The risk is the {CONSENSUS[found['rule']]}: {packs}."
+    if pack := report.get("pack"):
+        state = f", all at the state {pack['shared_state']}" if pack.get("shared_state") else ""
+        return f"The risk was measured with the pack {_pack(pack)}{state}."
+    return "The risk was in the input."
+
+
+def _pack(pack: Mapping[str, Any]) -> str:
+    return f"{pack['name']} ({pack['fingerprint']}) on {pack['base_model']}"
+
+
+def risks(report: Mapping[str, Any], notes: Mapping[str, Any]) -> Section:
+    words = ["How risk is spread over the rows. It has no unit; rows with a higher risk push the model further."]
+    quantiles = report["risk_quantiles"]
+    table = Table(["quantile", *(f":{q}" for q in quantiles)], [["risk", *(f"{v:.3g}" for v in quantiles.values())]])
+    draw = partial(draw_histogram, bars=notes["histogram"], report=report)
+    plot = Plot("risk", f"Histogram of the risk. {headline(report)}", draw)
+    return Section("risk", "Risk", words, plots=[plot], tables=[table] if quantiles else [])
+
+
+def lengths(notes: Mapping[str, Any]) -> Section:
+    found, title = notes["lengths"], "Risk and length"
+    if found is None:
+        why = "No answer could be measured: no row has a risk, or it is not known which columns hold the answers."
+        return Section("length", title, [why])
+    rho, warning = found["spearman"], ""
+    words = [f"Measured on {many(found['rows'], 'row')}, the length of an answer in characters."]
+    if rho is None:
+        words.append("All have the same risk or length, so there is no correlation to be told.")
+    elif abs(rho) > RELATED:
+        kind = "longer" if rho > 0 else "shorter"
+        warning = (
+            f"Risk goes with length: Spearman's rank correlation is {rho:.2f}, so {kind} answers tend to be riskier. "
+            "Look whether the riskiest rows below are risky for what they say, and not just for how long they are."
+        )
+    else:
+        words.append(f"Spearman's rank correlation of risk and length is {rho:.2f}, which is weak.")
+    told = "" if rho is None else f" Spearman's rank correlation is {rho:.2f}."
+    plot = Plot("length", f"Risk against the length of the answer.{told}", partial(_draw_lengths, found))
+    return Section("length", title, words, warning, [plot])
+
+
+def _draw_lengths(found: Mapping[str, Any], figure: Figure) -> None:
+    """Rows as points, and their quartiles of risk by length."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    axes = figure.add_subplot()
+    length, risk = np.array([point[:2] for point in found["points"]], np.float64).T.clip(-FAR, FAR)
+    dropped = np.array([point[2] for point in found["points"]], bool)
+    for colour, marker, name, which in ((BLUE, "o", "kept", ~dropped), (ORANGE, "^", "dropped", dropped)):
+        if which.any():
+            label = name if dropped.any() else "rows"
+            axes.scatter(length[which], risk[which], s=28, c=colour, marker=marker, alpha=0.6, lw=0, label=label)
+    at, *quartiles = np.array(found["bands"], np.float64).T.clip(-FAR, FAR)
+    if len(at) > 1:
+        low, median, high = quartiles
+        axes.fill_between(at, low, high, color="black", alpha=0.15, lw=0, label="quartiles")
+        axes.plot(at, median, color="black", lw=1.5, label="median")
+    axes.set_xscale("symlog", linthresh=10)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlim(left=0)
+    axes.set_xlabel("length of the answer (characters)", fontsize=13)
+    axes.set_ylabel("SQSD risk (no unit)", fontsize=13)
+    axes.tick_params(labelsize=12)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper left", ncols=4, fontsize=13, frameon=False)
+
+
+def modules(notes: Mapping[str, Any]) -> list[Section]:
+    """A heat map for each probe whose cosines at each module were kept."""
+    if not notes["modules"]:
+        return []
+    plots: list[Plot] = []
+    for name, found in notes["modules"].items():
+        layers = len({layer for layer, _ in found["places"]})
+        alt = f"Mean cosine with the direction {name} by layer and module type, over all rows and over the riskiest"
+        plots.append(Plot(f"modules-{len(plots)}", alt, partial(_draw_modules, name, found), height=2.6 + layers / 9))
+    words = [
+        "The mean cosine of a row's update with each direction, by layer and type of module: over all rows with a "
+        f"risk, and over the {len(notes['riskiest'])} riskiest.",
+    ]
+    return [Section("modules", "Modules", words, plots=plots)]
+
+
+def _draw_modules(name: str, found: Mapping[str, Any], figure: Figure) -> None:
+    layers, kinds = (list(dict.fromkeys(values)) for values in zip(*found["places"], strict=True))
+    layers.sort(key=lambda layer: -1 if layer is None else layer)
+    where = tuple(np.array([(layers.index(layer), kinds.index(kind)) for layer, kind in found["places"]]).T)
+    most = max(1e-9, *(abs(value) for side in ("all", "riskiest") for value in found[side]))
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, side in zip(both, ("all", "riskiest"), strict=True):
+        grid = np.full((len(layers), len(kinds)), np.nan)
+        grid[where] = found[side]
+        image = axes.pcolormesh(grid, cmap="RdBu_r", vmin=-most, vmax=most)
+        axes.set_title(f"{side} rows", fontsize=12)
+        axes.set_xticks(np.arange(len(kinds)) + 0.5, [plain(kind.rpartition(".")[2]) for kind in kinds], rotation=90)
+    step = -(-len(layers) // 16)
+    labels = ["none" if layer is None else str(layer) for layer in layers[::step]]
+    both[0].set_yticks(np.arange(len(layers))[::step] + 0.5, labels)
+    both[0].set_ylabel("layer", fontsize=12)
+    figure.colorbar(image, ax=both, fraction=0.05)
+    figure.suptitle(f"mean cosine with {plain(name)} (no unit)", fontsize=13)
+
+
+def errors(report: Mapping[str, Any], notes: Mapping[str, Any]) -> Section:
+    rows = [
+        [status, number(count), "; ".join(f"{_where(each)}: {each['why']}" for each in notes["errors"][status])]
+        for status, count in report["unscored"].items()
+    ]
+    if not rows:
+        return Section("errors", "Rows without a risk", ["Every row has a risk."])
+    words = ["These rows could not be scored, which says nothing of their risk."]
+    table = Table(["reason", ":rows", "the first of them"], rows)
+    return Section("errors", "Rows without a risk", words, tables=[table])
+
+
+def _where(found: Mapping[str, Any]) -> str:
+    return f"{found['file']}, line {found['line']}"
+
+
+def groups(report: Mapping[str, Any]) -> list[Section]:
+    """The rows that were cut apart, the largest groups first."""
+    if not (found := report.get("groups")):
+        return []
+    largest = sorted(found["groups"], key=lambda group: -group["scored"])
+    keys = {"split": "split", "value": found["column"]}
+    keys = {key: head for key, head in keys.items() if largest and key in largest[0]}
+    numbers = ("scored", "threshold", "scale", "sum") if report.get("weights") else ("scored", "dropped", "threshold")
+    rows = [
+        [*(value(group[key]) for key in keys), *(number(group[name]) for name in numbers)]
+        for group in largest[:MOST_GROUPS]
+    ]
+    words = [f"And {many(len(largest) - MOST_GROUPS, 'smaller one')}."] if len(largest) > MOST_GROUPS else []
+    if found["spared"]:
+        words.append(f"Spared, so that no group is emptied: {many(found['spared'], 'row')}.")
+    title = "Splits" if found["column"] is None else "Groups"
+    return [Section("groups", title, words, tables=[Table([*keys.values(), *(f":{name}" for name in numbers)], rows)])]
+
+
+def value(given: Any) -> str:
+    """A text as it is, anything else as JSON; long ones cut short."""
+    text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def settings(report: Mapping[str, Any]) -> Section:
+    """How the run was made: the pack, what was read, every setting and where it is from, and the versions."""
+    tables = [Table(["pack", ""], _about(report))]
+    inputs = report["inputs"]
+    shown = [[value(i["path"]), number(i["rows"]), number(i["bytes"]), i["blake2b"][:16]] for i in inputs[:MOST_INPUTS]]
+    tables.append(Table(["input", ":rows", ":bytes", "BLAKE2b"], shown))
+    words = [f"{many(len(inputs) - MOST_INPUTS, 'more input')} in report.json."] if len(inputs) > MOST_INPUTS else []
+    if command := report.get("command"):
+        words.insert(0, f"The command: {shlex.join(command)[:2000]}")
+    if known := report["settings"]:
+        told = [[name, "" if s["value"] is None else value(s["value"]), s["origin"]] for name, s in known.items()]
+        tables.append(Table(["setting", "value", "from"], told))
+    tables.append(Table(["version of", ""], [[name, text] for name, text in report["versions"].items()]))
+    return Section("settings", "Settings", words, tables=tables)
+
+
+def _about(report: Mapping[str, Any]) -> list[Sequence[str]]:
+    packs = [each["pack"] for each in report["consensus"]["packs"]] if report.get("consensus") else [report.get("pack")]
+    rows: list[Sequence[str]] = []
+    for pack in packs:
+        if pack:
+            total = " ".join(f"{weight:+g} × {name}" for name, weight in pack["weights"].items())
+            rows += [("name", pack["name"]), ("fingerprint", pack["fingerprint"]), ("base model", pack["base_model"])]
+            rows += [("risk", total), ("shared state", pack.get("shared_state") or "none: each direction has its own")]
+        else:
+            rows.append(("name", "not known: the scores were in the input"))
+    facts = {"dtype": "dtype", "device": "device", "max_length": "tokens a row at most", "format": "rows read as"}
+    return rows + [(name, value(report[key])) for key, name in facts.items() if report.get(key) is not None]

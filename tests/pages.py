@@ -1,0 +1,74 @@
+"""Runs without a model for tests of the page, and what a browser would find in one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqsd_filter.pipeline.page.notes import Notes
+from sqsd_filter.pipeline.page.page import write_page
+from sqsd_filter.pipeline.selection import KEPT, Cut, cut_rows
+from sqsd_filter.pipeline.writing.report import summarise
+from sqsd_filter.scoring.row_formats import RowFormat
+from tests.corpora import by_hand, open_corpus, write_jsonl
+
+ALPACA = RowFormat("alpaca", prompt="instruction", answer="output")
+
+
+def noted(
+    folder: Path, rows: Sequence[Any], risk: Sequence[float] | None = None, form: RowFormat | None = ALPACA, **cut: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Report and notes of a run on these rows with these risks; without, a later row has a higher one."""
+    corpus = open_corpus([write_jsonl(folder / "in.jsonl", rows)])
+    scored, _ = by_hand(corpus, [KEPT] * len(rows), [k for k, row in enumerate(rows) if isinstance(row, bytes)])
+    scored = replace(scored, form=form, risk=scored.risk if risk is None else np.array(risk, np.float64))
+    how = Cut.of(**(cut or {"drop_count": 2}))
+    selection = cut_rows(scored.risk, scored.scored, how)
+    notes = Notes(scored, selection)
+    for chunk in corpus.chunks():
+        notes.see(chunk)
+    report = {"settings": {}, "versions": {"sqsd-filter": "1"}, **summarise(scored, selection, how)}
+    return report, notes.found(report)
+
+
+def page_of(folder: Path, rows: Sequence[Any], **how: Any) -> str:
+    return write_page(folder, *noted(folder, rows, **how)).read_text(encoding="utf-8")
+
+
+@dataclass
+class Seen(HTMLParser):
+    """The elements of a page with their attributes, and the texts of those with the class `text`."""
+
+    page: str
+    elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._inside = False
+        self.feed(self.page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if dict(attrs).get("class") == "text":
+            self._inside = True
+            self.texts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = self._inside and tag != "div"
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.texts[-1] += data
+
+    @property
+    def requests(self) -> list[str]:
+        """All that a browser could want to fetch."""
+        named = [str(v) for _, a in self.elements for k, v in a.items() if k in ("src", "href", "xlink:href", "action")]
+        return [url for url in [*named, *re.findall(r"url\(([^)]*)\)", self.page)] if not url.startswith("#")]

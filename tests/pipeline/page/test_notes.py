@@ -1,0 +1,119 @@
+"""What is noted of rows while they are written: the same as by looking at all of them, but little of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sqsd_filter.pipeline.page import notes
+from sqsd_filter.pipeline.page.notes import MOST_TEXT, Notes
+from sqsd_filter.pipeline.scores.scored import PerModule
+from sqsd_filter.pipeline.selection import KEPT
+from sqsd_filter.scoring.conversation import Message
+from sqsd_filter.scoring.row_formats import RowFormat
+from tests.corpora import by_hand, make_rows, open_corpus, write_jsonl
+from tests.pages import noted
+
+
+def textbook(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's correlation of values that are all different."""
+    return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
+
+
+def test_the_correlation_with_length_is_spearmans(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    lengths, risk = random.permutation(100) + 1, random.normal(size=100)
+    rows = [{"instruction": "a" * 7, "output": "é" * n} for n in lengths]
+    _, found = noted(tmp_path, rows, risk=risk)
+    assert found["lengths"]["spearman"] == pytest.approx(textbook(risk, lengths))
+    assert found["lengths"]["rows"] == 100
+    assert [(n, r) for n, r, _ in found["lengths"]["points"]] == [*zip(lengths, risk, strict=True)]
+    assert sum(dropped for _, _, dropped in found["lengths"]["points"]) == 2
+    by_length = np.argsort(lengths).reshape(10, 10)
+    for band, rows_of_band in zip(found["lengths"]["bands"], by_length, strict=True):
+        expected = [np.median(lengths[rows_of_band]), *np.quantile(risk[rows_of_band], [0.25, 0.5, 0.75])]
+        assert band == pytest.approx(expected)
+
+
+def test_no_more_conversations_are_made_than_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    class Counting(RowFormat):
+        def conversation(self, row: Any) -> list[Message]:
+            made.append(row)
+            return super().conversation(row)
+
+    for name, most in (("MOST_LENGTHS", 64), ("MOST_POINTS", 10), ("MOST_ROWS", 5)):
+        monkeypatch.setattr(notes, name, most)
+    form = Counting("alpaca", prompt="instruction", answer="output")
+    _, found = noted(tmp_path, make_rows(5000), form=form)
+    assert len(made) <= 64 + 5 and found["lengths"]["rows"] >= 64
+    assert len(found["lengths"]["points"]) <= 10
+    assert [row["row"] for row in found["riskiest"]] == [4999, 4998, 4997, 4996, 4995]
+    assert noted(tmp_path, make_rows(5000), form=form)[1] == found  # the same rows every time
+
+
+def test_rows_are_noted_with_their_origin_their_probes_and_the_head_of_their_text(tmp_path: Path) -> None:
+    rows = [{"instruction": "short", "output": "b"}, {"instruction": "a" * (MOST_TEXT + 3), "output": "c"}]
+    _, found = noted(tmp_path, rows, drop_count=1)
+    first, second = found["riskiest"]
+    assert (first["row"], first["file"], first["line"], first["dropped"]) == (1, str(tmp_path / "in.jsonl"), 2, True)
+    assert first["prompt"] == {"text": "a" * MOST_TEXT, "more": 3} and first["answer"] == {"text": "c", "more": 0}
+    assert first["probes"] == {"danger": pytest.approx(1 / 7), "safety": 0.1}
+    assert (second["prompt"]["more"], second["dropped"]) == (0, False)
+
+
+def test_a_conversation_shows_who_says_what_and_all_that_is_supervised(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello?"},
+        {"role": "assistant", "content": "One."},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    _, found = noted(tmp_path, [{"messages": turns}], form=RowFormat("messages", messages="messages"))
+    assert found["riskiest"][0]["prompt"]["text"] == "system: Be brief.\n\nuser: Hello?\n\nuser: And?"
+    assert (
+        found["riskiest"][0]["answer"]["text"].startswith("One.\n\n[{")
+        and "add" in found["riskiest"][0]["answer"]["text"]
+    )
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "guessed"])
+def test_the_form_of_rows_is_guessed_where_it_is_not_known(tmp_path: Path, known: bool) -> None:
+    form = RowFormat("alpaca", prompt="instruction", answer="output") if known else None
+    _, found = noted(tmp_path, make_rows(8), form=form)
+    assert found["riskiest"][0]["answer"]["text"] == "It is 7." and found["lengths"]["rows"] == 8
+
+
+def test_rows_of_no_known_form_are_shown_as_they_are(tmp_path: Path) -> None:
+    _, found = noted(tmp_path, [{"a": "é", "b": 1}], form=None)
+    assert found["lengths"] is None
+    assert found["riskiest"][0]["prompt"]["text"] == '{"a": "é", "b": 1}'
+
+
+def test_the_first_rows_of_each_error_are_named(tmp_path: Path) -> None:
+    report, found = noted(tmp_path, [*make_rows(3), *[b"{"] * 5])
+    assert report["unscored"] == {"no_answer": 5}  # as `by_hand` calls it
+    assert [each["line"] for each in found["errors"]["no_answer"]] == [4, 5, 6]
+    assert all(each["why"] for each in found["errors"]["no_answer"])
+
+
+def test_the_heat_map_has_the_plain_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notes, "BLOCK", 7)
+    monkeypatch.setattr(notes, "MOST_ROWS", 4)
+    corpus = open_corpus([write_jsonl(tmp_path / "in.jsonl", make_rows(30))])
+    cosines = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
+    cosines[3] = np.nan
+    scored, _ = by_hand(corpus, [KEPT] * 30, [3])
+    modules = {"danger": PerModule(["model.layers.0.mlp.up_proj", "model.layers.11.self_attn.q_proj"], cosines)}
+    scored = replace(scored, modules=modules)
+    found = Notes(scored, None)._means(modules["danger"])
+    assert found["places"] == [(0, "mlp.up_proj"), (11, "self_attn.q_proj")]
+    assert found["all"] == pytest.approx(np.nanmean(cosines, axis=0), rel=1e-5)
+    assert found["riskiest"] == pytest.approx(cosines[26:].mean(axis=0), rel=1e-5)

@@ -1,0 +1,223 @@
+"""The page of a run: readable everywhere, light, without requests, and nothing in a row is markup."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
+from sqsd_filter.errors import InputError, SQSDError
+from sqsd_filter.pipeline.page.page import remake_page, write_page
+from sqsd_filter.pipeline.publishing.hub import PushTo
+from tests.corpora import make_rows, read_report, write_jsonl
+from tests.disks import small_disk
+from tests.hub import Hub
+from tests.pages import Seen, noted, page_of
+
+HOSTILE = "<script>alert(1)</script></div></article><img src=x onerror='a()'>\"&amp;{{ 7 * 7 }}{% raw %}"
+
+
+def row(prompt: str, answer: str) -> dict[str, str]:
+    return {"instruction": prompt, "output": answer}
+
+
+# ---------------------------------------------------------------------------------------------- what is in a row
+
+
+def test_nothing_in_a_row_is_markup(tmp_path: Path) -> None:
+    rows = [row("plain", "plain"), row(HOSTILE, HOSTILE[::-1])]
+    found = Seen(page_of(tmp_path, rows))
+    assert found.texts == [HOSTILE, HOSTILE[::-1], "plain", "plain"]
+    assert {"script", "img", "iframe", "object", "link", "form"}.isdisjoint(tag for tag, _ in found.elements)
+    assert not [name for _, attributes in found.elements for name in attributes if name.startswith("on")]
+
+
+def test_control_characters_are_seen_and_do_no_harm(tmp_path: Path) -> None:
+    found = Seen(page_of(tmp_path, [row("a\0b\x1b[31mc\x7f\x85", "one\r\ntwo\tthree\rfour")]))
+    assert found.texts == ["a␀b␛[31mc␡\ufffd", "one\ntwo\tthree\nfour"]
+
+
+def test_text_from_right_to_left_stays_in_its_place(tmp_path: Path) -> None:
+    arabic = "\u0645\u0631\u062d\u0628\u0627 \u202e override"
+    found = Seen(page_of(tmp_path, [row(arabic, arabic)]))
+    assert found.texts == [arabic, arabic]
+    assert [a["dir"] for _, a in found.elements if a.get("class") == "text"] == ["auto", "auto"]
+    assert "unicode-bidi: isolate" in found.page
+
+
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.text(min_size=1, max_size=40).filter(str.strip))
+def test_any_text_leaves_the_page_with_the_same_elements(tmp_path: Path, text: str) -> None:
+    report, notes = noted(tmp_path, [row("a", "b")])
+    plain = [tag for tag, _ in Seen(write_page(tmp_path, report, notes).read_text(encoding="utf-8")).elements]
+    notes["riskiest"][0]["prompt"]["text"] = notes["riskiest"][0]["file"] = text
+    found = Seen(write_page(tmp_path, report, notes).read_text(encoding="utf-8"))
+    assert [tag for tag, _ in found.elements] == plain
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_asks_for_nothing_and_names_no_address(tmp_path: Path) -> None:
+    found = Seen(page_of(tmp_path, make_rows(30)))
+    assert found.requests == [] and "//" not in found.page
+    policies = [a["content"] for _, a in found.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+
+
+def test_the_page_fits_a_phone_and_a_dark_screen(tmp_path: Path) -> None:
+    found = Seen(page_of(tmp_path, make_rows(30)))
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in [a for _, a in found.elements]
+    assert "prefers-color-scheme: dark" in found.page and "@media print" in found.page
+    pictures = [a for tag, a in found.elements if tag == "svg"]
+    assert len(pictures) == 2 and not [a for a in pictures if "width" in a or not a["aria-label"]]
+    assert "#000000" not in found.page.partition("<body>")[2]  # black on a dark page
+
+
+def test_the_worst_rows_make_no_heavy_page(tmp_path: Path) -> None:
+    rows = [row("<&'\"" * 500, "\U0001f469" * 2000) for _ in range(50)]
+    report, notes = noted(tmp_path, rows)
+    group = {"scored": 10, "dropped": 1, "threshold": 0.123456789}
+    groups = [{**group, "value": "<" * 1000} for _ in range(10_000)]
+    report["groups"] = {"column": "kind", "spared": 3, "groups": groups}
+    report["inputs"] *= 1000
+    report["command"] = ["sqsd-filter", *(f"in-{k}.jsonl" for k in range(10_000))]
+    assert write_page(tmp_path, report, notes).stat().st_size < 1_000_000
+
+
+def test_fifty_rows_are_shown_at_most_the_riskiest_first(tmp_path: Path) -> None:
+    found = Seen(page_of(tmp_path, [row(f"prompt {k}", "answer") for k in range(60)]))
+    assert found.texts[::2] == [f"prompt {k}" for k in range(59, 9, -1)]
+    assert len([tag for tag, _ in found.elements if tag == "article"]) == 50
+
+
+def test_the_same_run_gives_the_same_bytes_whenever_it_was(tmp_path: Path) -> None:
+    report, notes = noted(tmp_path, make_rows(30))
+    one = write_page(tmp_path, {**report, "timing": {"seconds": 1}}, notes).read_bytes()
+    assert write_page(tmp_path, {**report, "timing": {"seconds": 2}}, notes).read_bytes() == one
+
+
+@pytest.mark.parametrize(
+    ("sign", "word"), [(1, "longer"), (-1, "shorter"), (0, "")], ids=["longer", "shorter", "neither"]
+)
+def test_a_risk_that_goes_with_length_is_pointed_at(tmp_path: Path, sign: int, word: str) -> None:
+    random = np.random.default_rng(0)
+    lengths = random.permutation(200) + 1
+    risk = sign * lengths + random.normal(size=200)
+    page = page_of(tmp_path, [row("a", "x" * n) for n in lengths], risk=risk)
+    assert ('<p class="warning">' in page) == bool(sign)
+    assert (f"so {word} answers tend to be riskier" in page) == bool(sign)
+    assert ("which is weak" in page) != bool(sign)
+
+
+@pytest.mark.parametrize(
+    "risk", [[1e300, -1e300, 5e-324, 0.0], [0.5] * 4, [np.nan] * 4], ids=["extreme", "equal", "none"]
+)
+@pytest.mark.filterwarnings("error")
+def test_any_risks_make_a_page(tmp_path: Path, risk: list[float]) -> None:
+    found = Seen(page_of(tmp_path, [row("a", "b" * k) for k in range(1, 5)], risk=risk))
+    assert len(found.texts) == 2 * int(np.isfinite(risk).sum())
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "in.jsonl", [*make_rows(20), {"id": 20, "instruction": HOSTILE, "output": ""}])
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_pack: Path) -> SQSDScorer:
+    return SQSDScorer(tiny_pack)
+
+
+def read(home: str) -> str:
+    return Path(home, "report.html").read_text(encoding="utf-8")
+
+
+def test_every_kind_of_run_leaves_its_page(folder: Path, scorer: SQSDScorer) -> None:
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, explain=2)
+    score_dataset("in.jsonl", "all.parquet", scorer=scorer)
+    select_dataset("all.parquet", "cut", drop_count=4, per_group="id")
+    filtered, scored, selected = map(read, ("out/sqsd", "all.parquet.sqsd", "cut/sqsd"))
+    assert "<h1>17 of 21 rows kept, the riskiest dropped</h1>" in filtered and "tiny (" in filtered
+    assert filtered.count("Modules that add most") == 2
+    assert "<h1>21 rows with their risk</h1>" in scored and ", kept</h3>" not in scored
+    assert "The risk was in the input." in selected and "group of equal id" in selected
+    for page in (filtered, scored, selected):
+        assert "in.jsonl, line 21: column" in page or "all.parquet" in page
+        assert len(Seen(page).texts) == 40 and "Measured on 20 rows" in page
+
+
+def test_the_page_is_made_anew_from_what_the_run_left_alone(folder: Path, scorer: SQSDScorer) -> None:
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
+    before = read("out/sqsd")
+    (folder / "in.jsonl").unlink()
+    Path("out/sqsd/report.html").unlink()
+    Path("out/sqsd/plots").mkdir()
+    Path("out/sqsd/plots/old.png").write_bytes(b"")
+    page, *plots = remake_page(Path("out"))
+    assert page.read_text(encoding="utf-8") == before
+    assert {path.name for path in plots} == {path.name for path in page.parent.glob("plots/*")}
+    assert [Image.open(path).format for path in plots] == ["PNG"] * 2
+
+
+def test_what_is_no_finished_run_is_one_sentence(folder: Path, scorer: SQSDScorer) -> None:
+    with pytest.raises(InputError, match="out holds no finished run"):
+        remake_page(Path("out"))
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
+    Path("out/sqsd/notes.json").write_text("{")
+    with pytest.raises(InputError, match=r"out has no notes\.json to make a page from.*--overwrite"):
+        remake_page(Path("out"))
+
+
+def test_a_full_disk_costs_the_page_and_not_the_run(
+    folder: Path, scorer: SQSDScorer, caplog: pytest.LogCaptureFixture
+) -> None:
+    filter_dataset("in.jsonl", "whole", drop_count=3, scorer=scorer)
+    sizes = {path.name: path.stat().st_size for path in Path("whole").rglob("*") if path.is_file()}
+    room = sizes.pop("report.html") - 1
+    assert max(sizes.values()) < room
+    with caplog.at_level(logging.WARNING, "sqsd_filter"), small_disk(room):
+        report = filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
+    assert report["status"] == "ok" and read_report(Path("out"))["rows"]["kept"] == 17
+    assert not list(Path("out/sqsd").glob("*report.html*"))
+    (said,) = [record.message for record in caplog.records if record.name.startswith("sqsd_filter")]
+    assert said.startswith("out/sqsd/report.html can't be written (")
+    with pytest.raises(SQSDError, match=r"No page can be written to out/sqsd .*room"), small_disk(room):
+        remake_page(Path("out"))
+    assert remake_page(Path("out"))[0].read_text(encoding="utf-8") == read("whole/sqsd")
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_no_push_takes_the_page_or_its_texts_along(folder: Path, scorer: SQSDScorer, hub: Hub, private: bool) -> None:
+    secret = "a text that only a dropped row has"
+    write_jsonl(folder / "in.jsonl", [*make_rows(9), {"id": 9, "instruction": "?", "output": secret}])
+    push = PushTo("org/out", private=private, rows=["kept"])
+    filter_dataset("in.jsonl", "out", drop_count=10, scorer=scorer, push=push)
+    assert secret in read("out/sqsd") and secret in Path("out/sqsd/notes.json").read_text()
+    files = hub.files("org/out")
+    assert "sqsd/report.json" in files and {"sqsd/report.html", "sqsd/notes.json"}.isdisjoint(files)
+    assert not [name for name, content in files.items() if secret.encode() in content]
+
+
+def test_a_bucket_that_has_all_rows_has_the_page_too(folder: Path, scorer: SQSDScorer) -> None:
+    import fsspec
+
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
+    filter_dataset("in.jsonl", "memory://pages/out", drop_count=3, scorer=scorer)
+    there: Any = fsspec.filesystem("memory")
+    assert there.cat("/pages/out/sqsd/report.html").decode() == read("out/sqsd")
+    assert json.loads(there.cat("/pages/out/sqsd/notes.json"))
+    there.rm("/pages", recursive=True)
