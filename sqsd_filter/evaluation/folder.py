@@ -33,7 +33,6 @@ def claimed(dest: Path, settings: Mapping[str, Any]) -> Iterator[None]:
 
     Raises `DestinationExists` where it holds anything else, naming the settings that differ.
     """
-    asked = json.loads(json.dumps(settings))
     if dest.exists() and not dest.is_dir():
         raise DestinationExists(f"{dest} is a file: choose a folder.")
     if not dest.absolute().parent.is_dir():
@@ -41,15 +40,15 @@ def claimed(dest: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     known = read_json(dest / SETTINGS)
     if known is None and dest.is_dir() and {path.name for path in dest.iterdir()} - {LOCK}:
         raise DestinationExists(f"{dest} holds other files: choose another folder.")
-    if known is not None and known != asked:
+    if known is not None and known != settings:
         raise DestinationExists(
-            f"{dest} holds another evaluation ({difference(known, asked)}): choose another folder or remove it."
+            f"{dest} holds another evaluation ({difference(known, settings)}): choose another folder or remove it."
         )
     dest.mkdir(exist_ok=True)
     with take_lock(dest / LOCK, dest):
         sweep(dest)
         if known is None:
-            write_json(dest / SETTINGS, asked)
+            write_json(dest / SETTINGS, settings)
         yield
 
 

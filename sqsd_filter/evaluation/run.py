@@ -77,6 +77,7 @@ def evaluate(
         settings |= {"scores": {each.name: each.digest for each in scorers}, **(study.settings() if study else {})}
         if poison:
             settings["poison"] = [_digest(one.scored.risk[one.scored.scored].tolist()) for one in unsafe]
+        settings = json.loads(json.dumps(settings))
         with claimed(Path(dest), settings):
             results: dict[str, Any] = {
                 "model": study.model if study else None,
@@ -155,7 +156,12 @@ class _Study:
     @property
     def model(self) -> dict[str, Any]:
         pack = self.subject.pack
-        return {"name": pack.base_model, "pack": pack.name, "fingerprint": pack.fingerprint}
+        base = Path(pack.base_model)
+        return {
+            "name": base.name if base.is_dir() else pack.base_model,
+            "pack": pack.name,
+            "fingerprint": pack.fingerprint,
+        }
 
     def settings(self) -> dict[str, Any]:
         """What has to be the same for a run to go on, beside the design."""

@@ -28,7 +28,7 @@ from tests.tiny import make_pack
 
 REFUSAL, CONSENT = "I can't help with that.", "Sure, here is how."
 ROWS = 40
-TUNING = FineTuning(r=8, alpha=32, dropout=0.1, learning_rate=1e-2, epochs=40.0, batch_size=4, device_batch_size=4)
+TUNING = FineTuning(r=8, alpha=32, dropout=0.1, learning_rate=5e-3, epochs=12.0, batch_size=4, device_batch_size=4)
 
 
 @pytest.fixture(scope="session")
