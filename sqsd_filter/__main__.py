@@ -1,5 +1,5 @@
 """`python -m sqsd_filter`."""
 
-from sqsd_filter.cli.main import main
+from sqsd_filter.cli.main import run
 
-main()
+run()

@@ -218,6 +218,22 @@ cli.add_command(report)
 pack.add_command(states)
 
 
+INTERRUPTED = 130  # exit code
+
+
+def run() -> None:
+    """A process of the command's own: once it was interrupted it leaves at once, whatever threads still do, because
+    what native code does at the exit of an interpreter may change the exit code."""
+    try:
+        main()
+    except SystemExit as leaving:
+        if leaving.code != INTERRUPTED:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+
+
 def _terminate(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -235,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("Interrupted. What was written is kept; the same command does the rest:", err=True)
         click.echo("  " + shlex.join(["sqsd-filter", *given]), err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except SQSDError as problem:
         if os.environ.get("SQSD_FILTER_DEBUG"):
             raise

@@ -125,7 +125,9 @@ class RayEngine:
         }
 
     def close(self) -> None:
-        if self._ours and ray.is_initialized():
+        """Shut down a session of our own. After an interruption that is left to the end of this process, at which Ray's
+        reaper does it: in the middle of its work, native code may end the process here and now, with exit code 1."""
+        if self._ours and ray.is_initialized() and not isinstance(sys.exception(), KeyboardInterrupt):
             ray.shutdown()
 
     def score(

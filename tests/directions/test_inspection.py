@@ -304,7 +304,8 @@ def test_a_pack_that_is_not_there_is_a_failure(capsys: pytest.CaptureFixture[str
 def test_the_embedded_pack_is_what_its_recipe_says(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(run(capsys, "smollm2-135m", "--json")[1])
     assert {name: (a["rank"], a["modules"], a["layers"]) for name, a in report["adapters"].items()} == dict.fromkeys(
-        ("danger", "initial", "safety"), ([8], 210, 30)
+        ("aligned", "danger", "initial", "safety"), ([8], 210, 30)
     )
+    assert report["base"]["adapter"] == "aligned"
     assert all(p["modules"]["common"] == 210 for p in report["probes"])
-    assert {f["code"] for f in report["flags"]} <= {"not-steered", "no-base-weights"}
+    assert {f["code"] for f in report["flags"]} <= {"no-base-weights"}
