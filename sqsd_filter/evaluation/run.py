@@ -157,11 +157,8 @@ class _Study:
     def model(self) -> dict[str, Any]:
         pack = self.subject.pack
         base = Path(pack.base_model)
-        return {
-            "name": base.name if base.is_dir() else pack.base_model,
-            "pack": pack.name,
-            "fingerprint": pack.fingerprint,
-        }
+        name = base.name if base.is_dir() else pack.base_model
+        return {"name": name, "pack": pack.name, "fingerprint": pack.fingerprint}
 
     def settings(self) -> dict[str, Any]:
         """What has to be the same for a run to go on, beside the design."""
