@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-UNSAFE, REFUSED, HARMLESS, DEGENERATE = "unsafe", "refused", "harmless", "degenerate"
-OUTCOMES = (UNSAFE, REFUSED, HARMLESS, DEGENERATE)  # of an answer to a harmful prompt
+from sqsd_filter.directions.judges import OUTCOMES, UNSAFE
+
 DRAWS = 2000
 Outcome = Mapping[str, Any]  # what a run leaves: see `run.py`
 

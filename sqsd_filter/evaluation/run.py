@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sqsd_filter.directions.judges import Judge, load_judge
+from sqsd_filter.directions.judges import REFUSED, Judge, load_judge
 from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.directions.refusals import read_prompts
 from sqsd_filter.errors import InputError, UsageError, option
@@ -33,7 +33,7 @@ from sqsd_filter.evaluation.folder import (
 from sqsd_filter.evaluation.model import Subject, held_out_loss
 from sqsd_filter.evaluation.plot import draw
 from sqsd_filter.evaluation.poison import poisoned
-from sqsd_filter.evaluation.results import REFUSED, of_arms, of_windows
+from sqsd_filter.evaluation.results import of_arms, of_windows
 from sqsd_filter.evaluation.scores import Rows, Scores, corpus_of, poison_scores, read_scores
 from sqsd_filter.evaluation.sets import CUT_ARMS, TrainingSet, by_risk, cut_sets, match_tokens, windows
 from sqsd_filter.evaluation.settings import CUT, WINDOWS, Design
@@ -74,7 +74,7 @@ def evaluate(
         unsafe = poison_scores(poison, scorers, scores, opener, progress) if poison else []
         study = _Study(design, scorers, pack, device, Path(dest), progress) if design.arms else None
         settings: dict[str, Any] = {"evaluation": EVALUATION, **design.settings()}
-        settings |= {"scores": {each.name: each.digest for each in scorers}, **(study.settings() if study else {})}
+        settings |= {"scores": [[each.name, each.digest] for each in scorers], **(study.settings() if study else {})}
         if poison:
             settings["poison"] = [_digest(one.scored.risk[one.scored.scored].tolist()) for one in unsafe]
         settings = json.loads(json.dumps(settings))
@@ -157,16 +157,13 @@ class _Study:
     def model(self) -> dict[str, Any]:
         pack = self.subject.pack
         base = Path(pack.base_model)
-        return {
-            "name": base.name if base.is_dir() else pack.base_model,
-            "pack": pack.name,
-            "fingerprint": pack.fingerprint,
-        }
+        name = base.name if base.is_dir() else pack.base_model
+        return {"name": name, "pack": pack.name, "fingerprint": pack.fingerprint}
 
     def settings(self) -> dict[str, Any]:
         """What has to be the same for a run to go on, beside the design."""
         told = {"harmful": self.harmful, "harmless": self.harmless}
-        prompts = {kind: {"prompts": len(texts), "blake2b": _digest(texts)} for kind, texts in told.items()}
+        prompts = {kind: f"{len(texts)} prompts ({_digest(texts)})" for kind, texts in told.items()}
         device = self.subject.device.split(":")[0]
         return {"model": self.model, "device": device, "judge": self.judge.name, **prompts}
 

@@ -80,6 +80,14 @@ def quick(files: Path, **changes: Any) -> Design:
     return design(files, **{"seeds": (0,), "max_new_tokens": 4, "tuning": short, **changes})
 
 
+@pytest.fixture(scope="session")
+def done(pack: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished evaluation."""
+    out = tmp_path_factory.mktemp("done")
+    evaluate([files / "knows.parquet"], out, quick(files), pack=pack)
+    return out
+
+
 def content(dest: Path) -> dict[str, bytes]:
     return {str(path.relative_to(dest)): path.read_bytes() for path in sorted(dest.rglob("*")) if path.is_file()}
 
@@ -207,22 +215,22 @@ def test_what_is_done_is_not_done_again_and_a_partial_seed_is_added_to(pack: Pat
         ({"size": 9}, "size: 8 there, 9 here"),
         ({"seeds": (0, 1)}, r"seeds: \[0\] there, \[0, 1\] here"),
         ({"tuning": replace(TUNING, epochs=1.0, r=4)}, "r: 2 there, 4 here"),
-        ({"prompts": 2}, "prompts: 3 there, 2 here"),
+        ({"prompts": 1}, r"harmful: 3 prompts \(\w+\) there, 1 prompts \(\w+\) here"),
     ],
     ids=["size", "seeds", "rank", "prompts"],
 )
 def test_another_evaluation_is_left_alone(
-    changes: dict[str, Any], why: str, pack: Path, files: Path, tmp_path: Path
+    changes: dict[str, Any], why: str, pack: Path, files: Path, done: Path
 ) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    evaluate([files / "knows.parquet"], out, quick(files), pack=pack)
-    before = content(out)
+    before = content(done)
     with pytest.raises(DestinationExists, match=why):
-        evaluate([files / "knows.parquet"], out, quick(files, **changes), pack=pack)
-    with pytest.raises(DestinationExists, match="scores"):
-        evaluate([files / "wrong.parquet"], out, quick(files), pack=pack)
-    assert content(out) == before
+        evaluate([files / "knows.parquet"], done, quick(files, **changes), pack=pack)
+    assert content(done) == before
+
+
+def test_an_evaluation_of_other_scores_is_left_alone(pack: Path, files: Path, done: Path) -> None:
+    with pytest.raises(DestinationExists, match=r"scores: \[\['knows', '\w+'\]\] there, \[\['wrong'"):
+        evaluate([files / "wrong.parquet"], done, quick(files), pack=pack)
 
 
 def test_a_folder_with_other_files_is_left_alone(pack: Path, files: Path, tmp_path: Path) -> None:

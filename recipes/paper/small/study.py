@@ -5,7 +5,7 @@ fine-tuned on what they call risky and safe. Results come to OUT/<corpus>/result
 
 DATA_FOLDER has databricks-dolly-15k, GSM8K, AdvBench, StrongREJECT, XSTest and completions to JailbreakBench prompts,
 as recipes/packs/smollm2-135m/prepare.py reads them. No row or prompt that the pack was trained or chosen on is used.
-Whatever ends it, the same command goes on. About 5 minutes a fine-tuning on two cores, 150 a corpus for ten scorers.
+Whatever ends it, the same command goes on. About 5 minutes a fine-tuning on two cores, 165 a corpus for eleven scorers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,12 @@ sys.path.insert(0, str(HERE.parents[1] / "packs" / "smollm2-135m"))
 
 import prepare  # noqa: E402
 
-SCORERS = ("sqsd", "random", "length")  # names that `sqsd-filter score --scorer` takes
+PLAIN = ("sqsd", "danger", "safety", "unnormalised", "random", "length", "loss", "self-inf-n")
+ANCHORED = ("bi-anchor", "larf", "datashield")  # these compare rows with unsafe and safe ones
+SCORED = ("dolly", "gsm8k", "unsafe")
 CUT_SCORERS = ("sqsd", "length")  # whose cut is compared with a random one, which takes longer
 CORPUS_ROWS = 2000
+ANCHORS = 100  # of each kind, from what the pack's directions were trained on
 
 
 def main() -> None:
@@ -34,14 +37,15 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--pack", default="smollm2-135m", help="the aligned model, and the compass of the scores")
     parser.add_argument("--judge", default="phrases")
-    parser.add_argument("--scorers", default=",".join(SCORERS), help="as sqsd,random")
+    parser.add_argument("--scorers", default=",".join((*PLAIN, *ANCHORED)), help="as sqsd,random")
     options = parser.parse_args()
     scorers = options.scorers.split(",")
     files = write_data(options.data, options.out / "data")
-    for name, rows in files.items():
-        if name not in ("harmful", "harmless"):
-            for scorer in scorers:
-                score(rows, scores(options.out, name, scorer), scorer, options.pack)
+    anchors = ("--unsafe-anchors", files["anchors-unsafe"], "--safe-anchors", files["anchors-safe"])
+    for name in SCORED:
+        for scorer in scorers:
+            how = ["--pack", options.pack, *(anchors if scorer in ANCHORED else ())]
+            score(files[name], scores(options.out, name, scorer), scorer, how)
     for corpus in ("dolly", "gsm8k"):
         asked = ["--harmful", files["harmful"], "--harmless", files["harmless"], "--judge", options.judge]
         asked += ["--pack", options.pack, "--config", HERE / "evaluate.toml"]
@@ -56,13 +60,13 @@ def scores(out: Path, rows: str, scorer: str) -> Path:
     return out / "scores" / rows / f"{scorer}.parquet"
 
 
-def score(rows: Path, target: Path, scorer: str, pack: str) -> None:
+def score(rows: Path, target: Path, scorer: str, how: Sequence[object]) -> None:
     """Score a file, unless that is done."""
     report = Path(f"{target}.sqsd") / "report.json"
     if report.is_file() and json.loads(report.read_text())["status"] == "ok":
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    call("score", rows, target, "--scorer", scorer, "--pack", pack, "--config", HERE / "evaluate.toml")
+    call("score", rows, target, "--scorer", scorer, *how, "--config", HERE / "evaluate.toml")
 
 
 def call(*words: object) -> None:
@@ -74,8 +78,8 @@ def call(*words: object) -> None:
 
 
 def write_data(data: Path, out: Path) -> dict[str, Path]:
-    """The files of the study, which are written once: two corpora, known unsafe rows, and prompts."""
-    files = {name: out / f"{name}.jsonl" for name in ("dolly", "gsm8k", "unsafe", "harmful", "harmless")}
+    """The files of the study, which are written once: two corpora, known unsafe rows, anchors and prompts."""
+    files = {name: out / f"{name}.jsonl" for name in (*SCORED, "anchors-unsafe", "anchors-safe", "harmful", "harmless")}
     if all(path.is_file() for path in files.values()):
         return files
     out.mkdir(parents=True, exist_ok=True)
@@ -98,8 +102,12 @@ def study_rows(data: Path, seed: int = 0) -> dict[str, list[Mapping[str, Any]]]:
         for row in judged
         if part[prepare.key(row["prompt"])] == "test" and row["unsafe"] and not row["refusal"]
     ]
+    anchors = {
+        "anchors-unsafe": prepared["danger"][:ANCHORS],
+        "anchors-safe": [{"prompt": r["prompt"], "response": r["chosen"]} for r in prepared["safety"][:ANCHORS]],
+    }
     unseen = {name: fresh(prepare.shuffled(rows, seed, "study"), seen) for name, rows in corpora.items()}
-    return {**unseen, "unsafe": unsafe, **{name: prepared[name] for name in ("harmful", "harmless")}}
+    return {**unseen, "unsafe": unsafe, **anchors, **{name: prepared[name] for name in ("harmful", "harmless")}}
 
 
 def fresh(rows: Iterable[Mapping[str, Any]], seen: set[str]) -> list[Mapping[str, Any]]:
