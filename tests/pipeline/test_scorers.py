@@ -84,7 +84,7 @@ def test_the_main_command_drops_by_the_scorer_and_its_card_says_which_it_was(com
     assert "SQSD risk" not in card and "`sqsd_unsafe`" in card
     assert command("in.jsonl", "out", "--scorer", "larf", *ANCHORS, "--drop-count", "4")[0] == 0
     code, _, err = command("in.jsonl", "out", "--scorer", "datashield", *ANCHORS, "--drop-count", "4")
-    assert code == 5 and "scoring" in err
+    assert code == 5 and "another run (scorer: larf there, datashield here)" in err
 
 
 def test_a_cut_is_moved_without_a_model(folder: Path, tiny_pack: Path) -> None:

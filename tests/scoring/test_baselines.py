@@ -191,15 +191,16 @@ def test_bi_anchor_is_the_similarity_of_unit_gradients_to_the_anchors_first_toke
 
 def test_gradients_in_float64_are_exact_to_rounding(aligned: dict[str, Path]) -> None:
     pack = aligned["gpt2"]  # the other architectures compute their norms in float32 whatever they are asked
+    within = 1e-7  # adapters are held in float32, and so is s·B
     gradient, scorer = gradient_of(pack), scorer_of("bi-anchor", pack, dtype="float64")
     rows, found = encoded(scorer, UNSAFE), scorer.score(UNSAFE[2:])
-    units = [g / np.linalg.norm(g) for g in map(gradient, rows)]  # their answers are cut, but for the last two
-    assert len(rows[1].ids) and rows[2].answer.sum() > 10
+    whole = gradient(rows[2])
+    assert rows[2].answer.sum() > 10  # as a row it isn't cut, as an anchor it is
     norms2 = scorer.engine.products(rows)[1].numpy() / np.array([row.answer.sum() for row in rows]) ** 2
-    assert np.abs(norms2 / [(gradient(row) ** 2).sum() for row in rows] - 1).max() <= 1e-9
+    assert np.abs(norms2 / [(gradient(row) ** 2).sum() for row in rows] - 1).max() <= within
     cut = [Encoded(row.ids, row.answer & (np.cumsum(row.answer) <= 10)) for row in rows]
     mean = np.mean([g / np.linalg.norm(g) for g in map(gradient, cut)], axis=0)
-    assert abs(found.probes["unsafe"][0] - units[2] @ mean) <= 1e-9
+    assert abs(found.probes["unsafe"][0] - whole @ mean / np.linalg.norm(whole)) <= within
 
 
 def test_modules_that_the_state_leaves_out_count_for_nothing(tmp_path: Path) -> None:
