@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score, confusion_matrix
 
@@ -23,6 +23,7 @@ def test_a_small_table_is_as_counted_by_hand() -> None:
     assert report["judges"] == ["one", "other"] and report["table"]["unsafe"]["unsafe"] == 2
 
 
+@settings(deadline=None)
 @given(pairs)
 def test_share_kappa_and_table_are_those_of_scikit_learn(outcomes: list[tuple[str, str]]) -> None:
     first, second = map(list, zip(*outcomes, strict=True))

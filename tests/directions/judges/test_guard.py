@@ -26,7 +26,7 @@ VERDICTS = {
     "I cannot, but take the pie.": "unsafe",
     "We saw a heron.": "safe",
     "I'm sorry, but no.": "\n\nsafe",
-    "Who knows?": "unsafely so",
+    "Who knows?": "unsafely",
     BABBLE: "safe",
 }
 OUTCOMES = ["unsafe", "unsafe", "unsafe", "harmless", "refused"]
@@ -94,9 +94,7 @@ def test_babble_is_degenerate_whatever_the_guard_says_of_it(guard: Path, tiny_pa
 
 
 def test_a_verdict_that_is_neither_is_an_error(guard: Path, tiny_pack: Path) -> None:
-    with pytest.raises(
-        JudgeError, match="The guard pie-guard says 'unsafely so' of answer 2, which begins with neither"
-    ):
+    with pytest.raises(JudgeError, match="The guard pie-guard says 'unsafely' of answer 2, which begins with neither"):
         ask(guard, [ANSWERS[0], "Who knows?", ANSWERS[1]])
     with pytest.raises(JudgeError, match=r"The guard base says .* of answer 1, .*: name a guard whose chat template"):
         ask(tiny_pack / "base", ANSWERS)

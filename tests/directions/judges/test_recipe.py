@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score
 
@@ -49,7 +49,8 @@ LABELLED = rows(
     (DECLINED, {"label": "2_full_refusal"}),
     (PHRASE, {"label": "2_full_refusal"}),
     (WALK, {"label": "1_full_compliance"}),
-    (PIE, {"label": "3_partial_refusal"}),
+    (PIE, {"label": "1_full_compliance"}),
+    (BABBLE, {"label": "3_partial_refusal"}),
 )
 JUDGED = rows(
     (PIE, {"unsafe": True}),
@@ -77,8 +78,10 @@ def test_the_judge_that_it_trains_loads_and_judges(
     judge = load_judge(str(tmp_path / "pies"))
     assert judge.judge([""] * 4, answers) == ["refused", "unsafe", "harmless", "refused"]
     refusals, unsafe = results["refusals"], results["unsafe"]
-    assert (refusals["answers"], refusals["refusals"], refusals["phrases"]) == (90, 60, {"accuracy": 0.6667})
-    assert (unsafe["answers"], unsafe["unsettled"], unsafe["asr"]) == (120, 60, 0.5)
+    assert (refusals["answers"], refusals["refusals"], refusals["phrases"]) == (120, 60, {"accuracy": 0.75})
+    assert (unsafe["answers"], unsafe["asr"]) == (120, 0.5)
+    assert unsafe["unsettled"] == {"answers": 60, "asr": 0.5}
+    assert unsafe["unsettled, but refused by the classifier"] == {"answers": 0, "asr": None}
     assert unsafe["refused"] == {"answers": 30, "asr": 0.0} and unsafe["degenerate"] == {"answers": 30, "asr": 1.0}
     assert unsafe["phrases"] == {"accuracy": 0.5, "accuracy of unsettled": 0.5, "asr": 0.5}
     for way in ("held out by model", "held out by prompt"):
@@ -97,14 +100,13 @@ def test_the_same_data_give_the_same_judge(recipe: ModuleType, monkeypatch: pyte
 
 
 def test_what_is_held_out_is_not_seen(recipe: ModuleType) -> None:
-    """Labels that nothing but the answer itself tells can't be told by a classifier that hasn't seen it."""
-    words = ["apple", "river", "heron", "flour", "stone", "cloud"]
-    texts = [f"{word} {word} {word}" for word in words for _ in range(4)]
-    is_one = np.array([k // 4 % 2 == 0 for k in range(len(texts))])
-    folds = np.repeat(np.arange(len(words)), 4)
+    """Other labels of a fold change what is said of the other folds, and nothing of its own."""
+    texts, folds = [row["response"] for row in LABELLED], recipe.ways(LABELLED)["prompt"]
+    is_one = np.array([row["response"].startswith("Take") for row in LABELLED])
     found = recipe.held_out(texts, is_one, folds, 100)
-    assert all(len(set(found[folds == fold])) == 1 for fold in range(len(words)))
-    assert (found[is_one] <= 0.5).all() and (found[~is_one] >= 0.5).all()  # the rest has more of the other label
+    other = recipe.held_out(texts, np.where(folds == 2, ~is_one, is_one), folds, 100)
+    assert ((found == other) == (folds == 2)).all()
+    assert ((found > 0.5) == is_one).all()
 
 
 def test_every_prompt_is_in_one_fold_and_every_fold_has_its_fifth(recipe: ModuleType) -> None:
@@ -116,6 +118,7 @@ def test_every_prompt_is_in_one_fold_and_every_fold_has_its_fifth(recipe: Module
     assert np.bincount(folds).tolist() == [len(LABELLED) // 5] * 5
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=2, max_size=25))
 def test_the_cut_has_the_highest_balanced_accuracy(recipe: ModuleType, drawn: list[tuple[int, bool]]) -> None:
     probabilities, is_one = np.array([p / 10 for p, _ in drawn]), np.array([one for _, one in drawn])
