@@ -361,6 +361,7 @@ def test_the_same_run_in_two_places_gives_the_same_bytes(
 
 def test_the_time_of_reading_counts(folder: Path, scorer: SQSDScorer, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")  # else matplotlib looks at the clock, too
     monkeypatch.setattr("sqsd_filter.pipeline.run.time.time", lambda: next(clock))
     monkeypatch.setattr(
         Columns, "choose", lambda self, paths, choose=Columns.choose: (next(clock), choose(self, paths))[1]

@@ -38,6 +38,8 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     """What was done, in a few sentences."""
     rows, words = report["rows"], []
     fates = {"kept": "were kept", "dropped": "dropped", "errors": "could not be scored"}
+    if "kept" not in rows:
+        rows, fates = {**rows, "with risk": rows["total"] - rows["errors"]}, {"with risk": "have a risk", **fates}
     told = ", ".join(f"{rows[name]:,} {fate}" for name, fate in fates.items() if name in rows)
     words.append(f"{many(rows['total'], 'row')} came in: {told}.")
     if report["cut"] is not None:
@@ -110,7 +112,7 @@ def _draw_lengths(found: Mapping[str, Any], figure: Figure) -> None:
     for colour, marker, name, which in ((BLUE, "o", "kept", ~dropped), (ORANGE, "^", "dropped", dropped)):
         if which.any():
             label = name if dropped.any() else "rows"
-            axes.scatter(length[which], risk[which], s=28, c=colour, marker=marker, alpha=0.6, lw=0, label=label)
+            axes.scatter(length[which], risk[which], s=28, c=colour, marker=marker, alpha=0.8, lw=0, label=label)
     at, *quartiles = np.array(found["bands"], np.float64).T.clip(-FAR, FAR)
     if len(at) > 1:
         low, median, high = quartiles
@@ -143,15 +145,19 @@ def modules(notes: Mapping[str, Any]) -> list[Section]:
 
 
 def _draw_modules(name: str, found: Mapping[str, Any], figure: Figure) -> None:
+    """Layers upwards, module types side by side; of all rows and of the riskiest ones in the same colours."""
+    import matplotlib
+
     layers, kinds = (list(dict.fromkeys(values)) for values in zip(*found["places"], strict=True))
     layers.sort(key=lambda layer: -1 if layer is None else layer)
     where = tuple(np.array([(layers.index(layer), kinds.index(kind)) for layer, kind in found["places"]]).T)
     most = max(1e-9, *(abs(value) for side in ("all", "riskiest") for value in found[side]))
+    colours = matplotlib.colormaps["RdBu_r"].resampled(41)  # with more, the bar beside would be an image
     both = figure.subplots(1, 2, sharey=True)
     for axes, side in zip(both, ("all", "riskiest"), strict=True):
         grid = np.full((len(layers), len(kinds)), np.nan)
         grid[where] = found[side]
-        image = axes.pcolormesh(grid, cmap="RdBu_r", vmin=-most, vmax=most)
+        image = axes.pcolormesh(grid, cmap=colours, vmin=-most, vmax=most)
         axes.set_title(f"{side} rows", fontsize=12)
         axes.set_xticks(np.arange(len(kinds)) + 0.5, [plain(kind.rpartition(".")[2]) for kind in kinds], rotation=90)
     step = -(-len(layers) // 16)

@@ -105,6 +105,20 @@ def test_the_same_run_gives_the_same_bytes_whenever_it_was(tmp_path: Path) -> No
     assert write_page(tmp_path, {**report, "timing": {"seconds": 2}}, notes).read_bytes() == one
 
 
+def test_cosines_by_module_are_drawn_a_picture_a_probe(tmp_path: Path) -> None:
+    report, notes = noted(tmp_path, make_rows(9))
+    places = [[layer, kind] for layer in (None, *range(80)) for kind in ("mlp.up_proj", "self_attn.q_proj")]
+    cosines = {"places": places, "all": [0.0] * 162, "riskiest": [k / 100 for k in range(162)]}
+    notes["modules"] = {"danger": cosines, "$safety": cosines}
+    found = Seen(write_page(tmp_path, report, notes).read_text(encoding="utf-8"))
+    names = [str(a["aria-label"]) for tag, a in found.elements if tag == "svg"]
+    assert [name.split(" by layer")[0] for name in names[2:]] == [
+        "Mean cosine with the direction danger",
+        "Mean cosine with the direction $safety",
+    ]
+    assert found.requests == [] and "image" not in [tag for tag, _ in found.elements]
+
+
 @pytest.mark.parametrize(
     ("sign", "word"), [(1, "longer"), (-1, "shorter"), (0, "")], ids=["longer", "shorter", "neither"]
 )
@@ -154,6 +168,7 @@ def test_every_kind_of_run_leaves_its_page(folder: Path, scorer: SQSDScorer) -> 
     assert "<h1>17 of 21 rows kept, the riskiest dropped</h1>" in filtered and "tiny (" in filtered
     assert filtered.count("Modules that add most") == 2
     assert "<h1>21 rows with their risk</h1>" in scored and ", kept</h3>" not in scored
+    assert "21 rows came in: 20 have a risk, 1 could not be scored." in scored
     assert "The risk was in the input." in selected and "group of equal id" in selected
     for page in (filtered, scored, selected):
         assert "in.jsonl, line 21: column" in page or "all.parquet" in page
