@@ -134,14 +134,14 @@ def test_without_the_comparison_that_decides_nothing_can_be_trusted(
 def test_the_dense_form_is_left_out_where_it_does_not_fit_into_memory(
     tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense = ReferenceScorer(tiny_pack, dtype="float32")
+    dense = ReferenceScorer(tiny_pack, dtype="float64")
     dense.load()
     (row,) = dense.encoder.encode([[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]])
     updates = [dense._update(row, *at).values() for at in {probe.at for probe in dense.pack.probes}]
     matrices = [*chain.from_iterable(updates), *chain.from_iterable(each.values() for each in dense._dense.values())]
     need = dense.dense_bytes
     assert need == sum(matrix.nbytes for matrix in matrices)
-    model = AutoModelForCausalLM.from_pretrained(dense.base_model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(dense.base_model, dtype=torch.float64)
     need += sum(parameter.nbytes for parameter in model.parameters())
     for free in (need, need - 1):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
