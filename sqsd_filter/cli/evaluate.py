@@ -100,7 +100,7 @@ tuning = options.together(
     "--poison", multiple=True, metavar="SCORES", help="Scores of known unsafe rows; once for each of SCORES, in order."
 )
 @click.option("--keep-adapters", is_flag=True, help="Keep the LoRA of each run.")
-@options.device
+@options.option("--device", metavar="NAME", help="cpu or cuda; the default is a GPU if there is one.")
 @options.manners
 @click.pass_context
 def evaluate(context: click.Context, scores: tuple[str, ...], dest: Path, **params: Any) -> None:
@@ -150,7 +150,7 @@ def _numbers(text: str) -> list[int]:
 
 def table(found: Mapping[str, Any]) -> str:
     """A line for each set of rows, then one for each scorer's verdict, then those of the mixes."""
-    blocks = []
+    blocks = [[_about(found)]]
     lines = [*_windows(found["scorers"]), *_arms(found["arms"])]
     if lines:
         head = ["", "", "rows", "tokens", "ASR (95 % interval)", "refused", "harmless", "degenerate", "over-refusal"]
@@ -160,6 +160,14 @@ def table(found: Mapping[str, Any]) -> str:
         head = ["", "unsafe", "precision = recall", "ROC-AUC", "average precision"]
         blocks.append(output.aligned([head, *_poisoned(found["poisoned"])]))
     return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def _about(found: Mapping[str, Any]) -> str:
+    if not found["model"]:
+        return "shares in %"
+    seeds, settings = ", ".join(map(str, found["seeds"])), found["settings"]
+    what = f"{found['model']['name']}, judged by {settings['judge']}, seeds {seeds}"
+    return f"{what}; shares in %, loss in nats a token"
 
 
 def _windows(scorers: Mapping[str, Any]) -> Iterator[list[str]]:
