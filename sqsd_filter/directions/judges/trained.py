@@ -28,7 +28,8 @@ _CLASSIFIERS = ("refusal", "unsafe")
 class TrainedJudge:
     """Refusals by their phrase, then degenerate texts, then what the classifiers say, that of refusals first.
 
-    The classifiers read answers only, so that they do not learn which prompts are harmful.
+    The classifiers read answers only. That of unsafe ones knows little but the matters that it was trained on: see
+    recipes/judge/results.json.
     """
 
     name: str

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import accuracy_score
 
 from sqsd_filter.directions.judges import load_judge
 
@@ -119,10 +119,9 @@ def test_every_prompt_is_in_one_fold_and_every_fold_has_its_fifth(recipe: Module
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=2, max_size=25))
-def test_the_cut_has_the_highest_balanced_accuracy(recipe: ModuleType, drawn: list[tuple[int, bool]]) -> None:
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=25))
+def test_the_cut_has_the_fewest_errors(recipe: ModuleType, drawn: list[tuple[int, bool]]) -> None:
     probabilities, is_one = np.array([p / 10 for p, _ in drawn]), np.array([one for _, one in drawn])
-    assume(len(set(is_one.tolist())) == 2)
     cut = recipe.best_cut(probabilities, is_one)
-    best = max(balanced_accuracy_score(is_one, probabilities >= other) for other in np.arange(0, 1, 0.05))
-    assert balanced_accuracy_score(is_one, probabilities >= cut) == pytest.approx(best)
+    best = max(accuracy_score(is_one, probabilities >= other) for other in np.arange(0, 1, 0.05))
+    assert accuracy_score(is_one, probabilities >= cut) == best
