@@ -200,7 +200,7 @@ def forecast(guess: Mapping[str, Any]) -> str:
     lines = [
         f"{_many(guess['rows'], 'row')} of {_many(len(guess['inputs']), 'file')}, read as {guess['format']}",
         f"  to score  {guess['to_score']:>12,}   {other}".rstrip(),
-        f"  tokens    {guess['tokens']:>12,}   estimated; {guess['passes']} forward and backward passes over each",
+        f"  tokens    {guess['tokens']:>12,}   estimated; each goes {guess['passes']} times through the model",
         f"  time      {took:>12}   estimated from {guess['sampled']} rows, {guess['dtype']} on {guess['device']}",
     ]
     return "\n".join([*lines, *(f"  file      {i['path']} ({i['rows']:,} rows)" for i in guess["inputs"])])
