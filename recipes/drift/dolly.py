@@ -3,7 +3,8 @@
     python dolly.py ../packs/smollm2-135m/data/initial.jsonl RUN --pack PACK
     sqsd-filter drift RUN --pack PACK --refusals ../packs/smollm2-135m/data/harmful.jsonl --limit 60 --out small
 
-The rows are Dolly's; the first 360 of the file are left out, because the pack's benign state was trained on them.
+The rows are Dolly's, the first 360 of the file left out. Neither direction was trained on any of them, nor was the
+adapter that teaches the model to refuse; the pack's benign state, which drift does not use, may have seen some.
 """
 
 from __future__ import annotations

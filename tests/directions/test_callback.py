@@ -273,12 +273,14 @@ def test_a_wrapped_model_is_read_like_the_bare_one(one_process_group: None, tiny
 TWO_PROCESSES = """
 import sys
 from pathlib import Path
+import torch
 from sqsd_filter import DriftCallback
 from tests.directions.test_callback import lora_model, trainer_on
 pack, run = map(Path, sys.argv[1:])
 trainer = trainer_on(lora_model(pack / "base"), pack / "base", run, logging_steps=100, ddp_backend="gloo")
 DriftCallback(pack, every=2).attach(trainer)
 trainer.train()
+torch.distributed.destroy_process_group()  # gloo's threads outlive the process else, which then sometimes aborts
 """
 
 
