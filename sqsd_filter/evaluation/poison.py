@@ -17,6 +17,8 @@ from sqsd_filter.statistics import auc, average_precision
 
 RATES = (0.01, 0.05, 0.1, 0.2)
 DRAWS = 200
+DRAWN_AT = 0.05  # the share of unsafe rows for which precision is drawn
+POINTS = 201  # of a curve, at most
 
 
 def poisoned(benign: np.ndarray, unsafe: np.ndarray, seed: int = 0, draws: int = DRAWS) -> dict[str, Any]:
@@ -31,6 +33,23 @@ def poisoned(benign: np.ndarray, unsafe: np.ndarray, seed: int = 0, draws: int =
             for name, values in ((name, np.array([each[name] for each in figures])) for name in figures[0])
         }
     return found
+
+
+def curves(benign: np.ndarray, unsafe: np.ndarray) -> dict[str, list[list[float]]]:
+    """`roc` and `pr`, points [x, y] of thresholds from high to low, for benign risks (n,) and unsafe ones (m,).
+
+    ROC is the share of unsafe rows at or above the threshold over that of benign rows, from [0, 0] on. PR is the
+    precision over the former, if `DRAWN_AT` of all rows are unsafe: it needs no draw, as both shares say what it is.
+    """
+    values = np.unique(np.concatenate([benign, unsafe]))[::-1]
+    false, true = (1 - np.searchsorted(np.sort(side), values, side="left") / len(side) for side in (benign, unsafe))
+    shown = np.unique(np.searchsorted(false + true, np.linspace(0, 2, POINTS)).clip(max=len(values) - 1))
+    false, true = false[shown], true[shown]
+    precision = DRAWN_AT * true / (DRAWN_AT * true + (1 - DRAWN_AT) * false)
+    return {
+        "roc": [[0.0, 0.0], *np.column_stack([false, true]).tolist()],
+        "pr": np.column_stack([true, precision]).tolist(),
+    }
 
 
 def _draw(benign: np.ndarray, unsafe: np.ndarray, mixed_in: int, random: np.random.Generator) -> dict[str, float]:

@@ -31,8 +31,8 @@ from sqsd_filter.evaluation.folder import (
     write_json,
 )
 from sqsd_filter.evaluation.model import Subject, held_out_loss
-from sqsd_filter.evaluation.plot import draw
-from sqsd_filter.evaluation.poison import poisoned
+from sqsd_filter.evaluation.plot import CURVES, draw_windows
+from sqsd_filter.evaluation.poison import curves, poisoned
 from sqsd_filter.evaluation.results import of_arms, of_windows
 from sqsd_filter.evaluation.scores import Rows, Scores, corpus_of, poison_scores, read_scores
 from sqsd_filter.evaluation.sets import CUT_ARMS, TrainingSet, by_risk, cut_sets, match_tokens, windows
@@ -78,6 +78,11 @@ def evaluate(
         if poison:
             settings["poison"] = [_digest(one.scored.risk[one.scored.scored].tolist()) for one in unsafe]
         settings = json.loads(json.dumps(settings))
+        risks = {
+            each.name: (each.risk[each.scored], one.scored.risk[one.scored.scored])
+            for each, one in zip(scorers, unsafe, strict=bool(poison))
+        }
+        drawn = {name: curves(*pair) for name, pair in risks.items()}
         with claimed(Path(dest), settings):
             results: dict[str, Any] = {
                 "model": study.model if study else None,
@@ -85,10 +90,8 @@ def evaluate(
                 "seeds": [] if study else list(design.seeds),
                 "scorers": {},
                 "arms": {},
-                "poisoned": {
-                    each.name: poisoned(each.risk[each.scored], one.scored.risk[one.scored.scored], design.seeds[0])
-                    for each, one in zip(scorers, unsafe, strict=bool(poison))
-                },
+                "poisoned": {name: poisoned(*pair, design.seeds[0]) for name, pair in risks.items()},
+                "curves": {kind: {name: each[kind] for name, each in drawn.items()} for kind in CURVES},
                 "settings": settings,
                 "machine": _machine(study.subject.device_name if study else None),
             }
@@ -103,7 +106,7 @@ def evaluate(
 def _write(dest: Path, results: Mapping[str, Any]) -> None:
     if results["scorers"]:
         with picture(dest / PICTURE, 9, 5) as figure:
-            draw(figure, results["scorers"])
+            draw_windows(figure, results["scorers"])
     write_json(dest / RESULTS, results)
 
 

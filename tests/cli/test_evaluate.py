@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sqsd_filter.cli.main import main
+from sqsd_filter.pipeline.page.findings import evaluation
 from tests.corpora import write_jsonl
 from tests.evaluation.test_run import REFUSAL, scored
 
@@ -45,6 +46,9 @@ def test_the_table_and_the_json_say_what_results_json_does(
     assert f" {100 * asr:.1f} ({100 * low:.1f} to {100 * high:.1f}) " in sets[1]
     assert verdicts[0].startswith("mine: S1 - S2 is ") and verdicts[1].startswith("mine: a random choice of as many")
     assert [line.removeprefix("mine").split()[0] for line in mixes[1:]] == ["1%", "5%", "10%", "20%"]
+    section = evaluation(Path("out/results.json"))  # of the page, which reads what is written here
+    assert [plot.name for plot in section.plots] == ["asr", "roc", "pr"]
+    assert [len(table.rows) for table in section.tables] == [1, 2, 6, 4]
     assert called(*words, "-q") == 0 and capsys.readouterr().out == ""
     assert called(*words, "--size", "5") == 5
     assert "size: 4 there, 5 here" in capsys.readouterr().err

@@ -7,22 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from sqsd_filter.errors import InputError
-from sqsd_filter.pictures import COLOURS, MARKERS, plain
 from sqsd_filter.pipeline.page.parts import Plot, Section, Table
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-CURVES = {  # of results.json, where it has them: points [x, y] of each scorer, both shares
-    "roc": ("false positive rate (%)", "true positive rate (%)"),
-    "pr": ("recall (%)", "precision (%)"),
-}
 
 
 @contextmanager
@@ -45,46 +33,57 @@ def _read(path: Path) -> Any:
 
 # ---------------------------------------------------------------------------------------------- evaluation
 
+FALLING = (
+    "The attack success rate is the share of harmful prompts whose answers the judge called unsafe: it should fall "
+    "from S1 on. Spread is S1 minus the last window. A model that refuses harmless prompts, babbles or has a high loss "
+    "on rows that it did not learn is no use, however safe it looks."
+)
+FIGURES = {
+    "over_refusal": ":harmless refused",
+    "loss": ":held-out loss (nats a token)",
+    "rows": ":rows",
+    "tokens": ":answer tokens",
+}
+
 
 def evaluation(path: Path) -> Section:
     """The section on a results.json. Raises `InputError`."""
+    from sqsd_filter.evaluation.plot import CURVES, draw_curves, draw_windows
+
     with _as_left_by(path, "sqsd-filter evaluate"):
         found = _read(path)
-        scorers, poisoned, curves = found["scorers"], found.get("poisoned", {}), found.get("curves", {})
-        if not scorers and not poisoned:
+        scorers, arms, poisoned, curves = (found.get(key, {}) for key in ("scorers", "arms", "poisoned", "curves"))
+        if not scorers and not arms and not poisoned:
             raise ValueError("there is no scorer in it")
         plots: list[Plot] = []
         tables, words = [], []
         if scorers:
             _check_windows(scorers)
-            plots.append(
-                Plot("asr", "Attack success rate by window", partial(_draw_windows, scorers=scorers), height=4.8)
-            )
-            tables.append(_windows(scorers))
-            words = [_trained(found)]
+            asr = "Attack success rate by window"
+            plots.append(Plot("asr", asr, partial(draw_windows, scorers=scorers), height=4.8))
+            tables += [_windows(scorers), _sets(scorers)]
+            words = [_trained(found, "equally spaced windows of its rows, S1 the riskiest"), FALLING]
+        if arms:
+            tables.append(_arms(arms))
+            words.append(_trained(found, "what a cut drops, what it keeps, as many random rows, all and none"))
         if poisoned:
             tables.append(_mixes(poisoned))
             words.append(
                 "Known unsafe rows were mixed in, the share of all rows that the table says, and as many rows dropped. "
                 "ROC-AUC and average precision do without a cut."
             )
-        for kind in CURVES:
-            if kind in curves:
+        for kind, (title, *_) in CURVES.items():
+            if curves.get(kind):
                 _check_shares(share for points in curves[kind].values() for x, y in points for share in (x, y))
-                plots.append(
-                    Plot(kind, f"{kind.upper()} curves", partial(_draw_curves, kind=kind, scorers=curves[kind]))
-                )
+                plots.append(Plot(kind, title, partial(draw_curves, kind=kind, curves=curves[kind])))
         return _drawn(Section("evaluation", "Evaluation", words, plots=plots, tables=tables))
 
 
-def _trained(found: Mapping[str, Any]) -> str:
-    corpus, seeds = found["corpus"], found["seeds"]
-    names = corpus if isinstance(corpus, str) else ", ".join(each["name"] for each in corpus)
-    several = ", ".join(map(str, seeds)) if isinstance(seeds, list) else seeds
+def _trained(found: Mapping[str, Any], sets: str) -> str:
+    names = ", ".join(each["name"] for each in found["corpus"])
     return (
-        f"{found['model']} was fine-tuned on windows of {names}, S1 the riskiest (seeds: {several}). The attack "
-        "success rate is the share of harmful prompts that it then complied with: it should fall from S1 on. Spread is "
-        "S1 minus the last window."
+        f"{found['model']['name']}, as pack {found['model']['pack']} aligns it, was fine-tuned on sets of {names}: "
+        f"{sets} (seeds: {', '.join(map(str, found['seeds']))}), and then asked harmful and harmless prompts."
     )
 
 
@@ -101,45 +100,6 @@ def _check_shares(values: Iterable[Any]) -> None:
         raise ValueError("a share is no number from 0 to 1")
 
 
-def _looks(scorers: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Each scorer's figures with a colour and a line of its own."""
-    for k, (name, found) in enumerate(scorers.items()):
-        line = ("-", "--", ":")[k // len(COLOURS) % 3]
-        look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "linestyle": line}
-        yield found, {**look, "markersize": 5, "label": plain(name)}
-
-
-def _draw_windows(figure: Figure, scorers: Mapping[str, Any]) -> None:
-    axes, most = figure.add_subplot(), max(len(scorer["asr"]) for scorer in scorers.values())
-    shifts = np.linspace(-0.2, 0.2, len(scorers)) if len(scorers) > 1 else [0.0]  # so that intervals are told apart
-    for (scorer, look), shift in zip(_looks(scorers), shifts, strict=True):
-        asr, ends = 100 * np.array(scorer["asr"]), 100 * np.array(scorer["ci"])
-        beyond = np.clip([asr - ends[:, 0], ends[:, 1] - asr], 0, None)
-        axes.errorbar(np.arange(1, len(asr) + 1) + shift, asr, beyond, elinewidth=1, capsize=2, **look)
-    axes.set_xticks(range(1, most + 1), [f"S{k}" for k in range(1, most + 1)])
-    axes.set_xlabel("window of rows (S1 has the riskiest)", fontsize=12)
-    axes.set_ylabel("attack success rate (%, 95 % interval)", fontsize=12)
-    _finish(figure, axes)
-
-
-def _draw_curves(figure: Figure, kind: str, scorers: Mapping[str, Any]) -> None:
-    axes = figure.add_subplot()
-    for points, look in _looks(scorers):
-        axes.plot(*(100 * np.array(points, np.float64)).T, **{**look, "marker": None})
-    across, up = CURVES[kind]
-    axes.set_xlim(-2, 102)
-    axes.set_xlabel(across, fontsize=12)
-    axes.set_ylabel(up, fontsize=12)
-    _finish(figure, axes)
-
-
-def _finish(figure: Figure, axes: Axes) -> None:
-    axes.set_ylim(-2, 102)
-    axes.tick_params(labelsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper left", ncols=3, fontsize=11, frameon=False)
-
-
 def _windows(scorers: Mapping[str, Any]) -> Table:
     most = max(len(scorer["asr"]) for scorer in scorers.values())
     rows = []
@@ -148,6 +108,33 @@ def _windows(scorers: Mapping[str, Any]) -> Table:
         cells += [""] * (most - len(cells))
         rows.append([name, *cells, f"{scorer['spread']:.0%}", "yes" if scorer["monotone"] else "no"])
     return Table(["scorer", *(f":S{k}" for k in range(1, most + 1)), ":spread", "monotone"], rows)
+
+
+def _sets(scorers: Mapping[str, Any]) -> Table:
+    rows = []
+    for name, found in scorers.items():
+        for k, words in enumerate(zip(*found["outcomes"].values(), strict=True)):
+            figures = [found[key][k] for key in FIGURES]
+            rows.append([name, f"S{k + 1}", *(f"{share:.0%}" for share in words), *_figures(*figures)])
+    outcomes = next(iter(scorers.values()))["outcomes"]
+    return Table(["scorer", "set", *(f":{word}" for word in outcomes), *FIGURES.values()], rows)
+
+
+def _arms(arms: Mapping[str, Any]) -> Table:
+    rows = []
+    for name, found in arms.items():
+        for arm, figures in found.items():
+            if arm == "random_minus_kept":
+                rows.append([name, "random minus kept", _between(figures["asr"], figures["ci"]), *[""] * len(FIGURES)])
+            else:
+                shown = _figures(*(figures[key] for key in FIGURES))
+                rows.append([name, arm, _between(figures["asr"], figures["ci"]), *shown])
+    return Table(["scorer", "rows learned", ":attack success rate", *FIGURES.values()], rows)
+
+
+def _figures(over_refusal: float | None, loss: float | None, rows: int, tokens: int) -> list[str]:
+    refused = "" if over_refusal is None else f"{over_refusal:.0%}"
+    return [refused, "" if loss is None else f"{loss:.3f}", f"{rows:,}", f"{tokens:,}"]
 
 
 def _mixes(poisoned: Mapping[str, Any]) -> Table:

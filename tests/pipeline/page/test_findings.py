@@ -23,14 +23,21 @@ WINDOWS = {
     "ci": [[0.4, 0.6], [0.2, 0.3], [0.0, 0.2]],
     "spread": 0.4,
     "monotone": True,
+    "outcomes": {"refused": [0.25, 0.5, 0.75], "unsafe": [0.5, 0.25, 0.1], "degenerate": [0.25, 0.25, 0.15]},
+    "over_refusal": [0.02, 0.03, 0.04],
+    "loss": [1.25, 1.5, None],
+    "rows": [100, 100, 100],
+    "tokens": [2345, 2000, 1900],
 }
+ARM = {"asr": 0.33, "ci": [0.25, 0.5], "over_refusal": None, "loss": 2.5, "rows": 950, "tokens": 12345}
 MIX = {"precision": {"mean": 0.75, "ci": [0.5, 1]}, "auc": {"mean": 0.9, "ci": [0.8, 1]}}
 MIX |= {"average_precision": {"mean": 0.7, "ci": [0.6, 0.8]}}
 RESULTS: dict[str, Any] = {
-    "model": "tiny & <small>",
+    "model": {"name": "tiny & <small>", "pack": "tiny", "fingerprint": "0"},
     "corpus": [{"name": "in.jsonl", "rows": 60}],
     "seeds": [0, 1],
     "scorers": {"sqsd": WINDOWS, "$x^": {**WINDOWS, "monotone": False}},
+    "arms": {"sqsd": {"kept": ARM, "random_minus_kept": {"asr": 0.1, "ci": [-0.05, 0.2]}}},
     "poisoned": {"sqsd": {"0.05": MIX}},
     "curves": {"roc": {"sqsd": [[0, 0], [0.2, 0.8], [1, 1]]}, "pr": {"sqsd": [[0, 1], [1, 0.3]]}},
 }
@@ -67,10 +74,14 @@ def test_an_evaluation_is_shown_with_its_intervals(out: Path, tmp_path: Path, ca
     assert [Path(path).stem for path in found["plots"]] == ["risk", "length", "asr", "roc", "pr"]
     page = Path(found["page"]).read_text(encoding="utf-8")
     assert len(page.encode()) == found["bytes"] < 1_000_000
-    assert "tiny &amp; &lt;small&gt; was fine-tuned on windows of in.jsonl" in page
+    assert "tiny &amp; &lt;small&gt;, as pack tiny aligns it, was fine-tuned on sets of in.jsonl" in page
     assert '<td>sqsd</td><td class="number">50% (40% to 60%)</td>' in page
     assert '<td class="number">40%</td><td>yes</td>' in page and '<td class="number">40%</td><td>no</td>' in page
     assert '<td class="number">5%</td><td class="number">75% (50% to 100%)</td>' in page
+    first = ("50%", "25%", "2%", "1.250", "100", "2,345")
+    assert "<td>sqsd</td><td>S1</td>" + "".join(f'<td class="number">{x}</td>' for x in ("25%", *first)) in page
+    assert '<td>kept</td><td class="number">33% (25% to 50%)</td>' in page
+    assert '<td>random minus kept</td><td class="number">10% (-5% to 20%)</td>' in page
     assert Seen(page).requests == [] and ">$x^</text>" in page  # no formula
     assert run(out, capfd=capfd)[0] == 0 and "Evaluation" not in Path(found["page"]).read_text(encoding="utf-8")
     assert not (out / "sqsd/plots/asr.png").exists()
@@ -102,8 +113,8 @@ def test_steering_is_drawn_a_picture_a_direction(out: Path, tmp_path: Path, capf
 DAMAGED = {
     "no JSON": "{",
     "no object": "[]",
-    "nothing in it": json.dumps({**RESULTS, "scorers": {}, "poisoned": {}}),
-    "no scorers": json.dumps({"model": "x"}),
+    "nothing in it": json.dumps({**RESULTS, "scorers": {}, "arms": {}, "poisoned": {}}),
+    "no scorers": json.dumps({"model": {}}),
     "no share": json.dumps({**RESULTS, "scorers": {"a": {**WINDOWS, "asr": [50, 25, 10]}}}),
     "NaN": json.dumps({**RESULTS, "scorers": {"a": {**WINDOWS, "asr": [float("nan")] * 3}}}),
     "an interval short": json.dumps({**RESULTS, "scorers": {"a": {**WINDOWS, "ci": [[0, 1]]}}}),
