@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ TUNING = (
 )
 DESIGN = (
     *("windows", "size", "drop_top", "match_tokens", "held_out"),
-    *("harmful", "harmless", "prompts", "judge", "max_new_tokens"),
+    *("harmful", "harmless", "prompts", "max_new_tokens"),
 )
 at_least_one = click.IntRange(min=1)
 
@@ -42,14 +42,21 @@ sets = options.together(
         default=100,
         show_default=True,
         metavar="N",
-        help="Rows for the loss, of those in no window.",
+        help="Rows for the loss, in no set.",
     ),
 )
 questions = options.together(
     options.option("--harmful", metavar="FILE.jsonl", help="Harmful prompts, a 'prompt' a line."),
     options.option("--harmless", metavar="FILE.jsonl", help="Harmless prompts, for over-refusal."),
     options.option("--prompts", type=int, metavar="N", help="Ask the first N prompts of each file only."),
-    options.option("--judge", default="phrases", show_default=True, metavar="SPEC", help="Who judges the answers."),
+    options.option(
+        "--judge",
+        multiple=True,
+        default=["phrases"],
+        show_default=True,
+        metavar="SPEC",
+        help="Who judges the answers; of several the first decides, and their agreement is told.",
+    ),
     options.option(
         "--max-new-tokens", type=int, default=128, show_default=True, metavar="TOKENS", help="Length of the answers."
     ),
@@ -132,6 +139,7 @@ def design_of(params: Mapping[str, Any]) -> Any:
     return Design(
         arms=() if params["arms"] == "none" else _listed(params["arms"]),
         seeds=_numbers(params["seeds"]),
+        judges=params["judge"],
         tuning=FineTuning(**{name: params[name] for name in TUNING}),
         **{name: params[name] for name in DESIGN},
     )
@@ -151,11 +159,12 @@ def _numbers(text: str) -> list[int]:
 def table(found: Mapping[str, Any]) -> str:
     """A line for each set of rows, then one for each scorer's verdict, then those of the mixes."""
     blocks = [[_about(found)]]
-    lines = [*_windows(found["scorers"]), *_arms(found["arms"])]
-    if lines:
+    if found["rows"]:
+        lines = [["untuned", "", *_cells(found["untuned"])], *_windows(found["scorers"]), *_arms(found["arms"])]
         head = ["", "", "rows", "tokens", "ASR (95 % interval)", "refused", "harmless", "degenerate", "over-refusal"]
         blocks.append(output.aligned([[*head, "loss"], *lines]))
-        blocks.append([*_spreads(found["scorers"]), *_savings(found["arms"])])
+        verdicts = [*_spreads(found["scorers"]), *_savings(found["arms"])]
+        blocks.append([*verdicts, *_agreements(found["judges"]["agreement"])])
     if found["poisoned"]:
         head = ["", "unsafe", "precision = recall", "ROC-AUC", "average precision"]
         blocks.append(output.aligned([head, *_poisoned(found["poisoned"])]))
@@ -165,9 +174,10 @@ def table(found: Mapping[str, Any]) -> str:
 def _about(found: Mapping[str, Any]) -> str:
     if not found["model"]:
         return "shares in %"
-    seeds, settings = ", ".join(map(str, found["seeds"])), found["settings"]
-    what = f"{found['model']['name']}, judged by {settings['judge']}, seeds {seeds}"
-    return f"{what}; shares in %, loss in nats a token"
+    seeds, rows = ", ".join(map(str, found["seeds"])), found["rows"]
+    what = f"{found['model']['name']}, judged by {found['judges']['asr']}, seeds {seeds}"
+    usable = f"{rows['usable']:,} of {rows['all']:,} rows can be learned from, {rows['held_out']:,} of them held out"
+    return f"{what}; {usable}; shares in %, loss in nats a token"
 
 
 def _windows(scorers: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -203,7 +213,14 @@ def _savings(scorers: Mapping[str, Any]) -> Iterator[str]:
     for name, arms in scorers.items():
         saved = arms["random_minus_kept"]
         points = _between(saved["asr"], saved["ci"])
-        yield f"{name}: a random choice of as many rows as were kept is worse by {points} points"
+        yield f"{name}: ASR of a random choice of rows minus that of the kept ones is {points} points"
+
+
+def _agreements(pairs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for pair in pairs:
+        first, second = pair["judges"]
+        kappa = "" if pair["kappa"] is None else f", Cohen's kappa {pair['kappa']:.2f}"
+        yield f"{first} and {second} agree on {pair['share']:.1%} of {pair['answers']:,} answers{kappa}"
 
 
 def _poisoned(scorers: Mapping[str, Any]) -> Iterator[list[str]]:

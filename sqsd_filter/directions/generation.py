@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sqsd_filter.errors import InputError, ModelError
+from sqsd_filter.scoring.batching import halving
 
 # Whatever a model's own generation settings say, an answer is the likeliest token at each step.
 _GREEDY = {
@@ -28,10 +29,11 @@ def answer(
     """The model's greedy answers to single questions, in their order and without special tokens.
 
     `template` are further arguments of the chat template. An answer ends at any token that the model's generation
-    settings or its tokenizer name as an end, or after `max_new_tokens`. Dropout is off while it runs.
+    settings or its tokenizer name as an end, or after `max_new_tokens`. Dropout is off while it runs. Where the memory
+    is too small for a batch, its halves are answered.
 
     Raises `InputError` for a prompt that leaves the model no room for an answer, `ModelError` where there is no chat
-    template.
+    template, or a prompt that can't be answered even alone.
     """
     asked = as_turns(prompts)
     return reply(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, template=template)
@@ -58,27 +60,33 @@ def reply(
     ends = _ends(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     answers = [""] * len(asked)
+
+    def generate(members: list[int]) -> None:
+        ids, mask = _pad_left([asked[k] for k in members], pad)
+        with torch.inference_mode():
+            found = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=sorted(ends) or None,
+                pad_token_id=pad,
+                **_GREEDY,
+            )
+        for k, new in zip(members, found[:, ids.shape[1] :].tolist(), strict=True):
+            stop = next((n for n, token in enumerate(new) if token in ends), len(new))
+            answers[k] = tokenizer.decode(
+                new[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ).strip()
+
+    def give_up(k: int, error: str) -> None:
+        raise ModelError(f"The model can't answer prompt {k + 1}: {error or 'the memory is too small for it'}.")
+
     order = sorted(range(len(asked)), key=lambda k: -len(asked[k]))  # longest first: what fits once fits for good
     training = model.training
     model.eval()
     try:
         for at in range(0, len(order), batch_size):
-            members = order[at : at + batch_size]
-            ids, mask = _pad_left([asked[k] for k in members], pad)
-            with torch.inference_mode():
-                found = model.generate(
-                    input_ids=ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=sorted(ends) or None,
-                    pad_token_id=pad,
-                    **_GREEDY,
-                )
-            for k, new in zip(members, found[:, ids.shape[1] :].tolist(), strict=True):
-                stop = next((n for n, token in enumerate(new) if token in ends), len(new))
-                answers[k] = tokenizer.decode(
-                    new[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
-                ).strip()
+            halving(generate, order[at : at + batch_size], give_up)
     finally:
         model.train(training)
     return answers

@@ -1,12 +1,14 @@
 """The folder of an evaluation, whose runs are done one step after the other and once.
 
 results.json, asr.png                       what came out, of the seeds that are done so far
+poisoned.json                               what was found of known unsafe rows, by what was looked at
 settings.json                               what the evaluation is
-runs/<scorer>/<arm>/seed-<n>/
+runs/untuned/                               the model as it is
+runs/<digits>/                              the model after a fine-tuning: results.json says which
     training.json, adapter/                 how the model was fine-tuned, and the LoRA that came out of it
     held_out.json                           the loss on held-out rows
-    answers.jsonl                           every answer; their outcomes, when they have been judged
-    outcome.json                            what results are made of; where it is, the run is done
+    answers.jsonl                           every answer
+    judged-<judge>.json                     the outcome of each, in their order, by each judge that was asked
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from sqsd_filter.pipeline.folder import sweep, write_whole
 from sqsd_filter.pipeline.writing.destination import difference, read_json, take_lock
 
 RESULTS, PICTURE, SETTINGS, RUNS, LOCK = "results.json", "asr.png", "settings.json", "runs", "lock"
-TRAINING, HELD_OUT, ANSWERS, OUTCOME = "training.json", "held_out.json", "answers.jsonl", "outcome.json"
+POISONED, UNTUNED = "poisoned.json", "untuned"
+TRAINING, HELD_OUT, ANSWERS = "training.json", "held_out.json", "answers.jsonl"
 ADAPTER, CHECKPOINTS = "adapter", ".checkpoints"
 
 
@@ -31,7 +34,8 @@ ADAPTER, CHECKPOINTS = "adapter", ".checkpoints"
 def claimed(dest: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     """The folder is this evaluation's, and no other process's until the end.
 
-    Raises `DestinationExists` where it holds anything else, naming the settings that differ.
+    Raises `DestinationExists` where it holds anything else, naming the settings that differ. Another evaluation without
+    results and answers gives way.
     """
     if dest.exists() and not dest.is_dir():
         raise DestinationExists(f"{dest} is a file: choose a folder.")
@@ -40,14 +44,17 @@ def claimed(dest: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     known = read_json(dest / SETTINGS)
     if known is None and dest.is_dir() and {path.name for path in dest.iterdir()} - {LOCK}:
         raise DestinationExists(f"{dest} holds other files: choose another folder.")
-    if known is not None and known != settings:
+    begun = (dest / RESULTS).is_file() or any((dest / RUNS).glob(f"*/{ANSWERS}"))
+    if known is not None and known != settings and begun:
         raise DestinationExists(
             f"{dest} holds another evaluation ({difference(known, settings)}): choose another folder or remove it."
         )
     dest.mkdir(exist_ok=True)
     with take_lock(dest / LOCK, dest):
         sweep(dest)
-        if known is None:
+        if known != settings:
+            shutil.rmtree(dest / RUNS, ignore_errors=True)
+            (dest / POISONED).unlink(missing_ok=True)
             write_json(dest / SETTINGS, settings)
         yield
 
@@ -87,15 +94,8 @@ class RunFolder:
         # A model may stop in the middle of a character, and what stands for half of one is not UTF-8.
         write_whole(self.path / ANSWERS, lambda sink: sink.write(text.encode(errors="replace")))
 
-    def copy_from(self, twin: RunFolder) -> None:
-        """Take over what another run left, its outcome last."""
-        for name in (TRAINING, HELD_OUT, ANSWERS, OUTCOME):
-            if twin.has(name):
-                content = (twin.path / name).read_bytes()
-                write_whole(self.path / name, lambda sink, content=content: sink.write(content))  # type: ignore[misc]
-
     def clear(self, *, keep_adapter: bool) -> None:
-        """Remove what a run that is done needs no more."""
+        """Remove what a run that has its answers needs no more."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         if not keep_adapter:
             shutil.rmtree(self.adapter, ignore_errors=True)

@@ -22,10 +22,11 @@ from sqsd_filter.directions.likelihood import log_probabilities
 from sqsd_filter.directions.offset import offset
 from sqsd_filter.directions.pack import Pack
 from sqsd_filter.directions.training import Course, fine_tune, losses
-from sqsd_filter.errors import SQSDError, UsageError
+from sqsd_filter.errors import SQSDError, UsageError, option
 from sqsd_filter.evaluation.settings import FineTuning
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.adapters import load_adapter
+from sqsd_filter.scoring.batching import is_out_of_memory
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
 from sqsd_filter.scoring.placement import check_device, choose_device
 from sqsd_filter.scoring.weights import load_model, load_tokenizer, longest_input
@@ -45,9 +46,14 @@ class Subject:
 
     @classmethod
     def of(cls, pack: Pack, tuning: FineTuning, device: str | None) -> Subject:
-        """Raises `UsageError` for a device that can't be used, `ModelError`; `SQSDError` without the extra `train`."""
+        """Raises `UsageError` for a device or schedule that can't be used, `ModelError`, `SQSDError` without the extra
+        `train`."""
         if any(find_spec(name) is None for name in ("peft", "trl")):
             raise SQSDError("Evaluating needs trl and peft: pip install 'sqsd-filter[train]'.")
+        from transformers import SchedulerType
+
+        if tuning.schedule not in (schedules := [each.value for each in SchedulerType]):
+            raise UsageError(f"{option('schedule')} must be one of {', '.join(schedules)}, not {tuning.schedule}.")
         device = choose_device(device)
         if device not in ("cpu", "cuda", "cuda:0"):
             raise UsageError(f"Fine-tuning can't be on '{device}': choose a GPU by CUDA_VISIBLE_DEVICES, or cpu.")
@@ -76,23 +82,31 @@ class Subject:
         Returns the record of the training.
         """
         course = Course(name, self.tuning.recipe, self.tuning.lora, seed, checkpoints, KEPT_CHECKPOINTS)
-        trainer = fine_tune(course, self._load(), self.tokenizer, rows, progress)
+        try:
+            trainer = fine_tune(course, self._load(), self.tokenizer, rows, progress)
+        except Exception as problem:
+            if is_out_of_memory(problem):
+                batch = self.tuning.device_batch_size
+                raise SQSDError(
+                    f"The memory of {self.device_name} is too small for {batch} rows at a time: "
+                    f"start again with a lower {option('device_batch_size')}, which changes no update."
+                ) from problem
+            if isinstance(problem, ValueError) and "arget module" in str(problem):  # peft, before anything is trained
+                name = self.tuning.target_modules
+                raise UsageError(f"{option('target_modules')} {name} names no layer of the model.") from problem
+            raise
         trainer.model.save_pretrained(target)
         record = {"rows": len(rows), "seed": seed, "steps": trainer.state.global_step, "losses": losses(trainer)}
         del trainer
-        _free()
+        free_memory()
         return record | {"settings": asdict(self.tuning)}
 
     @contextmanager
     def tuned(self, adapter: Path | None) -> Iterator[Any]:
         """The model with this LoRA on it, or as it is."""
         model = self._load()
-        try:
-            with offset(model, load_adapter(adapter), 1.0) if adapter else nullcontext():
-                yield model
-        finally:
-            del model
-            _free()
+        with offset(model, load_adapter(adapter), 1.0) if adapter else nullcontext():
+            yield model
 
     def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
         """Raise `InputError` for a prompt that leaves no room for an answer."""
@@ -111,7 +125,7 @@ def held_out_loss(model: Any, rows: Sequence[Encoded]) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def _free() -> None:
+def free_memory() -> None:
     """Give back the memory of a model that nobody uses."""
     gc.collect()
     if torch.cuda.is_available():

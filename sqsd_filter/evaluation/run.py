@@ -6,41 +6,46 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sqsd_filter.directions.judges import REFUSED, Judge, load_judge
+from sqsd_filter.directions.judges import REFUSED, Judge, agreement, load_judge
 from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.directions.refusals import read_prompts
 from sqsd_filter.errors import InputError, UsageError, option
 from sqsd_filter.evaluation.folder import (
     ANSWERS,
     HELD_OUT,
-    OUTCOME,
     PICTURE,
+    POISONED,
     RESULTS,
     RUNS,
     TRAINING,
+    UNTUNED,
     RunFolder,
     claimed,
     write_json,
 )
-from sqsd_filter.evaluation.model import Subject, held_out_loss
+from sqsd_filter.evaluation.model import Subject, free_memory, held_out_loss
 from sqsd_filter.evaluation.plot import CURVES, draw_windows
 from sqsd_filter.evaluation.poison import curves, poisoned
-from sqsd_filter.evaluation.results import of_arms, of_windows
-from sqsd_filter.evaluation.scores import Rows, Scores, corpus_of, poison_scores, read_scores
+from sqsd_filter.evaluation.results import of_arms, of_one, of_windows
+from sqsd_filter.evaluation.scores import Rows, Scores, corpus_of, poison_scores, prompts_of, read_scores
 from sqsd_filter.evaluation.sets import CUT_ARMS, TrainingSet, by_risk, cut_sets, match_tokens, windows
 from sqsd_filter.evaluation.settings import CUT, WINDOWS, Design
 from sqsd_filter.pictures import picture
+from sqsd_filter.pipeline.earlier import Earlier
 from sqsd_filter.pipeline.reading.addresses import Opener
+from sqsd_filter.pipeline.writing.destination import read_json
 from sqsd_filter.pipeline.writing.report import versions
 from sqsd_filter.progress import Progress, Silent
+from sqsd_filter.scoring.weights import content_id
 
 EVALUATION = 1  # to be raised whenever a change gives other figures
 
@@ -73,29 +78,21 @@ def evaluate(
         scorers = read_scores(scores, opener, progress)
         unsafe = poison_scores(poison, scorers, scores, opener, progress) if poison else []
         study = _Study(design, scorers, pack, device, Path(dest), progress) if design.arms else None
-        settings: dict[str, Any] = {"evaluation": EVALUATION, **design.settings()}
-        settings |= {"scores": [[each.name, each.digest] for each in scorers], **(study.settings() if study else {})}
-        if poison:
-            settings["poison"] = [_digest(one.scored.risk[one.scored.scored].tolist()) for one in unsafe]
-        settings = json.loads(json.dumps(settings))
-        risks = {
-            each.name: (each.risk[each.scored], one.scored.risk[one.scored.scored])
-            for each, one in zip(scorers, unsafe, strict=bool(poison))
-        }
-        drawn = {name: curves(*pair) for name, pair in risks.items()}
+        settings = {"evaluation": EVALUATION, **(study.settings() if study else {})}
         with claimed(Path(dest), settings):
             results: dict[str, Any] = {
                 "model": study.model if study else None,
                 "corpus": corpus_of(scores[0], scorers[0].earlier),
-                "seeds": [] if study else list(design.seeds),
+                "rows": study.counts if study else None,
+                "sets": design.sets(),
+                "seeds": [],
                 "scorers": {},
                 "arms": {},
-                "poisoned": {name: poisoned(*pair, design.seeds[0]) for name, pair in risks.items()},
-                "curves": {kind: {name: each[kind] for name, each in drawn.items()} for kind in CURVES},
+                **_mixes(scorers, unsafe, design.seeds[0], Path(dest), progress),
                 "settings": settings,
                 "machine": _machine(study.subject.device_name if study else None),
             }
-            if study is None or not (Path(dest) / RESULTS).is_file():
+            if study is None:
                 _write(Path(dest), results)
             for figures in study.carry_out(keep_adapters) if study else ():
                 results |= figures
@@ -103,25 +100,52 @@ def evaluate(
     return results
 
 
+def _mixes(
+    scorers: Sequence[Scores], unsafe: Sequence[Earlier], seed: int, dest: Path, progress: Progress
+) -> dict[str, Any]:
+    """What is found of known unsafe rows; what was looked at before is kept."""
+    known = read_json(dest / POISONED) or {}
+    found: dict[str, Any] = {"poisoned": {}, "curves": {kind: {} for kind in CURVES if unsafe}}
+    for each, one in zip(scorers, unsafe, strict=bool(unsafe)):
+        risks = each.risk[each.scored], one.scored.risk[one.scored.scored]
+        prompts = prompts_of(one)
+        key = _digest([*(values.tolist() for values in (*risks, prompts)), seed])
+        if key not in known:
+            progress.note(f"{each.name}: known unsafe rows among the others")
+            known[key] = {"poisoned": poisoned(*risks, prompts, seed), "curves": curves(*risks)}
+            write_json(dest / POISONED, known)
+        found["poisoned"][each.name] = known[key]["poisoned"]
+        for kind, points in known[key]["curves"].items():
+            found["curves"][kind][each.name] = points
+    return found
+
+
 def _write(dest: Path, results: Mapping[str, Any]) -> None:
     if results["scorers"]:
         with picture(dest / PICTURE, 9, 5) as figure:
             draw_windows(figure, results["scorers"])
+    else:
+        (dest / PICTURE).unlink(missing_ok=True)
     write_json(dest / RESULTS, results)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One fine-tuning and what is asked after it."""
+    """One fine-tuning and what is asked after it; without a set of rows the model is asked as it is."""
 
     scorer: str
     arm: str
     seed: int
-    chosen: TrainingSet
+    chosen: TrainingSet | None
 
     @property
     def name(self) -> str:
-        return f"{self.scorer}/{self.arm}/seed-{self.seed}"
+        return UNTUNED if self.chosen is None else f"{self.scorer} {self.arm}, seed {self.seed}"
+
+    @property
+    def key(self) -> str:
+        """That of its folder."""
+        return UNTUNED if self.chosen is None else self.chosen.key(self.seed)
 
 
 class _Study:
@@ -143,7 +167,9 @@ class _Study:
         self.harmless = read_prompts(design.harmless, design.prompts) if design.harmless is not None else []
         self.subject = Subject.of(load_pack(pack), design.tuning, device)
         self.subject.check_prompts([*self.harmful, *self.harmless], design.max_new_tokens)
-        self.judge: Judge = load_judge(design.judge, device=self.subject.device)
+        self.judges: list[Judge] = [load_judge(spec, device=self.subject.device) for spec in design.judges]
+        if len({judge.name for judge in self.judges}) < len(self.judges):
+            raise UsageError("Two of the judges have one name: rename the folder of one of them.")
         scored = np.logical_and.reduce([each.scored for each in scorers])
         self.rows = Rows(scorers[0].earlier, scored, self.subject.encoder, progress)
         usable = np.flatnonzero(self.rows.tokens)
@@ -152,9 +178,11 @@ class _Study:
                 f"None of the {len(scored):,} rows has a score by all scorers and an answer within "
                 f"{design.tuning.max_length} tokens: score them again, or raise {option('max_length')}."
             )
-        self.ranked = {each.name: by_risk(each.risk, usable) for each in scorers}
+        self.held_out, learned = self._hold_out(usable)
+        self.counts = {"all": len(scored), "scored": int(scored.sum()), "usable": len(usable)}
+        self.counts |= {"held_out": len(self.held_out.rows)}
+        self.ranked = {each.name: by_risk(each.risk, learned) for each in scorers}
         self.windows = {each.name: self._windows(each.name) for each in scorers} if WINDOWS in design.arms else {}
-        self.held_out = self._hold_out(usable)
 
     @property
     def model(self) -> dict[str, Any]:
@@ -164,11 +192,24 @@ class _Study:
         return {"name": name, "pack": pack.name, "fingerprint": pack.fingerprint}
 
     def settings(self) -> dict[str, Any]:
-        """What has to be the same for a run to go on, beside the design."""
+        """What has to be the same for runs to be compared, and for what is done to be kept."""
         told = {"harmful": self.harmful, "harmless": self.harmless}
         prompts = {kind: f"{len(texts)} prompts ({_digest(texts)})" for kind, texts in told.items()}
-        device = self.subject.device.split(":")[0]
-        return {"model": self.model, "device": device, "judge": self.judge.name, **prompts}
+        pack, device = self.subject.pack, self.subject.device.split(":")[0]
+        found = {"model": self.model, "weights": content_id(pack.base_model, pack.base_revision), "device": device}
+        rows = {"corpus": self.scorers[0].corpus, "held_out": self.held_out.key(0)}
+        return {**found, **rows, **prompts, **self.design.settings()}
+
+    def _hold_out(self, usable: np.ndarray) -> tuple[TrainingSet, np.ndarray]:
+        """Rows that no model learns from, whatever the scorers, and the others. Raises `UsageError` where there aren't
+        enough."""
+        wanted = self.design.held_out
+        if wanted >= len(usable):
+            raise UsageError(
+                f"{option('held_out')} {wanted:,} leaves none of the {len(usable):,} rows to learn from: ask for less."
+            )
+        chosen = np.random.default_rng(self.design.seeds[0]).choice(usable, wanted, replace=False)
+        return TrainingSet.of(chosen, self.rows.tokens), np.setdiff1d(usable, chosen)
 
     def _windows(self, scorer: str) -> dict[str, TrainingSet]:
         design = self.design
@@ -179,50 +220,40 @@ class _Study:
         found = match_tokens(found) if design.match_tokens else found
         return {f"S{k}": each for k, each in enumerate(found, 1)}
 
-    def _hold_out(self, usable: np.ndarray) -> TrainingSet:
-        """Rows that no model learns from, the same for all. Raises `UsageError` where there aren't enough."""
-        taken = [each.rows for found in self.windows.values() for each in found.values()]
-        if CUT in self.design.arms:
-            nothing = usable[:0]
-            taken += [cut_sets(ranked, self.design.share, nothing, 0)["dropped"] for ranked in self.ranked.values()]
-        free = np.setdiff1d(usable, np.concatenate(taken))
-        wanted = self.design.held_out
-        if wanted > len(free):
-            raise UsageError(
-                f"Only {len(free):,} rows are in no window and not dropped, which is less than {option('held_out')} "
-                f"{wanted:,}: hold out fewer, or make the windows smaller."
-            )
-        chosen = np.random.default_rng(self.design.seeds[0]).choice(free, wanted, replace=False)
-        return TrainingSet.of(chosen, self.rows.tokens)
-
     def _runs(self, seed: int) -> Iterator[_Run]:
         for scorer, ranked in self.ranked.items():
             for arm, chosen in self.windows.get(scorer, {}).items():
                 yield _Run(scorer, arm, seed, chosen)
             if CUT in self.design.arms:
-                for arm, rows in cut_sets(ranked, self.design.share, self.held_out.rows, seed).items():
+                for arm, rows in cut_sets(ranked, self.design.share, seed).items():
                     yield _Run(scorer, arm, seed, TrainingSet.of(rows, self.rows.tokens))
 
     def carry_out(self, keep_adapters: bool) -> Iterator[dict[str, Any]]:
-        """Do all runs that are not done yet, seed by seed; after each such seed, and in the end, the figures so far."""
+        """Do all runs that are not done yet, seed by seed; after each seed the figures so far."""
+        untuned = _Run("", "", 0, None)
         outcomes: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in self.ranked}
-        done: dict[str, RunFolder] = {}
+        done: dict[str, dict[str, list[str]]] = {name: {} for name in self.ranked}
+        agreed: dict[str, list[str]] = {judge.name: [] for judge in self.judges}
         for k, seed in enumerate(self.design.seeds, 1):
-            runs, news = list(self._runs(seed)), False
+            runs = [*([untuned] if k == 1 else []), *self._runs(seed)]
             for number, run in enumerate(runs, 1):
-                folder, key = RunFolder(self.dest / RUNS / run.name), run.chosen.key(seed)
-                if not folder.has(OUTCOME):
-                    news = True
-                    if key in done:
-                        folder.copy_from(done[key])
-                    else:
-                        self.progress.note(f"{run.name}: run {number} of {len(runs)} with this seed")
-                        self._carry_out(run, folder)
-                folder.clear(keep_adapter=keep_adapters)
-                done.setdefault(key, folder)
-                outcomes[run.scorer].setdefault(run.arm, []).append(folder.read(OUTCOME))
-            if news or k == len(self.design.seeds):
-                yield {"seeds": list(self.design.seeds[:k]), **self._figures(outcomes)}
+                self._answer(run, f"run {number} of {len(runs)} with this seed", keep_adapters)
+            for judge in self.judges:
+                self._judge(judge, {run.key for run in runs})
+                for run in runs:
+                    agreed[judge.name] += self._folder(run.key).read(judged(judge))["outcomes"][: len(self.harmful)]
+            for run in runs:
+                if run is untuned:
+                    continue
+                outcomes[run.scorer].setdefault(run.arm, []).append(self._outcome(run))
+                done[run.scorer].setdefault(run.arm, []).append(run.key)
+            yield {
+                "seeds": list(self.design.seeds[:k]),
+                "untuned": of_one(self._outcome(untuned)),
+                "judges": {"asr": self.judges[0].name, "agreement": [each.report() for each in agreement(agreed)]},
+                **self._figures(outcomes),
+                "runs": done,
+            }
 
     def _figures(self, outcomes: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -236,33 +267,26 @@ class _Study:
             }
         return found
 
-    def _carry_out(self, run: _Run, folder: RunFolder) -> None:
-        """The steps of a run that are not done yet."""
-        chosen = run.chosen
-        trains = len(chosen.rows) > 0
-        if trains and not folder.has(TRAINING):
-            record = self.subject.fine_tune(
-                run.name,
-                self.rows.encoded(chosen),
-                run.seed,
-                folder.checkpoints,
-                folder.adapter,
-                self.progress,
-            )
-            folder.write(TRAINING, record)
-        if not folder.has(ANSWERS):
-            self._ask(folder, folder.adapter if trains else None)
-        answers = self._judged(folder)
-        harmful = [entry["outcome"] for entry in answers if entry["harmful"]]
-        refused = [entry["outcome"] == REFUSED for entry in answers if not entry["harmful"]]
-        outcome = {
-            "rows": len(chosen.rows),
-            "tokens": chosen.total,
-            "outcomes": harmful,
-            "over_refusal": sum(refused) / len(refused) if refused else None,
-            "loss": folder.read(HELD_OUT)["loss"],
-        }
-        folder.write(OUTCOME, outcome)
+    def _folder(self, key: str) -> RunFolder:
+        return RunFolder(self.dest / RUNS / key)
+
+    def _answer(self, run: _Run, number: str, keep_adapters: bool) -> None:
+        """The steps of a run that are not done yet, up to its answers."""
+        folder = self._folder(run.key)
+        if folder.has(ANSWERS):
+            return
+        self.progress.note(f"{run.name}: {number}")
+        self._fine_tune(run, folder)
+        self._ask(folder, folder.adapter if run.chosen is not None else None)
+        free_memory()
+        folder.clear(keep_adapter=keep_adapters)
+
+    def _fine_tune(self, run: _Run, folder: RunFolder) -> None:
+        if run.chosen is None or folder.has(TRAINING):
+            return
+        rows = self.rows.encoded(run.chosen)
+        record = self.subject.fine_tune(run.name, rows, run.seed, folder.checkpoints, folder.adapter, self.progress)
+        folder.write(TRAINING, record)
 
     def _ask(self, folder: RunFolder, adapter: Path | None) -> None:
         """The loss on the held-out rows, then the answers to all prompts."""
@@ -275,19 +299,38 @@ class _Study:
             texts = self.subject.answers(model, prompts, self.design.max_new_tokens)
         folder.write_answers(
             [
-                {"harmful": k < len(self.harmful), "prompt": prompt, "answer": text, "outcome": None}
+                {"harmful": k < len(self.harmful), "prompt": prompt, "answer": text}
                 for k, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
             ]
         )
 
-    def _judged(self, folder: RunFolder) -> list[dict[str, Any]]:
-        answers = folder.answers()
-        if all(entry["outcome"] is not None for entry in answers):
-            return answers
-        words = self.judge.judge([entry["prompt"] for entry in answers], [entry["answer"] for entry in answers])
-        answers = [entry | {"outcome": word} for entry, word in zip(answers, words, strict=True)]
-        folder.write_answers(answers)
-        return answers
+    def _judge(self, judge: Judge, keys: Iterable[str]) -> None:
+        """Have the answers of several runs judged at once."""
+        folders = [folder for folder in map(self._folder, sorted(keys)) if not folder.has(judged(judge))]
+        asked = [folder.answers() for folder in folders]
+        entries = [entry for answers in asked for entry in answers]
+        if not entries:
+            return
+        words = iter(judge.judge([each["prompt"] for each in entries], [each["answer"] for each in entries]))
+        for folder, answers in zip(folders, asked, strict=True):
+            folder.write(judged(judge), {"judge": judge.name, "outcomes": list(islice(words, len(answers)))})
+
+    def _outcome(self, run: _Run) -> dict[str, Any]:
+        folder = self._folder(run.key)
+        words = folder.read(judged(self.judges[0]))["outcomes"]
+        harmful, harmless = words[: len(self.harmful)], words[len(self.harmful) :]
+        return {
+            "rows": len(run.chosen.rows) if run.chosen is not None else 0,
+            "tokens": run.chosen.total if run.chosen is not None else 0,
+            "outcomes": harmful,
+            "over_refusal": harmless.count(REFUSED) / len(harmless) if harmless else None,
+            "loss": folder.read(HELD_OUT)["loss"],
+        }
+
+
+def judged(judge: Judge) -> str:
+    """The file with a judge's outcomes."""
+    return f"judged-{judge.fingerprint}.json"
 
 
 def _digest(values: Sequence[Any]) -> str:

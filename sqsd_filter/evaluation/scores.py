@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from sqsd_filter.directions.states import cut_answer
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.evaluation.sets import TrainingSet
 from sqsd_filter.pipeline.consensus import check_same
@@ -44,11 +44,9 @@ class Scores:
         return self.earlier.scored.scored
 
     @property
-    def digest(self) -> str:
-        """16 hex digits that tell these risks of these rows from others."""
-        found = hashlib.blake2b(self.earlier.keys.tobytes(), digest_size=8)
-        found.update(np.where(self.scored, self.risk, np.nan).astype("<f8").tobytes())
-        return found.hexdigest()
+    def corpus(self) -> str:
+        """16 hex digits that tell these rows from others."""
+        return hashlib.blake2b(self.earlier.keys.tobytes(), digest_size=8).hexdigest()
 
 
 def read_scores(given: Sequence[str | Path], opener: Opener, progress: Progress) -> list[Scores]:
@@ -80,8 +78,7 @@ def names(given: Sequence[str | Path]) -> list[str]:
 
 def scorer_of(given: str | Path) -> str | None:
     """The scorer that the report of these scores names, if it does."""
-    found = (_report(given).get("settings") or {}).get("scorer")
-    found = found.get("value") if isinstance(found, dict) else found
+    found = _report(given).get("scorer")
     return found if isinstance(found, str) else None
 
 
@@ -108,8 +105,7 @@ class Rows:
 
     def __init__(self, earlier: Earlier, wanted: np.ndarray, encoder: ChatEncoder, progress: Progress) -> None:
         """Looks at the rows that are `wanted` (n,) bool."""
-        assert earlier.form is not None
-        self._corpus, self._form, self._encoder = earlier.scored.corpus, earlier.form, encoder
+        self._earlier, self._encoder = earlier, encoder
         self.tokens = np.zeros(len(wanted), np.int64)
         progress.start("counting tokens", int(wanted.sum()))
         for index, encoded in self._encoded(np.flatnonzero(wanted)):
@@ -120,23 +116,49 @@ class Rows:
     def encoded(self, chosen: TrainingSet) -> list[Encoded]:
         """The rows of a set, in row order, with so many tokens of their answers."""
         found = self._encoded(chosen.rows)
-        return [cut_answer(row, limit) for (_, row), limit in zip(found, chosen.tokens.tolist(), strict=True)]
+        return [shortened(row, limit) for (_, row), limit in zip(found, chosen.tokens.tolist(), strict=True)]
 
     def _encoded(self, indices: np.ndarray) -> Iterator[tuple[int, Encoded]]:
-        conversations = self._conversations(indices)
-        while some := list(islice(conversations, AT_ONCE)):
+        found = conversations(self._earlier, indices)
+        while some := list(islice(found, AT_ONCE)):
             for (index, _), row in zip(some, self._encoder.encode([turns for _, turns in some]), strict=True):
                 if isinstance(row, Encoded):
                     yield index, row
 
-    def _conversations(self, indices: np.ndarray) -> Iterator[tuple[int, list[Message]]]:
-        if not len(indices):
-            return
-        wanted = set(indices.tolist())
-        for row in self._corpus.read(int(indices[0]), int(indices[-1]) + 1, self._form.columns):
-            if row.index in wanted and row.value is not None:
-                with suppress(RowError):  # a file may claim scores of rows that are no conversation
-                    yield row.index, self._form.conversation(row.value)
+
+def shortened(row: Encoded, tokens: int) -> Encoded:
+    """The row with so many tokens of its answers, ≥ 1, of which the last ends it, as it did before."""
+    positions = np.flatnonzero(row.answer)
+    if len(positions) <= tokens:
+        return row
+    head = np.arange(positions[tokens - 1])
+    kept = np.append(head, positions[-1])
+    return Encoded(row.ids[kept], row.answer[kept])
+
+
+def prompts_of(earlier: Earlier) -> np.ndarray:
+    """For each row with a score the number of what its last answer is to, from 0 on, the same for the same text."""
+    assert earlier.form is not None
+    scored = np.flatnonzero(earlier.scored.scored)
+    numbers: dict[str, int] = {}
+    found = np.arange(len(earlier.scored.scored)) + len(scored)  # a row that can't be read has a prompt of its own
+    for index, turns in conversations(earlier, scored):
+        last = max(k for k, turn in enumerate(turns) if turn["role"] == "assistant")
+        asked = json.dumps([[turn["role"], turn["content"]] for turn in turns[:last]])
+        found[index] = numbers.setdefault(asked, len(numbers))
+    return np.unique(found[scored], return_inverse=True)[1]
+
+
+def conversations(earlier: Earlier, indices: np.ndarray) -> Iterator[tuple[int, list[Message]]]:
+    """The conversations of these rows (ascending), each with its index."""
+    assert earlier.form is not None
+    if not len(indices):
+        return
+    wanted = set(indices.tolist())
+    for row in earlier.scored.corpus.read(int(indices[0]), int(indices[-1]) + 1, earlier.form.columns):
+        if row.index in wanted and row.value is not None:
+            with suppress(RowError):  # a file may claim scores of rows that are no conversation
+                yield row.index, earlier.form.conversation(row.value)
 
 
 def poison_scores(
@@ -152,16 +174,23 @@ def poison_scores(
         raise UsageError(f"Name unsafe rows for each of the {len(benign)} scores by --poison, in their order.")
     found = []
     for poison, source, scores in zip(given, sources, benign, strict=True):
-        one = read_earlier([poison], opener, None, progress)
-        for here, there in ((scorer_of(source), scorer_of(poison)), (_pack(scores.earlier), _pack(one))):
+        one = read_earlier([poison], opener, None, progress, keyed=True, likely=scores.earlier.form)
+        facts = zip(_how(source, scores.earlier), _how(poison, one), strict=True)
+        for (what, here), (_, there) in facts:
             if None not in (here, there) and here != there:
-                raise InputError(f"{source} was scored by {here}, but {poison} by {there}: score both in the same way.")
+                raise InputError(
+                    f"{source} was scored with the {what} {here}, but {poison} with {there}: score both alike."
+                )
         if not one.scored.scored.any():
             raise InputError(f"No row of {poison} has a score: score unsafe rows that can be read.")
         found.append(one)
     return found
 
 
-def _pack(earlier: Earlier) -> Any:
-    """The fingerprint of the pack that scored, if it is known."""
-    return (earlier.pack or {}).get("fingerprint")
+def _how(given: str | Path, earlier: Earlier) -> list[tuple[str, Any]]:
+    """What two scores must have in common, None where it is not known."""
+    report, pack = _report(given), earlier.pack or {}
+    return [
+        ("pack", pack.get("fingerprint")),
+        *((name, report.get(name)) for name in ("scorer", "max_length", "dtype")),
+    ]

@@ -12,8 +12,7 @@ import numpy as np
 
 from sqsd_filter.errors import UsageError
 
-ALL, KEPT, RANDOM, DROPPED, NONE = "all", "kept", "random", "dropped", "none"
-CUT_ARMS = (ALL, KEPT, RANDOM, DROPPED, NONE)
+CUT_ARMS = ALL, KEPT, RANDOM, DROPPED = "all", "kept", "random", "dropped"
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class TrainingSet:
         return int(self.tokens.sum())
 
     def key(self, seed: int) -> str:
-        """Equal where training gives the same. Without a row there is no training, and a seed changes nothing."""
-        digest = hashlib.blake2b(f"{seed if len(self.rows) else None} {len(self.rows)}".encode(), digest_size=16)
+        """16 hex digits, equal where training gives the same."""
+        digest = hashlib.blake2b(f"{seed} {len(self.rows)}".encode(), digest_size=8)
         for values in (self.rows, self.tokens):
             digest.update(values.astype("<i8").tobytes())
         return digest.hexdigest()
@@ -85,13 +84,9 @@ def _cut(tokens: np.ndarray, aim: int) -> np.ndarray:
     return cut
 
 
-def cut_sets(ranked: np.ndarray, share: Fraction, held_out: np.ndarray, seed: int) -> Mapping[str, np.ndarray]:
-    """The arms of a cut that drops ceil(share · n) of the n ranked rows: the dropped rows alone, the rest (`kept`), a
-    random choice of as many as the rest, all rows, and none. No arm learns from the `held_out` rows, none of which is
-    dropped."""
-    dropped, rest = np.split(ranked, [math.ceil(share * len(ranked))])
-    kept = rest[~np.isin(rest, held_out)]
-    everything = np.sort(np.concatenate([dropped, kept]))
-    chosen = np.random.default_rng(seed).choice(everything, len(kept), replace=False)
-    nothing = everything[:0]
-    return dict(zip(CUT_ARMS, (everything, kept, chosen, dropped, nothing), strict=True))
+def cut_sets(ranked: np.ndarray, share: Fraction, seed: int) -> Mapping[str, np.ndarray]:
+    """The arms of a cut that drops ceil(share · n) of the n ranked rows: all of them, the rest (`kept`), a random
+    choice of as many as the rest, and the dropped rows alone."""
+    dropped, kept = np.split(ranked, [math.ceil(share * len(ranked))])
+    chosen = np.random.default_rng(seed).choice(np.sort(ranked), len(kept), replace=False)
+    return dict(zip(CUT_ARMS, (ranked, kept, chosen, dropped), strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -65,8 +65,8 @@ class Design:
 
     `arms` are "windows", "cut" or both; without any, nothing is trained. There are `windows` windows of `size` rows;
     the cut drops the share `drop_top`. `harmful` and `harmless` are JSON Lines files with a `prompt` a line, of which
-    the first `prompts` are asked, and `judge` is a spec for `load_judge`. `held_out` rows in no window, and not among
-    those that a cut drops, give the loss.
+    the first `prompts` are asked, and `judges` are specs for `load_judge`, the first of which decides. `held_out` rows,
+    which are in no set, give the loss.
     """
 
     arms: Sequence[str] = (WINDOWS,)
@@ -77,7 +77,7 @@ class Design:
     harmful: str | Path | None = None
     harmless: str | Path | None = None
     prompts: int | None = None
-    judge: str = "phrases"
+    judges: Sequence[str] = ("phrases",)
     max_new_tokens: int = 128
     held_out: int = 100
     match_tokens: bool = False
@@ -88,6 +88,8 @@ class Design:
             raise UsageError(f"{option('arms')} must be of {', '.join(ARMS)}, or none, not {', '.join(odd)}.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UsageError(f"{option('seeds')} must be different whole numbers, 0 or more, as 0,1,2.")
+        if len(set(self.judges)) < max(1, len(self.judges)):
+            raise UsageError(f"Name each judge once by {option('judge')}.")
         for name, least in (("windows", 2), ("size", 1), ("prompts", 1), ("max_new_tokens", 1), ("held_out", 0)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise UsageError(f"{option(name)} must be at least {least}, not {value}.")
@@ -103,10 +105,14 @@ class Design:
         return parse_share(self.drop_top, rows_name="")
 
     def settings(self) -> dict[str, Any]:
-        """What two evaluations have to have in common to be one; files are told by what they hold elsewhere."""
-        found: Mapping[str, Any] = asdict(self)
-        used = {"arms", "seeds", "max_new_tokens", "held_out"}
-        used |= {"windows", "size", "match_tokens"} if WINDOWS in self.arms else set()
-        told = {name: found[name] for name in sorted(used)} if self.arms else {"arms": [], "seeds": found["seeds"]}
-        told |= {"drop_top": float(self.share)} if CUT in self.arms else {}
-        return told | ({"tuning": found["tuning"]} if self.arms else {})
+        """What any two fine-tunings have to have in common to be compared, whatever they are trained on. How much is in
+        memory at a time changes nothing."""
+        how = {name: value for name, value in asdict(self.tuning).items() if name != "device_batch_size"}
+        return {"max_new_tokens": self.max_new_tokens, "tuning": how}
+
+    def sets(self) -> dict[str, Any]:
+        """What models are trained on."""
+        names = ["arms"]
+        names += ["windows", "size", "match_tokens"] if WINDOWS in self.arms else []
+        found = {name: getattr(self, name) for name in names}
+        return found | ({"drop_top": float(self.share)} if CUT in self.arms else {})

@@ -4,8 +4,8 @@ fine-tuned on what they call risky and safe. Results come to OUT/<corpus>/result
     nohup python study.py DATA_FOLDER OUT > study.log 2>&1 &
 
 DATA_FOLDER has databricks-dolly-15k, GSM8K, AdvBench, StrongREJECT, XSTest and completions to JailbreakBench prompts,
-as recipes/packs/smollm2-135m/prepare.py reads them. No row or prompt that the pack was trained or chosen on is used.
-Whatever ends it, the same command goes on. About 5 minutes a fine-tuning on two cores, 165 a corpus for eleven scorers.
+as recipes/packs/smollm2-135m/prepare.py reads them. No row or prompt that the pack was trained or chosen on is used,
+but for the anchors that some scorers need. Whatever ends it, the same command goes on.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ sys.path.insert(0, str(HERE.parents[1] / "packs" / "smollm2-135m"))
 
 import prepare  # noqa: E402
 
-PLAIN = ("sqsd", "danger", "safety", "unnormalised", "random", "length", "loss", "self-inf-n")
-ANCHORED = ("bi-anchor", "larf", "datashield")  # these compare rows with unsafe and safe ones
+from sqsd_filter.scoring.baselines import ANCHORED, SCORERS  # noqa: E402
+
 SCORED = ("dolly", "gsm8k", "unsafe")
 CUT_SCORERS = ("sqsd", "length")  # whose cut is compared with a random one, which takes longer
-CORPUS_ROWS = 2000
-ANCHORS = 100  # of each kind, from what the pack's directions were trained on
+CORPUS_ROWS = 1200
+ANCHORS = 100  # of each kind: answers to the same prompts, of the pairs that the pack's safety direction was trained on
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--pack", default="smollm2-135m", help="the aligned model, and the compass of the scores")
     parser.add_argument("--judge", default="phrases")
-    parser.add_argument("--scorers", default=",".join((*PLAIN, *ANCHORED)), help="as sqsd,random")
+    parser.add_argument("--scorers", default=",".join(SCORERS), help="as sqsd,random")
     options = parser.parse_args()
     scorers = options.scorers.split(",")
     files = write_data(options.data, options.out / "data")
@@ -61,10 +61,7 @@ def scores(out: Path, rows: str, scorer: str) -> Path:
 
 
 def score(rows: Path, target: Path, scorer: str, how: Sequence[object]) -> None:
-    """Score a file, unless that is done."""
-    report = Path(f"{target}.sqsd") / "report.json"
-    if report.is_file() and json.loads(report.read_text())["status"] == "ok":
-        return
+    """Score a file. What is done already is found so by the command."""
     target.parent.mkdir(parents=True, exist_ok=True)
     call("score", rows, target, "--scorer", scorer, *how, "--config", HERE / "evaluate.toml")
 
@@ -103,11 +100,15 @@ def study_rows(data: Path, seed: int = 0) -> dict[str, list[Mapping[str, Any]]]:
         if part[prepare.key(row["prompt"])] == "test" and row["unsafe"] and not row["refusal"]
     ]
     anchors = {
-        "anchors-unsafe": prepared["danger"][:ANCHORS],
-        "anchors-safe": [{"prompt": r["prompt"], "response": r["chosen"]} for r in prepared["safety"][:ANCHORS]],
+        f"anchors-{kind}": [{"prompt": r["prompt"], "response": r[answer]} for r in prepared["safety"][:ANCHORS]]
+        for kind, answer in (("unsafe", "rejected"), ("safe", "chosen"))
+    }
+    prompts = {
+        "harmful": [row for row in prepared["harmful"] if row["source"].startswith("AdvBench")],  # which it refuses
+        "harmless": [row for row in prepared["harmless"] if asked(row) not in seen],
     }
     unseen = {name: fresh(prepare.shuffled(rows, seed, "study"), seen) for name, rows in corpora.items()}
-    return {**unseen, "unsafe": unsafe, **anchors, **{name: prepared[name] for name in ("harmful", "harmless")}}
+    return {**unseen, "unsafe": unsafe, **anchors, **prompts}
 
 
 def fresh(rows: Iterable[Mapping[str, Any]], seen: set[str]) -> list[Mapping[str, Any]]:

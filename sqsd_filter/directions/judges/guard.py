@@ -15,7 +15,7 @@ from sqsd_filter.directions.judges.phrases import without_compliance
 from sqsd_filter.errors import JudgeError
 from sqsd_filter.pipeline.folder import first_line
 from sqsd_filter.scoring.placement import check_device, choose_device
-from sqsd_filter.scoring.weights import load_model, load_tokenizer
+from sqsd_filter.scoring.weights import content_id, load_model, load_tokenizer
 
 VERDICT_TOKENS = 8  # room for line breaks before the first word, and for one that is split into tokens
 _FIRST_WORD = re.compile(r"\W*(safe|unsafe)\b", re.IGNORECASE)
@@ -29,20 +29,25 @@ class GuardJudge:
 
     def __init__(self, model: str, *, device: str | None = None) -> None:
         """A guard such as Llama-Guard-3, by its name on the Hub or its folder, in float32 on a CPU and in bfloat16 on
-        a GPU. Raises `JudgeError` where its chat template has no place for an answer, `ModelError`, `UsageError`."""
+        a GPU. Its weights are in memory only while it judges.
+
+        Raises `JudgeError` where its chat template has no place for an answer, `ModelError`, `UsageError`."""
         device = choose_device(device)
         check_device(device)
         self.name = Path(model).resolve().name if Path(model).is_dir() else model
         self._tokenizer = load_tokenizer(model)
         self._content = _content(self._tokenizer, self.name)
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        self._model = load_model(model, dtype=dtype, device=device)
+        self._source, self._device = model, device
+        self.fingerprint = content_id(model) or re.sub(r"\W", "-", self.name)
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
         """The guard's verdicts, in batches. Raises `JudgeError` for one that begins with neither safe nor unsafe,
-        `InputError` for an answer too long for the guard."""
+        `InputError` for an answer too long for the guard, `ModelError`."""
         asked = [_turns(prompt, answer, self._content) for prompt, answer in zip(prompts, answers, strict=True)]
-        verdicts = reply(self._model, self._tokenizer, asked, max_new_tokens=VERDICT_TOKENS)
+        dtype = torch.bfloat16 if self._device.startswith("cuda") else torch.float32
+        model = load_model(self._source, dtype=dtype, device=self._device)
+        verdicts = reply(model, self._tokenizer, asked, max_new_tokens=VERDICT_TOKENS)
+        del model
         return [self._outcome(k, answer, verdicts[k]) for k, answer in enumerate(answers)]
 
     def _outcome(self, k: int, answer: str, verdict: str) -> str:

@@ -13,7 +13,7 @@ SETTINGS = "judge.json"  # the folder of a trained judge has it
 
 def load_judge(spec: str, *, device: str | None = None) -> Judge:
     """The judge `phrases`, one that recipes/judge trained, by its folder, or a chat guard by its name on the Hub or its
-    folder, which runs on `device` (a GPU where there is one) and stays in memory as long as the judge.
+    folder, which runs on `device` (a GPU where there is one).
 
     Raises `JudgeError`, `ModelError` where there is no such judge, `UsageError` for a device that can't be used.
     """

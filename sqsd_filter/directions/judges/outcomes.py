@@ -19,5 +19,9 @@ class Judge(Protocol):
     def name(self) -> str:
         """What reports call it."""
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells it from others of its name, fit for a file's name."""
+
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
         """The outcome, one of `OUTCOMES`, of each answer to its prompt. Raises `JudgeError`, `InputError`."""

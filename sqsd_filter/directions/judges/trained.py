@@ -36,6 +36,11 @@ class TrainedJudge:
     refusal: TextClassifier
     unsafe: TextClassifier
 
+    @property
+    def fingerprint(self) -> str:
+        settings, numbers = self._content()
+        return hashlib.sha256(settings + numbers).hexdigest()[:16]
+
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
         outcomes = [without_compliance(answer) for _, answer in zip(prompts, answers, strict=True)]
         left = [answer for answer, outcome in zip(answers, outcomes, strict=True) if outcome is None]
@@ -46,14 +51,19 @@ class TrainedJudge:
     def save(self, folder: Path) -> None:
         """Two files, the settings with the terms as JSON and the numbers as safetensors. Raises `OSError`."""
         folder.mkdir(parents=True, exist_ok=True)
+        settings, numbers = self._content()
+        write_whole(folder / WEIGHTS, lambda file: file.write(numbers))
+        write_whole(folder / SETTINGS, lambda file: file.write(settings))
+
+    def _content(self) -> tuple[bytes, bytes]:
+        """Those of the files with the settings and the numbers."""
         parts = {name: getattr(self, name) for name in _CLASSIFIERS}
         numbers = save({f"{name}.{key}": a for name, part in parts.items() for key, a in part.arrays().items()})
         settings = {
             **{"format": _FORMAT, "sha256": hashlib.sha256(numbers).hexdigest()},
             **{name: part.settings() for name, part in parts.items()},
         }
-        write_whole(folder / WEIGHTS, lambda file: file.write(numbers))
-        write_whole(folder / SETTINGS, lambda file: file.write(json.dumps(settings, ensure_ascii=False).encode()))
+        return json.dumps(settings, ensure_ascii=False).encode(), numbers
 
     @classmethod
     def load(cls, folder: Path) -> TrainedJudge:
