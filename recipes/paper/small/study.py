@@ -25,7 +25,7 @@ import prepare  # noqa: E402
 
 from sqsd_filter.scoring.baselines import ANCHORED, SCORERS  # noqa: E402
 
-SCORED = ("dolly", "gsm8k", "unsafe")
+CORPORA, UNSAFE = ("dolly", "gsm8k"), "unsafe"
 CUT_SCORERS = ("sqsd", "length")  # whose cut is compared with a random one, which takes longer
 CORPUS_ROWS = 1200
 ANCHORS = 100  # of each kind: answers to the same prompts, of the pairs that the pack's safety direction was trained on
@@ -42,15 +42,15 @@ def main() -> None:
     scorers = options.scorers.split(",")
     files = write_data(options.data, options.out / "data")
     anchors = ("--unsafe-anchors", files["anchors-unsafe"], "--safe-anchors", files["anchors-safe"])
-    for name in SCORED:
+    for corpus in CORPORA:
         for scorer in scorers:
             how = ["--pack", options.pack, *(anchors if scorer in ANCHORED else ())]
-            score(files[name], scores(options.out, name, scorer), scorer, how)
-    for corpus in ("dolly", "gsm8k"):
+            for name in (UNSAFE, corpus):
+                score(files[name], scores(options.out, name, scorer), scorer, how)
         asked = ["--harmful", files["harmful"], "--harmless", files["harmless"], "--judge", options.judge]
         asked += ["--pack", options.pack, "--config", HERE / "evaluate.toml"]
         found = [scores(options.out, corpus, scorer) for scorer in scorers]
-        poison = [word for scorer in scorers for word in ("--poison", scores(options.out, "unsafe", scorer))]
+        poison = [word for scorer in scorers for word in ("--poison", scores(options.out, UNSAFE, scorer))]
         call("evaluate", *found, options.out / corpus, *asked, *poison)
         if cut := [scores(options.out, corpus, scorer) for scorer in scorers if scorer in CUT_SCORERS]:
             call("evaluate", *cut, options.out / f"{corpus}-cut", *asked, "--arms", "cut", "--drop-top", "5%")
@@ -76,7 +76,10 @@ def call(*words: object) -> None:
 
 def write_data(data: Path, out: Path) -> dict[str, Path]:
     """The files of the study, which are written once: two corpora, known unsafe rows, anchors and prompts."""
-    files = {name: out / f"{name}.jsonl" for name in (*SCORED, "anchors-unsafe", "anchors-safe", "harmful", "harmless")}
+    files = {
+        name: out / f"{name}.jsonl"
+        for name in (*CORPORA, UNSAFE, "anchors-unsafe", "anchors-safe", "harmful", "harmless")
+    }
     if all(path.is_file() for path in files.values()):
         return files
     out.mkdir(parents=True, exist_ok=True)
@@ -108,7 +111,7 @@ def study_rows(data: Path, seed: int = 0) -> dict[str, list[Mapping[str, Any]]]:
         "harmless": [row for row in prepared["harmless"] if asked(row) not in seen],
     }
     unseen = {name: fresh(prepare.shuffled(rows, seed, "study"), seen) for name, rows in corpora.items()}
-    return {**unseen, "unsafe": unsafe, **anchors, **prompts}
+    return {**unseen, UNSAFE: unsafe, **anchors, **prompts}
 
 
 def fresh(rows: Iterable[Mapping[str, Any]], seen: set[str]) -> list[Mapping[str, Any]]:
