@@ -27,7 +27,7 @@ from sqsd_filter.scoring.baselines import ANCHORED, SCORERS  # noqa: E402
 
 CORPORA, UNSAFE = ("dolly", "gsm8k"), "unsafe"
 CUT_SCORERS = ("sqsd", "length")  # whose cut is compared with a random one, which takes longer
-CORPUS_ROWS = 1200
+CORPUS_ROWS = 1100
 ANCHORS = 100  # of each kind: answers to the same prompts, of the pairs that the pack's safety direction was trained on
 
 
