@@ -106,9 +106,10 @@ def study_rows(data: Path, seed: int = 0) -> dict[str, list[Mapping[str, Any]]]:
         f"anchors-{kind}": [{"prompt": r["prompt"], "response": r[answer]} for r in prepared["safety"][:ANCHORS]]
         for kind, answer in (("unsafe", "rejected"), ("safe", "chosen"))
     }
+    chosen_on = {asked(row) for row in prepared["val"]}
     prompts = {
         "harmful": [row for row in prepared["harmful"] if row["source"].startswith("AdvBench")],  # which it refuses
-        "harmless": [row for row in prepared["harmless"] if asked(row) not in seen],
+        "harmless": [row for row in prepared["harmless"] if asked(row) not in chosen_on],
     }
     unseen = {name: fresh(prepare.shuffled(rows, seed, "study"), seen) for name, rows in corpora.items()}
     return {**unseen, UNSAFE: unsafe, **anchors, **prompts}
