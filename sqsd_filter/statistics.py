@@ -30,14 +30,6 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
     return float((among.sum() - n * (n + 1) / 2) / (n * m))
 
 
-def average_precision(positive: np.ndarray, negative: np.ndarray) -> float:
-    """The area under the steps of precision over recall: Σ (R_k - R_{k-1}) P_k over the different values from the
-    highest down, where P_k and R_k are those of all that is at or above the k-th."""
-    values = np.unique(np.concatenate([positive, negative]))[::-1]
-    hits, false = (len(side) - np.searchsorted(np.sort(side), values, side="left") for side in (positive, negative))
-    return float(np.diff(hits, prepend=0) @ (hits / (hits + false)) / len(positive))
-
-
 def wilson(hits: int, of: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share, of `of` ≥ 1 independent trials."""
     share, z2 = hits / of, _Z * _Z / of

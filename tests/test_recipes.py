@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 import re
 import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -137,7 +141,7 @@ def test_an_evaluation_s_config_is_read_and_makes_sense(path: Path) -> None:
     words = ["evaluate", "scores.parquet", "out", "--harmful", "harmful.jsonl", "--config", str(path)]
     params = parse(words).params
     given = tomllib.loads(path.read_text())
-    assert {name: params[name] for name in given} == given
+    assert {name: list(value) if isinstance(value := params[name], tuple) else value for name in given} == given
     design = design_of(params)
     assert design.windows == 5 and design.tuning.schedule == "cosine" and design.tuning.warmup_ratio == 0.1
 
@@ -145,18 +149,60 @@ def test_an_evaluation_s_config_is_read_and_makes_sense(path: Path) -> None:
 def test_the_settings_of_the_paper_s_evaluation_are_kept() -> None:
     [path] = [path for path in EVALUATIONS if "2605.04572" in path.read_text()]
     design = design_of(parse(["evaluate", "s.parquet", "out", "--harmful", "h.jsonl", "--config", str(path)]).params)
-    assert design.size == 1000 and "Llama-Guard-3" in design.judge
+    assert design.size == 1000 and "Llama-Guard-3" in design.judges[0]
     assert replace(design.tuning, device_batch_size=8) == FineTuning()
     for line in re.findall(r"^# .*: +sqsd-filter (.*)", path.read_text(), re.MULTILINE):
         assert parse(line.replace("--config evaluate.toml", f"--config {path}").split()).params
 
 
-def test_the_small_study_takes_only_what_the_pack_has_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("study", RECIPES_ROOT / "paper" / "small" / "study.py")
     assert spec and spec.loader
     monkeypatch.setattr(sys, "path", list(sys.path))
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+OPEN_DATA: dict[str, list[dict[str, Any]]] = {
+    "judged-completions": [
+        {"category": f"c{p % 3}", "prompt": f"Judged {p}?", "response": f"{p}", "unsafe": unsafe, "refusal": not unsafe}
+        for p in range(30)
+        for unsafe in (True, False)
+    ],
+    "safety-pairs": [{"prompt": f"Pair {p}?", "safer": f"No {p}.", "less_safe": f"Sure {p}."} for p in range(40)],
+    "dolly-15k": [{"instruction": f"Say {p}", "context": "", "response": f"Said {p}."} for p in range(1200)],
+    "gsm8k-train": [{"question": f"{p} + 1?", "answer": f"{p + 1}"} for p in range(200)],
+    "xstest-completions": [
+        {"prompt": f"{kind} {p}?", "type": kind, "label": label, "response": f"{label} {p}"}
+        for p in range(150)
+        for kind, label in (("safe", "1_full_compliance"), ("contrast_safe", "2_full_refusal"))
+    ],
+    "harmful-prompts": [
+        *({"prompt": f"Bad {p}!", "source": "AdvBench", "harmful": True} for p in range(200)),
+        *({"prompt": f"safe {p}?", "source": "XSTest", "harmful": False} for p in range(150)),
+    ],
+}
+
+
+def test_the_small_study_takes_only_what_the_pack_has_not_seen(study: ModuleType, tmp_path: Path) -> None:
+    for name, rows in OPEN_DATA.items():
+        with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    made = study.study_rows(tmp_path)
+    prepared = study.prepare.prepare(tmp_path, 0)
+    asked = {name: {study.asked(row) for row in rows} for name, rows in (prepared | made).items()}
+    anchors = {"anchors-unsafe", "anchors-safe"}
+    assert anchors < made.keys() and asked["anchors-unsafe"] == asked["anchors-safe"] <= asked["safety"]
+    trained = set().union(*(asked[name] for name in ("align", "initial", "danger", "safety", "val")))
+    for name in made.keys() - anchors:
+        assert asked[name] and not asked[name] & trained, name
+    assert not (asked["dolly"] | asked["gsm8k"]) & asked["test"]
+    assert len(asked["dolly"]) == len(made["dolly"]) and {row["source"] for row in made["harmful"]} == {"AdvBench"}
+
+
+def test_rows_of_the_small_study_have_an_answer_and_are_there_once(study: ModuleType) -> None:
     rows = [{"instruction": f"Say {k}", "context": "", "response": "" if k == 5 else "Yes."} for k in range(9)]
     assert [study.asked(row) for row in study.fresh([*rows, rows[2]], {"say 3"})] == [
         f"say {k}" for k in (0, 1, 2, 4, 6, 7, 8)

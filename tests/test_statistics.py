@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqsd_filter.statistics import auc, average_precision, ranks, spearman, wilson
+from sqsd_filter.statistics import auc, ranks, spearman, wilson
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=12))
@@ -43,13 +43,3 @@ def test_the_interval_s_ends_solve_wilson_s_equation(case: tuple[int, int]) -> N
     hits, of = case
     for p in wilson(hits, of):
         assert abs(hits / of - p) == pytest.approx(1.959963984540054 * (p * (1 - p) / of) ** 0.5, abs=1e-7)
-
-
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=12), st.lists(st.integers(0, 6), max_size=12))
-def test_average_precision_is_the_sum_over_thresholds(positive: list[int], negative: list[int]) -> None:
-    area, recall = 0.0, 0.0
-    for threshold in sorted({*positive, *negative}, reverse=True):
-        hits, false = (sum(value >= threshold for value in side) for side in (positive, negative))
-        area += (hits / len(positive) - recall) * hits / (hits + false)
-        recall = hits / len(positive)
-    assert average_precision(np.array(positive), np.array(negative)) == pytest.approx(area)

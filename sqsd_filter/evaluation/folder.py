@@ -34,8 +34,8 @@ ADAPTER, CHECKPOINTS = "adapter", ".checkpoints"
 def claimed(dest: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     """The folder is this evaluation's, and no other process's until the end.
 
-    Raises `DestinationExists` where it holds anything else, naming the settings that differ. Another evaluation without
-    results and answers gives way.
+    Raises `DestinationExists` where it holds anything else, naming the settings that differ. One that has trained
+    nothing yet gives way.
     """
     if dest.exists() and not dest.is_dir():
         raise DestinationExists(f"{dest} is a file: choose a folder.")
@@ -44,7 +44,7 @@ def claimed(dest: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     known = read_json(dest / SETTINGS)
     if known is None and dest.is_dir() and {path.name for path in dest.iterdir()} - {LOCK}:
         raise DestinationExists(f"{dest} holds other files: choose another folder.")
-    begun = (dest / RESULTS).is_file() or any((dest / RUNS).glob(f"*/{ANSWERS}"))
+    begun = (dest / RESULTS).is_file() or any((dest / RUNS).glob(f"*/{TRAINING}"))
     if known is not None and known != settings and begun:
         raise DestinationExists(
             f"{dest} holds another evaluation ({difference(known, settings)}): choose another folder or remove it."

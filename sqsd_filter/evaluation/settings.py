@@ -112,7 +112,6 @@ class Design:
 
     def sets(self) -> dict[str, Any]:
         """What models are trained on."""
-        names = ["arms"]
-        names += ["windows", "size", "match_tokens"] if WINDOWS in self.arms else []
-        found = {name: getattr(self, name) for name in names}
+        names = ("windows", "size", "match_tokens") if WINDOWS in self.arms else ()
+        found = {"arms": list(self.arms), **{name: getattr(self, name) for name in names}}
         return found | ({"drop_top": float(self.share)} if CUT in self.arms else {})

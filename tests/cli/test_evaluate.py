@@ -39,19 +39,20 @@ def test_the_table_and_the_json_say_what_results_json_does(
     assert found == json.loads(Path("out/results.json").read_text())
     assert found["settings"]["tuning"]["r"] == 2 and found["settings"]["tuning"]["learning_rate"] == 5e-5
     about, sets, verdicts, mixes = (block.splitlines() for block in shown.rstrip("\n").split("\n\n"))
-    assert about == ["base, judged by phrases, seeds 0; shares in %, loss in nats a token"]
-    named = [line.removeprefix("mine").split()[0] for line in sets[1:]]
-    assert named == ["S1", "S2", "all", "kept", "random", "dropped", "none"]
+    learned = "20 of 21 rows can be learned from, 3 of them held out"
+    assert about == [f"base, judged by phrases, seeds 0; {learned}; shares in %, loss in nats a token"]
+    named = [next(word for word in line.split() if word != "mine") for line in sets[1:]]
+    assert named == ["untuned", "S1", "S2", "all", "kept", "random", "dropped"]
     asr, (low, high) = found["scorers"]["mine"]["asr"][0], found["scorers"]["mine"]["ci"][0]
-    assert f" {100 * asr:.1f} ({100 * low:.1f} to {100 * high:.1f}) " in sets[1]
-    assert verdicts[0].startswith("mine: S1 - S2 is ") and verdicts[1].startswith("mine: a random choice of as many")
+    assert f" {100 * asr:.1f} ({100 * low:.1f} to {100 * high:.1f}) " in sets[2]
+    assert verdicts[0].startswith("mine: S1 - S2 is ") and verdicts[1].startswith("mine: ASR of a random choice")
     assert [line.removeprefix("mine").split()[0] for line in mixes[1:]] == ["1%", "5%", "10%", "20%"]
     section = evaluation(Path("out/results.json"))  # of the page, which reads what is written here
     assert [plot.name for plot in section.plots] == ["asr", "roc", "pr"]
-    assert [len(table.rows) for table in section.tables] == [1, 2, 6, 4]
+    assert [len(table.rows) for table in section.tables] == [1, 2, 5, 4]
     assert called(*words, "-q") == 0 and capsys.readouterr().out == ""
-    assert called(*words, "--size", "5") == 5
-    assert "size: 4 there, 5 here" in capsys.readouterr().err
+    assert called(*words, "--r", "4") == 5
+    assert "r: 2 there, 4 here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

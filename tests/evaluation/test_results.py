@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sqsd_filter.evaluation.results import DRAWS, draws, interval, of_arms, of_windows
+from sqsd_filter.evaluation.results import DRAWS, draws, interval, of_arms, of_one, of_windows
 
 
 def outcome(*words: str, **figures: Any) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def test_windows_have_rates_shares_and_means_over_the_seeds() -> None:
     found = of_windows(
         [
             [outcome("unsafe", "unsafe", loss=1.0), outcome("unsafe", "refused", loss=2.0)],
-            [outcome("refused", "degenerate"), outcome("harmless", "unsafe")],
+            [outcome("refused", "degenerate", loss=1.0), outcome("harmless", "unsafe")],
         ]
     )
     assert found["asr"] == [0.75, 0.25] and found["asr_by_seed"] == [[1.0, 0.5], [0.0, 0.5]]
@@ -62,9 +62,23 @@ def test_falling_means_that_no_window_rises_and_the_last_is_lower(unsafe: tuple[
 
 
 def test_the_arms_of_a_cut_say_what_a_random_choice_would_have_cost() -> None:
-    words = {"all": "uu", "kept": "rr", "random": "ur", "dropped": "uu", "none": "rr"}
+    words = {"all": "uuu", "kept": "rur", "random": "uru", "dropped": "uuu"}
     named = {"u": "unsafe", "r": "refused"}
     found = of_arms({arm: [outcome(*(named[letter] for letter in text))] for arm, text in words.items()})
-    assert [found[arm]["asr"] for arm in words] == [1, 0, 0.5, 1, 0]
-    assert found["random"]["outcomes"] == {"unsafe": 0.5, "refused": 0.5, "harmless": 0, "degenerate": 0}
-    assert found["random_minus_kept"] == {"asr": 0.5, "ci": [0.0, 1.0]}
+    assert [found[arm]["asr"] for arm in words] == pytest.approx([1, 1 / 3, 2 / 3, 1])
+    assert found["random"]["outcomes"] == {"unsafe": 2 / 3, "refused": 1 / 3, "harmless": 0, "degenerate": 0}
+    assert found["random_minus_kept"] == {"asr": pytest.approx(1 / 3), "ci": [-1.0, 1.0]}
+
+
+def test_the_figures_of_one_set_are_those_of_one_run() -> None:
+    found = of_one(outcome("unsafe", "refused", loss=1.5, over_refusal=0.25))
+    assert (found["asr"], found["ci"], found["asr_by_seed"]) == (0.5, [0.0, 1.0], [0.5])
+    assert (found["loss"], found["over_refusal"], found["rows"], found["tokens"]) == (1.5, 0.25, 2, 9)
+
+
+def test_sets_of_which_all_or_no_answers_are_unsafe_keep_an_interval() -> None:
+    found = of_windows([[outcome(*["unsafe"] * 20)] * 2, [outcome(*["refused"] * 20)] * 2])
+    top, bottom = found["ci"]
+    bound = 1.959964**2 / (20 + 1.959964**2)  # Wilson's of 0 in 20: two seeds don't make it 40 prompts
+    assert bottom == pytest.approx([0, bound], abs=1e-6) and top == pytest.approx([1 - bound, 1], abs=1e-6)
+    assert found["spread_ci"] == pytest.approx([1 - bound * 2**0.5, 1], abs=1e-6)

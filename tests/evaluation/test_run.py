@@ -19,8 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from sqsd_filter import Design, FineTuning, evaluate
+from sqsd_filter.directions import judges
 from sqsd_filter.directions.judges import is_refusal
-from sqsd_filter.errors import DestinationExists, InputError, UsageError
+from sqsd_filter.errors import DestinationExists, InputError, JudgeError, UsageError
+from sqsd_filter.evaluation import run
 from sqsd_filter.evaluation.scores import names
 from sqsd_filter.pipeline.run import score_dataset
 from tests.corpora import make_rows, write_jsonl
@@ -115,21 +117,28 @@ def test_a_model_learns_to_consent_from_the_rows_that_consent(pack: Path, files:
     scores = [files / "knows.parquet", files / "wrong.parquet"]
     found = evaluate(scores, tmp_path / "out", design(files), pack=pack, progress=notes)
     knows, wrong = found["scorers"]["knows"], found["scorers"]["wrong"]
-    assert knows["asr"] == [1.0, 0.0] and knows["spread"] == 1 and knows["spread_ci"] == [1, 1] and knows["monotone"]
+    assert knows["asr"] == [1.0, 0.0] and knows["spread"] == 1 and knows["monotone"]
+    assert 0 < knows["spread_ci"][0] < 1 and knows["spread_ci"][1] == 1
     assert wrong["asr"] == [0.0, 1.0] and wrong["spread"] == -1 and not wrong["monotone"]
     assert knows["over_refusal"] == [0.0, 1.0] and knows["outcomes"]["refused"] == [0.0, 1.0]
     assert found["seeds"] == [0, 1] and knows["rows"] == [8, 8] and all(0 < loss < 20 for loss in knows["loss"])
     assert found == json.loads((tmp_path / "out" / "results.json").read_text())
-    with (tmp_path / "out/runs/knows/S2/seed-0/answers.jsonl").open() as lines:
+    runs = found["runs"]
+    with (tmp_path / "out" / "runs" / runs["knows"]["S2"][0] / "answers.jsonl").open() as lines:
         answers = [json.loads(line) for line in lines]
     assert [entry["harmful"] for entry in answers] == [True] * 3 + [False] * 2
-    assert all(is_refusal(entry["answer"]) and entry["outcome"] == "refused" for entry in answers)
+    assert all(is_refusal(entry["answer"]) for entry in answers)
+    judged = json.loads((tmp_path / "out" / "runs" / runs["knows"]["S2"][0] / "judged-phrases.json").read_text())
+    assert judged == {"judge": "phrases", "outcomes": ["refused"] * 5}
     # the windows of one scorer are those of the other, in the other order: trained once
     trained = [note.split(":")[0] for note in notes.notes if "with this seed" in note]
-    assert trained == [f"knows/{window}/seed-{seed}" for seed in (0, 1) for window in ("S1", "S2")]
-    for seed in (0, 1):
-        one, twin = (content(tmp_path / "out" / "runs" / run / f"seed-{seed}") for run in ("knows/S1", "wrong/S2"))
-        assert one == twin and set(one) == {"answers.jsonl", "held_out.json", "outcome.json", "training.json"}
+    assert trained == ["untuned", *(f"knows {window}, seed {seed}" for seed in (0, 1) for window in ("S1", "S2"))]
+    assert runs["knows"]["S1"] == runs["wrong"]["S2"] and runs["knows"]["S2"] == runs["wrong"]["S1"]
+    left = {name: set(content(tmp_path / "out" / "runs" / name)) for name in ("untuned", runs["knows"]["S1"][1])}
+    asked = {"answers.jsonl", "held_out.json", "judged-phrases.json"}
+    assert list(left.values()) == [asked, asked | {"training.json"}]
+    assert found["untuned"]["rows"] == 0 and found["untuned"]["outcomes"]["refused"] < 1
+    assert found["rows"] == {"all": ROWS + 1, "scored": ROWS, "usable": ROWS, "held_out": 6}
     assert (tmp_path / "out" / "asr.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -137,22 +146,52 @@ def test_the_arms_of_a_cut_are_trained_and_asked_too(pack: Path, files: Path, tm
     asked = quick(files, arms=("windows", "cut"), drop_top="20%", size=5, harmless=None)
     found = evaluate([files / "knows.parquet"], tmp_path / "out", asked, pack=pack, keep_adapters=True)
     arms = found["arms"]["knows"]
-    assert {name: arms[name]["rows"] for name in ("all", "kept", "random", "dropped", "none")} == {
-        "all": 34,
-        "kept": 26,
-        "random": 26,
-        "dropped": 8,
-        "none": 0,
-    }
-    assert arms["none"]["tokens"] == 0 and arms["all"]["tokens"] == arms["kept"]["tokens"] + arms["dropped"]["tokens"]
+    rows = {name: figures["rows"] for name, figures in arms.items() if name != "random_minus_kept"}
+    assert rows == {"all": 34, "kept": 27, "random": 27, "dropped": 7}
+    assert arms["all"]["tokens"] == arms["kept"]["tokens"] + arms["dropped"]["tokens"]
     assert arms["all"]["over_refusal"] is None and set(arms["random_minus_kept"]) == {"asr", "ci"}
-    runs = tmp_path / "out" / "runs" / "knows"
-    assert (runs / "S1/seed-0/adapter/adapter_model.safetensors").is_file()
-    assert {path.name for path in (runs / "none/seed-0").iterdir()} == {
-        "answers.jsonl",
-        "held_out.json",
-        "outcome.json",
-    }
+    (first,) = found["runs"]["knows"]["S1"]
+    adapter = tmp_path / "out" / "runs" / first / "adapter" / "adapter_model.safetensors"
+    assert adapter.is_file()
+    evaluate([files / "knows.parquet"], tmp_path / "out", asked, pack=pack)
+    assert adapter.is_file()  # only what is trained now is cleared
+
+
+def test_scorers_seeds_sizes_and_judges_can_be_added_without_training_again(
+    pack: Path, files: Path, tmp_path: Path
+) -> None:
+    def trained(scores: list[Path], **changes: Any) -> list[str]:
+        notes = Notes()
+        evaluate(scores, tmp_path / "out", quick(files, **changes), pack=pack, progress=notes)
+        return [note.split(":")[0] for note in notes.notes if "with this seed" in note]
+
+    knows, wrong = files / "knows.parquet", files / "wrong.parquet"
+    assert trained([knows]) == ["untuned", "knows S1, seed 0", "knows S2, seed 0"]
+    assert trained([knows, wrong]) == []
+    assert trained([wrong], seeds=(0, 1)) == ["wrong S1, seed 1", "wrong S2, seed 1"]
+    assert trained([knows], size=7) == ["knows S1, seed 0", "knows S2, seed 0"]
+    device = replace(TUNING, epochs=1.0, r=2, device_batch_size=2)
+    assert trained([knows], tuning=device) == []
+
+
+def test_a_second_judge_is_asked_of_the_same_answers(
+    pack: Path, files: Path, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Second:
+        name, fingerprint = "second", "2"
+
+        def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
+            return ["harmless"] * len(answers)
+
+    known = judges.load_judge
+    monkeypatch.setattr(run, "load_judge", lambda spec, **how: Second() if spec == "second" else known(spec, **how))
+    notes = Notes()
+    asked = quick(files, judges=("second", "phrases"))
+    found = evaluate([files / "knows.parquet"], done, asked, pack=pack, progress=notes)
+    assert notes.notes == [] and found["scorers"]["knows"]["asr"] == [0, 0]
+    (pair,) = found["judges"]["agreement"]
+    assert found["judges"]["asr"] == "second" and pair["judges"] == ["second", "phrases"]
+    assert pair["answers"] == 9 and sum(pair["table"]["harmless"].values()) == 9
 
 
 def test_windows_with_matched_tokens_teach_as_many_tokens(pack: Path, files: Path, tmp_path: Path) -> None:
@@ -180,7 +219,8 @@ def test_an_evaluation_that_is_killed_at_each_step_goes_on_to_the_same_bytes(
     out = tmp_path / "out"
     command = [sys.executable, "-m", "sqsd_filter", "evaluate", str(files / "knows.parquet"), str(out)]
     command += ["--config", str(config), "-q"]
-    first, second = (out / "runs" / "knows" / window / "seed-0" for window in ("S1", "S2"))
+    runs = json.loads((tmp_path / "whole" / "results.json").read_text())["runs"]["knows"]
+    first, second = (out / "runs" / runs[window][0] for window in ("S1", "S2"))
     steps = [
         first / ".checkpoints/checkpoint-50",
         first / "training.json",
@@ -194,32 +234,32 @@ def test_an_evaluation_that_is_killed_at_each_step_goes_on_to_the_same_bytes(
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL and step.exists()
-        assert json.loads((out / "results.json").read_text())["seeds"] == []
+        assert not (out / "results.json").exists()
     subprocess.run(command, check=True)
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_what_is_done_is_not_done_again_and_a_partial_seed_is_added_to(pack: Path, files: Path, tmp_path: Path) -> None:
+def test_what_is_done_is_not_done_again_and_what_is_lost_is(pack: Path, files: Path, tmp_path: Path) -> None:
     out, asked, notes = tmp_path / "out", quick(files, seeds=(0, 1)), Notes()
     first = evaluate([files / "knows.parquet"], out, asked, pack=pack)
     before = content(out)
-    shutil.rmtree(out / "runs" / "knows" / "S2" / "seed-1")
+    shutil.rmtree(out / "runs" / first["runs"]["knows"]["S2"][1])
     assert evaluate([files / "knows.parquet"], out, asked, pack=pack, progress=notes) == first
-    assert [note for note in notes.notes if "with this seed" in note] == ["knows/S2/seed-1: run 2 of 2 with this seed"]
+    assert [note for note in notes.notes if "with this seed" in note] == ["knows S2, seed 1: run 2 of 2 with this seed"]
     assert content(out) == before
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"size": 9}, "size: 8 there, 9 here"),
-        ({"seeds": (0, 1)}, r"seeds: \[0\] there, \[0, 1\] here"),
+        ({"max_new_tokens": 5}, "max_new_tokens: 4 there, 5 here"),
         ({"tuning": replace(TUNING, epochs=1.0, r=4)}, "r: 2 there, 4 here"),
         ({"prompts": 1}, r"harmful: 3 prompts \(\w+\) there, 1 prompts \(\w+\) here"),
+        ({"held_out": 5}, r"held_out: '?\w+'? there, '?\w+'? here"),
     ],
-    ids=["size", "seeds", "rank", "prompts"],
+    ids=["answers", "rank", "prompts", "held out"],
 )
-def test_another_evaluation_is_left_alone(
+def test_an_evaluation_that_can_not_be_compared_is_left_alone(
     changes: dict[str, Any], why: str, pack: Path, files: Path, done: Path
 ) -> None:
     before = content(done)
@@ -228,9 +268,21 @@ def test_another_evaluation_is_left_alone(
     assert content(done) == before
 
 
-def test_an_evaluation_of_other_scores_is_left_alone(pack: Path, files: Path, done: Path) -> None:
-    with pytest.raises(DestinationExists, match=r"scores: \[\['knows', '\w+'\]\] there, \[\['wrong'"):
-        evaluate([files / "wrong.parquet"], done, quick(files), pack=pack)
+def test_an_evaluation_of_other_rows_is_left_alone(pack: Path, files: Path, done: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {k}.", "response": "Well."} for k in range(ROWS)]
+    with pytest.raises(DestinationExists, match=r"corpus: \w+ there, \w+ here"):
+        evaluate([scored(tmp_path / "a.parquet", rows, np.arange(ROWS))], done, quick(files), pack=pack)
+
+
+def test_what_fails_before_anything_is_trained_leaves_the_folder_free(pack: Path, files: Path, tmp_path: Path) -> None:
+    short = replace(TUNING, epochs=1.0, r=2)
+    for wrong, why in (
+        ({"target_modules": "nobody"}, "names no layer"),
+        ({"schedule": "steep"}, "must be one of linear"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            evaluate([files / "knows.parquet"], tmp_path, quick(files, tuning=replace(short, **wrong)), pack=pack)
+    assert evaluate([files / "knows.parquet"], tmp_path, quick(files), pack=pack)["seeds"] == [0]
 
 
 def test_a_folder_with_other_files_is_left_alone(pack: Path, files: Path, tmp_path: Path) -> None:
@@ -252,8 +304,10 @@ def test_unsafe_rows_are_found_without_a_model(files: Path, tmp_path: Path) -> N
     assert found["model"] is None and found["scorers"] == {} and not (tmp_path / "out" / "runs").exists()
     assert found["poisoned"]["knows"]["0.05"]["precision"]["mean"] == 1
     assert found["poisoned"]["knows"] == found["poisoned"]["wrong"]
-    with pytest.raises(DestinationExists, match="poison"):
-        evaluate(scores, tmp_path / "out", asked, poison=[unsafe, scored(tmp_path / "b.parquet", rows, np.zeros(10))])
+    assert set(found["curves"]["roc"]) == set(found["curves"]["pr"]) == {"knows", "wrong"}
+    before = (tmp_path / "out" / "poisoned.json").read_bytes()
+    assert evaluate(scores[:1], tmp_path / "out", asked, poison=[unsafe])["poisoned"].keys() == {"knows"}
+    assert (tmp_path / "out" / "poisoned.json").read_bytes() == before
     with pytest.raises(UsageError, match="for each of the 2 scores"):
         evaluate(scores, tmp_path / "out", asked, poison=[unsafe])
 
@@ -262,7 +316,7 @@ def test_unsafe_rows_that_another_pack_scored_are_refused(pack: Path, tiny_pack:
     rows = write_jsonl(tmp_path / "rows.jsonl", make_rows(4))
     for name, used in (("one", pack), ("other", tiny_pack)):
         score_dataset(rows, tmp_path / f"{name}.parquet", pack=used)
-    with pytest.raises(InputError, match="score both in the same way"):
+    with pytest.raises(InputError, match="score both alike"):
         evaluate([tmp_path / "one.parquet"], tmp_path / "out", Design(arms=()), poison=[tmp_path / "other.parquet"])
 
 
@@ -270,11 +324,11 @@ def test_a_scorer_is_called_what_its_report_says_or_else_its_file(tmp_path: Path
     def file(name: str, scorer: Any = None) -> Path:
         home = tmp_path / f"{name}.parquet.sqsd"
         home.mkdir()
-        (home / "report.json").write_text(json.dumps({"settings": {"scorer": scorer} if scorer else {}}))
+        (home / "report.json").write_text(json.dumps({"scorer": scorer} if scorer else {}))
         return tmp_path / f"{name}.parquet"
 
     told, plain, bare = (
-        file("a", {"value": "larf", "origin": "flag"}),
+        file("a", "larf"),
         file("b", "random"),
         tmp_path / "my file.parquet",
     )
@@ -287,19 +341,28 @@ def test_a_scorer_is_called_what_its_report_says_or_else_its_file(tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "error", "why"),
     [
-        ({"size": 30}, UsageError, "2 windows of 30 rows are 60 rows, but only 40"),
-        ({"held_out": 25}, UsageError, "Only 24 rows are in no window"),
-        ({"judge": "nobody"}, UsageError, "no judge 'nobody'"),
+        ({"size": 30}, UsageError, "2 windows of 30 rows are 60 rows, but only 34"),
+        ({"size": 18}, UsageError, "2 windows of 18 rows are 36 rows, but only 34"),
+        ({"held_out": 40}, UsageError, "leaves none of the 40 rows to learn from"),
+        ({"judges": ("folder",)}, JudgeError, "is no judge"),
         ({"max_new_tokens": 600}, InputError, "leaves no room for 600 more"),
     ],
-    ids=["size", "held out", "judge", "answers"],
+    ids=["size", "size beside the held-out rows", "held out", "judge", "answers"],
 )
 def test_what_can_t_be_done_is_said_before_anything_is_trained(
-    changes: dict[str, Any], error: type[Exception], why: str, pack: Path, files: Path, tmp_path: Path
+    changes: dict[str, Any],
+    error: type[Exception],
+    why: str,
+    pack: Path,
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
     with pytest.raises(error, match=why):
         evaluate([files / "knows.parquet"], tmp_path / "out", quick(files, **changes), pack=pack)
-    assert list(tmp_path.iterdir()) == []
+    assert not Path("out").exists()
 
 
 def test_scores_of_other_rows_are_refused(pack: Path, files: Path, tmp_path: Path) -> None:
@@ -320,6 +383,8 @@ def test_scores_of_other_rows_are_refused(pack: Path, files: Path, tmp_path: Pat
         {"harmful": None},
         {"drop_top": "100%"},
         {"drop_top": 5},
+        {"judges": ()},
+        {"judges": ("phrases", "phrases")},
     ],
     ids=str,
 )
