@@ -94,10 +94,10 @@ class RunFolder:
         # A model may stop in the middle of a character, and what stands for half of one is not UTF-8.
         write_whole(self.path / ANSWERS, lambda sink: sink.write(text.encode(errors="replace")))
 
-    def clear(self, *, keep_adapter: bool) -> None:
-        """Remove what a run that has its answers needs no more."""
+    def clear(self) -> None:
+        """Remove what a run that has its answers needs no more: the adapter, too, unless it was trained to be kept."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        if not keep_adapter:
+        if not (self.has(TRAINING) and self.read(TRAINING)["keeps_adapter"]):
             shutil.rmtree(self.adapter, ignore_errors=True)
 
 

@@ -273,20 +273,19 @@ class _Study:
     def _answer(self, run: _Run, number: str, keep_adapters: bool) -> None:
         """The steps of a run that are not done yet, up to its answers."""
         folder = self._folder(run.key)
-        if folder.has(ANSWERS):
-            return
-        self.progress.note(f"{run.name}: {number}")
-        self._fine_tune(run, folder)
-        self._ask(folder, folder.adapter if run.chosen is not None else None)
-        free_memory()
-        folder.clear(keep_adapter=keep_adapters)
+        if not folder.has(ANSWERS):
+            self.progress.note(f"{run.name}: {number}")
+            self._fine_tune(run, folder, keep_adapters)
+            self._ask(folder, folder.adapter if run.chosen is not None else None)
+            free_memory()
+        folder.clear()
 
-    def _fine_tune(self, run: _Run, folder: RunFolder) -> None:
+    def _fine_tune(self, run: _Run, folder: RunFolder, keep_adapters: bool) -> None:
         if run.chosen is None or folder.has(TRAINING):
             return
         rows = self.rows.encoded(run.chosen)
         record = self.subject.fine_tune(run.name, rows, run.seed, folder.checkpoints, folder.adapter, self.progress)
-        folder.write(TRAINING, record)
+        folder.write(TRAINING, {**record, "keeps_adapter": keep_adapters})
 
     def _ask(self, folder: RunFolder, adapter: Path | None) -> None:
         """The loss on the held-out rows, then the answers to all prompts."""

@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,11 @@ def test_a_probability_at_the_cut_is_positive(judge: TrainedJudge) -> None:
     for cut, expected in ((at, True), (np.nextafter(at, 1), False)):
         moved = TextClassifier(600, cut, judge.unsafe.vectorizers, judge.unsafe.weights, judge.unsafe.bias)
         assert moved.positive(PIES[:1]).tolist() == [expected]
+
+
+def test_a_judge_is_told_from_another_of_its_name(judge: TrainedJudge, folder: Path) -> None:
+    retrained = replace(judge, unsafe=judge.refusal)
+    assert TrainedJudge.load(folder).fingerprint == judge.fingerprint != retrained.fingerprint
 
 
 def test_a_judge_comes_back_bit_for_bit(judge: TrainedJudge, folder: Path) -> None:
