@@ -24,9 +24,9 @@ from sqsd_filter.directions.data import TrainingData, read_data
 from sqsd_filter.directions.pack import FORMAT, PACK_FILE, Pack, load_pack
 from sqsd_filter.directions.recipe import AdapterRecipe, PackRecipe
 from sqsd_filter.directions.states import checkpoints, compare_states, usable
-from sqsd_filter.directions.training import WORK_DIR, take_checkpoint, train, write_json
+from sqsd_filter.directions.training import WORK_DIR, take_checkpoint, train
 from sqsd_filter.errors import DestinationExists, SQSDError
-from sqsd_filter.pipeline.folder import write_whole
+from sqsd_filter.pipeline.folder import write_json, write_whole
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.scorer import SQSDScorer
 

@@ -20,6 +20,7 @@ from sqsd_filter.directions.folders import write_adapter
 from sqsd_filter.directions.pack import ADAPTER_FILES
 from sqsd_filter.directions.recipe import SENSITIVE, AdapterRecipe, LoraShape, PackRecipe
 from sqsd_filter.errors import PackError, UsageError
+from sqsd_filter.pipeline.folder import write_json
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
 from sqsd_filter.scoring.conversation import Message
@@ -238,12 +239,6 @@ def take_checkpoint(target: Path, name: str, checkpoint: Path, step: int) -> Non
     _publish(checkpoint, target / name)
     record = target / name / "training.json"
     write_json(record, json.loads(record.read_text()) | {"steps": step})
-
-
-def write_json(path: Path, value: Any) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
 
 
 @contextmanager

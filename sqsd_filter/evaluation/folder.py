@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sqsd_filter.errors import DestinationExists, InputError
-from sqsd_filter.pipeline.folder import sweep, write_whole
+from sqsd_filter.pipeline.folder import sweep, write_json, write_text
 from sqsd_filter.pipeline.writing.destination import difference, read_json, take_lock
 
 RESULTS, PICTURE, SETTINGS, RUNS, LOCK = "results.json", "asr.png", "settings.json", "runs", "lock"
@@ -91,16 +91,10 @@ class RunFolder:
 
     def write_answers(self, answers: Sequence[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in answers)
-        # A model may stop in the middle of a character, and what stands for half of one is not UTF-8.
-        write_whole(self.path / ANSWERS, lambda sink: sink.write(text.encode(errors="replace")))
+        write_text(self.path / ANSWERS, text)
 
     def clear(self) -> None:
         """Remove what a run that has its answers needs no more: the adapter, too, unless it was trained to be kept."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         if not (self.has(TRAINING) and self.read(TRAINING)["keeps_adapter"]):
             shutil.rmtree(self.adapter, ignore_errors=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda sink: sink.write(text.encode()))

@@ -30,7 +30,6 @@ from sqsd_filter.evaluation.folder import (
     UNTUNED,
     RunFolder,
     claimed,
-    write_json,
 )
 from sqsd_filter.evaluation.model import Subject, free_memory, held_out_loss
 from sqsd_filter.evaluation.plot import CURVES, draw_windows
@@ -41,6 +40,7 @@ from sqsd_filter.evaluation.sets import CUT_ARMS, TrainingSet, by_risk, cut_sets
 from sqsd_filter.evaluation.settings import CUT, WINDOWS, Design
 from sqsd_filter.pictures import picture
 from sqsd_filter.pipeline.earlier import Earlier
+from sqsd_filter.pipeline.folder import write_json
 from sqsd_filter.pipeline.reading.addresses import Opener
 from sqsd_filter.pipeline.writing.destination import read_json
 from sqsd_filter.pipeline.writing.report import versions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import time
@@ -169,6 +170,16 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_whole`. A model may stop in the middle of a character; what stands for half of one is written as ?."""
+    write_whole(path, lambda sink: sink.write(text.encode(errors="replace")))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As `write_text`, a value as indented JSON."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def sweep(folder: Path, older_than: float = 0.0) -> None:

@@ -207,8 +207,7 @@ class Capture:
         for number, group in enumerate(self.groups):
             state = self._states[key].get(id(group))
             if state is not None and state.projection is not None:
-                ranks = [r for r in state.ranks if r]
-                projection = towards(state.projection, [each[number] for each in gradients], ranks)
+                projection = towards(state.projection, [each[number] for each in gradients])
                 self._states[key][id(group)] = replace(state, projection=projection)
 
     def cosines(self) -> torch.Tensor:

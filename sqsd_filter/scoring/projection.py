@@ -104,18 +104,15 @@ def of_gradient(group: GroupProjection, states: Sequence[LoraFactors]) -> GroupP
     )
 
 
-def towards(
-    group: GroupProjection, gradients: Sequence[tuple[torch.Tensor, torch.Tensor]], ranks: Sequence[int]
-) -> GroupProjection:
+def towards(group: GroupProjection, gradients: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> GroupProjection:
     """A group of `of_gradient` with p gradients, as `summed` gives them, in the place of directions: `contract` then
-    gives <G_A, G_A'> + <G_B, G_B'> with each."""
+    gives <G_A, G_A'> + <G_B, G_B'> with each. Their norms are not taken."""
     A_pri, B_pro = (torch.stack(side) for side in zip(*gradients, strict=True))
     scaled_B_pro = group.gram_A_rr @ B_pro
     return replace(
         group,
         query_A_rip=-A_pri.permute(1, 2, 0).contiguous(),  # `contract` takes a step, against the gradient
         query_B_rop=-scaled_B_pro.permute(1, 2, 0).contiguous(),
-        norm_pm=per_module((A_pri**2).sum(-1) + (B_pro * scaled_B_pro).sum(-1), ranks).sqrt(),
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from sqsd_filter.directions.steering.plot import draw
 from sqsd_filter.errors import DestinationExists
 from sqsd_filter.pictures import picture
-from sqsd_filter.pipeline.folder import sweep, write_whole
+from sqsd_filter.pipeline.folder import sweep, write_json, write_text
 
 REPORT, TABLE, PICTURE, ANSWERS = "steer.json", "steer.csv", "steer.png", "answers.jsonl"
 WORK, SETTINGS = ".steer", "settings.json"
@@ -51,7 +51,7 @@ class Results:
             raise DestinationExists(f"{self.out} holds other files: choose another folder.")
         else:
             self.work.mkdir(parents=True, exist_ok=True)  # perhaps by a run that failed before its first point
-            _write_json(mine, settings)
+            write_json(mine, settings)
         return None
 
     def _check(self, theirs: Any, settings: Mapping[str, Any]) -> None:
@@ -67,7 +67,7 @@ class Results:
         return (self.work / f"{point}.json").is_file()
 
     def keep(self, point: str, figures: Mapping[str, Any]) -> None:
-        _write_json(self.work / f"{point}.json", figures)
+        write_json(self.work / f"{point}.json", figures)
 
     def read(self, point: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.work / f"{point}.json").read_text(encoding="utf-8"))
@@ -76,12 +76,12 @@ class Results:
     def finish(self, report: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> None:
         """Write all files, the report last: where it is, the others are."""
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in answers)
-        _write(self.out / ANSWERS, lines)
-        _write(self.out / TABLE, _table(report))
+        write_text(self.out / ANSWERS, lines)
+        write_text(self.out / TABLE, _table(report))
         pairs = report["settings"]["rows"]["pairs"] > 0
         with picture(self.out / PICTURE, 5.5 * len(report["directions"]), 10 if pairs else 4) as figure:
             draw(figure, report["directions"], likelihoods=pairs)
-        _write_json(self.out / REPORT, report)
+        write_json(self.out / REPORT, report)
         shutil.rmtree(self.work)
 
 
@@ -94,12 +94,3 @@ def _table(report: Mapping[str, Any]) -> str:
         for point in curve["points"]:
             rows.writerow((curve["name"], *(point[column] for column in columns)))
     return text.getvalue()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    # A model may stop in the middle of a character, and what stands for half of one is not UTF-8.
-    write_whole(path, lambda sink: sink.write(text.encode(errors="replace")))

@@ -49,12 +49,13 @@ class AnchoredScorer(Baseline):
         safe_anchors: Sequence[Sequence[Message]],
         **kwargs: Any,
     ) -> None:
-        """Raises `UsageError` where there are none of a kind, or the same of both."""
+        """Raises `UsageError` where there are fewer than two of a kind, which tell no layer from another, or the same
+        of both."""
         super().__init__(*args, **kwargs)
         self.anchors = dict(zip(KINDS, (list(unsafe_anchors), list(safe_anchors)), strict=True))
-        if missing := [kind for kind, turns in self.anchors.items() if not turns]:
+        if missing := [kind for kind, turns in self.anchors.items() if len(turns) < 2]:
             raise UsageError(
-                f"The scorer {self.name} compares rows with unsafe and safe ones: give it conversations by "
+                f"The scorer {self.name} compares rows with unsafe and safe ones: give it two conversations or more by "
                 f"{' and '.join(map(option, missing))}."
             )
         if len(set(self.fingerprints.values())) == 1:

@@ -40,9 +40,11 @@ class BiAnchorEngine(GradientEngine):
         def run(members: list[int]) -> None:
             some = [rows[k] for k in members]
             weight_b = inverse_norms(finite(self.products(some)[1])) / len(rows)
+            sums: dict[int, Pair] = {}
             for group, (A_ri, B_ro) in self.summed(some, weight_b).items():
                 A0_ri, B0_ro = total.get(group, (0, 0))
-                total[group] = A_ri + A0_ri, B_ro + B0_ro
+                sums[group] = A_ri + A0_ri, B_ro + B0_ro
+            total.update(sums)  # at once: where the memory ends before, the halves are taken instead
 
         over_anchors(self, scorer, rows, run)
         return total

@@ -13,6 +13,7 @@ Layers are counted as transformers counts hidden states: layer l is what block l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ class HiddenEngine(ModelEngine):
     def __init__(self, model: Any, scorer: AnchoredScorer) -> None:
         super().__init__(model, scorer)
         self.model = model
+        self._alone = Lock()
         readings = [self._read_anchors(scorer, rows) for rows in scorer.encoded_anchors()]
         by_layer = list(zip(*readings, strict=True))  # (n, h) of the unsafe and of the safe anchors at each layer
         separations = [separation(unsafe_nh, safe_nh) for unsafe_nh, safe_nh in by_layer]
@@ -67,11 +69,11 @@ class HiddenEngine(ModelEngine):
         over_anchors(self, scorer, rows, run)
         return np.stack([found[k] for k in range(len(rows))], axis=1)
 
-    @torch.no_grad()
     def _hidden(self, rows: Sequence[Encoded]) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
         """The states (b, t, h) of every layer, and which tokens are answer (b, t), up to the last of these."""
         ids_bt, answer_bt = whole(rows, self.model.get_input_embeddings().weight.device)
-        output = self.model.base_model(input_ids=ids_bt, use_cache=False, output_hidden_states=True)
+        with self._alone, torch.no_grad():  # some versions of transformers note the states in the model's own methods
+            output = self.model.base_model(input_ids=ids_bt, use_cache=False, output_hidden_states=True)
         return output.hidden_states, answer_bt
 
 
