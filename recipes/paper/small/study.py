@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--pack", default="smollm2-135m", help="the aligned model, and the compass of the scores")
     parser.add_argument("--judge", default="phrases")
     parser.add_argument("--scorers", default=",".join(SCORERS), help="as sqsd,random")
+    parser.add_argument("--seeds", default="0,1,2", help="fine-tune once with each")
     options = parser.parse_args()
     scorers = options.scorers.split(",")
     files = write_data(options.data, options.out / "data")
@@ -48,7 +49,7 @@ def main() -> None:
             for name in (UNSAFE, corpus):
                 score(files[name], scores(options.out, name, scorer), scorer, how)
         asked = ["--harmful", files["harmful"], "--harmless", files["harmless"], "--judge", options.judge]
-        asked += ["--pack", options.pack, "--config", HERE / "evaluate.toml"]
+        asked += ["--pack", options.pack, "--seeds", options.seeds, "--config", HERE / "evaluate.toml"]
         found = [scores(options.out, corpus, scorer) for scorer in scorers]
         poison = [word for scorer in scorers for word in ("--poison", scores(options.out, UNSAFE, scorer))]
         call("evaluate", *found, options.out / corpus, *asked, *poison)
