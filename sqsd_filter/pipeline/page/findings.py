@@ -10,21 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.page.parts import Plot, Section, Table
+from sqsd_filter.pipeline.page.parts import Plot, Section, Table, sensible
 
 
 @contextmanager
 def _as_left_by(path: Path, command: str) -> Iterator[None]:
     """Raise `InputError` where the file turns out to be none that the command leaves."""
     try:
-        yield
+        with sensible(f"{path} is damaged, or not what '{command}' left", "make it again, or name another"):
+            yield
     except OSError as problem:
         raise InputError(f"{path} can't be read ({problem.strerror}): name what '{command}' left.") from problem
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as problem:
-        why = f"it has no {problem}" if isinstance(problem, KeyError) else str(problem)
-        raise InputError(
-            f"{path} is damaged, or not what '{command}' left ({why}): make it again, or name another."
-        ) from problem
 
 
 def _read(path: Path) -> Any:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from jinja2 import UndefinedError
+
+from sqsd_filter.errors import InputError
 from sqsd_filter.pictures import as_svg
 
 if TYPE_CHECKING:
@@ -48,6 +52,16 @@ class Section:
     warning: str = ""
     plots: Sequence[Plot] = ()
     tables: Sequence[Table] = ()
+
+
+@contextmanager
+def sensible(cause: str, fix: str) -> Iterator[None]:
+    """Raise `InputError` where JSON that was read turns out not to hold what it should."""
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, UndefinedError) as problem:
+        why = f"it has no {problem}" if isinstance(problem, KeyError) else str(problem)
+        raise InputError(f"{cause} ({why}): {fix}.") from problem
 
 
 def number(value: float | None) -> str:

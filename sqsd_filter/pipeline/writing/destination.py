@@ -18,7 +18,10 @@ from sqsd_filter.pipeline.writing.export import REASONS
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
-EXPLAINED_FILE = "explained.json"  # holds the text of rows, so it is not among the files that a report names
+# These hold text of rows, so they are not among the files that a report names:
+EXPLAINED_FILE = "explained.json"
+PAGE_FILE = "report.html"
+NOTES_FILE = "notes.json"  # what the page shows of rows
 LOCK_FILE = "lock"
 BASE = "base"  # in run.json, no part of what the run is: the way from its folder to where the paths begin
 
@@ -146,6 +149,8 @@ class Destination:
             whole = all(self._is_whole(file) for file in files)
             beside = all(self._is_written(path) for path in report.get("extra_files", []) if path not in empty)
             beside &= "explained" not in report or (self.home / EXPLAINED_FILE).is_file()
+            notes = read_json(self.home / NOTES_FILE)
+            beside &= isinstance(notes, dict) and bool(notes) and (self.home / PAGE_FILE).is_file()
         except OSError:
             return False
         return whole and beside and sum(file["rows"] for file in files) == report["rows"]["total"]

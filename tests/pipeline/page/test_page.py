@@ -191,10 +191,27 @@ def test_the_page_is_made_anew_from_what_the_run_left_alone(folder: Path, scorer
 def test_what_is_no_finished_run_is_one_sentence(folder: Path, scorer: SQSDScorer) -> None:
     with pytest.raises(InputError, match="out holds no finished run"):
         remake_page(Path("out"))
-    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
-    Path("out/sqsd/notes.json").write_text("{")
-    with pytest.raises(InputError, match=r"out has no notes\.json to make a page from.*--overwrite"):
+
+
+@pytest.mark.parametrize("left", [None, "{", "[]", "[1]", '{"riskiest": 3}'], ids=str)
+def test_a_run_without_sound_notes_makes_them_again_as_the_error_says(
+    folder: Path, scorer: SQSDScorer, left: str | None
+) -> None:
+    def run() -> dict[str, Any]:
+        return filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
+
+    run()
+    before, notes = read("out/sqsd"), Path("out/sqsd/notes.json")
+    remake_page(Path("out"))
+    notes.unlink() if left is None else notes.write_text(left)
+    with pytest.raises(InputError, match="start the same run again; its scores are kept") as refused:
         remake_page(Path("out"))
+    if "delete notes.json" in str(refused.value):
+        notes.unlink()
+    report = run()
+    assert "already_done" not in report and report["rows"]["scored"] == 20 and not Path("out/sqsd/plots").exists()
+    assert remake_page(Path("out"))[0].read_text(encoding="utf-8") == before
+    assert run()["already_done"]
 
 
 def test_a_full_disk_costs_the_page_and_not_the_run(
