@@ -197,7 +197,9 @@ class Job:
         try:
             write_page(home, report, notes)
         except OSError as problem:
-            log.warning("%s can't be written (%s); all else is there.", home / PAGE_FILE, problem)
+            log.warning(
+                "The page can't be written (%s); all rows are there. Make room and start the same command again.", problem
+            )
 
     def _report(self, report: dict[str, Any]) -> dict[str, Any]:
         timing: dict[str, Any] = {"seconds": round(time.time() - self.started, 3), "started": round(self.started, 3)}

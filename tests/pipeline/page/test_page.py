@@ -226,7 +226,7 @@ def test_a_full_disk_costs_the_page_and_not_the_run(
     assert report["status"] == "ok" and read_report(Path("out"))["rows"]["kept"] == 17
     assert not list(Path("out/sqsd").glob("*report.html*"))
     (said,) = [record.message for record in caplog.records if record.name.startswith("sqsd_filter")]
-    assert said.startswith("out/sqsd/report.html can't be written (")
+    assert said.startswith("The page can't be written (") and "Make room and start the same command again." in said
     with pytest.raises(SQSDError, match=r"No page can be written to out/sqsd .*room"), small_disk(room):
         remake_page(Path("out"))
     assert remake_page(Path("out"))[0].read_text(encoding="utf-8") == read("whole/sqsd")
