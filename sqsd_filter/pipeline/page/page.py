@@ -21,7 +21,14 @@ from sqsd_filter.pipeline.folder import sweep, write_whole
 from sqsd_filter.pipeline.page import run_parts
 from sqsd_filter.pipeline.page.findings import drift, evaluation, steering
 from sqsd_filter.pipeline.page.parts import Section, sensible
-from sqsd_filter.pipeline.writing.destination import EXPLAINED_FILE, NOTES_FILE, PAGE_FILE, REPORT_FILE, read_json
+from sqsd_filter.pipeline.writing.destination import (
+    EXPLAINED_FILE,
+    NOTES_FILE,
+    PAGE_FILE,
+    REPORT_FILE,
+    read_json,
+    refuse_running,
+)
 
 PLOTS = "plots"
 TOP = 5  # modules and tokens of an explained row
@@ -54,9 +61,10 @@ def remake_page(
     results.json, and on the folders that `drift` and `steer` left; and all its pictures as PNG files beside it.
 
     Returns what was written. Raises `InputError` where there is no finished run, or one of the others is not what it
-    should be, `SQSDError` where the disk refuses.
+    should be, `DestinationExists` where a run is at work there, `SQSDError` where the disk refuses.
     """
     home = out / "sqsd" if out.is_dir() else out.with_name(out.name + ".sqsd")
+    refuse_running(home, out)
     report, notes = read_json(home / REPORT_FILE), read_json(home / NOTES_FILE)
     if not report or report.get("status") != "ok":
         raise InputError(f"{out} holds no finished run: name the destination of one.")

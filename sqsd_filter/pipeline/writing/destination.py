@@ -77,7 +77,7 @@ class Destination:
                     f"{self.target} can't be replaced, since it is or holds the working directory, or is mounted: "
                     "choose another destination."
                 )
-            self._refuse_running(self.home)
+            refuse_running(self.home, self.target)
             self.replaces = True
             self.root = _neighbour(self.target, "new")
             self.home = self._home_of(self.root)
@@ -125,11 +125,6 @@ class Destination:
     def _take_lock(self) -> None:
         self.home.mkdir(parents=True, exist_ok=True)
         self._lock = take_lock(self.home / LOCK_FILE, self.target)
-
-    def _refuse_running(self, home: Path) -> None:
-        """Raise `DestinationExists` where a run is at work in this home, which is about to be replaced."""
-        if (home / LOCK_FILE).exists():
-            take_lock(home / LOCK_FILE, self.target).close()
 
     def _clear(self) -> None:
         """Remove what another run left here, but not the lock on it."""
@@ -207,6 +202,12 @@ def take_lock(path: Path, target: object) -> IO[str]:
     except OSError:
         pass  # a file system without locks
     return lock
+
+
+def refuse_running(home: Path, target: object) -> None:
+    """Raise `DestinationExists` where a run is at work in this home."""
+    if (home / LOCK_FILE).exists():
+        take_lock(home / LOCK_FILE, target).close()
 
 
 def without(target: Path, homes: Iterable[Path], given: Sequence[Any]) -> list[Any]:

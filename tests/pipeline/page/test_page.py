@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
-from sqsd_filter.errors import InputError, SQSDError
+from sqsd_filter.errors import DestinationExists, InputError, SQSDError
 from sqsd_filter.pipeline.page.page import remake_page, write_page
 from sqsd_filter.pipeline.publishing.hub import PushTo
+from sqsd_filter.pipeline.writing.destination import take_lock
 from tests.corpora import make_rows, read_report, write_jsonl
 from tests.disks import small_disk
 from tests.hub import Hub
@@ -190,6 +191,15 @@ def test_the_page_is_made_anew_from_what_the_run_left_alone(folder: Path, scorer
 
 def test_what_is_no_finished_run_is_one_sentence(folder: Path, scorer: SQSDScorer) -> None:
     with pytest.raises(InputError, match="out holds no finished run"):
+        remake_page(Path("out"))
+
+
+def test_a_run_at_work_is_waited_for(folder: Path) -> None:
+    Path("out/sqsd").mkdir(parents=True)
+    with (
+        take_lock(Path("out/sqsd/lock"), "out"),
+        pytest.raises(DestinationExists, match="Another run is writing to out right now: wait for it"),
+    ):
         remake_page(Path("out"))
 
 
