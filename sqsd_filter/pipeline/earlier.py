@@ -75,7 +75,7 @@ def read_earlier(
         sources,
         scores.scored(corpus, groups),
         {"inputs": corpus.inputs},
-        {},
+        _scorer(report),
         index.keys if index is not None else np.zeros(0, "S16"),
         report.get("pack"),
         index.form if index is not None else None,
@@ -125,5 +125,10 @@ def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) 
     scored = from_store(corpus, index, store, pack["weights"], groups)
     identity = {**known, "inputs": corpus.inputs}
     identity.pop("explain", None)  # of the earlier cut
-    facts = {"pack": pack, **({"scorer": report["scorer"]} if "scorer" in report else {})}
+    facts = {"pack": pack, **_scorer(report)}
     return Earlier(str(home.parent), sources, scored, identity, facts, index.keys, pack, form)
+
+
+def _scorer(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report says of the scorer, for another one."""
+    return {"scorer": report["scorer"]} if "scorer" in report else {}

@@ -87,6 +87,30 @@ def test_the_main_command_drops_by_the_scorer_and_its_card_says_which_it_was(com
     assert code == 5 and "another run (scorer: larf there, datashield here)" in err
 
 
+UNTRUE = ("SQSD risk", "with the pack", "push the model further", "pushes little along the directions")
+
+
+def test_no_page_calls_another_scorers_risk_sqsds(command: Command) -> None:
+    assert command("in.jsonl", "out", "--scorer", "length", "--drop-count", "4")[0] == 0
+    page = Path("out/sqsd/report.html").read_text()
+    assert not [words for words in UNTRUE if words in page]
+    assert "The risk is that of the scorer length, on " in page and ">risk by length (higher is riskier)<" in page
+    assert "A low risk says how a row stands by this measure, not that" in page
+
+
+def test_scored_files_keep_the_name_of_their_scorer(folder: Path, tiny_pack: Path) -> None:
+    for name in ("length", "random"):
+        score_dataset("in.jsonl", f"{name}.parquet", scorer=make_scorer(name, tiny_pack))
+    assert select_dataset("length.parquet", "one", drop_count=2)["scorer"] == "length"
+    assert "The risk was in the input, by the scorer length." in Path("one/sqsd/report.html").read_text()
+    report = select_dataset("length.parquet", "two", scores=["random.parquet"], consensus="max", drop_count=2)
+    assert [each["scorer"] for each in report["consensus"]["packs"]] == ["length", "random"]
+    page, card = Path("two/sqsd/report.html").read_text(), Path("two/README.md").read_text()
+    assert not [words for words in UNTRUE if words in page] and ">risk by max (higher is riskier)<" in page
+    assert ", by the scorer random." in page and "a risk by the scorers `length` and `random`" in card
+    assert "SQSD risk" not in card
+
+
 def test_a_cut_is_moved_without_a_model(folder: Path, tiny_pack: Path) -> None:
     scorer = make_scorer("bi-anchor", tiny_pack, **anchors())
     filter_dataset("in.jsonl", "once", drop_count=5, scorer=scorer)

@@ -29,6 +29,7 @@ from sqsd_filter.pipeline.writing.destination import (
     read_json,
     refuse_running,
 )
+from sqsd_filter.pipeline.writing.report import low_risk
 
 PLOTS = "plots"
 TOP = 5  # modules and tokens of an explained row
@@ -99,7 +100,7 @@ def _write_plots(folder: Path, sections: Sequence[Section]) -> list[Path]:
 def _sections(report: Mapping[str, Any], notes: Mapping[str, Any]) -> list[Section]:
     return [
         run_parts.risks(report, notes),
-        run_parts.lengths(notes),
+        run_parts.lengths(report, notes),
         run_parts.errors(report, notes),
         *run_parts.groups(report),
         *run_parts.modules(notes),
@@ -128,6 +129,7 @@ def _render(
     text = environment.get_template("page.html").render(
         headline=run_parts.headline(report),
         summary=run_parts.summary(report),
+        low=low_risk(report),
         sections=sections,
         settings=run_parts.settings(report),
         riskiest=notes["riskiest"],
