@@ -39,11 +39,14 @@ def headline(report: Mapping[str, Any]) -> str:
 def summary(report: Mapping[str, Any]) -> list[str]:
     """What was done, in a few sentences."""
     rows, words = report["rows"], []
-    fates = {"kept": "were kept", "dropped": "dropped", "errors": "could not be scored"}
-    if "kept" not in rows:
-        rows, fates = {**rows, "with risk": rows["total"] - rows["errors"]}, {"with risk": "have a risk", **fates}
-    told = ", ".join(f"{rows[name]:,} {fate}" for name, fate in fates.items() if name in rows)
-    words.append(f"{many(rows['total'], 'row')} came in: {told}.")
+    unscored = sum(report["unscored"].values())
+    if "kept" in rows:
+        told = f"{rows['kept']:,} were kept, {rows['dropped']:,} dropped"
+    else:
+        told = f"{rows['total'] - unscored:,} have a risk"
+    kept = unscored - rows["errors"]
+    spared = f" (kept all the same: {kept:,})" if kept else ""
+    words.append(f"{many(rows['total'], 'row')} came in: {told}, {unscored:,} could not be scored{spared}.")
     if report["cut"] is not None:
         words.append(f"The cut: {report['cut']}.")
     if weights := report.get("weights"):

@@ -176,6 +176,12 @@ def test_every_kind_of_run_leaves_its_page(folder: Path, scorer: SQSDScorer) -> 
         assert len(Seen(page).texts) == 40 and "Measured on 20 rows" in page
 
 
+def test_rows_that_are_kept_without_a_risk_are_counted_as_such(folder: Path, scorer: SQSDScorer) -> None:
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, on_error="keep")
+    told = "21 rows came in: 18 were kept, 3 dropped, 1 could not be scored (kept all the same: 1)."
+    assert told in read("out/sqsd")
+
+
 def test_the_page_is_made_anew_from_what_the_run_left_alone(folder: Path, scorer: SQSDScorer) -> None:
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
     before = read("out/sqsd")
