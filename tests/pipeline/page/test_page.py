@@ -18,6 +18,7 @@ from sqsd_filter.errors import DestinationExists, InputError, SQSDError
 from sqsd_filter.pipeline.page.page import remake_page, write_page
 from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.writing.destination import take_lock
+from sqsd_filter.scoring.row_formats import Columns
 from tests.corpora import make_rows, read_report, write_jsonl
 from tests.disks import small_disk
 from tests.hub import Hub
@@ -180,6 +181,16 @@ def test_rows_that_are_kept_without_a_risk_are_counted_as_such(folder: Path, sco
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, on_error="keep")
     told = "21 rows came in: 18 were kept, 3 dropped, 1 could not be scored (kept all the same: 1)."
     assert told in read("out/sqsd")
+
+
+def test_a_cut_of_scored_files_reads_rows_as_they_were_scored(folder: Path, tiny_pack: Path) -> None:
+    write_jsonl(folder / "in.jsonl", [{"q": f"Question {k}?", "a": f"Answer {k}."} for k in range(8)])
+    scorer = SQSDScorer(tiny_pack, columns=Columns(prompt="q", answer="a"))
+    score_dataset("in.jsonl", "all.parquet", scorer=scorer)
+    select_dataset("all.parquet", "known", drop_count=2)
+    Path("all.parquet").rename("alone.parquet")
+    select_dataset("alone.parquet", "guessed", drop_count=2)
+    assert "Measured on 8 rows" in read("known/sqsd") and "No answer could be measured" in read("guessed/sqsd")
 
 
 def test_the_page_is_made_anew_from_what_the_run_left_alone(folder: Path, scorer: SQSDScorer) -> None:
