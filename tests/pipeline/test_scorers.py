@@ -147,13 +147,15 @@ def test_stores_and_runs_never_mix_scorers_or_anchors(folder: Path, tiny_pack: P
         (("--scorer", "length", "--seed", "1"), 2, "no use for a seed"),
         (ANCHORS, 2, "The scorer sqsd has no use for anchors"),
         (("--scorer", "larf", "--unsafe-anchors", "gone.jsonl", *ANCHORS[2:]), 3, "gone.jsonl"),
+        (("--scorer", "larf", "--unsafe-anchors", "odd.jsonl", *ANCHORS[2:]), 3, "give each as 'messages', or as"),
         (("--scorer", "larf", "--unsafe-anchors", "broken.jsonl", *ANCHORS[2:]), 3, "broken.jsonl, line 2: "),
     ],
-    ids=["none", "one", "explain", "seed", "sqsd", "gone", "broken"],
+    ids=["none", "one", "explain", "seed", "sqsd", "gone", "odd", "broken"],
 )
 def test_what_a_scorer_can_not_use_is_one_sentence(
     command: Command, arguments: tuple[str, ...], code: int, problem: str
 ) -> None:
+    write_jsonl(Path("odd.jsonl"), [{"q": "Open.", "a": "Sure."}])
     write_jsonl(Path("broken.jsonl"), [{"prompt": "Open.", "completion": "Sure."}, b"{broken"])
     left, out, err = command("score", "in.jsonl", "out.parquet", *arguments, "-q")
     *before, last = err.strip().splitlines()
