@@ -106,7 +106,7 @@ def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]]
         common = {name: params[name] for name in ("limit", "score_store", "streaming")}
         common |= {
             "columns": options.columns_of(params),
-            "scorer": options.scorer_of(params),
+            "scorer": options.scorer_of(context),
             "progress": metrics.meter,
         }
         if params["dry_run"]:

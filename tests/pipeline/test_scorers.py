@@ -163,6 +163,19 @@ def test_what_a_scorer_can_not_use_is_one_sentence(
     assert not Path("out.parquet").exists()
 
 
+def test_settings_of_other_scorers_may_stand_in_a_shared_file_or_the_environment(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("all.toml").write_text('unsafe_anchors = "gone.jsonl"\nsafe_anchors = "gone.jsonl"\n')
+    monkeypatch.setenv("SQSD_FILTER_SEED", "1")
+    for name in ("length", "random"):
+        code, _, err = command("score", "in.jsonl", f"{name}.parquet", "--scorer", name, "--config", "all.toml", "-q")
+        assert (code, err) == (0, "")
+    assert json.loads(Path("random.parquet.sqsd/run.json").read_text())["scoring"]["seed"] == 1
+    code, _, err = command("score", "in.jsonl", "larf.parquet", "--scorer", "larf", "--config", "all.toml", "-q")
+    assert code == 3 and "gone.jsonl" in err
+
+
 def test_explanations_are_for_scores_that_have_cosines(folder: Path, tiny_pack: Path) -> None:
     report = filter_dataset("in.jsonl", "out", drop_count=2, scorer=make_scorer("danger", tiny_pack), explain=2)
     assert report["explained"] == 2
