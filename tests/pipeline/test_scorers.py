@@ -163,6 +163,15 @@ def test_what_a_scorer_can_not_use_is_one_sentence(
     assert not Path("out.parquet").exists()
 
 
+def test_anchors_are_never_lost_with_what_is_replaced(command: Command) -> None:
+    assert command("in.jsonl", "out", "--drop-count", "2", "-q")[0] == 0
+    Path("unsafe.jsonl").rename("out/unsafe.jsonl")
+    given = ("--unsafe-anchors", "out/unsafe.jsonl", *ANCHORS[2:], "--drop-count", "4", "--overwrite")
+    code, _, err = command("in.jsonl", "out", "--scorer", "larf", *given)
+    assert code == 5 and "out holds the input out/unsafe.jsonl, which --overwrite would delete" in err
+    assert Path("out/unsafe.jsonl").exists() and len(rows_of(Path("out"), "dropped")) == 2
+
+
 def test_settings_of_other_scorers_may_stand_in_a_shared_file_or_the_environment(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

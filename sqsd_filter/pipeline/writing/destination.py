@@ -100,12 +100,8 @@ class Destination:
 
     def spare(self, given: Iterable[Any]) -> None:
         """Raise `DestinationExists` if one of these would be lost with what --overwrite replaces."""
-        target = self.target.resolve()
-        for path in given:
-            if self._overwrite and isinstance(path, str | Path) and Path(path).resolve().is_relative_to(target):
-                raise DestinationExists(
-                    f"{self.target} holds the input {path}, which --overwrite would delete: choose another destination."
-                )
+        if self._overwrite:
+            spare(self.target, given)
 
     def keep_out(self, folder: Path) -> None:
         """Raise `UsageError` for a score store in what this run writes, or a later one replaces."""
@@ -202,6 +198,15 @@ def take_lock(path: Path, target: object) -> IO[str]:
     except OSError:
         pass  # a file system without locks
     return lock
+
+
+def spare(target: Path, given: Iterable[Any]) -> None:
+    """Raise `DestinationExists` if one of these would be lost with the target."""
+    for path in given:
+        if isinstance(path, str | Path) and Path(path).resolve().is_relative_to(target.resolve()):
+            raise DestinationExists(
+                f"{target} holds the input {path}, which --overwrite would delete: choose another destination."
+            )
 
 
 def refuse_running(home: Path, target: object) -> None:
