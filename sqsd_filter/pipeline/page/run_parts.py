@@ -171,6 +171,8 @@ def _draw_modules(name: str, found: Mapping[str, Any], figure: Figure) -> None:
     layers.sort(key=lambda layer: -1 if layer is None else layer)
     where = tuple(np.array([(layers.index(layer), kinds.index(kind)) for layer, kind in found["places"]]).T)
     most = max(1e-9, *(abs(value) for side in ("all", "riskiest") for value in found[side]))
+    short = [kind.rpartition(".")[2] for kind in kinds]
+    names = [plain(kind if short.count(last) > 1 else last) for kind, last in zip(kinds, short, strict=True)]
     colours = matplotlib.colormaps["RdBu_r"].resampled(41)  # with more, the bar beside would be an image
     both = figure.subplots(1, 2, sharey=True)
     for axes, side in zip(both, ("all", "riskiest"), strict=True):
@@ -178,7 +180,7 @@ def _draw_modules(name: str, found: Mapping[str, Any], figure: Figure) -> None:
         grid[where] = found[side]
         image = axes.pcolormesh(grid, cmap=colours, vmin=-most, vmax=most)
         axes.set_title(f"{side} rows", fontsize=12)
-        axes.set_xticks(np.arange(len(kinds)) + 0.5, [plain(kind.rpartition(".")[2]) for kind in kinds], rotation=90)
+        axes.set_xticks(np.arange(len(kinds)) + 0.5, names, rotation=90)
     step = -(-len(layers) // 16)
     labels = ["none" if layer is None else str(layer) for layer in layers[::step]]
     both[0].set_yticks(np.arange(len(layers))[::step] + 0.5, labels)

@@ -121,6 +121,15 @@ def test_cosines_by_module_are_drawn_a_picture_a_probe(tmp_path: Path) -> None:
     assert found.requests == [] and "image" not in [tag for tag, _ in found.elements]
 
 
+def test_modules_are_called_by_their_last_name_where_that_is_theirs_alone(tmp_path: Path) -> None:
+    report, notes = noted(tmp_path, make_rows(9))
+    places = [[0, kind] for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")]
+    notes["modules"] = {"danger": {"places": places, "all": [0.1] * 3, "riskiest": [0.2] * 3}}
+    page = write_page(tmp_path, report, notes).read_text(encoding="utf-8")
+    assert all(f">{name}</text>" in page for name in ("c_attn", "attn.c_proj", "mlp.c_proj"))
+    assert ">c_proj</text>" not in page
+
+
 @pytest.mark.parametrize(
     ("sign", "word"), [(1, "longer"), (-1, "shorter"), (0, "")], ids=["longer", "shorter", "neither"]
 )
