@@ -198,11 +198,12 @@ def _label(group: Mapping[str, Any]) -> str:
 def forecast(guess: Mapping[str, Any]) -> str:
     """What --dry-run says."""
     took = duration(guess["seconds"])
+    how = {0: "none goes", 1: "each goes once"}.get(guess["passes"], f"each goes {guess['passes']} times")
     other = ", ".join(f"{guess[kind]:,} {kind}" for kind in ("reused", "duplicates", "unreadable") if guess[kind])
     lines = [
         f"{many(guess['rows'], 'row')} of {many(len(guess['inputs']), 'file')}, read as {guess['format']}",
         f"  to score  {guess['to_score']:>12,}   {other}".rstrip(),
-        f"  tokens    {guess['tokens']:>12,}   estimated; each goes {guess['passes']} times through the model",
+        f"  tokens    {guess['tokens']:>12,}   estimated; {how} through the model",
         f"  time      {took:>12}   estimated from {guess['sampled']} rows, {guess['dtype']} on {guess['device']}",
     ]
     return "\n".join([*lines, *(f"  file      {i['path']} ({i['rows']:,} rows)" for i in guess["inputs"])])
