@@ -1,6 +1,6 @@
 """report.html, a run as one page that loads nothing: every run leaves it, and `report` makes it anew with more in it.
 
-It holds text of rows, dropped ones above all, so no push to the Hub takes it along.
+It holds text of rows, dropped ones above all, so no push to a dataset of the Hub takes it along.
 """
 
 from __future__ import annotations

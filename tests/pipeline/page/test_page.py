@@ -274,6 +274,7 @@ def test_no_push_takes_the_page_or_its_texts_along(folder: Path, scorer: SQSDSco
     write_jsonl(folder / "in.jsonl", [*make_rows(9), {"id": 9, "instruction": "?", "output": secret}])
     push = PushTo("org/out", private=private, rows=["kept"])
     filter_dataset("in.jsonl", "out", drop_count=10, scorer=scorer, push=push)
+    assert "no push to a dataset of the Hub takes the page along" in read("out/sqsd")
     assert secret in read("out/sqsd") and secret in Path("out/sqsd/notes.json").read_text()
     files = hub.files("org/out")
     assert "sqsd/report.json" in files and {"sqsd/report.html", "sqsd/notes.json"}.isdisjoint(files)
