@@ -42,10 +42,12 @@ FIGURES = {
 }
 
 
-def evaluation(path: Path) -> Section:
-    """The section on a results.json. Raises `InputError`."""
+def evaluation(folder: Path) -> Section:
+    """The section on a folder that `evaluate` left, or its results.json. Raises `InputError`."""
+    from sqsd_filter.evaluation.folder import RESULTS
     from sqsd_filter.evaluation.plot import CURVES, draw_curves, draw_windows
 
+    path = folder / RESULTS if folder.is_dir() else folder
     with _as_left_by(path, "sqsd-filter evaluate"):
         found = _read(path)
         scorers, arms, poisoned, curves = (found.get(key, {}) for key in ("scorers", "arms", "poisoned", "curves"))

@@ -85,6 +85,8 @@ def test_an_evaluation_is_shown_with_its_intervals(out: Path, tmp_path: Path, ca
     assert '<td>kept</td><td class="number">33% (25% to 50%)</td>' in page
     assert '<td>random minus kept</td><td class="number">10% (-5% to 20%)</td>' in page
     assert Seen(page).requests == [] and ">$x^</text>" in page  # no formula
+    assert run(out, "--evaluation", tmp_path, capfd=capfd)[0] == 0  # the folder of results.json
+    assert Path(found["page"]).read_text(encoding="utf-8") == page
     assert run(out, capfd=capfd)[0] == 0 and "Evaluation" not in Path(found["page"]).read_text(encoding="utf-8")
     assert not (out / "sqsd/plots/asr.png").exists()
 
