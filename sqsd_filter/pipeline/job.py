@@ -198,7 +198,8 @@ class Job:
             write_page(home, report, notes)
         except OSError as problem:
             log.warning(
-                "The page can't be written (%s); all rows are there. Make room and start the same command again.", problem
+                "The page can't be written (%s); all rows are there. Make room and start the same command again.",
+                problem,
             )
 
     def _report(self, report: dict[str, Any]) -> dict[str, Any]:

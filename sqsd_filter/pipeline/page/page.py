@@ -58,8 +58,8 @@ def _write(path: Path, text: str) -> Path:
 def remake_page(
     out: Path, *, evaluated: Path | None = None, drifted: Path | None = None, steered: Path | None = None
 ) -> list[Path]:
-    """Make the page of the run in `out`, a folder or a file of scores, anew, with sections on the
-    folders that `evaluate`, `drift` and `steer` left; and all its pictures as PNG files beside it.
+    """Make the page of the run in `out`, a folder or a file of scores, anew, with sections on the folders that
+    `evaluate`, `drift` and `steer` left; and all its pictures as PNG files beside it.
 
     Returns what was written. Raises `InputError` where there is no finished run, or one of the others is not what it
     should be, `DestinationExists` where a run is at work there, `SQSDError` where the disk refuses.
