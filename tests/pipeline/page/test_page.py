@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +78,39 @@ def test_the_page_asks_for_nothing_and_names_no_address(tmp_path: Path) -> None:
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
-def test_the_page_fits_a_phone_and_a_dark_screen(tmp_path: Path) -> None:
-    found = Seen(page_of(tmp_path, make_rows(30)))
-    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in [a for _, a in found.elements]
-    assert "prefers-color-scheme: dark" in found.page and "@media print" in found.page
-    pictures = [a for tag, a in found.elements if tag == "svg"]
-    assert len(pictures) == 2 and not [a for a in pictures if "width" in a or not a["aria-label"]]
-    assert "#000000" not in found.page.partition("<body>")[2]  # black on a dark page
+LOOKED_AT = """<script>
+const style = getComputedStyle(document.body), seen = document.documentElement;
+const ink = getComputedStyle(document.querySelector("svg text")).fill;
+const colours = [style.backgroundColor, style.color, ink].map(c => c.match(/\\d+/g).map(Number));
+parent.postMessage(JSON.stringify({asked: innerWidth, room: seen.clientWidth, wide: seen.scrollWidth, colours}), "*");
+</script>"""
+PHONE = """<!doctype html><meta name="color-scheme" content="light dark">
+<body><iframe src="copy.html" width="360" height="800" style="border: 0"></iframe>
+<script>onmessage = told => document.body.replaceChildren(told.data)</script>"""
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium is installed")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_page_fits_a_phone_and_a_dark_screen(tmp_path: Path, dark: bool) -> None:
+    report, notes = noted(tmp_path, [row("x" * 500, "word " * 200) for _ in range(30)])
+    group = {"scored": 10**9, "dropped": 10**6, "threshold": 0.123456789}
+    report["groups"] = {"column": "kind", "spared": 0, "groups": [{**group, "split": "s" * 99, "value": "v" * 99}]}
+    report["command"] = ["sqsd-filter", "/" + "a" * 300]
+    page = write_page(tmp_path, report, notes).read_text(encoding="utf-8")
+    assert page.count('<meta http-equiv="Content-Security-Policy"') == 1
+    open_page = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", page).replace("</body>", LOOKED_AT)
+    (tmp_path / "copy.html").write_text(open_page, encoding="utf-8")
+    (tmp_path / "phone.html").write_text(PHONE)  # a window itself can't be so narrow
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=3000"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={int(not dark)}"]
+    address = (tmp_path / "phone.html").as_uri()
+    done = subprocess.run([CHROMIUM, *options, address], capture_output=True, text=True, check=True, timeout=120)
+    seen = json.loads(re.findall(r"<body>(.*)</body>", done.stdout, re.DOTALL)[0])
+    assert seen["wide"] <= seen["room"] <= seen["asked"] == 360
+    ground, *inks = (sum(colour[:3]) for colour in seen["colours"])
+    assert all(ink - ground > 300 if dark else ground - ink > 300 for ink in inks)
 
 
 def test_the_worst_rows_make_no_heavy_page(tmp_path: Path) -> None:
