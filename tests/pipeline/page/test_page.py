@@ -78,6 +78,13 @@ def test_the_page_asks_for_nothing_and_names_no_address(tmp_path: Path) -> None:
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
+def test_pictures_take_the_colour_of_the_text_and_say_what_they_show(tmp_path: Path) -> None:
+    found = Seen(page_of(tmp_path, make_rows(30)))
+    pictures = [a for tag, a in found.elements if tag == "svg"]
+    assert len(pictures) == 2 and all(a["aria-label"] for a in pictures)
+    assert "#000000" not in found.page.partition("<body>")[2]  # black on a dark page
+
+
 LOOKED_AT = """<script>
 const style = getComputedStyle(document.body), seen = document.documentElement;
 const ink = getComputedStyle(document.querySelector("svg text")).fill;
