@@ -130,12 +130,15 @@ def scorer_of(context: click.Context) -> Any:
     from sqsd_filter.pipeline.anchors import read_anchors
     from sqsd_filter.scoring.baselines import make_scorer
 
-    params, given = context.params, for_scorer(context)
+    params = context.params
+    given: dict[str, Any] = {
+        name: value if name == "seed" else read_anchors(value) for name, value in for_scorer(context).items()
+    }
     pack, shared_state = load_pack(params["pack"]), params.get("shared_state")
     return make_scorer(
         params.get("scorer", "sqsd"),
         pack if shared_state is None else pack.at_one_state(shared_state),
-        **{name: value if name == "seed" else read_anchors(value) for name, value in given.items()},
+        **given,
         model=params["model"],
         device=params["device"],
         dtype=params["dtype"],
