@@ -39,7 +39,6 @@ def as_svg(draw: Callable[[Figure], None], width: float, height: float, name: st
 
     content = io.StringIO()
     with _figure(width, height) as figure, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.set_facecolor("none")
         draw(figure)
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(content, format="svg", metadata=nothing, transparent=True)

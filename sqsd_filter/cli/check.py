@@ -29,7 +29,7 @@ def check(context: click.Context, **params: Any) -> None:
     display = output.begin(context)
     found = check_pack(
         rows=params["rows"],
-        scorer=options.scorer_of(params),
+        scorer=options.scorer_of(context),
         columns=options.columns_of(params),
         limit=params["limit"],
         streaming=params["streaming"],

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import click
@@ -99,14 +100,17 @@ def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]]
     from sqsd_filter.pipeline.forecast import estimate
     from sqsd_filter.pipeline.metrics import Metrics
     from sqsd_filter.pipeline.policy import Policy
+    from sqsd_filter.pipeline.writing.destination import spare
 
     params, display = context.params, output.begin(context)
     with Metrics(None if params["dry_run"] else params["metrics_file"], display) as metrics:
         Policy.of(params.get("on_error", "quarantine"), params["max_error_rate"])
+        if params["overwrite"]:
+            spare(Path(params["dest"]), options.for_scorer(context).values())
         common = {name: params[name] for name in ("limit", "score_store", "streaming")}
         common |= {
             "columns": options.columns_of(params),
-            "scorer": options.scorer_of(params),
+            "scorer": options.scorer_of(context),
             "progress": metrics.meter,
         }
         if params["dry_run"]:

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from sqsd_filter.errors import UsageError
 from sqsd_filter.pipeline.rules import CONSENSUS
-from sqsd_filter.scoring.baselines import ANCHORED, SCORERS
+from sqsd_filter.scoring.baselines import ANCHORED, MEANT_FOR, SCORERS
 
 WRITTEN = ("to", "shard_size", "with_scores")
 CUTS = ("drop_top", "drop_count", "max_risk", "keep_lowest")
@@ -112,19 +112,33 @@ def columns_of(params: dict[str, Any]) -> Any:
     return Columns(format=params["row_format"], **{name: params[f"{name}_column"] for name in names})
 
 
-def scorer_of(params: dict[str, Any]) -> Any:
+def for_scorer(context: click.Context) -> dict[str, Any]:
+    """The anchors and the seed that the scorer takes. What it has no use for is here if a flag gave it, to be refused;
+    the environment and the config file may be those of several scorers."""
+    params = context.params
+    return {
+        name: params[name]
+        for name, scorers in MEANT_FOR.items()
+        if params.get(name) is not None
+        and (params["scorer"] in scorers or context.get_parameter_source(name) is ParameterSource.COMMANDLINE)
+    }
+
+
+def scorer_of(context: click.Context) -> Any:
     """The scorer that the options of `scoring` name."""
     from sqsd_filter.directions.pack import load_pack
     from sqsd_filter.pipeline.anchors import read_anchors
     from sqsd_filter.scoring.baselines import make_scorer
 
+    params = context.params
+    given: dict[str, Any] = {
+        name: value if name == "seed" else read_anchors(value) for name, value in for_scorer(context).items()
+    }
     pack, shared_state = load_pack(params["pack"]), params.get("shared_state")
-    given = {kind: params.get(kind) for kind in ("unsafe_anchors", "safe_anchors")}
     return make_scorer(
         params.get("scorer", "sqsd"),
         pack if shared_state is None else pack.at_one_state(shared_state),
-        **{kind: read_anchors(source) for kind, source in given.items() if source is not None},
-        seed=params.get("seed"),
+        **given,
         model=params["model"],
         device=params["device"],
         dtype=params["dtype"],

@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from sqsd_filter.wording import many
+
 LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
 SHOWN = 10  # groups in a summary
 
@@ -196,11 +198,12 @@ def _label(group: Mapping[str, Any]) -> str:
 def forecast(guess: Mapping[str, Any]) -> str:
     """What --dry-run says."""
     took = duration(guess["seconds"])
+    how = {0: "none goes", 1: "each goes once"}.get(guess["passes"], f"each goes {guess['passes']} times")
     other = ", ".join(f"{guess[kind]:,} {kind}" for kind in ("reused", "duplicates", "unreadable") if guess[kind])
     lines = [
-        f"{_many(guess['rows'], 'row')} of {_many(len(guess['inputs']), 'file')}, read as {guess['format']}",
+        f"{many(guess['rows'], 'row')} of {many(len(guess['inputs']), 'file')}, read as {guess['format']}",
         f"  to score  {guess['to_score']:>12,}   {other}".rstrip(),
-        f"  tokens    {guess['tokens']:>12,}   estimated; each goes {guess['passes']} times through the model",
+        f"  tokens    {guess['tokens']:>12,}   estimated; {how} through the model",
         f"  time      {took:>12}   estimated from {guess['sampled']} rows, {guess['dtype']} on {guess['device']}",
     ]
     return "\n".join([*lines, *(f"  file      {i['path']} ({i['rows']:,} rows)" for i in guess["inputs"])])
@@ -208,9 +211,9 @@ def forecast(guess: Mapping[str, Any]) -> str:
 
 def stored(found: Mapping[str, Any]) -> str:
     """What `store info` says."""
-    lines = [f"{found['where']}: {_many(sum(s['rows'] for s in found['stores']), 'score')}"]
+    lines = [f"{found['where']}: {many(sum(s['rows'] for s in found['stores']), 'score')}"]
     for s in found["stores"]:
-        lines.append(f"  {s['id']}  {_many(s['rows'], 'score')} in {_many(s['files'], 'file')}, {s['bytes']:,} bytes")
+        lines.append(f"  {s['id']}  {many(s['rows'], 'score')} in {many(s['files'], 'file')}, {s['bytes']:,} bytes")
         settings = (f"{k} {v}" for k, v in s["settings"].items() if v is not None)
         lines.append(f"      {', '.join(settings)}")
     return "\n".join([*lines, *(f"  not a score file, never read: {name}" for name in found["foreign"])])
@@ -218,7 +221,7 @@ def stored(found: Mapping[str, Any]) -> str:
 
 def compacted(found: Mapping[str, Any]) -> str:
     """What `store compact` says."""
-    lines = [f"{found['where']}: {_many(found['files_before'], 'file')} joined into {found['files']:,}"]
+    lines = [f"{found['where']}: {many(found['files_before'], 'file')} joined into {found['files']:,}"]
     return "\n".join([*lines, *(f"  not a score file, left alone: {name}" for name in found["foreign"])])
 
 
@@ -226,10 +229,6 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """A line a row, with the cells of a column one below the other, to the right."""
     wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(text.rjust(w) for text, w in zip(row, wide, strict=True)).rstrip() for row in rows]
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def states(found: Mapping[str, Any]) -> str:
@@ -243,5 +242,5 @@ def states(found: Mapping[str, Any]) -> str:
         cells = ("-" if entry[c] is None else f"{entry[c]:.4f}" for c in shown)
         lines.append(" ".join([f"{name:<{wide}}", *(f"{cell:>11}" for cell in cells)]))
     left = ", ".join(f"{count:,} {status}" for status, count in found["left_out"].items())
-    lines.append(f"{_many(found['rows'], 'row')}{f'; left out: {left}' if left else ''}; chosen: {found['chosen']}")
+    lines.append(f"{many(found['rows'], 'row')}{f'; left out: {left}' if left else ''}; chosen: {found['chosen']}")
     return "\n".join(lines)

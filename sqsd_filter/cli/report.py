@@ -12,7 +12,7 @@ from sqsd_filter.cli import options, output
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
-@options.option("--evaluation", type=click.Path(path_type=Path), metavar="FILE", help="results.json of evaluate.")
+@options.option("--evaluation", type=click.Path(path_type=Path), metavar="DIR", help="What 'evaluate ... DIR' left.")
 @options.option("--drift", type=click.Path(path_type=Path), metavar="DIR", help="What 'drift --out DIR' left.")
 @options.option("--steering", type=click.Path(path_type=Path), metavar="DIR", help="What 'steer --out DIR' left.")
 @options.manners

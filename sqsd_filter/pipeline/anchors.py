@@ -20,7 +20,13 @@ def read_anchors(source: str | Path) -> list[list[Message]]:
     found: list[list[Message]] = []
     with closing(Opener()) as opener:
         sources = opener.open(expand([source]))
-        form = Columns().choose(peek(sources))
+        try:
+            form = Columns().choose(peek(sources))
+        except InputError as problem:
+            raise InputError(
+                f"It can't be told how the anchors in {source} are to be read: give each as 'messages', or as 'prompt' "
+                "and 'completion'."
+            ) from problem
 
         def visit(row: Row) -> None:
             try:

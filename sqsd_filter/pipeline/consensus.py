@@ -42,7 +42,7 @@ def agree(packs: Sequence[Earlier], rule: str) -> Earlier:
         check_same(first, other)
     names = _names(packs)
     told = [
-        {"column": f"sqsd_risk_{name}", "scores": pack.where, "pack": pack.pack}
+        {"column": f"sqsd_risk_{name}", "scores": pack.where, "pack": pack.pack, "scorer": pack.facts.get("scorer")}
         for name, pack in zip(names, packs, strict=True)
     ]
     identity = {**first.identity, "consensus": rule, "scores": [run_id(other.identity) for other in others]}

@@ -26,7 +26,7 @@ class Earlier:
     """Scored rows and where they are from.
 
     `identity` tells them from others, `facts` are for the report. `keys` (n,) S16 are those of the conversations, zero
-    where there is none, `pack` is what is known of the pack, and `form` how rows were read for the keys.
+    where there is none, `pack` is what is known of the pack, and `form` how rows were read, or are for the keys.
     """
 
     where: str
@@ -58,7 +58,10 @@ def read_earlier(
         return _run(home, opener, per_group, progress)
     sources = opener.open(given)
     beside = Path(f"{given[0]}.sqsd") if home is not None else None  # left by `score`
-    index = _keying(sources, beside, likely) if keyed else None
+    form = _form(beside)
+    if keyed and form is None:
+        form = _likely_form(sources, beside, likely)
+    index = Index(form) if keyed and form is not None else None
     progress.start("reading", None)
     scores = ColumnIndex()
 
@@ -73,28 +76,28 @@ def read_earlier(
     return Earlier(
         ", ".join(str(each) if isinstance(each, str | Path) else "the dataset" for each in given),
         sources,
-        scores.scored(corpus, groups),
+        scores.scored(corpus, groups, form),
         {"inputs": corpus.inputs},
-        {},
+        _scorer(report),
         index.keys if index is not None else np.zeros(0, "S16"),
         report.get("pack"),
-        index.form if index is not None else None,
+        form,
     )
 
 
-def _keying(sources: Sequence[Source], beside: Path | None, likely: RowFormat | None) -> Index:
-    """What takes the keys of conversations, read as when they were scored, if that is known.
-
-    Raises `InputError` where it is not, and can't be told either.
-    """
+def _form(beside: Path | None) -> RowFormat | None:
+    """How rows were read when they were scored, if that is known."""
     known = read_run(beside) if beside is not None else None
-    if known:
-        return Index(RowFormat(**known["row_format"]))
+    return RowFormat(**known["row_format"]) if known else None
+
+
+def _likely_form(sources: Sequence[Source], beside: Path | None, likely: RowFormat | None) -> RowFormat:
+    """How they are read where it is not known. Raises `InputError` where it can't be told."""
     rows = peek(sources)
     if likely is not None and {name for row in rows for name in row}.issuperset(likely.columns):
-        return Index(likely)
+        return likely
     try:
-        return Index(Columns().choose(rows))
+        return Columns().choose(rows)
     except InputError as problem:
         file = beside.name if beside is not None else "FILE.sqsd"
         raise InputError(
@@ -125,5 +128,10 @@ def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) 
     scored = from_store(corpus, index, store, pack["weights"], groups)
     identity = {**known, "inputs": corpus.inputs}
     identity.pop("explain", None)  # of the earlier cut
-    facts = {"pack": pack, **({"scorer": report["scorer"]} if "scorer" in report else {})}
+    facts = {"pack": pack, **_scorer(report)}
     return Earlier(str(home.parent), sources, scored, identity, facts, index.keys, pack, form)
+
+
+def _scorer(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report says of the scorer, for another one."""
+    return {"scorer": report["scorer"]} if "scorer" in report else {}

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from sqsd_filter.errors import SQSDError, UsageError
 from sqsd_filter.pipeline.engines import Engine
-from sqsd_filter.pipeline.page.page import NOTES_FILE, PAGE_FILE, write_page
+from sqsd_filter.pipeline.page.page import write_page
 from sqsd_filter.pipeline.publishing.bucket import Bucket
 from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.publishing.target import Finished, Target, run_id
@@ -23,6 +23,8 @@ from sqsd_filter.pipeline.reading.repositories import HUB
 from sqsd_filter.pipeline.writing.card import card_text, write_card
 from sqsd_filter.pipeline.writing.destination import (
     LOCK_FILE,
+    NOTES_FILE,
+    PAGE_FILE,
     REPORT_FILE,
     RUN_FILE,
     Destination,
@@ -195,7 +197,10 @@ class Job:
         try:
             write_page(home, report, notes)
         except OSError as problem:
-            log.warning("%s can't be written (%s); all else is there.", home / PAGE_FILE, problem)
+            log.warning(
+                "The page can't be written (%s); all rows are there. Make room and start the same command again.",
+                problem,
+            )
 
     def _report(self, report: dict[str, Any]) -> dict[str, Any]:
         timing: dict[str, Any] = {"seconds": round(time.time() - self.started, 3), "started": round(self.started, 3)}

@@ -128,9 +128,8 @@ def filter_dataset(
     URL with scores that runs share. `to` is parquet, arrow or jsonl, in files of about `shard_size`; `with_scores` puts
     the scores into jsonl, too. `push` is a repository of the Hub that gets the result when it is complete. With
     `streaming`, files of the Hub are not kept here. `record` is copied into the report. Returns the report (also
-    `dest/sqsd/report.json`). The same call
-    finishes an interrupted run. Raises `SQSDError`s: `UsageError`, `InputError`, `RowErrorBudgetExceeded`,
-    `DestinationExists`, `PackError`, `ModelError`.
+    `dest/sqsd/report.json`). The same call finishes an interrupted run. Raises `SQSDError`s: `UsageError`,
+    `InputError`, `RowErrorBudgetExceeded`, `DestinationExists`, `PackError`, `ModelError`.
 
     >>> report = filter_dataset("in.jsonl", "out", drop_top="5%")  # doctest: +SKIP
     >>> report["rows"]["dropped"]  # doctest: +SKIP

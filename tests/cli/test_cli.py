@@ -216,6 +216,8 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(command: Command, folder: P
     report = json.loads(command("in.jsonl", "real", *CUT, "--json")[1])
     assert guess["tokens"] == report["tokens"]
     assert names(folder) == ["in.jsonl", "real"]
+    for scorer, how in (("length", "none goes"), ("danger", "each goes once"), ("sqsd", "each goes 2 times")):
+        assert f"; {how} through the model" in command("in.jsonl", "out", *CUT, "--scorer", scorer, "--dry-run")[1]
 
 
 # ---------------------------------------------------------------------------------------------- settings

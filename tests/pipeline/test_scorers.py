@@ -87,6 +87,30 @@ def test_the_main_command_drops_by_the_scorer_and_its_card_says_which_it_was(com
     assert code == 5 and "another run (scorer: larf there, datashield here)" in err
 
 
+UNTRUE = ("SQSD risk", "with the pack", "push the model further", "pushes little along the directions")
+
+
+def test_no_page_calls_another_scorers_risk_sqsds(command: Command) -> None:
+    assert command("in.jsonl", "out", "--scorer", "length", "--drop-count", "4")[0] == 0
+    page = Path("out/sqsd/report.html").read_text()
+    assert not [words for words in UNTRUE if words in page]
+    assert "The risk is that of the scorer length, on " in page and ">risk by length (higher is riskier)<" in page
+    assert "A low risk says how a row stands by this measure, not that" in page
+
+
+def test_scored_files_keep_the_name_of_their_scorer(folder: Path, tiny_pack: Path) -> None:
+    for name in ("length", "random"):
+        score_dataset("in.jsonl", f"{name}.parquet", scorer=make_scorer(name, tiny_pack))
+    assert select_dataset("length.parquet", "one", drop_count=2)["scorer"] == "length"
+    assert "The risk was in the input, by the scorer length." in Path("one/sqsd/report.html").read_text()
+    report = select_dataset("length.parquet", "two", scores=["random.parquet"], consensus="max", drop_count=2)
+    assert [each["scorer"] for each in report["consensus"]["packs"]] == ["length", "random"]
+    page, card = Path("two/sqsd/report.html").read_text(), Path("two/README.md").read_text()
+    assert not [words for words in UNTRUE if words in page] and ">risk by max (higher is riskier)<" in page
+    assert ", by the scorer random." in page and "a risk by the scorers `length` and `random`" in card
+    assert "SQSD risk" not in card
+
+
 def test_a_cut_is_moved_without_a_model(folder: Path, tiny_pack: Path) -> None:
     scorer = make_scorer("bi-anchor", tiny_pack, **anchors())
     filter_dataset("in.jsonl", "once", drop_count=5, scorer=scorer)
@@ -123,18 +147,42 @@ def test_stores_and_runs_never_mix_scorers_or_anchors(folder: Path, tiny_pack: P
         (("--scorer", "length", "--seed", "1"), 2, "no use for a seed"),
         (ANCHORS, 2, "The scorer sqsd has no use for anchors"),
         (("--scorer", "larf", "--unsafe-anchors", "gone.jsonl", *ANCHORS[2:]), 3, "gone.jsonl"),
+        (("--scorer", "larf", "--unsafe-anchors", "odd.jsonl", *ANCHORS[2:]), 3, "give each as 'messages', or as"),
         (("--scorer", "larf", "--unsafe-anchors", "broken.jsonl", *ANCHORS[2:]), 3, "broken.jsonl, line 2: "),
     ],
-    ids=["none", "one", "explain", "seed", "sqsd", "gone", "broken"],
+    ids=["none", "one", "explain", "seed", "sqsd", "gone", "odd", "broken"],
 )
 def test_what_a_scorer_can_not_use_is_one_sentence(
     command: Command, arguments: tuple[str, ...], code: int, problem: str
 ) -> None:
+    write_jsonl(Path("odd.jsonl"), [{"q": "Open.", "a": "Sure."}])
     write_jsonl(Path("broken.jsonl"), [{"prompt": "Open.", "completion": "Sure."}, b"{broken"])
     left, out, err = command("score", "in.jsonl", "out.parquet", *arguments, "-q")
     *before, last = err.strip().splitlines()
     assert (left, out, before) == (code, "", []) and last.startswith("Error: ") and problem in last
     assert not Path("out.parquet").exists()
+
+
+def test_anchors_are_never_lost_with_what_is_replaced(command: Command) -> None:
+    assert command("in.jsonl", "out", "--drop-count", "2", "-q")[0] == 0
+    Path("unsafe.jsonl").rename("out/unsafe.jsonl")
+    given = ("--unsafe-anchors", "out/unsafe.jsonl", *ANCHORS[2:], "--drop-count", "4", "--overwrite")
+    code, _, err = command("in.jsonl", "out", "--scorer", "larf", *given)
+    assert code == 5 and "out holds the input out/unsafe.jsonl, which --overwrite would delete" in err
+    assert Path("out/unsafe.jsonl").exists() and len(rows_of(Path("out"), "dropped")) == 2
+
+
+def test_settings_of_other_scorers_may_stand_in_a_shared_file_or_the_environment(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("all.toml").write_text('unsafe_anchors = "gone.jsonl"\nsafe_anchors = "gone.jsonl"\n')
+    monkeypatch.setenv("SQSD_FILTER_SEED", "1")
+    for name in ("length", "random"):
+        code, _, err = command("score", "in.jsonl", f"{name}.parquet", "--scorer", name, "--config", "all.toml", "-q")
+        assert (code, err) == (0, "")
+    assert json.loads(Path("random.parquet.sqsd/run.json").read_text())["scoring"]["seed"] == 1
+    code, _, err = command("score", "in.jsonl", "larf.parquet", "--scorer", "larf", "--config", "all.toml", "-q")
+    assert code == 3 and "gone.jsonl" in err
 
 
 def test_explanations_are_for_scores_that_have_cosines(folder: Path, tiny_pack: Path) -> None:

@@ -10,21 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.page.parts import Plot, Section, Table
+from sqsd_filter.pipeline.page.parts import Plot, Section, Table, sensible
 
 
 @contextmanager
 def _as_left_by(path: Path, command: str) -> Iterator[None]:
     """Raise `InputError` where the file turns out to be none that the command leaves."""
     try:
-        yield
+        with sensible(f"{path} is damaged, or not what '{command}' left", "make it again, or name another"):
+            yield
     except OSError as problem:
         raise InputError(f"{path} can't be read ({problem.strerror}): name what '{command}' left.") from problem
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as problem:
-        why = f"it has no {problem}" if isinstance(problem, KeyError) else str(problem)
-        raise InputError(
-            f"{path} is damaged, or not what '{command}' left ({why}): make it again, or name another."
-        ) from problem
 
 
 def _read(path: Path) -> Any:
@@ -46,10 +42,12 @@ FIGURES = {
 }
 
 
-def evaluation(path: Path) -> Section:
-    """The section on a results.json. Raises `InputError`."""
+def evaluation(folder: Path) -> Section:
+    """The section on a folder that `evaluate` left, or its results.json. Raises `InputError`."""
+    from sqsd_filter.evaluation.folder import RESULTS
     from sqsd_filter.evaluation.plot import CURVES, draw_curves, draw_windows
 
+    path = folder / RESULTS if folder.is_dir() else folder
     with _as_left_by(path, "sqsd-filter evaluate"):
         found = _read(path)
         scorers, arms, poisoned, curves = (found.get(key, {}) for key in ("scorers", "arms", "poisoned", "curves"))
@@ -205,6 +203,5 @@ def steering(folder: Path) -> Section:
 
 def _drawn(section: Section) -> Section:
     """The section with its pictures drawn, so that what can't be drawn is told of the file that it is from."""
-    for plot in section.plots:
-        assert plot.svg
+    _ = [plot.svg for plot in section.plots]
     return section

@@ -113,7 +113,7 @@ class Notes:
         total, scored = np.zeros(len(modules.names)), self.scored.scored
         for start in range(0, len(scored), BLOCK):
             block = slice(start, start + BLOCK)
-            total += modules.cosines[block][scored[block]].sum(axis=0, dtype=np.float64)
+            total += modules.cosines[block].sum(axis=0, dtype=np.float64, where=scored[block, None])
         means = {"all": total / max(1, scored.sum())}
         means["riskiest"] = modules.cosines[self._riskiest].sum(axis=0, dtype=np.float64) / max(1, len(self._riskiest))
         return {"places": [place_of(name) for name in modules.names], **{k: m.tolist() for k, m in means.items()}}

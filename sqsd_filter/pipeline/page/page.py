@@ -1,12 +1,13 @@
 """report.html, a run as one page that loads nothing: every run leaves it, and `report` makes it anew with more in it.
 
-It holds text of rows, dropped ones above all, so no push to the Hub takes it along.
+It holds text of rows, dropped ones above all, so no push to a dataset of the Hub takes it along.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,17 @@ from sqsd_filter.pictures import picture
 from sqsd_filter.pipeline.folder import sweep, write_whole
 from sqsd_filter.pipeline.page import run_parts
 from sqsd_filter.pipeline.page.findings import drift, evaluation, steering
-from sqsd_filter.pipeline.page.parts import Section
-from sqsd_filter.pipeline.writing.destination import EXPLAINED_FILE, REPORT_FILE, read_json
+from sqsd_filter.pipeline.page.parts import Section, sensible
+from sqsd_filter.pipeline.writing.destination import (
+    EXPLAINED_FILE,
+    NOTES_FILE,
+    PAGE_FILE,
+    REPORT_FILE,
+    read_json,
+    refuse_running,
+)
+from sqsd_filter.pipeline.writing.report import low_risk
 
-PAGE_FILE = "report.html"
-NOTES_FILE = "notes.json"  # what the page shows of rows
 PLOTS = "plots"
 TOP = 5  # modules and tokens of an explained row
 
@@ -32,40 +39,47 @@ _SIGNS = {k: 0x2400 + k for k in range(32) if chr(k) not in "\n\t"} | {0x7F: 0x2
 _SIGNS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
-def write_page(home: Path, report: Mapping[str, Any], notes: Mapping[str, Any], more: Sequence[Section] = ()) -> Path:
-    """Write the page on a run, and the notes that it can be made anew from, into the run's `home`. Raises `OSError`.
+def write_page(home: Path, report: Mapping[str, Any], notes: Mapping[str, Any]) -> Path:
+    """Write the page on a run, and the notes that it can be made anew from, into the run's `home`, in place of an
+    earlier page and its plots. Raises `OSError`.
 
     The same run gives the same bytes: the report's timing is not looked at.
     """
-    text = json.dumps(notes, indent=1) + "\n"
-    write_whole(home / NOTES_FILE, lambda sink: sink.write(text.encode()))
-    page = _render(report, notes, _explained(home), [*_sections(report, notes), *more])
-    write_whole(home / PAGE_FILE, lambda sink: sink.write(page.encode()))
-    return home / PAGE_FILE
+    shutil.rmtree(home / PLOTS, ignore_errors=True)
+    _write(home / NOTES_FILE, json.dumps(notes, indent=1) + "\n")
+    return _write(home / PAGE_FILE, _render(report, notes, _explained(home), _sections(report, notes)))
+
+
+def _write(path: Path, text: str) -> Path:
+    write_whole(path, lambda sink: sink.write(text.encode()))
+    return path
 
 
 def remake_page(
     out: Path, *, evaluated: Path | None = None, drifted: Path | None = None, steered: Path | None = None
 ) -> list[Path]:
-    """Make the page of the run in `out`, a folder or a file of scores, anew, with sections on an evaluation's
-    results.json, and on the folders that `drift` and `steer` left; and all its pictures as PNG files beside it.
+    """Make the page of the run in `out`, a folder or a file of scores, anew, with sections on the folders that
+    `evaluate`, `drift` and `steer` left; and all its pictures as PNG files beside it.
 
     Returns what was written. Raises `InputError` where there is no finished run, or one of the others is not what it
-    should be, `SQSDError` where the disk refuses.
+    should be, `DestinationExists` where a run is at work there, `SQSDError` where the disk refuses.
     """
     home = out / "sqsd" if out.is_dir() else out.with_name(out.name + ".sqsd")
+    refuse_running(home, out)
     report, notes = read_json(home / REPORT_FILE), read_json(home / NOTES_FILE)
     if not report or report.get("status") != "ok":
         raise InputError(f"{out} holds no finished run: name the destination of one.")
     if not notes:
         raise InputError(
-            f"{out} has no {NOTES_FILE} to make a page from: start the same run again with --overwrite, which needs no "
-            "model for scores that are there."
+            f"{out} has no {NOTES_FILE} to make a page from: start the same run again; its scores are kept."
         )
     given = ((evaluation, evaluated), (drift, drifted), (steering, steered))
     more = [read(path) for read, path in given if path is not None]
+    with sensible(f"{home} is damaged", f"delete {NOTES_FILE} there and start the same run again; its scores are kept"):
+        sections = [*_sections(report, notes), *more]
+        page = _render(report, notes, _explained(home), sections)
     try:
-        return [write_page(home, report, notes, more), *_write_plots(home / PLOTS, [*_sections(report, notes), *more])]
+        return [_write(home / PAGE_FILE, page), *_write_plots(home / PLOTS, sections)]
     except OSError as problem:
         raise SQSDError(f"No page can be written to {home} ({problem}): see to room and rights there.") from problem
 
@@ -86,7 +100,7 @@ def _write_plots(folder: Path, sections: Sequence[Section]) -> list[Path]:
 def _sections(report: Mapping[str, Any], notes: Mapping[str, Any]) -> list[Section]:
     return [
         run_parts.risks(report, notes),
-        run_parts.lengths(notes),
+        run_parts.lengths(report, notes),
         run_parts.errors(report, notes),
         *run_parts.groups(report),
         *run_parts.modules(notes),
@@ -115,6 +129,7 @@ def _render(
     text = environment.get_template("page.html").render(
         headline=run_parts.headline(report),
         summary=run_parts.summary(report),
+        low=low_risk(report),
         sections=sections,
         settings=run_parts.settings(report),
         riskiest=notes["riskiest"],

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from jinja2 import UndefinedError
+
+from sqsd_filter.errors import InputError
 from sqsd_filter.pictures import as_svg
 
 if TYPE_CHECKING:
@@ -50,12 +54,18 @@ class Section:
     tables: Sequence[Table] = ()
 
 
+@contextmanager
+def sensible(cause: str, fix: str) -> Iterator[None]:
+    """Raise `InputError` where JSON that was read turns out not to hold what it should."""
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, UndefinedError) as problem:
+        why = f"it has no {problem}" if isinstance(problem, KeyError) else str(problem)
+        raise InputError(f"{cause} ({why}): {fix}.") from problem
+
+
 def number(value: float | None) -> str:
     """A count with commas, anything else with six digits; nothing where there is none."""
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
-
-
-def many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sqsd_filter.pictures import BLUE, ORANGE, plain
-from sqsd_filter.pipeline.page.parts import Plot, Section, Table, many, number
+from sqsd_filter.pipeline.page.parts import Plot, Section, Table, number
 from sqsd_filter.pipeline.rules import CONSENSUS
 from sqsd_filter.pipeline.writing.histogram import FAR, draw_histogram
+from sqsd_filter.pipeline.writing.report import is_sqsd, risk_name
+from sqsd_filter.scoring.scorer import SQSD
+from sqsd_filter.wording import many
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,11 +40,14 @@ def headline(report: Mapping[str, Any]) -> str:
 def summary(report: Mapping[str, Any]) -> list[str]:
     """What was done, in a few sentences."""
     rows, words = report["rows"], []
-    fates = {"kept": "were kept", "dropped": "dropped", "errors": "could not be scored"}
-    if "kept" not in rows:
-        rows, fates = {**rows, "with risk": rows["total"] - rows["errors"]}, {"with risk": "have a risk", **fates}
-    told = ", ".join(f"{rows[name]:,} {fate}" for name, fate in fates.items() if name in rows)
-    words.append(f"{many(rows['total'], 'row')} came in: {told}.")
+    unscored = sum(report["unscored"].values())
+    if "kept" in rows:
+        told = f"{rows['kept']:,} were kept, {rows['dropped']:,} dropped"
+    else:
+        told = f"{rows['total'] - unscored:,} have a risk"
+    kept = unscored - rows["errors"]
+    spared = f" (kept all the same: {kept:,})" if kept else ""
+    words.append(f"{many(rows['total'], 'row')} came in: {told}, {unscored:,} could not be scored{spared}.")
     if report["cut"] is not None:
         words.append(f"The cut: {report['cut']}.")
     if weights := report.get("weights"):
@@ -57,14 +63,24 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 
 
 def _measure(report: Mapping[str, Any]) -> str:
-    """Which pack gave the risks."""
+    """What gave the risks."""
     if found := report.get("consensus"):
-        packs = ", ".join(_pack(each["pack"]) if each["pack"] else each["column"] for each in found["packs"])
+        packs = ", ".join(
+            (_pack(each["pack"]) if each["pack"] else each["column"]) + _other(each) for each in found["packs"]
+        )
         return f"The risk is the {CONSENSUS[found['rule']]}: {packs}."
-    if pack := report.get("pack"):
-        state = f", all at the state {pack['shared_state']}" if pack.get("shared_state") else ""
+    if not (pack := report.get("pack")):
+        return f"The risk was in the input{_other(report)}."
+    state = f", all at the state {pack['shared_state']}" if pack.get("shared_state") else ""
+    if is_sqsd(report):
         return f"The risk was measured with the pack {_pack(pack)}{state}."
-    return "The risk was in the input."
+    return f"The risk is that of the scorer {report['scorer']}, on {pack['base_model']}{state}."
+
+
+def _other(report: Mapping[str, Any]) -> str:
+    """The scorer, where it is known to be another than SQSD."""
+    name = report.get("scorer") or SQSD
+    return "" if name == SQSD else f", by the scorer {name}"
 
 
 def _pack(pack: Mapping[str, Any]) -> str:
@@ -72,7 +88,10 @@ def _pack(pack: Mapping[str, Any]) -> str:
 
 
 def risks(report: Mapping[str, Any], notes: Mapping[str, Any]) -> Section:
-    words = ["How risk is spread over the rows. It has no unit; rows with a higher risk push the model further."]
+    if is_sqsd(report):
+        words = ["How risk is spread over the rows. It has no unit; rows with a higher risk push the model further."]
+    else:
+        words = ["How risk is spread over the rows. A higher one is riskier by this measure."]
     quantiles = report["risk_quantiles"]
     table = Table(["quantile", *(f":{q}" for q in quantiles)], [["risk", *(f"{v:.3g}" for v in quantiles.values())]])
     draw = partial(draw_histogram, bars=notes["histogram"], report=report)
@@ -80,7 +99,7 @@ def risks(report: Mapping[str, Any], notes: Mapping[str, Any]) -> Section:
     return Section("risk", "Risk", words, plots=[plot], tables=[table] if quantiles else [])
 
 
-def lengths(notes: Mapping[str, Any]) -> Section:
+def lengths(report: Mapping[str, Any], notes: Mapping[str, Any]) -> Section:
     found, title = notes["lengths"], "Risk and length"
     if found is None:
         why = "No answer could be measured: no row has a risk, or it is not known which columns hold the answers."
@@ -98,11 +117,12 @@ def lengths(notes: Mapping[str, Any]) -> Section:
     else:
         words.append(f"Spearman's rank correlation of risk and length is {rho:.2f}, which is weak.")
     told = "" if rho is None else f" Spearman's rank correlation is {rho:.2f}."
-    plot = Plot("length", f"Risk against the length of the answer.{told}", partial(_draw_lengths, found))
+    axis = risk_name(report) + (" (no unit)" if is_sqsd(report) else "")
+    plot = Plot("length", f"Risk against the length of the answer.{told}", partial(_draw_lengths, found, axis))
     return Section("length", title, words, warning, [plot])
 
 
-def _draw_lengths(found: Mapping[str, Any], figure: Figure) -> None:
+def _draw_lengths(found: Mapping[str, Any], axis: str, figure: Figure) -> None:
     """Rows as points, and their quartiles of risk by length."""
     from matplotlib.ticker import StrMethodFormatter
 
@@ -122,7 +142,7 @@ def _draw_lengths(found: Mapping[str, Any], figure: Figure) -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlim(left=0)
     axes.set_xlabel("length of the answer (characters)", fontsize=13)
-    axes.set_ylabel("SQSD risk (no unit)", fontsize=13)
+    axes.set_ylabel(plain(axis), fontsize=13)
     axes.tick_params(labelsize=12)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper left", ncols=4, fontsize=13, frameon=False)
@@ -152,6 +172,8 @@ def _draw_modules(name: str, found: Mapping[str, Any], figure: Figure) -> None:
     layers.sort(key=lambda layer: -1 if layer is None else layer)
     where = tuple(np.array([(layers.index(layer), kinds.index(kind)) for layer, kind in found["places"]]).T)
     most = max(1e-9, *(abs(value) for side in ("all", "riskiest") for value in found[side]))
+    short = [kind.rpartition(".")[2] for kind in kinds]
+    names = [plain(kind if short.count(last) > 1 else last) for kind, last in zip(kinds, short, strict=True)]
     colours = matplotlib.colormaps["RdBu_r"].resampled(41)  # with more, the bar beside would be an image
     both = figure.subplots(1, 2, sharey=True)
     for axes, side in zip(both, ("all", "riskiest"), strict=True):
@@ -159,7 +181,7 @@ def _draw_modules(name: str, found: Mapping[str, Any], figure: Figure) -> None:
         grid[where] = found[side]
         image = axes.pcolormesh(grid, cmap=colours, vmin=-most, vmax=most)
         axes.set_title(f"{side} rows", fontsize=12)
-        axes.set_xticks(np.arange(len(kinds)) + 0.5, [plain(kind.rpartition(".")[2]) for kind in kinds], rotation=90)
+        axes.set_xticks(np.arange(len(kinds)) + 0.5, names, rotation=90)
     step = -(-len(layers) // 16)
     labels = ["none" if layer is None else str(layer) for layer in layers[::step]]
     both[0].set_yticks(np.arange(len(layers))[::step] + 0.5, labels)

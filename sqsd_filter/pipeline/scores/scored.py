@@ -177,8 +177,8 @@ class ColumnIndex:
             self._statuses.append(status)
         self._codes.append(self._statuses.index(status))
 
-    def scored(self, corpus: Corpus, groups: Groups | None = None) -> Scored:
+    def scored(self, corpus: Corpus, groups: Groups | None = None, form: RowFormat | None = None) -> Scored:
         codes, risk = np.frombuffer(bytes(self._codes), np.uint8), np.array(self._risk, dtype=np.float64)
         counts = {"scored": 0, "reused": int(((codes == 0) & np.isfinite(risk)).sum()), "duplicates": 0}
         tokens = np.zeros(len(codes), np.int64)
-        return Scored(corpus, None, self._statuses, codes, {}, risk, tokens, counts, self._details, groups)
+        return Scored(corpus, form, self._statuses, codes, {}, risk, tokens, counts, self._details, groups)

@@ -19,7 +19,7 @@ from sqsd_filter.pipeline.rules import CONSENSUS
 from sqsd_filter.pipeline.writing.export import REASONS
 from sqsd_filter.pipeline.writing.markdown import code, fenced, table
 from sqsd_filter.pipeline.writing.originals import MARKER, Original, carried_over
-from sqsd_filter.pipeline.writing.report import load_calls
+from sqsd_filter.pipeline.writing.report import is_sqsd, load_calls, low_risk, scorers
 from sqsd_filter.scoring.scorer import SQSD
 
 CARD_FILE = "README.md"
@@ -35,7 +35,6 @@ ERROR_COLUMNS = (
 )
 
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
-LOW = "that a row pushes little along the directions of this pack"
 CAVEATS = """\
 ## What it can't promise
 
@@ -71,11 +70,7 @@ def card_text(report: Mapping[str, Any], originals: Sequence[tuple[str, str]] = 
     header = yaml.safe_dump(_header(report, sources), sort_keys=False, allow_unicode=True)
     where = "path" if name is None else json.dumps(name)
     parts = [_opening(report), _removed(report), _contents(report, where), _origin(report, sources), _licence(sources)]
-    parts += [
-        CAVEATS.format(low=LOW if _is_sqsd(report) else "how a row stands by this measure"),
-        MARKER,
-        *(source.section() for source in sources),
-    ]
+    parts += [CAVEATS.format(low=low_risk(report)), MARKER, *(source.section() for source in sources)]
     text = f"---\n{header}---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
     return text.encode(errors="backslashreplace").decode()  # an argument of the command may be no UTF-8
 
@@ -138,22 +133,19 @@ def _opening(report: Mapping[str, Any]) -> str:
             "the paper's form, in which each has its own: it is faster and gives other scores."
         )
     paper = "[arXiv 2605.04572](https://arxiv.org/abs/2605.04572)"
-    if _is_sqsd(report):
+    if (names := scorers(report)) == [SQSD]:
         risk = f"""\
 Each row was given an SQSD risk ({paper}): how much more the parameter
 update that the row alone would cause points along a danger direction than along a safety direction."""
     else:
-        risk = f"Each row was given a risk by the scorer {code(report['scorer'])}, to which SQSD ({paper}) is compared."
+        by = f"the scorer{'s' * (len(names) > 1)} {' and '.join(map(code, names))}"
+        risk = f"Each row was given a risk by {by}{'' if SQSD in names else f', to which SQSD ({paper}) is compared'}."
     return f"""\
 # {title}
 
 {risk} {measured}
 
 ![Histogram of the risk: {alt}]({PICTURE_FILE})"""
-
-
-def _is_sqsd(report: Mapping[str, Any]) -> bool:
-    return bool(report.get("scorer", SQSD) == SQSD)
 
 
 def _pack(pack: Mapping[str, Any]) -> str:
@@ -286,7 +278,7 @@ def _columns(report: Mapping[str, Any]) -> str:
     lines = [("`sqsd_risk`", f"the risk: no unit, higher is riskier{f'; {total}' if total else ''}")]
     for name in probes:
         update = f"cosine of the row's update with the direction {code(name)}, summed over the layers"
-        lines.append((code(f"sqsd_{name}"), update if _is_sqsd(report) else f"{code(name)}, as the scorer has it"))
+        lines.append((code(f"sqsd_{name}"), update if is_sqsd(report) else f"{code(name)}, as the scorer has it"))
     for each in report["consensus"]["packs"] if report.get("consensus") else ():
         whose = _pack(each["pack"]) if each["pack"] else "one of the packs"
         lines.append((code(each["column"]), f"the risk that {whose} gave"))

@@ -18,7 +18,10 @@ from sqsd_filter.pipeline.writing.export import REASONS
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
-EXPLAINED_FILE = "explained.json"  # holds the text of rows, so it is not among the files that a report names
+# These hold text of rows, so they are not among the files that a report names:
+EXPLAINED_FILE = "explained.json"
+PAGE_FILE = "report.html"
+NOTES_FILE = "notes.json"  # what the page shows of rows
 LOCK_FILE = "lock"
 BASE = "base"  # in run.json, no part of what the run is: the way from its folder to where the paths begin
 
@@ -74,7 +77,7 @@ class Destination:
                     f"{self.target} can't be replaced, since it is or holds the working directory, or is mounted: "
                     "choose another destination."
                 )
-            self._refuse_running(self.home)
+            refuse_running(self.home, self.target)
             self.replaces = True
             self.root = _neighbour(self.target, "new")
             self.home = self._home_of(self.root)
@@ -97,12 +100,8 @@ class Destination:
 
     def spare(self, given: Iterable[Any]) -> None:
         """Raise `DestinationExists` if one of these would be lost with what --overwrite replaces."""
-        target = self.target.resolve()
-        for path in given:
-            if self._overwrite and isinstance(path, str | Path) and Path(path).resolve().is_relative_to(target):
-                raise DestinationExists(
-                    f"{self.target} holds the input {path}, which --overwrite would delete: choose another destination."
-                )
+        if self._overwrite:
+            spare(self.target, given)
 
     def keep_out(self, folder: Path) -> None:
         """Raise `UsageError` for a score store in what this run writes, or a later one replaces."""
@@ -123,11 +122,6 @@ class Destination:
         self.home.mkdir(parents=True, exist_ok=True)
         self._lock = take_lock(self.home / LOCK_FILE, self.target)
 
-    def _refuse_running(self, home: Path) -> None:
-        """Raise `DestinationExists` where a run is at work in this home, which is about to be replaced."""
-        if (home / LOCK_FILE).exists():
-            take_lock(home / LOCK_FILE, self.target).close()
-
     def _clear(self) -> None:
         """Remove what another run left here, but not the lock on it."""
         for place in (self.root, self.home):
@@ -146,6 +140,8 @@ class Destination:
             whole = all(self._is_whole(file) for file in files)
             beside = all(self._is_written(path) for path in report.get("extra_files", []) if path not in empty)
             beside &= "explained" not in report or (self.home / EXPLAINED_FILE).is_file()
+            notes = read_json(self.home / NOTES_FILE)
+            beside &= isinstance(notes, dict) and bool(notes) and (self.home / PAGE_FILE).is_file()
         except OSError:
             return False
         return whole and beside and sum(file["rows"] for file in files) == report["rows"]["total"]
@@ -202,6 +198,21 @@ def take_lock(path: Path, target: object) -> IO[str]:
     except OSError:
         pass  # a file system without locks
     return lock
+
+
+def spare(target: Path, given: Iterable[Any]) -> None:
+    """Raise `DestinationExists` if one of these would be lost with the target."""
+    for path in given:
+        if isinstance(path, str | Path) and Path(path).resolve().is_relative_to(target.resolve()):
+            raise DestinationExists(
+                f"{target} holds the input {path}, which --overwrite would delete: choose another destination."
+            )
+
+
+def refuse_running(home: Path, target: object) -> None:
+    """Raise `DestinationExists` where a run is at work in this home."""
+    if (home / LOCK_FILE).exists():
+        take_lock(home / LOCK_FILE, target).close()
 
 
 def without(target: Path, homes: Iterable[Path], given: Sequence[Any]) -> list[Any]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sqsd_filter.pictures import BLUE, ORANGE, picture
+from sqsd_filter.pictures import BLUE, ORANGE, picture, plain
 from sqsd_filter.pipeline.selection import DROPPED
+from sqsd_filter.pipeline.writing.report import is_sqsd, risk_name
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -109,7 +110,8 @@ def draw_histogram(figure: Figure, bars: Mapping[str, list[Any]], report: Mappin
     axes.set_title("" if legend else "No row has a risk.", loc="left", fontsize=13)
     axes.set_xlim(edges[0] - (3 if below else 1) * width, edges[-1] + (3 if above else 1) * width)
     axes.set_ylim(0, 1.05 * max(1, floor.max()))
-    axes.set_xlabel("SQSD risk (no unit; higher is riskier)", fontsize=13)
+    unit = "no unit; " if is_sqsd(report) else ""
+    axes.set_xlabel(f"{plain(risk_name(report))} ({unit}higher is riskier)", fontsize=13)
     axes.set_ylabel("rows", fontsize=13)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

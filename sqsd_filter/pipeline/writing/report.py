@@ -15,6 +15,7 @@ from sqsd_filter.pipeline.folder import write_whole
 from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.pipeline.selection import FORMULA, Cut, Selection
 from sqsd_filter.pipeline.writing.export import CONFIGS
+from sqsd_filter.scoring.scorer import SQSD
 
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 
@@ -73,6 +74,31 @@ def _pieces(selection: Selection, cut: Cut) -> dict[str, Any]:
         level = {name: None if apart else figures[0][name] for name in ("threshold", "scale")}
         found["weights"] = {"formula": FORMULA, **level, "sum": sum(piece.total for piece in selection.pieces)}
     return found
+
+
+def scorers(report: Mapping[str, Any]) -> list[str]:
+    """What gave the risks, or those of which ranks were combined; SQSD where it is not known."""
+    each = report["consensus"]["packs"] if report.get("consensus") else [report]
+    return list(dict.fromkeys(one.get("scorer") or SQSD for one in each))
+
+
+def is_sqsd(report: Mapping[str, Any]) -> bool:
+    """Is the risk SQSD's own: no other scorer's, and no rank?"""
+    return not report.get("consensus") and scorers(report) == [SQSD]
+
+
+def risk_name(report: Mapping[str, Any]) -> str:
+    """What an axis calls the risk."""
+    if is_sqsd(report):
+        return "SQSD risk"
+    return f"risk by {report['consensus']['rule'] if report.get('consensus') else report['scorer']}"
+
+
+def low_risk(report: Mapping[str, Any]) -> str:
+    """What a low risk says."""
+    if is_sqsd(report):
+        return "that a row pushes little along the directions of this pack"
+    return "how a row stands by this measure"
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:

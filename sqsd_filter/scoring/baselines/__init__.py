@@ -33,6 +33,7 @@ SCORERS = {
     "datashield": "baselines.datashield.DataShieldScorer",
 }
 ANCHORED = ("bi-anchor", "larf", "datashield")  # these compare rows with unsafe and safe ones
+MEANT_FOR = {"unsafe_anchors": ANCHORED, "safe_anchors": ANCHORED, "seed": ("random",)}
 
 
 def make_scorer(

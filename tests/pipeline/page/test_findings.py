@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,8 @@ def test_an_evaluation_is_shown_with_its_intervals(out: Path, tmp_path: Path, ca
     assert '<td>kept</td><td class="number">33% (25% to 50%)</td>' in page
     assert '<td>random minus kept</td><td class="number">10% (-5% to 20%)</td>' in page
     assert Seen(page).requests == [] and ">$x^</text>" in page  # no formula
+    assert run(out, "--evaluation", tmp_path, capfd=capfd)[0] == 0  # the folder of results.json
+    assert Path(found["page"]).read_text(encoding="utf-8") == page
     assert run(out, capfd=capfd)[0] == 0 and "Evaluation" not in Path(found["page"]).read_text(encoding="utf-8")
     assert not (out / "sqsd/plots/asr.png").exists()
 
@@ -139,3 +143,21 @@ def test_a_damaged_evaluation_is_one_sentence_and_leaves_the_page(
 def test_a_file_that_is_not_there_is_an_input_error(option: str, out: Path, tmp_path: Path, capfd: Any) -> None:
     code, told, err = run(out, option, tmp_path / "none", capfd=capfd)
     assert (code, told) == (3, "") and "can't be read (No such file or directory)" in err
+
+
+def test_what_cannot_be_drawn_is_told_of_its_file_without_assertions_too(tmp_path: Path) -> None:
+    point = {"alpha": "wide", "refusal_rate": 0.5, "refusal_low": 0.4, "refusal_high": 0.6, "degenerate_rate": 0}
+    curve = {"name": "danger", "points": [point], "steers": False, "random": []}
+    report = {"pack": "tiny", "settings": {"rows": {"pairs": 0}}, "directions": [curve, curve | {"points": None}]}
+    (tmp_path / "steer.json").write_text(json.dumps(report))
+    script = f"""
+from pathlib import Path
+from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.page.findings import steering
+try:
+    steering(Path({str(tmp_path)!r}))
+except InputError as problem:
+    print(problem)
+"""
+    done = subprocess.run([sys.executable, "-O", "-c", script], capture_output=True, text=True, check=True)
+    assert "steer.json is damaged, or not what 'sqsd-filter steer' left" in done.stdout

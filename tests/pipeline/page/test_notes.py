@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,15 +106,22 @@ def test_the_first_rows_of_each_error_are_named(tmp_path: Path) -> None:
 
 
 def test_the_heat_map_has_the_plain_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notes, "BLOCK", 7)
+    monkeypatch.setattr(notes, "BLOCK", 3500)
     monkeypatch.setattr(notes, "MOST_ROWS", 4)
-    corpus = open_corpus([write_jsonl(tmp_path / "in.jsonl", make_rows(30))])
-    cosines = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
+    n = 10_000
+    corpus = open_corpus([write_jsonl(tmp_path / "in.jsonl", make_rows(n))])
+    cosines = np.random.default_rng(0).normal(size=(n, 200)).astype(np.float32)
     cosines[3] = np.nan
-    scored, _ = by_hand(corpus, [KEPT] * 30, [3])
-    modules = {"danger": PerModule(["model.layers.0.mlp.up_proj", "model.layers.11.self_attn.q_proj"], cosines)}
+    scored, _ = by_hand(corpus, [KEPT] * n, [3])
+    modules = {"danger": PerModule([f"model.layers.{k}.mlp.up_proj" for k in range(200)], cosines)}
     scored = replace(scored, modules=modules)
-    found = Notes(scored, None)._means(modules["danger"])
-    assert found["places"] == [(0, "mlp.up_proj"), (11, "self_attn.q_proj")]
-    assert found["all"] == pytest.approx(np.nanmean(cosines, axis=0), rel=1e-5)
-    assert found["riskiest"] == pytest.approx(cosines[26:].mean(axis=0), rel=1e-5)
+    taken = Notes(scored, None)
+    tracemalloc.start()
+    found = taken._means(modules["danger"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < cosines.nbytes / 4  # no copy
+    assert found["places"] == [(k, "mlp.up_proj") for k in range(200)]
+    exact = cosines.astype(np.float64)
+    assert found["all"] == pytest.approx(np.nanmean(exact, axis=0))
+    assert found["riskiest"] == pytest.approx(exact[-4:].mean(axis=0))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
-from sqsd_filter.errors import InputError, SQSDError
+from sqsd_filter.errors import DestinationExists, InputError, SQSDError
 from sqsd_filter.pipeline.page.page import remake_page, write_page
 from sqsd_filter.pipeline.publishing.hub import PushTo
+from sqsd_filter.pipeline.writing.destination import take_lock
+from sqsd_filter.scoring.row_formats import Columns
 from tests.corpora import make_rows, read_report, write_jsonl
 from tests.disks import small_disk
 from tests.hub import Hub
@@ -73,13 +78,46 @@ def test_the_page_asks_for_nothing_and_names_no_address(tmp_path: Path) -> None:
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
-def test_the_page_fits_a_phone_and_a_dark_screen(tmp_path: Path) -> None:
+def test_pictures_take_the_colour_of_the_text_and_say_what_they_show(tmp_path: Path) -> None:
     found = Seen(page_of(tmp_path, make_rows(30)))
-    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in [a for _, a in found.elements]
-    assert "prefers-color-scheme: dark" in found.page and "@media print" in found.page
     pictures = [a for tag, a in found.elements if tag == "svg"]
-    assert len(pictures) == 2 and not [a for a in pictures if "width" in a or not a["aria-label"]]
+    assert len(pictures) == 2 and all(a["aria-label"] for a in pictures)
     assert "#000000" not in found.page.partition("<body>")[2]  # black on a dark page
+
+
+LOOKED_AT = """<script>
+const style = getComputedStyle(document.body), seen = document.documentElement;
+const ink = getComputedStyle(document.querySelector("svg text")).fill;
+const colours = [style.backgroundColor, style.color, ink].map(c => c.match(/\\d+/g).map(Number));
+parent.postMessage(JSON.stringify({asked: innerWidth, room: seen.clientWidth, wide: seen.scrollWidth, colours}), "*");
+</script>"""
+PHONE = """<!doctype html><meta name="color-scheme" content="light dark">
+<body><iframe src="copy.html" width="360" height="800" style="border: 0"></iframe>
+<script>onmessage = told => document.body.replaceChildren(told.data)</script>"""
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium is installed")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_page_fits_a_phone_and_a_dark_screen(tmp_path: Path, dark: bool) -> None:
+    report, notes = noted(tmp_path, [row("x" * 500, "word " * 200) for _ in range(30)])
+    group = {"scored": 10**9, "dropped": 10**6, "threshold": 0.123456789}
+    report["groups"] = {"column": "kind", "spared": 0, "groups": [{**group, "split": "s" * 99, "value": "v" * 99}]}
+    report["command"] = ["sqsd-filter", "/" + "a" * 300]
+    page = write_page(tmp_path, report, notes).read_text(encoding="utf-8")
+    assert page.count('<meta http-equiv="Content-Security-Policy"') == 1
+    open_page = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", page).replace("</body>", LOOKED_AT)
+    (tmp_path / "copy.html").write_text(open_page, encoding="utf-8")
+    (tmp_path / "phone.html").write_text(PHONE)  # a window itself can't be so narrow
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=3000"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={int(not dark)}"]
+    address = (tmp_path / "phone.html").as_uri()
+    done = subprocess.run([CHROMIUM, *options, address], capture_output=True, text=True, check=True, timeout=120)
+    seen = json.loads(re.findall(r"<body>(.*)</body>", done.stdout, re.DOTALL)[0])
+    assert seen["wide"] <= seen["room"] <= seen["asked"] == 360
+    ground, *inks = (sum(colour[:3]) for colour in seen["colours"])
+    assert all(ink - ground > 300 if dark else ground - ink > 300 for ink in inks)
 
 
 def test_the_worst_rows_make_no_heavy_page(tmp_path: Path) -> None:
@@ -117,6 +155,15 @@ def test_cosines_by_module_are_drawn_a_picture_a_probe(tmp_path: Path) -> None:
         "Mean cosine with the direction $safety",
     ]
     assert found.requests == [] and "image" not in [tag for tag, _ in found.elements]
+
+
+def test_modules_are_called_by_their_last_name_where_that_is_theirs_alone(tmp_path: Path) -> None:
+    report, notes = noted(tmp_path, make_rows(9))
+    places = [[0, kind] for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")]
+    notes["modules"] = {"danger": {"places": places, "all": [0.1] * 3, "riskiest": [0.2] * 3}}
+    page = write_page(tmp_path, report, notes).read_text(encoding="utf-8")
+    assert all(f">{name}</text>" in page for name in ("c_attn", "attn.c_proj", "mlp.c_proj"))
+    assert ">c_proj</text>" not in page
 
 
 @pytest.mark.parametrize(
@@ -175,6 +222,22 @@ def test_every_kind_of_run_leaves_its_page(folder: Path, scorer: SQSDScorer) -> 
         assert len(Seen(page).texts) == 40 and "Measured on 20 rows" in page
 
 
+def test_rows_that_are_kept_without_a_risk_are_counted_as_such(folder: Path, scorer: SQSDScorer) -> None:
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, on_error="keep")
+    told = "21 rows came in: 18 were kept, 3 dropped, 1 could not be scored (kept all the same: 1)."
+    assert told in read("out/sqsd")
+
+
+def test_a_cut_of_scored_files_reads_rows_as_they_were_scored(folder: Path, tiny_pack: Path) -> None:
+    write_jsonl(folder / "in.jsonl", [{"q": f"Question {k}?", "a": f"Answer {k}."} for k in range(8)])
+    scorer = SQSDScorer(tiny_pack, columns=Columns(prompt="q", answer="a"))
+    score_dataset("in.jsonl", "all.parquet", scorer=scorer)
+    select_dataset("all.parquet", "known", drop_count=2)
+    Path("all.parquet").rename("alone.parquet")
+    select_dataset("alone.parquet", "guessed", drop_count=2)
+    assert "Measured on 8 rows" in read("known/sqsd") and "No answer could be measured" in read("guessed/sqsd")
+
+
 def test_the_page_is_made_anew_from_what_the_run_left_alone(folder: Path, scorer: SQSDScorer) -> None:
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
     before = read("out/sqsd")
@@ -191,10 +254,36 @@ def test_the_page_is_made_anew_from_what_the_run_left_alone(folder: Path, scorer
 def test_what_is_no_finished_run_is_one_sentence(folder: Path, scorer: SQSDScorer) -> None:
     with pytest.raises(InputError, match="out holds no finished run"):
         remake_page(Path("out"))
-    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
-    Path("out/sqsd/notes.json").write_text("{")
-    with pytest.raises(InputError, match=r"out has no notes\.json to make a page from.*--overwrite"):
+
+
+def test_a_run_at_work_is_waited_for(folder: Path) -> None:
+    Path("out/sqsd").mkdir(parents=True)
+    with (
+        take_lock(Path("out/sqsd/lock"), "out"),
+        pytest.raises(DestinationExists, match="Another run is writing to out right now: wait for it"),
+    ):
         remake_page(Path("out"))
+
+
+@pytest.mark.parametrize("left", [None, "{", "[]", "[1]", '{"riskiest": 3}'], ids=str)
+def test_a_run_without_sound_notes_makes_them_again_as_the_error_says(
+    folder: Path, scorer: SQSDScorer, left: str | None
+) -> None:
+    def run() -> dict[str, Any]:
+        return filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
+
+    run()
+    before, notes = read("out/sqsd"), Path("out/sqsd/notes.json")
+    remake_page(Path("out"))
+    notes.unlink() if left is None else notes.write_text(left)
+    with pytest.raises(InputError, match="start the same run again; its scores are kept") as refused:
+        remake_page(Path("out"))
+    if "delete notes.json" in str(refused.value):
+        notes.unlink()
+    report = run()
+    assert "already_done" not in report and report["rows"]["scored"] == 20 and not Path("out/sqsd/plots").exists()
+    assert remake_page(Path("out"))[0].read_text(encoding="utf-8") == before
+    assert run()["already_done"]
 
 
 def test_a_full_disk_costs_the_page_and_not_the_run(
@@ -209,7 +298,7 @@ def test_a_full_disk_costs_the_page_and_not_the_run(
     assert report["status"] == "ok" and read_report(Path("out"))["rows"]["kept"] == 17
     assert not list(Path("out/sqsd").glob("*report.html*"))
     (said,) = [record.message for record in caplog.records if record.name.startswith("sqsd_filter")]
-    assert said.startswith("out/sqsd/report.html can't be written (")
+    assert said.startswith("The page can't be written (") and "Make room and start the same command again." in said
     with pytest.raises(SQSDError, match=r"No page can be written to out/sqsd .*room"), small_disk(room):
         remake_page(Path("out"))
     assert remake_page(Path("out"))[0].read_text(encoding="utf-8") == read("whole/sqsd")
@@ -221,6 +310,7 @@ def test_no_push_takes_the_page_or_its_texts_along(folder: Path, scorer: SQSDSco
     write_jsonl(folder / "in.jsonl", [*make_rows(9), {"id": 9, "instruction": "?", "output": secret}])
     push = PushTo("org/out", private=private, rows=["kept"])
     filter_dataset("in.jsonl", "out", drop_count=10, scorer=scorer, push=push)
+    assert "no push to a dataset of the Hub takes the page along" in read("out/sqsd")
     assert secret in read("out/sqsd") and secret in Path("out/sqsd/notes.json").read_text()
     files = hub.files("org/out")
     assert "sqsd/report.json" in files and {"sqsd/report.html", "sqsd/notes.json"}.isdisjoint(files)
