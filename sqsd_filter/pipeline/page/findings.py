@@ -11,6 +11,7 @@ from typing import Any
 
 from sqsd_filter.errors import InputError
 from sqsd_filter.pipeline.page.parts import Plot, Section, Table, sensible
+from sqsd_filter.wording import many
 
 
 @contextmanager
@@ -63,7 +64,9 @@ def evaluation(folder: Path) -> Section:
             words = [_trained(found, "equally spaced windows of its rows, S1 the riskiest"), FALLING]
         if arms:
             tables.append(_arms(arms))
-            words.append(_trained(found, "what a cut drops, what it keeps, as many random rows, all and none"))
+            words.append(_trained(found, "what a cut drops, what it keeps, as many random rows, and all"))
+        if scorers or arms:
+            words += _before(found["untuned"], found["judges"])
         if poisoned:
             tables.append(_mixes(poisoned))
             words.append(
@@ -83,6 +86,15 @@ def _trained(found: Mapping[str, Any], sets: str) -> str:
         f"{found['model']['name']}, as pack {found['model']['pack']} aligns it, was fine-tuned on sets of {names}: "
         f"{sets} (seeds: {', '.join(map(str, found['seeds']))}), and then asked harmful and harmless prompts."
     )
+
+
+def _before(untuned: Mapping[str, Any], judges: Mapping[str, Any]) -> Iterator[str]:
+    refused = untuned["over_refusal"]
+    harmless = "" if refused is None else f", and it refused {refused:.0%} of the harmless prompts"
+    yield f"Before that its attack success rate was {_between(untuned['asr'], untuned['ci'])}{harmless}."
+    for pair in judges["agreement"]:
+        first, second = pair["judges"]
+        yield f"The judges {first} and {second} agree on {pair['share']:.0%} of {many(pair['answers'], 'answer')}."
 
 
 def _check_windows(scorers: Mapping[str, Any]) -> None:

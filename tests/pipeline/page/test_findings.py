@@ -39,6 +39,8 @@ RESULTS: dict[str, Any] = {
     "corpus": [{"name": "in.jsonl", "rows": 60}],
     "seeds": [0, 1],
     "scorers": {"sqsd": WINDOWS, "$x^": {**WINDOWS, "monotone": False}},
+    "untuned": {"asr": 0.03, "ci": [0.0, 0.1], "over_refusal": 0.15},
+    "judges": {"asr": "phrases", "agreement": [{"judges": ["phrases", "guard"], "answers": 1200, "share": 0.875}]},
     "arms": {"sqsd": {"kept": ARM, "random_minus_kept": {"asr": 0.1, "ci": [-0.05, 0.2]}}},
     "poisoned": {"sqsd": {"0.05": MIX}},
     "curves": {"roc": {"sqsd": [[0, 0], [0.2, 0.8], [1, 1]]}, "pr": {"sqsd": [[0, 1], [1, 0.3]]}},
@@ -84,6 +86,8 @@ def test_an_evaluation_is_shown_with_its_intervals(out: Path, tmp_path: Path, ca
     assert "<td>sqsd</td><td>S1</td>" + "".join(f'<td class="number">{x}</td>' for x in ("25%", *first)) in page
     assert '<td>kept</td><td class="number">33% (25% to 50%)</td>' in page
     assert '<td>random minus kept</td><td class="number">10% (-5% to 20%)</td>' in page
+    assert "Before that its attack success rate was 3% (0% to 10%), and it refused 15% of the harmless prompts." in page
+    assert "The judges phrases and guard agree on 88% of 1,200 answers." in page
     assert Seen(page).requests == [] and ">$x^</text>" in page  # no formula
     assert run(out, "--evaluation", tmp_path, capfd=capfd)[0] == 0  # the folder of results.json
     assert Path(found["page"]).read_text(encoding="utf-8") == page
