@@ -7,8 +7,16 @@ import shlex
 from collections.abc import Iterator
 
 import click
+import pytest
 
-from sqsd_filter.cli.main import cli
+from sqsd_filter.cli.main import cli, main
+
+
+def exit_code(*words: object) -> int:
+    """That of the command, run in this process."""
+    with pytest.raises(SystemExit) as left:
+        main(list(map(str, words)))
+    return int(left.value.code or 0)
 
 
 def parse(arguments: list[str], group: click.Group = cli, default: str | None = "filter") -> click.Context:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -56,3 +56,29 @@ def moto() -> Iterator[str]:
     server.start()
     yield "{}:{}".format(*server.get_host_and_port())
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[None]:
+    """Ray on two cores, for the tests of a module."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def command(folder: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process, in the module's `folder`: exit code, stdout, stderr."""
+    from sqsd_filter.cli.main import main
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(list(arguments))
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return int(left.value.code or 0), out, err
+
+    return run

@@ -37,21 +37,6 @@ def folder(tmp_path: Path, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return tmp_path
 
 
-@pytest.fixture
-def command(folder: Path, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main(list(arguments))
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return int(left.value.code or 0), out, err
-
-    return run
-
-
 def one_sentence(err: str) -> str:
     """The error, which must be alone on the last line."""
     *before, last = err.strip().splitlines()

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sqsd_filter.cli.main import main
 from sqsd_filter.pipeline.page.findings import evaluation
+from tests.commands import exit_code
 from tests.corpora import write_jsonl
 from tests.evaluation.test_run import REFUSAL, scored
 
-
-def called(*words: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(["evaluate", *map(str, words)])
-    return int(left.value.code or 0)
+called = partial(exit_code, "evaluate")
 
 
 def test_the_table_and_the_json_say_what_results_json_does(

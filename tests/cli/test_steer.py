@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from sqsd_filter.cli.main import main
 from sqsd_filter.directions.pack import load_pack
+from tests.commands import exit_code
 from tests.compass import PAIRS
 from tests.corpora import write_jsonl
 
-
-def called(*words: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(["steer", *map(str, words)])
-    return int(left.value.code or 0)
+called = partial(exit_code, "steer")
 
 
 def test_steer_prints_a_table_then_json_and_records(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from sqsd_filter import make_scorer
-from sqsd_filter.cli.main import main
 from sqsd_filter.errors import DestinationExists, UsageError
 from sqsd_filter.pipeline.anchors import read_anchors
 from sqsd_filter.pipeline.run import filter_dataset, score_dataset, select_dataset
@@ -36,21 +34,6 @@ def folder(tmp_path: Path, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> 
     write_jsonl(tmp_path / "unsafe.jsonl", unsafe)
     write_jsonl(tmp_path / "safe.jsonl", safe)
     return tmp_path
-
-
-@pytest.fixture
-def command(folder: Path, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main(list(arguments))
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return int(left.value.code or 0), out, err
-
-    return run
 
 
 def anchors() -> dict[str, Any]:
@@ -190,13 +173,6 @@ def test_explanations_are_for_scores_that_have_cosines(folder: Path, tiny_pack: 
     assert report["explained"] == 2
     with pytest.raises(UsageError, match="the scorer unnormalised has none"):
         filter_dataset("in.jsonl", "no", drop_count=2, scorer=make_scorer("unnormalised", tiny_pack), explain=2)
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.slow

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 
 from sqsd_filter import filter_dataset, select_dataset
@@ -192,13 +190,6 @@ def test_a_run_at_a_shared_state_is_not_taken_for_the_papers_form(tiny_pack: Pat
         filter_dataset(source, "out", **cut, scorer=shared)
     report = filter_dataset(source, "fast", **cut, scorer=shared)
     assert (report["rows"]["scored"], report["rows"]["reused"]) == (12, 0)  # nothing from the store of the other form
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.slow
