@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sqsd_filter.cli.evaluate import design_of
@@ -200,6 +202,24 @@ def test_the_small_study_takes_only_what_the_pack_has_not_seen(study: ModuleType
         assert asked[name] and not asked[name] & trained, name
     assert not (asked["dolly"] | asked["gsm8k"]) & asked["test"]
     assert len(asked["dolly"]) == len(made["dolly"]) and {row["source"] for row in made["harmful"]} == {"AdvBench"}
+
+
+def test_scores_of_the_small_study_are_kept_without_a_word_and_come_back(study: ModuleType, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"Say {k}.", "response": "Well." * k} for k in range(4)])
+    for name, risk in (("one", [0.5, None, -1.0, 2.0]), ("two", [1.0, 2.0, 3.0, None])):
+        (tmp_path / "scores").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"sqsd_risk": risk}), tmp_path / "scores" / f"{name}.parquet")
+    study.keep(rows, tmp_path / "scores")
+    kept, back = tmp_path / "scores.parquet", tmp_path / "back.parquet"
+    assert b"Say" not in kept.read_bytes() and pq.read_schema(kept).names == ["row", "sqsd_one", "sqsd_two"]
+    assert study.restore(rows, kept, "two", back) and study.restore(rows, kept, "two", back)
+    assert pq.read_table(back).to_pylist() == [
+        {"prompt": f"Say {k}.", "response": "Well." * k, "sqsd_risk": risk, "sqsd_status": status}
+        for k, (risk, status) in enumerate([(1.0, "scored"), (2.0, "scored"), (3.0, "scored"), (None, "error")])
+    ]
+    assert not study.restore(rows, kept, "three", tmp_path / "three.parquet")
+    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "Say.", "response": ""}] * 4)
+    assert not study.restore(other, kept, "two", tmp_path / "other.parquet")
 
 
 def test_rows_of_the_small_study_have_an_answer_and_are_there_once(study: ModuleType) -> None:

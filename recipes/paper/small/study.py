@@ -3,6 +3,10 @@ fine-tuned on what they call risky and safe. Results come to OUT/<corpus>/result
 
     nohup python study.py DATA_FOLDER OUT > study.log 2>&1 &
 
+Scores that are in the folder scores/ beside this script are taken from there, unless `--rescore` is given; all of them
+come to OUT/scores/<corpus>.parquet in the same form: risks by a hash of the row, without a word of it. `--windows 2`
+learns from the riskiest and the safest rows only, which are the first and the last window of any number.
+
 DATA_FOLDER has databricks-dolly-15k, GSM8K, AdvBench, StrongREJECT, XSTest and completions to JailbreakBench prompts,
 as recipes/packs/smollm2-135m/prepare.py reads them. No row or prompt that the pack was trained or chosen on is used,
 but for the anchors that some scorers need. Whatever ends it, the same command goes on.
@@ -11,10 +15,11 @@ but for the anchors that some scorers need. Whatever ends it, the same command g
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +27,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "packs" / "smollm2-135m"))
 
 import prepare  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
 
 from sqsd_filter.scoring.baselines import ANCHORED, SCORERS  # noqa: E402
 
+RISK = "sqsd_"
 CORPORA, UNSAFE = ("dolly", "gsm8k"), "unsafe"
 CUT_SCORERS = ("sqsd", "length")  # whose cut is compared with a random one, which takes longer
 CORPUS_ROWS = 1100
@@ -39,6 +47,8 @@ def main() -> None:
     parser.add_argument("--judge", default="phrases")
     parser.add_argument("--scorers", default=",".join(SCORERS), help="as sqsd,random")
     parser.add_argument("--seeds", default="0,1,2", help="fine-tune once with each")
+    parser.add_argument("--windows", default="5", help="along each risk")
+    parser.add_argument("--rescore", action="store_true", help="take no scores from the folder beside this script")
     options = parser.parse_args()
     scorers = options.scorers.split(",")
     files = write_data(options.data, options.out / "data")
@@ -47,9 +57,15 @@ def main() -> None:
         for scorer in scorers:
             how = ["--pack", options.pack, *(anchors if scorer in ANCHORED else ())]
             for name in (UNSAFE, corpus):
-                score(files[name], scores(options.out, name, scorer), scorer, how)
+                target = scores(options.out, name, scorer)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if options.rescore or not restore(files[name], HERE / "scores" / f"{name}.parquet", scorer, target):
+                    call("score", files[name], target, "--scorer", scorer, *how, "--config", HERE / "evaluate.toml")
+        for name in (UNSAFE, corpus):
+            keep(files[name], options.out / "scores" / name)
         asked = ["--harmful", files["harmful"], "--harmless", files["harmless"], "--judge", options.judge]
-        asked += ["--pack", options.pack, "--seeds", options.seeds, "--config", HERE / "evaluate.toml"]
+        asked += ["--pack", options.pack, "--seeds", options.seeds, "--windows", options.windows]
+        asked += ["--config", HERE / "evaluate.toml"]
         found = [scores(options.out, corpus, scorer) for scorer in scorers]
         poison = [word for scorer in scorers for word in ("--poison", scores(options.out, UNSAFE, scorer))]
         call("evaluate", *found, options.out / corpus, *asked, *poison)
@@ -61,10 +77,33 @@ def scores(out: Path, rows: str, scorer: str) -> Path:
     return out / "scores" / rows / f"{scorer}.parquet"
 
 
-def score(rows: Path, target: Path, scorer: str, how: Sequence[object]) -> None:
-    """Score a file. What is done already is found so by the command."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    call("score", rows, target, "--scorer", scorer, *how, "--config", HERE / "evaluate.toml")
+def keep(rows: Path, folder: Path) -> None:
+    """Put the risks by all scorers of the rows, in their order, into one file beside the folder."""
+    columns = {RISK + path.stem: pq.read_table(path)[f"{RISK}risk"] for path in sorted(folder.glob("*.parquet"))}
+    pq.write_table(pa.table({"row": hashes(rows), **columns}), folder.with_suffix(".parquet"))
+
+
+def restore(rows: Path, kept: Path, scorer: str, target: Path) -> bool:
+    """Are the rows given the risks that were kept, now or before? They are where the scorer's are there, of just these
+    rows. A row without a risk had no score."""
+    if target.is_file():
+        return not Path(f"{target}.sqsd").exists()
+    if not kept.is_file() or RISK + scorer not in pq.read_schema(kept).names:
+        return False
+    found = pq.read_table(kept)
+    if found["row"].to_pylist() != hashes(rows):
+        return False
+    with rows.open(encoding="utf-8") as lines:
+        table = pa.Table.from_pylist([json.loads(line) for line in lines])
+    risk = found[RISK + scorer]
+    status = ["error" if value is None else "scored" for value in risk.to_pylist()]
+    pq.write_table(table.append_column(f"{RISK}risk", risk).append_column(f"{RISK}status", [status]), target)
+    return True
+
+
+def hashes(rows: Path) -> list[str]:
+    with rows.open("rb") as lines:
+        return [hashlib.blake2b(line, digest_size=8).hexdigest() for line in lines]
 
 
 def call(*words: object) -> None:
