@@ -19,15 +19,18 @@ def exit_code(*words: object) -> int:
     return int(left.value.code or 0)
 
 
-def parse(arguments: list[str], group: click.Group = cli, default: str | None = "filter") -> click.Context:
+def parse(arguments: list[str], within: click.Context | None = None, default: str | None = "filter") -> click.Context:
     """What click makes of a command line, the program's name left out. Raises `click.UsageError`."""
+    within = within or click.Context(cli)
+    group = within.command
+    assert isinstance(group, click.Group)
     if arguments[0] in group.commands:
         command, arguments = group.commands[arguments[0]], arguments[1:]
     else:
         command = group.commands[default or arguments[0]]
     if isinstance(command, click.Group):
-        return parse(arguments, command, None)
-    return command.make_context(command.name, list(arguments))
+        return parse(arguments, click.Context(command, within), None)
+    return command.make_context(command.name, list(arguments), parent=within)
 
 
 def calls(program: str, shell: str) -> Iterator[list[str]]:

@@ -22,6 +22,7 @@ from sqsd_filter.directions.build import build_pack
 from sqsd_filter.directions.data import read_data
 from sqsd_filter.directions.recipe import SENSITIVE, AdapterRecipe, LoraShape, PackRecipe
 from sqsd_filter.evaluation.settings import FineTuning
+from sqsd_filter.scoring.baselines import SCORERS
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.commands import parse
 from tests.corpora import write_jsonl
@@ -157,14 +158,18 @@ def test_the_settings_of_the_paper_s_evaluation_are_kept() -> None:
         assert parse(line.replace("--config evaluate.toml", f"--config {path}").split()).params
 
 
-@pytest.fixture
-def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("study", RECIPES_ROOT / "paper" / "small" / "study.py")
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, RECIPES_ROOT / "paper" / "small" / f"{name}.py")
     assert spec and spec.loader
     monkeypatch.setattr(sys, "path", list(sys.path))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return script("study", monkeypatch)
 
 
 OPEN_DATA: dict[str, list[dict[str, Any]]] = {
@@ -188,12 +193,18 @@ OPEN_DATA: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def test_the_small_study_takes_only_what_the_pack_has_not_seen(study: ModuleType, tmp_path: Path) -> None:
+@pytest.fixture
+def open_data(tmp_path: Path) -> Path:
+    (folder := tmp_path / "data").mkdir()
     for name, rows in OPEN_DATA.items():
-        with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-    made = study.study_rows(tmp_path)
-    prepared = study.prepare.prepare(tmp_path, 0)
+    return folder
+
+
+def test_the_small_study_takes_only_what_the_pack_has_not_seen(study: ModuleType, open_data: Path) -> None:
+    made = study.study_rows(open_data)
+    prepared = study.prepare.prepare(open_data, 0)
     asked = {name: {study.asked(row) for row in rows} for name, rows in (prepared | made).items()}
     anchors = {"anchors-unsafe", "anchors-safe"}
     assert anchors < made.keys() and asked["anchors-unsafe"] == asked["anchors-safe"] <= asked["safety"]
@@ -202,6 +213,22 @@ def test_the_small_study_takes_only_what_the_pack_has_not_seen(study: ModuleType
         assert asked[name] and not asked[name] & trained, name
     assert not (asked["dolly"] | asked["gsm8k"]) & asked["test"]
     assert len(asked["dolly"]) == len(made["dolly"]) and {row["source"] for row in made["harmful"]} == {"AdvBench"}
+
+
+def test_the_commands_of_the_small_study_parse(
+    study: ModuleType, open_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr(study, "call", lambda *words: called.append([str(word) for word in words]))
+    monkeypatch.setattr(sys, "argv", ["study.py", str(open_data), str(tmp_path / "out"), "--transfer", "other"])
+    study.main()
+    params = [(words[0], parse(words).params) for words in called]
+    scored = {(Path(p["dest"]).parent.name, p["scorer"], p["pack"]) for kind, p in params if kind == "score"}
+    packs = {(scorer, "smollm2-135m") for scorer in SCORERS} | {("sqsd", "other")}
+    assert scored == {(rows, *how) for rows in ("dolly", "gsm8k", "unsafe") for how in packs}
+    evaluated = {Path(p["dest"]).name: p for kind, p in params if kind == "evaluate"}
+    assert evaluated["dolly"]["size"] == 100 and len(evaluated["dolly"]["poison"]) == len(SCORERS) + 1
+    assert evaluated["dolly-cut"]["arms"] == "cut" and len(evaluated) == 3
 
 
 def test_scores_of_the_small_study_are_kept_without_a_word_and_come_back(study: ModuleType, tmp_path: Path) -> None:
@@ -228,3 +255,12 @@ def test_rows_of_the_small_study_have_an_answer_and_are_there_once(study: Module
         f"say {k}" for k in (0, 1, 2, 4, 6, 7, 8)
     ]
     assert study.asked({"question": "What is 2 + 2?"}) == "what is 2 2"
+
+
+def test_the_readme_has_the_results_of_the_small_study(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script("tables", monkeypatch).main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    readme = (RECIPES_ROOT.parent / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) > 10 and [line for line in rows if line not in readme] == []

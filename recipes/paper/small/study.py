@@ -1,11 +1,13 @@
 """The paper's experiment at the size of a laptop: rows of Dolly and GSM8K are scored by each scorer, and models are
-fine-tuned on what they call risky and safe. Results come to OUT/<corpus>/results.json after each seed.
+fine-tuned on what they call risky and safe. Results come to OUT/<corpus>/results.json after each seed; those of the
+rows that a cut at 5 % keeps and drops to OUT/dolly-cut/.
 
     nohup python study.py DATA_FOLDER OUT > study.log 2>&1 &
 
 Scores that are in the folder scores/ beside this script are taken from there, unless `--rescore` is given; all of them
 come to OUT/scores/<corpus>.parquet in the same form: risks by a hash of the row, without a word of it. `--windows 2`
-learns from the riskiest and the safest rows only, which are the first and the last window of any number.
+learns from the riskiest and the safest rows only, which are the first and the last window of any number. "transfer" are
+SQSD's risks by another pack, of another model, on which the same model is fine-tuned.
 
 DATA_FOLDER has databricks-dolly-15k, GSM8K, AdvBench, StrongREJECT, XSTest and completions to JailbreakBench prompts,
 as recipes/packs/smollm2-135m/prepare.py reads them. No row or prompt that the pack was trained or chosen on is used,
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+CONFIG = HERE / "evaluate.toml"
 sys.path.insert(0, str(HERE.parents[1] / "packs" / "smollm2-135m"))
 
 import prepare  # noqa: E402
@@ -33,8 +36,11 @@ import pyarrow.parquet as pq  # noqa: E402
 from sqsd_filter.scoring.baselines import ANCHORED, SCORERS  # noqa: E402
 
 RISK = "sqsd_"
-CORPORA, UNSAFE = ("dolly", "gsm8k"), "unsafe"
-CUT_SCORERS = ("sqsd", "length")  # whose cut is compared with a random one, which takes longer
+CORPORA, UNSAFE, CUT = ("dolly", "gsm8k"), "unsafe", "-cut"
+RESULTS = (*CORPORA, f"dolly{CUT}")
+TRANSFER = "transfer"
+CUT_SCORERS = ("sqsd", "length")  # whose cut is compared with a random one
+CUT_ARMS = ("--arms", "cut", "--drop-top", "5%", "--epochs", "1")  # of nearly all rows: more updates than in a window
 CORPUS_ROWS = 1100
 ANCHORS = 100  # of each kind: answers to the same prompts, of the pairs that the pack's safety direction was trained on
 
@@ -43,34 +49,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="the folder with the open data files")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--results", default=",".join(RESULTS), help="which to make, as dolly,dolly-cut")
     parser.add_argument("--pack", default="smollm2-135m", help="the aligned model, and the compass of the scores")
-    parser.add_argument("--judge", default="phrases")
-    parser.add_argument("--scorers", default=",".join(SCORERS), help="as sqsd,random")
+    parser.add_argument("--transfer", help="the other pack, where its scores are not kept")
+    parser.add_argument("--judge", action="append", help="as for evaluate: phrases, unless others are named")
+    parser.add_argument("--scorers", default=",".join([*SCORERS, TRANSFER]), help="as sqsd,random")
     parser.add_argument("--seeds", default="0,1,2", help="fine-tune once with each")
     parser.add_argument("--windows", default="5", help="along each risk")
     parser.add_argument("--rescore", action="store_true", help="take no scores from the folder beside this script")
     options = parser.parse_args()
     scorers = options.scorers.split(",")
     files = write_data(options.data, options.out / "data")
-    anchors = ("--unsafe-anchors", files["anchors-unsafe"], "--safe-anchors", files["anchors-safe"])
-    for corpus in CORPORA:
-        for scorer in scorers:
-            how = ["--pack", options.pack, *(anchors if scorer in ANCHORED else ())]
-            for name in (UNSAFE, corpus):
-                target = scores(options.out, name, scorer)
+    if odd := set(options.results.split(",")) - set(RESULTS):
+        parser.error(f"--results are of {', '.join(RESULTS)}, not {', '.join(sorted(odd))}")
+    asked = ["--harmful", files["harmful"], "--harmless", files["harmless"], "--pack", options.pack]
+    asked += [word for judge in options.judge or ["phrases"] for word in ("--judge", judge)]
+    asked += ["--seeds", options.seeds, "--windows", options.windows, "--config", CONFIG]
+    for name in options.results.split(","):
+        corpus = name.removesuffix(CUT)
+        chosen = scorers if corpus == name else [scorer for scorer in scorers if scorer in CUT_SCORERS]
+        for scorer in chosen:
+            for rows in (UNSAFE, corpus):
+                target = scores(options.out, rows, scorer)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if options.rescore or not restore(files[name], HERE / "scores" / f"{name}.parquet", scorer, target):
-                    call("score", files[name], target, "--scorer", scorer, *how, "--config", HERE / "evaluate.toml")
-        for name in (UNSAFE, corpus):
-            keep(files[name], options.out / "scores" / name)
-        asked = ["--harmful", files["harmful"], "--harmless", files["harmless"], "--judge", options.judge]
-        asked += ["--pack", options.pack, "--seeds", options.seeds, "--windows", options.windows]
-        asked += ["--config", HERE / "evaluate.toml"]
-        found = [scores(options.out, corpus, scorer) for scorer in scorers]
-        poison = [word for scorer in scorers for word in ("--poison", scores(options.out, UNSAFE, scorer))]
-        call("evaluate", *found, options.out / corpus, *asked, *poison)
-        if cut := [scores(options.out, corpus, scorer) for scorer in scorers if scorer in CUT_SCORERS]:
-            call("evaluate", *cut, options.out / f"{corpus}-cut", *asked, "--arms", "cut", "--drop-top", "5%")
+                kept = HERE / "scores" / f"{rows}.parquet"
+                if options.rescore or not restore(files[rows], kept, scorer, target):
+                    score(files, rows, target, scorer, options.transfer if scorer == TRANSFER else options.pack)
+                keep(files[rows], target.parent)
+        given = [scores(options.out, corpus, scorer) for scorer in chosen]
+        if corpus != name:
+            call("evaluate", *given, options.out / name, *asked, *CUT_ARMS)
+        else:
+            poison = [word for scorer in chosen for word in ("--poison", scores(options.out, UNSAFE, scorer))]
+            call("evaluate", *given, options.out / name, *asked, *poison)
+
+
+def score(files: Mapping[str, Path], rows: str, target: Path, scorer: str, pack: str | None) -> None:
+    if pack is None:
+        sys.exit("The scores by another pack are not kept: name it by --transfer, or leave transfer out of --scorers.")
+    anchors = ("--unsafe-anchors", files["anchors-unsafe"], "--safe-anchors", files["anchors-safe"])
+    how = ("--scorer", "sqsd" if scorer == TRANSFER else scorer, "--pack", pack, "--config", CONFIG)
+    call("score", files[rows], target, *how, *(anchors if scorer in ANCHORED else ()))
 
 
 def scores(out: Path, rows: str, scorer: str) -> Path:

@@ -1,0 +1,105 @@
+"""The tables of the README, from the results that the study left beside this script: python tables.py"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ASKED = ("ASR, 95 % interval", "refused", "degenerate", "harmless ones refused", "loss")
+SETS = {"all": "all rows", "kept": "without the riskiest", "random": "without random ones", "dropped": "the riskiest"}
+
+
+def main() -> None:
+    for path in sorted(HERE.glob("*/results.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        print(f"{path.parent.name}\n")
+        for kind in (of_windows, of_scorers, of_arms, of_mixes):
+            if table := list(kind(results)):
+                print("\n".join(table) + "\n")
+
+
+def of_windows(results: Mapping[str, Any], scorer: str = "sqsd") -> Iterator[str]:
+    """All figures of one scorer's windows, and of the model before."""
+    if scorer not in results["scorers"]:
+        return
+    yield from head("", "answer tokens", *ASKED)
+    found = results["scorers"][scorer]
+    last = len(found["asr"])
+    names = {1: "S1, the riskiest", last: f"S{last}, the safest"}
+    yield line("before", "", *figures(results["untuned"]))
+    for k in range(last):
+        one = {name: found[name][k] for name in ("asr", "ci", "over_refusal", "loss")}
+        one["outcomes"] = {word: shares[k] for word, shares in found["outcomes"].items()}
+        yield line(names.get(k + 1, f"S{k + 1}"), f"{found['tokens'][k]:,}", *figures(one))
+
+
+def of_scorers(results: Mapping[str, Any]) -> Iterator[str]:
+    """The attack success rate by window for each scorer, with 95 % intervals."""
+    if not results["scorers"]:
+        return
+    count = max(len(found["asr"]) for found in results["scorers"].values())
+    names = [f"S{k + 1}" for k in range(count)]
+    yield from head("ASR, %", *names, f"S1 - S{count}", "falls", f"tokens, S1 and S{count}")
+    for name, found in results["scorers"].items():
+        rates = [f"{100 * rate:.0f} ({span(ci)})" for rate, ci in zip(found["asr"], found["ci"], strict=True)]
+        spread = f"{100 * found['spread']:.0f} ({span(found['spread_ci'])})"
+        tokens = f"{found['tokens'][0]:,}, {found['tokens'][-1]:,}"
+        yield line(name, *rates, spread, "yes" if found["monotone"] else "no", tokens)
+
+
+def of_arms(results: Mapping[str, Any]) -> Iterator[str]:
+    """What a cut leaves: all rows, the kept ones, as many random ones, the dropped ones."""
+    if not results["arms"]:
+        return
+    yield from head("trained on", "rows", *ASKED)
+    for scorer, arms in results["arms"].items():
+        for name, words in SETS.items():
+            if scorer == next(iter(results["arms"])) or name in ("kept", "dropped"):  # the others are the same
+                by = f", by {scorer}" if name in ("kept", "dropped") else ""
+                yield line(words + by, f"{arms[name]['rows']:,}", *figures(arms[name]))
+
+
+def of_mixes(results: Mapping[str, Any]) -> Iterator[str]:
+    """How many of the dropped rows are the unsafe ones that were mixed in."""
+    if not results["poisoned"]:
+        return
+    shares = list(next(iter(results["poisoned"].values())))
+    yield from head("unsafe rows mixed in", *(f"{100 * float(share):.0f} %" for share in shares), "ROC-AUC at 5 %")
+    for name, found in results["poisoned"].items():
+        yield line(name, *(estimate(found[share]["precision"]) for share in shares), estimate(found["0.05"]["auc"], 1))
+
+
+def head(*titles: str) -> Iterator[str]:
+    yield line(*titles)
+    yield line(*["---"] * len(titles))
+
+
+def line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+def figures(found: Mapping[str, Any]) -> Iterable[str]:
+    outcomes = found["outcomes"]
+    yield f"{percent(found['asr'])} ({span(found['ci'])})"
+    yield from map(percent, (outcomes["refused"], outcomes["degenerate"], found["over_refusal"]))
+    yield f"{found['loss']:.2f}"
+
+
+def estimate(found: Mapping[str, Any], digits: int = 0) -> str:
+    return f"{100 * found['mean']:.{digits}f} ({span(found['ci'], digits)})"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def span(ci: Sequence[float], digits: int = 0) -> str:
+    low, high = (f"{100 * bound:.{digits}f}" for bound in ci)
+    return f"{low} to {high}"
+
+
+if __name__ == "__main__":
+    main()
