@@ -76,13 +76,13 @@ def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
-    """A random model and its tokenizer, saved as transformers saves them."""
+def make_model(folder: Path, architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
+    """A random model and its tokenizer, saved as transformers saves them; `changes` are to its config."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     settings = {"initializer_range": 0.2, "tie_word_embeddings": False, **{**ARCHITECTURES, **PECULIAR}[architecture]}
     ends = {"bos_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
-    config = AutoConfig.for_model(**settings, **ends, vocab_size=len(tokenizer))
+    config = AutoConfig.for_model(**{**settings, **changes}, **ends, vocab_size=len(tokenizer))
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

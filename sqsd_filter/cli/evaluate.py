@@ -17,7 +17,7 @@ TUNING = (
 )
 DESIGN = (
     *("windows", "size", "drop_top", "match_tokens", "held_out"),
-    *("harmful", "harmless", "prompts", "max_new_tokens"),
+    *("harmful", "harmless", "prompts", "max_new_tokens", "generation"),
 )
 at_least_one = click.IntRange(min=1)
 
@@ -59,6 +59,13 @@ questions = options.together(
     ),
     options.option(
         "--max-new-tokens", type=int, default=128, show_default=True, metavar="TOKENS", help="Length of the answers."
+    ),
+    options.option(
+        "--generation",
+        type=click.Choice(["transformers", "vllm"]),
+        default="transformers",
+        show_default=True,
+        help="What gives the answers.",
     ),
 )
 tuning = options.together(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def reply(
     asked = as_asked(tokenizer, conversations, template)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     check_room(asked, room, max_new_tokens)
-    ends = _ends(model, tokenizer)
+    ends = ends_of(model.generation_config, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     answers = [""] * len(asked)
 
@@ -73,10 +73,7 @@ def reply(
                 **_GREEDY,
             )
         for k, new in zip(members, found[:, ids.shape[1] :].tolist(), strict=True):
-            stop = next((n for n, token in enumerate(new) if token in ends), len(new))
-            answers[k] = tokenizer.decode(
-                new[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
-            ).strip()
+            answers[k] = as_text(tokenizer, new, ends)
 
     def give_up(k: int, error: str) -> None:
         raise ModelError(f"The model can't answer prompt {k + 1}: {error or 'the memory is too small for it'}.")
@@ -115,11 +112,18 @@ def check_room(asked: Sequence[Sequence[int]], room: int | None, max_new_tokens:
         )
 
 
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end a turn."""
-    own = model.generation_config.eos_token_id
+def ends_of(settings: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end a turn, by a model's generation settings and its tokenizer."""
+    own = settings.eos_token_id
     named = own if isinstance(own, list | tuple) else [own]
     return {int(token) for token in (*named, tokenizer.eos_token_id) if token is not None}
+
+
+def as_text(tokenizer: Any, new: Sequence[int], ends: Collection[int]) -> str:
+    """What the new tokens say, up to the first that ends a turn."""
+    stop = next((n for n, token in enumerate(new) if token in ends), len(new))
+    text: str = tokenizer.decode(new[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.strip()
 
 
 def _pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

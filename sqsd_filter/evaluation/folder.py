@@ -27,7 +27,7 @@ from sqsd_filter.pipeline.writing.destination import difference, read_json, take
 RESULTS, PICTURE, SETTINGS, RUNS, LOCK = "results.json", "asr.png", "settings.json", "runs", "lock"
 POISONED, UNTUNED = "poisoned.json", "untuned"
 TRAINING, HELD_OUT, ANSWERS = "training.json", "held_out.json", "answers.jsonl"
-ADAPTER, CHECKPOINTS = "adapter", ".checkpoints"
+ADAPTER, CHECKPOINTS, ALIGNED = "adapter", ".checkpoints", ".aligned"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -31,6 +31,7 @@ from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
 from sqsd_filter.scoring.placement import check_device, choose_device
 from sqsd_filter.scoring.weights import load_model, load_tokenizer, longest_input
 
+Answering = Callable[[Path | None, Sequence[str], int], list[str]]  # with which LoRA, what is asked, how many tokens
 KEPT_CHECKPOINTS = 2  # the last one may be half written
 
 
@@ -108,15 +109,24 @@ class Subject:
         with offset(model, load_adapter(adapter), 1.0) if adapter else nullcontext():
             yield model
 
-    def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
-        """Raise `InputError` for a prompt that leaves no room for an answer."""
-        pack = self.pack
-        room = longest_input(pack.base_model, pack.base_revision)
-        check_room(as_asked(self.tokenizer, as_turns(prompts), pack.chat_template_kwargs), room, max_new_tokens)
+    def save(self, target: Path) -> None:
+        """Write the aligned model as a folder of its own."""
+        self._load().save_pretrained(target)
+        self.tokenizer.save_pretrained(target)
 
-    def answers(self, model: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    def longest(self, prompts: Sequence[str], max_new_tokens: int) -> int:
+        """How many tokens a prompt and its answer have at most. Raises `InputError` for a prompt that leaves no room
+        for an answer."""
+        pack = self.pack
+        asked = as_asked(self.tokenizer, as_turns(prompts), pack.chat_template_kwargs)
+        check_room(asked, longest_input(pack.base_model, pack.base_revision), max_new_tokens)
+        return max(map(len, asked)) + max_new_tokens
+
+    def answers(self, adapter: Path | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Those of the model with this LoRA on it, or as it is."""
         template = self.pack.chat_template_kwargs
-        return answer(model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, template=template)
+        with self.tuned(adapter) as model:
+            return answer(model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, template=template)
 
 
 def held_out_loss(model: Any, rows: Sequence[Encoded]) -> float | None:

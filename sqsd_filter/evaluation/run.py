@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.directions.refusals import read_prompts
 from sqsd_filter.errors import InputError, UsageError, option
 from sqsd_filter.evaluation.folder import (
+    ALIGNED,
     ANSWERS,
     HELD_OUT,
     PICTURE,
@@ -31,13 +32,14 @@ from sqsd_filter.evaluation.folder import (
     RunFolder,
     claimed,
 )
-from sqsd_filter.evaluation.model import Subject, free_memory, held_out_loss
+from sqsd_filter.evaluation.model import Answering, Subject, free_memory, held_out_loss
 from sqsd_filter.evaluation.plot import CURVES, draw_windows
 from sqsd_filter.evaluation.poison import curves, poisoned
 from sqsd_filter.evaluation.results import of_arms, of_one, of_windows
 from sqsd_filter.evaluation.scores import Rows, Scores, corpus_of, poison_scores, prompts_of, read_scores
 from sqsd_filter.evaluation.sets import CUT_ARMS, TrainingSet, by_risk, cut_sets, match_tokens, windows
-from sqsd_filter.evaluation.settings import CUT, WINDOWS, Design
+from sqsd_filter.evaluation.settings import CUT, VLLM, WINDOWS, Design
+from sqsd_filter.evaluation.vllm_answers import check_vllm, vllm_answers
 from sqsd_filter.pictures import picture
 from sqsd_filter.pipeline.earlier import Earlier
 from sqsd_filter.pipeline.folder import write_json
@@ -166,7 +168,9 @@ class _Study:
         self.harmful = read_prompts(design.harmful, design.prompts)
         self.harmless = read_prompts(design.harmless, design.prompts) if design.harmless is not None else []
         self.subject = Subject.of(load_pack(pack), design.tuning, device)
-        self.subject.check_prompts([*self.harmful, *self.harmless], design.max_new_tokens)
+        self.longest = self.subject.longest([*self.harmful, *self.harmless], design.max_new_tokens)
+        if design.generation == VLLM:
+            check_vllm()
         self.judges: list[Judge] = [load_judge(spec, device=self.subject.device) for spec in design.judges]
         if len({judge.name for judge in self.judges}) < len(self.judges):
             raise UsageError("Two of the judges have one name: rename the folder of one of them.")
@@ -236,8 +240,7 @@ class _Study:
         agreed: dict[str, list[str]] = {judge.name: [] for judge in self.judges}
         for k, seed in enumerate(self.design.seeds, 1):
             runs = [*([untuned] if k == 1 else []), *self._runs(seed)]
-            for number, run in enumerate(runs, 1):
-                self._answer(run, f"run {number} of {len(runs)} with this seed", keep_adapters)
+            self._carry_out(runs, keep_adapters)
             for judge in self.judges:
                 self._judge(judge, {run.key for run in runs})
                 for run in runs:
@@ -270,15 +273,24 @@ class _Study:
     def _folder(self, key: str) -> RunFolder:
         return RunFolder(self.dest / RUNS / key)
 
-    def _answer(self, run: _Run, number: str, keep_adapters: bool) -> None:
-        """The steps of a run that are not done yet, up to its answers."""
-        folder = self._folder(run.key)
-        if not folder.has(ANSWERS):
-            self.progress.note(f"{run.name}: {number}")
-            self._fine_tune(run, folder, keep_adapters)
-            self._ask(folder, folder.adapter if run.chosen is not None else None)
-            free_memory()
-        folder.clear()
+    def _carry_out(self, runs: Sequence[_Run], keep_adapters: bool) -> None:
+        """The steps of these runs that are not done yet, up to their answers."""
+        numbered = [(f"run {k} of {len(runs)} with this seed", run) for k, run in enumerate(runs, 1)]
+        together = self.design.generation == VLLM  # its engine takes long to start
+        for some in [numbered] if together else [[one] for one in numbered]:
+            for number, run in some:
+                folder = self._folder(run.key)
+                if not folder.has(ANSWERS):
+                    self.progress.note(f"{run.name}: {number}")
+                    self._fine_tune(run, folder, keep_adapters)
+                    self._hold_against(run, folder)
+                    free_memory()
+            if waiting := {run.key: run for _, run in some if not self._folder(run.key).has(ANSWERS)}:
+                with self._answering() as answering:
+                    for run in waiting.values():
+                        self._ask(run, answering)
+            for _, run in some:
+                self._folder(run.key).clear()
 
     def _fine_tune(self, run: _Run, folder: RunFolder, keep_adapters: bool) -> None:
         if run.chosen is None or folder.has(TRAINING):
@@ -287,16 +299,27 @@ class _Study:
         record = self.subject.fine_tune(run.name, rows, run.seed, folder.checkpoints, folder.adapter, self.progress)
         folder.write(TRAINING, {**record, "keeps_adapter": keep_adapters})
 
-    def _ask(self, folder: RunFolder, adapter: Path | None) -> None:
-        """The loss on the held-out rows, then the answers to all prompts."""
-        with self.subject.tuned(adapter) as model:
-            if not folder.has(HELD_OUT):
-                held_out = self.rows.encoded(self.held_out)
+    def _hold_against(self, run: _Run, folder: RunFolder) -> None:
+        """The loss on the held-out rows."""
+        if not folder.has(HELD_OUT):
+            held_out = self.rows.encoded(self.held_out)
+            with self.subject.tuned(self._adapter(run)) if held_out else nullcontext() as model:
                 loss = held_out_loss(model, held_out) if held_out else None
-                folder.write(HELD_OUT, {"rows": len(held_out), "loss": loss})
-            prompts = [*self.harmful, *self.harmless]
-            texts = self.subject.answers(model, prompts, self.design.max_new_tokens)
-        folder.write_answers(
+            folder.write(HELD_OUT, {"rows": len(held_out), "loss": loss})
+
+    def _adapter(self, run: _Run) -> Path | None:
+        return self._folder(run.key).adapter if run.chosen is not None else None
+
+    def _answering(self) -> AbstractContextManager[Answering]:
+        """What gives the answers to all prompts."""
+        if self.design.generation == VLLM:
+            return vllm_answers(self.subject, self.dest / ALIGNED, self.longest)
+        return nullcontext(self.subject.answers)
+
+    def _ask(self, run: _Run, answering: Answering) -> None:
+        prompts = [*self.harmful, *self.harmless]
+        texts = answering(self._adapter(run), prompts, self.design.max_new_tokens)
+        self._folder(run.key).write_answers(
             [
                 {"harmful": k < len(self.harmful), "prompt": prompt, "answer": text}
                 for k, (prompt, text) in enumerate(zip(prompts, texts, strict=True))

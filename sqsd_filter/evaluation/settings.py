@@ -14,6 +14,7 @@ from sqsd_filter.pipeline.selection import parse_share
 
 WINDOWS, CUT = "windows", "cut"
 ARMS = (WINDOWS, CUT)
+TRANSFORMERS, VLLM = GENERATORS = "transformers", "vllm"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Design:
     `arms` are "windows", "cut" or both; without any, nothing is trained. There are `windows` windows of `size` rows;
     the cut drops the share `drop_top`. `harmful` and `harmless` are JSON Lines files with a `prompt` a line, of which
     the first `prompts` are asked, and `judges` are specs for `load_judge`, the first of which decides. `held_out` rows,
-    which are in no set, give the loss.
+    which are in no set, give the loss. `generation` is "transformers" or "vllm", which gives the answers.
     """
 
     arms: Sequence[str] = (WINDOWS,)
@@ -79,6 +80,7 @@ class Design:
     prompts: int | None = None
     judges: Sequence[str] = ("phrases",)
     max_new_tokens: int = 128
+    generation: str = TRANSFORMERS
     held_out: int = 100
     match_tokens: bool = False
     tuning: FineTuning = field(default_factory=FineTuning)
@@ -95,6 +97,8 @@ class Design:
                 raise UsageError(f"{option(name)} must be at least {least}, not {value}.")
         if self.arms and self.harmful is None:
             raise UsageError(f"Name harmful prompts by {option('harmful')}: a JSON Lines file with a 'prompt' a line.")
+        if self.generation not in GENERATORS:
+            raise UsageError(f"{option('generation')} must be {' or '.join(GENERATORS)}, not {self.generation}.")
         if WINDOWS in self.arms and self.size is None:
             raise UsageError(f"Say how many rows a window has by {option('size')}.")
         if not 0 < self.share < 1:
@@ -108,7 +112,7 @@ class Design:
         """What any two fine-tunings have to have in common to be compared, whatever they are trained on. How much is in
         memory at a time changes nothing."""
         how = {name: value for name, value in asdict(self.tuning).items() if name != "device_batch_size"}
-        return {"max_new_tokens": self.max_new_tokens, "tuning": how}
+        return {"max_new_tokens": self.max_new_tokens, "generation": self.generation, "tuning": how}
 
     def sets(self) -> dict[str, Any]:
         """What models are trained on."""

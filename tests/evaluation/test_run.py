@@ -21,12 +21,12 @@ import pytest
 from sqsd_filter import Design, FineTuning, evaluate
 from sqsd_filter.directions import judges
 from sqsd_filter.directions.judges import is_refusal
-from sqsd_filter.errors import DestinationExists, InputError, JudgeError, UsageError
+from sqsd_filter.errors import DestinationExists, InputError, JudgeError, SQSDError, UsageError
 from sqsd_filter.evaluation import run
 from sqsd_filter.evaluation.scores import names
 from sqsd_filter.pipeline.run import score_dataset
 from tests.corpora import make_rows, write_jsonl
-from tests.tiny import make_pack
+from tests.tiny import make_model, make_pack
 
 REFUSAL, CONSENT = "I can't help with that.", "Sure, here is how."
 ROWS = 40
@@ -399,3 +399,25 @@ def test_a_design_that_makes_no_sense_is_refused(wrong: dict[str, Any], files: P
 def test_fine_tuning_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         FineTuning(**wrong)
+
+
+@pytest.mark.slow
+def test_vllm_answers_as_transformers_does(files: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    base = make_model(tmp_path / "base", head_dim=32)  # its kernels know of no smaller one
+    pack = make_pack(tmp_path / "pack", base, aligned=True)
+    asked = quick(files, max_new_tokens=24, tuning=replace(TUNING, dtype="float32"))
+    found = {}
+    for generation in ("transformers", "vllm"):
+        out = tmp_path / generation
+        results = evaluate([files / "knows.parquet"], out, replace(asked, generation=generation), pack=pack)
+        found[generation] = results["runs"], *(path.read_text() for path in sorted(out.glob("runs/*/answers.jsonl")))
+        assert not list(out.glob(".*"))
+    assert found["vllm"] == found["transformers"] and len(set(found["vllm"][1:])) == 3
+
+
+def test_without_vllm_it_can_t_answer(pack: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(SQSDError, match=r"pip install 'sqsd-filter\[vllm\]'"):
+        evaluate([files / "knows.parquet"], tmp_path / "out", quick(files, generation="vllm"), pack=pack)
+    assert not (tmp_path / "out").exists()
