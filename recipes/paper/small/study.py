@@ -36,12 +36,12 @@ import pyarrow.parquet as pq  # noqa: E402
 from sqsd_filter.scoring.baselines import ANCHORED, SCORERS  # noqa: E402
 
 RISK = "sqsd_"
-CORPORA, UNSAFE, CUT = ("dolly", "gsm8k"), "unsafe", "-cut"
+CORPORA = {"dolly": 1100, "gsm8k": 700}  # rows of each
+UNSAFE, CUT = "unsafe", "-cut"
 RESULTS = (*CORPORA, f"dolly{CUT}")
 TRANSFER = "transfer"
 CUT_SCORERS = ("sqsd", "length")  # whose cut is compared with a random one
 CUT_ARMS = ("--arms", "cut", "--drop-top", "5%", "--epochs", "1")  # of nearly all rows: more updates than in a window
-CORPUS_ROWS = 1100
 ANCHORS = 100  # of each kind: answers to the same prompts, of the pairs that the pack's safety direction was trained on
 
 
@@ -170,18 +170,20 @@ def study_rows(data: Path, seed: int = 0) -> dict[str, list[Mapping[str, Any]]]:
         "harmful": [row for row in prepared["harmful"] if row["source"].startswith("AdvBench")],  # which it refuses
         "harmless": [row for row in prepared["harmless"] if asked(row) not in chosen_on],
     }
-    unseen = {name: fresh(prepare.shuffled(rows, seed, "study"), seen) for name, rows in corpora.items()}
+    unseen = {
+        name: fresh(prepare.shuffled(rows, seed, "study"), seen)[: CORPORA[name]] for name, rows in corpora.items()
+    }
     return {**unseen, UNSAFE: unsafe, **anchors, **prompts}
 
 
 def fresh(rows: Iterable[Mapping[str, Any]], seen: set[str]) -> list[Mapping[str, Any]]:
-    """The first `CORPUS_ROWS` of the rows with a question and an answer, none of them seen before or twice."""
+    """The rows with a question and an answer, none of them seen before or twice."""
     chosen: dict[str, Mapping[str, Any]] = {}
     for row in rows:
         answer = row.get("response", row.get("answer", ""))
         if asked(row) not in seen and asked(row) and answer.strip():
             chosen.setdefault(asked(row), row)
-    return list(chosen.values())[:CORPUS_ROWS]
+    return list(chosen.values())
 
 
 def asked(row: Mapping[str, Any]) -> str:
