@@ -22,7 +22,8 @@ from sqsd_filter.directions.build import build_pack
 from sqsd_filter.directions.data import read_data
 from sqsd_filter.directions.recipe import SENSITIVE, AdapterRecipe, LoraShape, PackRecipe
 from sqsd_filter.evaluation.settings import FineTuning
-from sqsd_filter.scoring.baselines import SCORERS
+from sqsd_filter.pipeline.run import score_dataset
+from sqsd_filter.scoring.baselines import SCORERS, make_scorer
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.commands import parse
 from tests.corpora import write_jsonl
@@ -247,6 +248,21 @@ def test_scores_of_the_small_study_are_kept_without_a_word_and_come_back(study: 
     assert not study.restore(rows, kept, "three", tmp_path / "three.parquet")
     other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "Say.", "response": ""}] * 4)
     assert not study.restore(other, kept, "two", tmp_path / "other.parquet")
+
+
+def test_parts_of_sqsd_s_risk_are_those_that_their_scorers_give(
+    study: ModuleType, tiny_pack: Path, tmp_path: Path
+) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"Say {k}.", "response": "Well." * k} for k in range(4)])
+    score_dataset(rows, whole := tmp_path / "sqsd.parquet", scorer=make_scorer("sqsd", tiny_pack))
+    for scorer in ("danger", "safety"):
+        score_dataset(rows, alone := tmp_path / f"{scorer}.parquet", scorer=make_scorer(scorer, tiny_pack))
+        assert study.part(whole, scorer, tmp_path / "part.parquet")
+        expected, found = (pq.read_table(path).to_pydict() for path in (alone, tmp_path / "part.parquet"))
+        assert found.pop("sqsd_risk")[1:] == pytest.approx(expected["sqsd_risk"][1:], rel=1e-4)
+        assert found == {name: values for name, values in expected.items() if name in found}
+    assert not study.part(whole, "length", tmp_path / "length.parquet")
+    assert not study.part(tmp_path / "none.parquet", "danger", tmp_path / "part.parquet")
 
 
 def test_rows_of_the_small_study_have_an_answer_and_are_there_once(study: ModuleType) -> None:

@@ -31,6 +31,7 @@ sys.path.insert(0, str(HERE.parents[1] / "packs" / "smollm2-135m"))
 
 import prepare  # noqa: E402
 import pyarrow as pa  # noqa: E402
+import pyarrow.compute as pc  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
 from sqsd_filter.scoring.baselines import ANCHORED, SCORERS  # noqa: E402
@@ -40,6 +41,7 @@ CORPORA = {"dolly": 1100, "gsm8k": 700}  # rows of each
 UNSAFE, CUT = "unsafe", "-cut"
 RESULTS = (*CORPORA, f"dolly{CUT}")
 TRANSFER = "transfer"
+PARTS = {"danger": 1, "safety": -1}  # of SQSD's risk, which its own scores have beside it: each with its sign
 CUT_SCORERS = ("sqsd", "length")  # whose cut is compared with a random one
 CUT_ARMS = ("--arms", "cut", "--drop-top", "5%", "--epochs", "1")  # of nearly all rows: more updates than in a window
 ANCHORS = 100  # of each kind: answers to the same prompts, of the pairs that the pack's safety direction was trained on
@@ -73,7 +75,8 @@ def main() -> None:
                 target = scores(options.out, rows, scorer)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 kept = HERE / "scores" / f"{rows}.parquet"
-                if options.rescore or not restore(files[rows], kept, scorer, target):
+                known = not options.rescore and restore(files[rows], kept, scorer, target)
+                if not known and not part(scores(options.out, rows, "sqsd"), scorer, target):
                     score(files, rows, target, scorer, options.transfer if scorer == TRANSFER else options.pack)
                 keep(files[rows], target.parent)
         given = [scores(options.out, corpus, scorer) for scorer in chosen]
@@ -117,6 +120,18 @@ def restore(rows: Path, kept: Path, scorer: str, target: Path) -> bool:
     risk = found[RISK + scorer]
     status = ["error" if value is None else "scored" for value in risk.to_pylist()]
     pq.write_table(table.append_column(f"{RISK}risk", risk).append_column(f"{RISK}status", [status]), target)
+    return True
+
+
+def part(whole: Path, scorer: str, target: Path) -> bool:
+    """Is the scorer a part of SQSD, and its risks taken from there?"""
+    column = RISK + scorer
+    if scorer not in PARTS or not whole.is_file() or column not in pq.read_schema(whole).names:
+        return False
+    found = pq.read_table(whole)
+    risk = pc.multiply(found[column], float(PARTS[scorer]))
+    others = [name for name in found.column_names if name not in (f"{RISK}risk", *(RISK + name for name in PARTS))]
+    pq.write_table(found.select(others).append_column(f"{RISK}risk", risk), target)
     return True
 
 
