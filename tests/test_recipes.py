@@ -164,6 +164,7 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec and spec.loader
     monkeypatch.setattr(sys, "path", list(sys.path))
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     return module
 
@@ -226,10 +227,18 @@ def test_the_commands_of_the_small_study_parse(
     params = [(words[0], parse(words).params) for words in called]
     scored = {(Path(p["dest"]).parent.name, p["scorer"], p["pack"]) for kind, p in params if kind == "score"}
     packs = {(scorer, "smollm2-135m") for scorer in SCORERS} | {("sqsd", "other")}
-    assert scored == {(rows, *how) for rows in ("dolly", "gsm8k", "unsafe") for how in packs}
-    evaluated = {Path(p["dest"]).name: p for kind, p in params if kind == "evaluate"}
-    assert evaluated["dolly"]["size"] == 100 and len(evaluated["dolly"]["poison"]) == len(SCORERS) + 1
-    assert evaluated["dolly-cut"]["arms"] == "cut" and len(evaluated) == 3
+    assert scored >= {(rows, *how) for rows in ("dolly", "unsafe") for how in packs} | {
+        ("gsm8k", "sqsd", "smollm2-135m")
+    }
+    evaluations = [p for kind, p in params if kind == "evaluate"]
+    assert [(p["dest"].name, len(p["scores"]), len(p["poison"]), p["seeds"], p["arms"]) for p in evaluations] == [
+        ("dolly-mixes", len(SCORERS) + 1, len(SCORERS) + 1, "0,1,2", "none"),
+        ("gsm8k-mixes", 3, 3, "0,1,2", "none"),
+        ("dolly", 3, 0, "0,1,2", "windows"),  # shares its models with the next
+        ("dolly", len(SCORERS) + 1, 0, "0", "windows"),
+        ("gsm8k", 3, 0, "0", "windows"),
+        ("dolly-cut", 2, 0, "0", "cut"),
+    ]
 
 
 def test_scores_of_the_small_study_are_kept_without_a_word_and_come_back(study: ModuleType, tmp_path: Path) -> None:

@@ -1,8 +1,16 @@
 """The paper's experiment at the size of a laptop: rows of Dolly and GSM8K are scored by each scorer, and models are
-fine-tuned on what they call risky and safe. Results come to OUT/<corpus>/results.json after each seed; those of the
-rows that a cut at 5 % keeps and drops to OUT/dolly-cut/.
+fine-tuned on what they call risky and safe.
 
     nohup python study.py DATA_FOLDER OUT > study.log 2>&1 &
+
+OUT/<name>/ gets results.json and asr.png for each of these names:
+
+    dolly-mixes     known unsafe rows mixed into Dolly, by every scorer, without any training
+    gsm8k-mixes     the same for GSM8K and a few
+    dolly-seeds     windows of Dolly by a few, with three seeds
+    dolly           windows of Dolly by every scorer, with one seed
+    gsm8k           windows of GSM8K by a few, with one seed
+    dolly-cut       all rows of Dolly, those that a cut at 5 % keeps, as many random ones and the dropped ones
 
 Scores that are in the folder scores/ beside this script are taken from there, unless `--rescore` is given; all of them
 come to OUT/scores/<corpus>.parquet in the same form: risks by a hash of the row, without a word of it. `--windows 2`
@@ -19,9 +27,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +46,37 @@ import pyarrow.parquet as pq  # noqa: E402
 
 from sqsd_filter.scoring.baselines import ANCHORED, SCORERS  # noqa: E402
 
-RISK = "sqsd_"
+RISK, UNSAFE, TRANSFER = "sqsd_", "unsafe", "transfer"
 CORPORA = {"dolly": 1100, "gsm8k": 700}  # rows of each
-UNSAFE, CUT = "unsafe", "-cut"
-RESULTS = (*CORPORA, f"dolly{CUT}")
-TRANSFER = "transfer"
 PARTS = {"danger": 1, "safety": -1}  # of SQSD's risk, which its own scores have beside it: each with its sign
-CUT_SCORERS = ("sqsd", "length")  # whose cut is compared with a random one
-CUT_ARMS = ("--arms", "cut", "--drop-top", "5%", "--epochs", "1")  # of nearly all rows: more updates than in a window
 ANCHORS = 100  # of each kind: answers to the same prompts, of the pairs that the pack's safety direction was trained on
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is compared: scorers of a corpus. Its models are kept in the folder OUT/models/<kept>."""
+
+    corpus: str
+    kept: str
+    scorers: tuple[str, ...]
+    settings: tuple[str, ...]  # of `evaluate`
+
+    @property
+    def mixes(self) -> bool:
+        return "none" in self.settings
+
+
+ALL, FEW = (*SCORERS, TRANSFER), ("sqsd", "random", "length")
+MIXES = ("--arms", "none")
+ONCE = ("--arms", "cut", "--drop-top", "5%", "--epochs", "1", "--seeds", "0")  # more updates than a window has
+RESULTS = {
+    "dolly-mixes": Result("dolly", "dolly-mixes", ALL, MIXES),
+    "gsm8k-mixes": Result("gsm8k", "gsm8k-mixes", FEW, MIXES),
+    "dolly-seeds": Result("dolly", "dolly", FEW, ("--seeds", "0,1,2")),
+    "dolly": Result("dolly", "dolly", ALL, ("--seeds", "0")),
+    "gsm8k": Result("gsm8k", "gsm8k", FEW, ("--seeds", "0")),
+    "dolly-cut": Result("dolly", "dolly-cut", ("sqsd", "length"), ONCE),
+}
 
 
 def main() -> None:
@@ -55,23 +87,22 @@ def main() -> None:
     parser.add_argument("--pack", default="smollm2-135m", help="the aligned model, and the compass of the scores")
     parser.add_argument("--transfer", help="the other pack, where its scores are not kept")
     parser.add_argument("--judge", action="append", help="as for evaluate: phrases, unless others are named")
-    parser.add_argument("--scorers", default=",".join([*SCORERS, TRANSFER]), help="as sqsd,random")
-    parser.add_argument("--seeds", default="0,1,2", help="fine-tune once with each")
+    parser.add_argument("--scorers", default=",".join(ALL), help="these only, as sqsd,random")
     parser.add_argument("--windows", default="5", help="along each risk")
     parser.add_argument("--rescore", action="store_true", help="take no scores from the folder beside this script")
     options = parser.parse_args()
-    scorers = options.scorers.split(",")
-    files = write_data(options.data, options.out / "data")
-    if odd := set(options.results.split(",")) - set(RESULTS):
+    wanted = options.results.split(",")
+    if odd := set(wanted) - set(RESULTS):
         parser.error(f"--results are of {', '.join(RESULTS)}, not {', '.join(sorted(odd))}")
+    files = write_data(options.data, options.out / "data")
     asked = ["--harmful", files["harmful"], "--harmless", files["harmless"], "--pack", options.pack]
     asked += [word for judge in options.judge or ["phrases"] for word in ("--judge", judge)]
-    asked += ["--seeds", options.seeds, "--windows", options.windows, "--config", CONFIG]
-    for name in options.results.split(","):
-        corpus = name.removesuffix(CUT)
-        chosen = scorers if corpus == name else [scorer for scorer in scorers if scorer in CUT_SCORERS]
+    asked += ["--windows", options.windows, "--config", CONFIG]
+    for name in wanted:
+        result = RESULTS[name]
+        chosen = [scorer for scorer in result.scorers if scorer in options.scorers.split(",")]
         for scorer in chosen:
-            for rows in (UNSAFE, corpus):
+            for rows in (UNSAFE, result.corpus) if result.mixes else (result.corpus,):
                 target = scores(options.out, rows, scorer)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 kept = HERE / "scores" / f"{rows}.parquet"
@@ -79,12 +110,20 @@ def main() -> None:
                 if not known and not part(scores(options.out, rows, "sqsd"), scorer, target):
                     score(files, rows, target, scorer, options.transfer if scorer == TRANSFER else options.pack)
                 keep(files[rows], target.parent)
-        given = [scores(options.out, corpus, scorer) for scorer in chosen]
-        if corpus != name:
-            call("evaluate", *given, options.out / name, *asked, *CUT_ARMS)
-        else:
-            poison = [word for scorer in chosen for word in ("--poison", scores(options.out, UNSAFE, scorer))]
-            call("evaluate", *given, options.out / name, *asked, *poison)
+        models = options.out / "models" / result.kept
+        models.parent.mkdir(exist_ok=True)
+        given = [scores(options.out, result.corpus, scorer) for scorer in chosen]
+        unsafe = [word for scorer in chosen for word in ("--poison", scores(options.out, UNSAFE, scorer))]
+        call("evaluate", *given, models, *asked, *result.settings, *(unsafe if result.mixes else ()))
+        publish(models, options.out / name)
+
+
+def publish(models: Path, target: Path) -> None:
+    """Put what is to be kept of the results apart from the models, which other results share."""
+    target.mkdir(exist_ok=True)
+    for name in ("results.json", "asr.png"):
+        if (models / name).is_file():
+            shutil.copyfile(models / name, target / name)
 
 
 def score(files: Mapping[str, Path], rows: str, target: Path, scorer: str, pack: str | None) -> None:

@@ -7,6 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
+
+from sqsd_filter.statistics import spearman
+
 HERE = Path(__file__).resolve().parent
 ASKED = ("ASR, 95 % interval", "refused", "degenerate", "harmless ones refused", "loss")
 SETS = {"all": "all rows", "kept": "without the riskiest", "random": "without random ones", "dropped": "the riskiest"}
@@ -17,13 +22,13 @@ def main() -> None:
         results = json.loads(path.read_text(encoding="utf-8"))
         print(f"{path.parent.name}\n")
         for kind in (of_windows, of_scorers, of_arms, of_mixes):
-            if table := list(kind(results)):
+            if table := list(kind(results, path.parent.name)):
                 print("\n".join(table) + "\n")
 
 
-def of_windows(results: Mapping[str, Any], scorer: str = "sqsd") -> Iterator[str]:
-    """All figures of one scorer's windows, and of the model before."""
-    if scorer not in results["scorers"]:
+def of_windows(results: Mapping[str, Any], _name: str, scorer: str = "sqsd") -> Iterator[str]:
+    """All figures of one scorer's windows, and of the model before, where several seeds make it worth it."""
+    if scorer not in results["scorers"] or len(results["seeds"]) == 1:
         return
     yield from head("", "answer tokens", *ASKED)
     found = results["scorers"][scorer]
@@ -36,9 +41,9 @@ def of_windows(results: Mapping[str, Any], scorer: str = "sqsd") -> Iterator[str
         yield line(names.get(k + 1, f"S{k + 1}"), f"{found['tokens'][k]:,}", *figures(one))
 
 
-def of_scorers(results: Mapping[str, Any]) -> Iterator[str]:
+def of_scorers(results: Mapping[str, Any], _name: str) -> Iterator[str]:
     """The attack success rate by window for each scorer, with 95 % intervals."""
-    if not results["scorers"]:
+    if len(results["scorers"]) < 2:
         return
     count = max(len(found["asr"]) for found in results["scorers"].values())
     names = [f"S{k + 1}" for k in range(count)]
@@ -50,7 +55,7 @@ def of_scorers(results: Mapping[str, Any]) -> Iterator[str]:
         yield line(name, *rates, spread, "yes" if found["monotone"] else "no", tokens)
 
 
-def of_arms(results: Mapping[str, Any]) -> Iterator[str]:
+def of_arms(results: Mapping[str, Any], _name: str) -> Iterator[str]:
     """What a cut leaves: all rows, the kept ones, as many random ones, the dropped ones."""
     if not results["arms"]:
         return
@@ -62,14 +67,22 @@ def of_arms(results: Mapping[str, Any]) -> Iterator[str]:
                 yield line(words + by, f"{arms[name]['rows']:,}", *figures(arms[name]))
 
 
-def of_mixes(results: Mapping[str, Any]) -> Iterator[str]:
-    """How many of the dropped rows are the unsafe ones that were mixed in."""
+def of_mixes(results: Mapping[str, Any], name: str) -> Iterator[str]:
+    """How many of the dropped rows are the unsafe ones that were mixed in, and how the scores of the others go with
+    SQSD's and with the length of answers."""
     if not results["poisoned"]:
         return
     shares = list(next(iter(results["poisoned"].values())))
-    yield from head("unsafe rows mixed in", *(f"{100 * float(share):.0f} %" for share in shares), "ROC-AUC at 5 %")
-    for name, found in results["poisoned"].items():
-        yield line(name, *(estimate(found[share]["precision"]) for share in shares), estimate(found["0.05"]["auc"], 1))
+    titles = [f"{100 * float(share):.0f} %" for share in shares]
+    yield from head("unsafe rows mixed in", *titles, "ROC-AUC at 5 %", "rank correlation with SQSD", "with length")
+    kept = pq.read_table(HERE / "scores" / f"{name.partition('-')[0]}.parquet").drop(["row"]).to_pydict()
+    risks = {column: np.array(values, np.float64) for column, values in kept.items()}
+    known = np.isfinite(list(risks.values())).all(0)
+    for scorer, found in results["poisoned"].items():
+        own, sqsd, length = (risks[f"sqsd_{each}"][known] for each in (scorer, "sqsd", "length"))
+        alike = (f"{spearman(own, other):.2f}" for other in (sqsd, length))
+        precision = (estimate(found[share]["precision"]) for share in shares)
+        yield line(scorer, *precision, estimate(found["0.05"]["auc"], 1), *alike)
 
 
 def head(*titles: str) -> Iterator[str]:
