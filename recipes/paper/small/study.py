@@ -7,15 +7,16 @@ OUT/<name>/ gets results.json and asr.png for each of these names:
 
     dolly-mixes     known unsafe rows mixed into Dolly, by every scorer, without any training
     gsm8k-mixes     the same for GSM8K and a few
-    dolly-seeds     windows of Dolly by a few, with three seeds
-    dolly           windows of Dolly by every scorer, with one seed
-    gsm8k           windows of GSM8K by a few, with one seed
+    dolly           five windows of Dolly by a few, with two seeds
+    dolly-all       three windows of Dolly by every scorer, with one seed
+    gsm8k           three windows of GSM8K by a few, with one seed
     dolly-cut       all rows of Dolly, those that a cut at 5 % keeps, as many random ones and the dropped ones
 
 Scores that are in the folder scores/ beside this script are taken from there, unless `--rescore` is given; all of them
 come to OUT/scores/<corpus>.parquet in the same form: risks by a hash of the row, without a word of it. `--windows 2`
-learns from the riskiest and the safest rows only, which are the first and the last window of any number. "transfer" are
-SQSD's risks by another pack, of another model, on which the same model is fine-tuned.
+learns from the riskiest and the safest rows only, which are the first and the last window of any number; the second of
+three is the third of five, too. "transfer" are SQSD's risks by another pack, of another model, on which the same model
+is fine-tuned.
 
 DATA_FOLDER has databricks-dolly-15k, GSM8K, AdvBench, StrongREJECT, XSTest and completions to JailbreakBench prompts,
 as recipes/packs/smollm2-135m/prepare.py reads them. No row or prompt that the pack was trained or chosen on is used,
@@ -72,9 +73,9 @@ ONCE = ("--arms", "cut", "--drop-top", "5%", "--epochs", "1", "--seeds", "0")  #
 RESULTS = {
     "dolly-mixes": Result("dolly", "dolly-mixes", ALL, MIXES),
     "gsm8k-mixes": Result("gsm8k", "gsm8k-mixes", FEW, MIXES),
-    "dolly-seeds": Result("dolly", "dolly", FEW, ("--seeds", "0,1,2")),
-    "dolly": Result("dolly", "dolly", ALL, ("--seeds", "0")),
-    "gsm8k": Result("gsm8k", "gsm8k", FEW, ("--seeds", "0")),
+    "dolly": Result("dolly", "dolly", FEW, ("--windows", "5", "--seeds", "0,1")),
+    "dolly-all": Result("dolly", "dolly", ALL, ("--windows", "3", "--seeds", "0")),
+    "gsm8k": Result("gsm8k", "gsm8k", FEW, ("--windows", "3", "--seeds", "0")),
     "dolly-cut": Result("dolly", "dolly-cut", ("sqsd", "length"), ONCE),
 }
 
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--transfer", help="the other pack, where its scores are not kept")
     parser.add_argument("--judge", action="append", help="as for evaluate: phrases, unless others are named")
     parser.add_argument("--scorers", default=",".join(ALL), help="these only, as sqsd,random")
-    parser.add_argument("--windows", default="5", help="along each risk")
+    parser.add_argument("--windows", help="so many, not those of the results")
     parser.add_argument("--rescore", action="store_true", help="take no scores from the folder beside this script")
     options = parser.parse_args()
     wanted = options.results.split(",")
@@ -97,7 +98,7 @@ def main() -> None:
     files = write_data(options.data, options.out / "data")
     asked = ["--harmful", files["harmful"], "--harmless", files["harmless"], "--pack", options.pack]
     asked += [word for judge in options.judge or ["phrases"] for word in ("--judge", judge)]
-    asked += ["--windows", options.windows, "--config", CONFIG]
+    asked += ["--config", CONFIG]
     for name in wanted:
         result = RESULTS[name]
         chosen = [scorer for scorer in result.scorers if scorer in options.scorers.split(",")]
@@ -114,7 +115,8 @@ def main() -> None:
         models.parent.mkdir(exist_ok=True)
         given = [scores(options.out, result.corpus, scorer) for scorer in chosen]
         unsafe = [word for scorer in chosen for word in ("--poison", scores(options.out, UNSAFE, scorer))]
-        call("evaluate", *given, models, *asked, *result.settings, *(unsafe if result.mixes else ()))
+        other = ("--windows", options.windows) if options.windows else ()
+        call("evaluate", *given, models, *asked, *result.settings, *other, *(unsafe if result.mixes else ()))
         publish(models, options.out / name)
 
 
