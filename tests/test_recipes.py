@@ -223,6 +223,7 @@ def test_the_commands_of_the_small_study_parse(
     called: list[list[str]] = []
     monkeypatch.setattr(study, "call", lambda *words: called.append([str(word) for word in words]))
     monkeypatch.setattr(sys, "argv", ["study.py", str(open_data), str(tmp_path / "out"), "--transfer", "other"])
+    monkeypatch.setattr(study, "part", lambda whole, scorer, target: scorer == study.HALF)
     study.main()
     params = [(words[0], parse(words).params) for words in called]
     scored = {(Path(p["dest"]).parent.name, p["scorer"], p["pack"]) for kind, p in params if kind == "score"}
@@ -232,10 +233,10 @@ def test_the_commands_of_the_small_study_parse(
     }
     evaluations = [p for kind, p in params if kind == "evaluate"]
     assert [(p["dest"].name, len(p["scores"]), len(p["poison"]), p["seeds"], p["arms"]) for p in evaluations] == [
-        ("dolly-mixes", len(SCORERS) + 1, len(SCORERS) + 1, "0,1,2", "none"),
+        ("dolly-mixes", len(SCORERS) + 2, len(SCORERS) + 2, "0,1,2", "none"),
         ("gsm8k-mixes", 3, 3, "0,1,2", "none"),
         ("dolly", 3, 0, "0,1", "windows"),  # shares its models with the next
-        ("dolly", len(SCORERS) + 1, 0, "0", "windows"),
+        ("dolly", len(SCORERS) + 2, 0, "0", "windows"),
         ("gsm8k", 3, 0, "0", "windows"),
         ("dolly-cut", 2, 0, "0", "cut"),
     ]
@@ -270,6 +271,10 @@ def test_parts_of_sqsd_s_risk_are_those_that_their_scorers_give(
         expected, found = (pq.read_table(path).to_pydict() for path in (alone, tmp_path / "part.parquet"))
         assert found.pop("sqsd_risk")[1:] == pytest.approx(expected["sqsd_risk"][1:], rel=1e-4)
         assert found == {name: values for name, values in expected.items() if name in found}
+    assert study.part(whole, study.HALF, tmp_path / "part.parquet")
+    expected, found = pq.read_table(whole).to_pylist(), pq.read_table(tmp_path / "part.parquet").to_pylist()
+    for row, half in zip(expected[1:], found[1:], strict=True):
+        assert half["sqsd_risk"] == pytest.approx(row["sqsd_danger"] - row["sqsd_safety"] / 2)
     assert not study.part(whole, "length", tmp_path / "length.parquet")
     assert not study.part(tmp_path / "none.parquet", "danger", tmp_path / "part.parquet")
 

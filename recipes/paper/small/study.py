@@ -16,7 +16,7 @@ Scores that are in the folder scores/ beside this script are taken from there, u
 come to OUT/scores/<corpus>.parquet in the same form: risks by a hash of the row, without a word of it. `--windows 2`
 learns from the riskiest and the safest rows only, which are the first and the last window of any number; the second of
 three is the third of five, too. "transfer" are SQSD's risks by another pack, of another model, on which the same model
-is fine-tuned.
+is fine-tuned, "half-safety" those with half the weight on the safety direction.
 
 DATA_FOLDER has databricks-dolly-15k, GSM8K, AdvBench, StrongREJECT, XSTest and completions to JailbreakBench prompts,
 as recipes/packs/smollm2-135m/prepare.py reads them. No row or prompt that the pack was trained or chosen on is used,
@@ -33,6 +33,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,12 @@ from sqsd_filter.scoring.baselines import ANCHORED, SCORERS  # noqa: E402
 
 RISK, UNSAFE, TRANSFER = "sqsd_", "unsafe", "transfer"
 CORPORA = {"dolly": 1100, "gsm8k": 700}  # rows of each
-PARTS = {"danger": 1, "safety": -1}  # of SQSD's risk, which its own scores have beside it: each with its sign
+HALF = "half-safety"
+PARTS = {  # risks that are made of what SQSD's own scores have beside its risk
+    "danger": {"danger": 1.0},
+    "safety": {"safety": -1.0},
+    HALF: {"danger": 1.0, "safety": -0.5},
+}
 ANCHORS = 100  # of each kind: answers to the same prompts, of the pairs that the pack's safety direction was trained on
 
 
@@ -67,7 +73,7 @@ class Result:
         return "none" in self.settings
 
 
-ALL, FEW = (*SCORERS, TRANSFER), ("sqsd", "random", "length")
+ALL, FEW = (*SCORERS, HALF, TRANSFER), ("sqsd", "random", "length")
 MIXES = ("--arms", "none")
 ONCE = ("--arms", "cut", "--drop-top", "5%", "--epochs", "1", "--seeds", "0")  # more updates than a window has
 RESULTS = {
@@ -165,14 +171,14 @@ def restore(rows: Path, kept: Path, scorer: str, target: Path) -> bool:
 
 
 def part(whole: Path, scorer: str, target: Path) -> bool:
-    """Is the scorer a part of SQSD, and its risks taken from there?"""
-    column = RISK + scorer
-    if scorer not in PARTS or not whole.is_file() or column not in pq.read_schema(whole).names:
+    """Are the scorer's risks made of SQSD's scores, and taken from there?"""
+    weights = {RISK + name: weight for name, weight in PARTS.get(scorer, {}).items()}
+    if not weights or not whole.is_file() or not weights.keys() <= set(pq.read_schema(whole).names):
         return False
     found = pq.read_table(whole)
-    risk = pc.multiply(found[column], float(PARTS[scorer]))
-    others = [name for name in found.column_names if name not in (f"{RISK}risk", *(RISK + name for name in PARTS))]
-    pq.write_table(found.select(others).append_column(f"{RISK}risk", risk), target)
+    terms = [pc.multiply(found[column], weight) for column, weight in weights.items()]
+    others = [name for name in found.column_names if name not in (f"{RISK}risk", f"{RISK}danger", f"{RISK}safety")]
+    pq.write_table(found.select(others).append_column(f"{RISK}risk", reduce(pc.add, terms)), target)
     return True
 
 
