@@ -170,7 +170,7 @@ class _Study:
         self.subject = Subject.of(load_pack(pack), design.tuning, device)
         self.longest = self.subject.longest([*self.harmful, *self.harmless], design.max_new_tokens)
         if design.generation == VLLM:
-            check_vllm()
+            check_vllm(design.tuning.r)
         self.judges: list[Judge] = [load_judge(spec, device=self.subject.device) for spec in design.judges]
         if len({judge.name for judge in self.judges}) < len(self.judges):
             raise UsageError("Two of the judges have one name: rename the folder of one of them.")

@@ -7,7 +7,8 @@ OUT/<name>/ gets results.json and asr.png for each of these names:
 
     dolly-mixes     known unsafe rows mixed into Dolly, by every scorer, without any training
     gsm8k-mixes     the same for GSM8K and a few
-    dolly           five windows of Dolly by a few, with two seeds
+    dolly           five windows of Dolly by a few, with one seed
+    dolly-seeds     the same by SQSD, with two
     dolly-all       three windows of Dolly by every scorer, with one seed
     gsm8k           three windows of GSM8K by a few, with one seed
     dolly-cut       all rows of Dolly, those that a cut at 5 % keeps, as many random ones and the dropped ones
@@ -79,7 +80,8 @@ ONCE = ("--arms", "cut", "--drop-top", "5%", "--epochs", "1", "--seeds", "0")  #
 RESULTS = {
     "dolly-mixes": Result("dolly", "dolly-mixes", ALL, MIXES),
     "gsm8k-mixes": Result("gsm8k", "gsm8k-mixes", FEW, MIXES),
-    "dolly": Result("dolly", "dolly", FEW, ("--windows", "5", "--seeds", "0,1")),
+    "dolly-seeds": Result("dolly", "dolly", FEW[:1], ("--windows", "5", "--seeds", "0,1")),
+    "dolly": Result("dolly", "dolly", FEW, ("--windows", "5", "--seeds", "0")),
     "dolly-all": Result("dolly", "dolly", ALL, ("--windows", "3", "--seeds", "0")),
     "gsm8k": Result("gsm8k", "gsm8k", FEW, ("--windows", "3", "--seeds", "0")),
     "dolly-cut": Result("dolly", "dolly-cut", ("sqsd", "length"), ONCE),
