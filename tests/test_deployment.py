@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import jsonschema
 import kubernetes_validate
 import pytest
@@ -78,10 +79,10 @@ def test_ray_is_started_by_options_that_it_has(path: Path) -> None:
     lines = found("ray", path)
     assert lines
     for line in lines:
-        parsed = parse(line, ray, None)
+        parsed = parse(line, click.Context(ray), None)
         if line[0] == "symmetric-run":  # hands on to `ray start` what it doesn't know itself
-            own = parse(line[: line.index("--")], ray, None)
-            parsed = parse(["start", *own.params["ray_args_and_entrypoint"]], ray, None)
+            own = parse(line[: line.index("--")], click.Context(ray), None)
+            parsed = parse(["start", *own.params["ray_args_and_entrypoint"]], click.Context(ray), None)
         assert parsed.params is not None
 
 
