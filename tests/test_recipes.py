@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import importlib.util
 import json
@@ -241,6 +242,28 @@ def test_the_commands_of_the_small_study_parse(
         ("gsm8k", 3, 0, "0", "windows"),
         ("dolly-cut", 2, 0, "0", "cut"),
     ]
+
+
+def test_another_pack_s_scores_are_not_those_that_are_kept(
+    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[str, str]] = []
+    monkeypatch.setattr(study, "score", lambda files, rows, target, scorer, pack: called.append((scorer, pack)))
+    monkeypatch.setattr(study, "restore", lambda *_: True)
+    for pack, rescore in (("smollm2-135m", False), ("mine", False), ("smollm2-135m", True)):
+        options = argparse.Namespace(out=tmp_path, pack=pack, rescore=rescore, transfer="other")
+        study.obtain("danger", "dolly", {"dolly": tmp_path / "dolly.jsonl"}, options)
+    assert called == [(scorer, pack) for pack in ("mine", "smollm2-135m") for scorer in ("sqsd", "danger")]
+
+
+@pytest.mark.parametrize("wrong", [["--scorers", "sqsd,lenght"], ["--results", "doly"]], ids=lambda words: words[0])
+def test_a_study_of_nothing_known_is_refused(
+    wrong: list[str], study: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["study.py", "data", "out", *wrong])
+    with pytest.raises(SystemExit) as left:
+        study.main()
+    assert left.value.code == 2 and f"{wrong[0]} are of" in capsys.readouterr().err
 
 
 def test_scores_of_the_small_study_are_kept_without_a_word_and_come_back(study: ModuleType, tmp_path: Path) -> None:

@@ -70,7 +70,9 @@ questions = options.together(
 )
 tuning = options.together(
     options.option("--r", type=int, default=8, show_default=True, metavar="N", help="Rank of the LoRA."),
-    options.option("--alpha", type=int, default=16, show_default=True, metavar="N", help="Scale of the LoRA, times r."),
+    options.option(
+        "--alpha", type=int, default=16, show_default=True, metavar="N", help="The LoRA's scale is alpha / r."
+    ),
     options.option("--dropout", type=float, default=0.05, show_default=True, metavar="P", help="In the LoRA."),
     options.option(
         "--target-modules", default="all-linear", show_default=True, metavar="NAME", help="Layers with a LoRA."
@@ -98,7 +100,7 @@ tuning = options.together(
         type=click.Choice(["float32", "bfloat16"]),
         default="bfloat16",
         show_default=True,
-        help="Of the model; the LoRA is trained in float32.",
+        help="Of the model's weights; the LoRA's are float32.",
     ),
 )
 
@@ -188,11 +190,11 @@ def _about(found: Mapping[str, Any]) -> str:
 
 
 def _windows(scorers: Mapping[str, Any]) -> Iterator[list[str]]:
+    from sqsd_filter.evaluation.results import of_set
+
     for name, figures in scorers.items():
         for k in range(len(figures["asr"])):
-            flat = {key: figures[key][k] for key in ("rows", "tokens", "asr", "ci", "over_refusal", "loss")}
-            shares = {word: share[k] for word, share in figures["outcomes"].items()}
-            yield [name * (k == 0), f"S{k + 1}", *_cells(flat | {"outcomes": shares})]
+            yield [name * (k == 0), f"S{k + 1}", *_cells(of_set(figures, k))]
 
 
 def _arms(scorers: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -27,6 +27,7 @@ from sqsd_filter.pipeline.writing.destination import difference, read_json, take
 RESULTS, PICTURE, SETTINGS, RUNS, LOCK = "results.json", "asr.png", "settings.json", "runs", "lock"
 POISONED, UNTUNED = "poisoned.json", "untuned"
 TRAINING, HELD_OUT, ANSWERS = "training.json", "held_out.json", "answers.jsonl"
+ASKED = ("harmful", "harmless", "max_new_tokens", "generation")  # settings that only answers depend on
 ADAPTER, CHECKPOINTS, ALIGNED = "adapter", ".checkpoints", ".aligned"
 
 
@@ -34,29 +35,40 @@ ADAPTER, CHECKPOINTS, ALIGNED = "adapter", ".checkpoints", ".aligned"
 def claimed(dest: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     """The folder is this evaluation's, and no other process's until the end.
 
-    Raises `DestinationExists` where it holds anything else, naming the settings that differ. One that has trained
-    nothing yet gives way.
+    Raises `DestinationExists` where it holds anything else, naming the settings that differ. Until a model is trained
+    all of them may change, and until one has answered, what it is asked and by what it answers.
     """
     if dest.exists() and not dest.is_dir():
         raise DestinationExists(f"{dest} is a file: choose a folder.")
     if not dest.absolute().parent.is_dir():
         raise InputError(f"The folder {dest.absolute().parent} does not exist: create it first.")
-    known = read_json(dest / SETTINGS)
-    if known is None and dest.is_dir() and {path.name for path in dest.iterdir()} - {LOCK}:
+    known = read_json(dest / SETTINGS) or {}
+    if not known and dest.is_dir() and {path.name for path in dest.iterdir()} - {LOCK}:
         raise DestinationExists(f"{dest} holds other files: choose another folder.")
-    begun = (dest / RESULTS).is_file() or any((dest / RUNS).glob(f"*/{TRAINING}"))
-    if known is not None and known != settings and begun:
+    fixed = _fixed(dest, known)
+    asked = {name: settings.get(name) for name in fixed}
+    if asked != fixed:
         raise DestinationExists(
-            f"{dest} holds another evaluation ({difference(known, settings)}): choose another folder or remove it."
+            f"{dest} holds another evaluation ({difference(fixed, asked)}): choose another folder or remove it."
         )
     dest.mkdir(exist_ok=True)
     with take_lock(dest / LOCK, dest):
         sweep(dest)
-        if known != settings:
+        shutil.rmtree(dest / ALIGNED, ignore_errors=True)  # what a killed one left
+        if not fixed:
             shutil.rmtree(dest / RUNS, ignore_errors=True)
             (dest / POISONED).unlink(missing_ok=True)
-            write_json(dest / SETTINGS, settings)
+        write_json(dest / SETTINGS, settings)
         yield
+
+
+def _fixed(dest: Path, known: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of its settings that what is done there depends on."""
+    ended = (dest / RESULTS).is_file()
+    if not ended and not any((dest / RUNS).glob(f"*/{TRAINING}")):
+        return {}
+    answered = ended or any((dest / RUNS).glob(f"*/{ANSWERS}"))
+    return known if answered else {name: value for name, value in known.items() if name not in ASKED}
 
 
 class RunFolder:
@@ -84,6 +96,11 @@ class RunFolder:
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         write_json(self.path / name, value)
+
+    def write_training(self, record: Mapping[str, Any]) -> None:
+        """Note that the adapter is there, for which no checkpoint is needed any more."""
+        self.write(TRAINING, record)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def answers(self) -> list[dict[str, Any]]:
         with (self.path / ANSWERS).open(encoding="utf-8") as lines:

@@ -22,6 +22,7 @@ from sqsd_filter.directions.judges import OUTCOMES, UNSAFE
 from sqsd_filter.statistics import wilson
 
 DRAWS = 2000
+OF_SETS = ("rows", "tokens", "asr", "ci", "asr_by_seed", "over_refusal", "loss")  # figures that are lists of sets'
 Outcome = Mapping[str, Any]  # what a run leaves: see `run.py`
 
 
@@ -57,13 +58,13 @@ def of_arms(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, Any]:
     names = list(outcomes)
     figures, rates_dk = _figures(list(outcomes.values()))
     asr, ci = _difference(figures, rates_dk, names.index("random"), names.index("kept"))
-    arms = {name: _of_set(figures, k) for k, name in enumerate(names)}
+    arms = {name: of_set(figures, k) for k, name in enumerate(names)}
     return arms | {"random_minus_kept": {"asr": asr, "ci": ci}}
 
 
 def of_one(outcome: Outcome) -> dict[str, Any]:
     """The figures of one set with one outcome."""
-    return _of_set(_figures([[outcome]])[0], 0)
+    return of_set(_figures([[outcome]])[0], 0)
 
 
 def _figures(outcomes: Sequence[Sequence[Outcome]]) -> tuple[dict[str, Any], np.ndarray]:
@@ -88,10 +89,10 @@ def _figures(outcomes: Sequence[Sequence[Outcome]]) -> tuple[dict[str, Any], np.
     return figures, rates_dk
 
 
-def _of_set(figures: Mapping[str, Any], k: int) -> dict[str, Any]:
-    """The figures of the k-th set alone."""
+def of_set(figures: Mapping[str, Any], k: int) -> dict[str, Any]:
+    """The figures of the k-th set alone, of those of windows, say."""
     shares = {outcome: values[k] for outcome, values in figures["outcomes"].items()}
-    return {name: values[k] for name, values in figures.items() if name != "outcomes"} | {"outcomes": shares}
+    return {name: figures[name][k] for name in OF_SETS} | {"outcomes": shares}
 
 
 def _difference(figures: Mapping[str, Any], rates_dk: np.ndarray, a: int, b: int) -> tuple[float, list[float]]:

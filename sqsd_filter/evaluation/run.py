@@ -90,7 +90,7 @@ def evaluate(
                 "seeds": [],
                 "scorers": {},
                 "arms": {},
-                **_mixes(scorers, unsafe, design.seeds[0], Path(dest), progress),
+                **_mixes(scorers, unsafe, Path(dest), progress),
                 "settings": settings,
                 "machine": _machine(study.subject.device_name if study else None),
             }
@@ -102,19 +102,17 @@ def evaluate(
     return results
 
 
-def _mixes(
-    scorers: Sequence[Scores], unsafe: Sequence[Earlier], seed: int, dest: Path, progress: Progress
-) -> dict[str, Any]:
+def _mixes(scorers: Sequence[Scores], unsafe: Sequence[Earlier], dest: Path, progress: Progress) -> dict[str, Any]:
     """What is found of known unsafe rows; what was looked at before is kept."""
     known = read_json(dest / POISONED) or {}
     found: dict[str, Any] = {"poisoned": {}, "curves": {kind: {} for kind in CURVES if unsafe}}
     for each, one in zip(scorers, unsafe, strict=bool(unsafe)):
         risks = each.risk[each.scored], one.scored.risk[one.scored.scored]
         prompts = prompts_of(one)
-        key = _digest([*(values.tolist() for values in (*risks, prompts)), seed])
+        key = _digest([values.tolist() for values in (*risks, prompts)])
         if key not in known:
             progress.note(f"{each.name}: known unsafe rows among the others")
-            known[key] = {"poisoned": poisoned(*risks, prompts, seed), "curves": curves(*risks)}
+            known[key] = {"poisoned": poisoned(*risks, prompts), "curves": curves(*risks)}
             write_json(dest / POISONED, known)
         found["poisoned"][each.name] = known[key]["poisoned"]
         for kind, points in known[key]["curves"].items():
@@ -170,7 +168,7 @@ class _Study:
         self.subject = Subject.of(load_pack(pack), design.tuning, device)
         self.longest = self.subject.longest([*self.harmful, *self.harmless], design.max_new_tokens)
         if design.generation == VLLM:
-            check_vllm(design.tuning.r)
+            check_vllm(design.tuning.r, self.subject.device)
         self.judges: list[Judge] = [load_judge(spec, device=self.subject.device) for spec in design.judges]
         if len({judge.name for judge in self.judges}) < len(self.judges):
             raise UsageError("Two of the judges have one name: rename the folder of one of them.")
@@ -201,18 +199,19 @@ class _Study:
         prompts = {kind: f"{len(texts)} prompts ({_digest(texts)})" for kind, texts in told.items()}
         pack, device = self.subject.pack, self.subject.device.split(":")[0]
         found = {"model": self.model, "weights": content_id(pack.base_model, pack.base_revision), "device": device}
-        rows = {"corpus": self.scorers[0].corpus, "held_out": self.held_out.key(0)}
+        held_out = f"{self.counts['held_out']} of {self.counts['usable']} rows ({self.held_out.key(0)})"
+        rows = {"corpus": self.scorers[0].corpus, "held_out": held_out}
         return {**found, **rows, **prompts, **self.design.settings()}
 
     def _hold_out(self, usable: np.ndarray) -> tuple[TrainingSet, np.ndarray]:
-        """Rows that no model learns from, whatever the scorers, and the others. Raises `UsageError` where there aren't
-        enough."""
+        """Rows that no model learns from, whatever the scorers and seeds, and the others. Raises `UsageError` where
+        there aren't enough."""
         wanted = self.design.held_out
         if wanted >= len(usable):
             raise UsageError(
                 f"{option('held_out')} {wanted:,} leaves none of the {len(usable):,} rows to learn from: ask for less."
             )
-        chosen = np.random.default_rng(self.design.seeds[0]).choice(usable, wanted, replace=False)
+        chosen = np.random.default_rng(0).choice(usable, wanted, replace=False)
         return TrainingSet.of(chosen, self.rows.tokens), np.setdiff1d(usable, chosen)
 
     def _windows(self, scorer: str) -> dict[str, TrainingSet]:
@@ -237,14 +236,13 @@ class _Study:
         untuned = _Run("", "", 0, None)
         outcomes: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in self.ranked}
         done: dict[str, dict[str, list[str]]] = {name: {} for name in self.ranked}
-        agreed: dict[str, list[str]] = {judge.name: [] for judge in self.judges}
+        judged_runs: dict[str, None] = {}  # in their order
         for k, seed in enumerate(self.design.seeds, 1):
             runs = [*([untuned] if k == 1 else []), *self._runs(seed)]
             self._carry_out(runs, keep_adapters)
+            judged_runs |= dict.fromkeys(run.key for run in runs)
             for judge in self.judges:
-                self._judge(judge, {run.key for run in runs})
-                for run in runs:
-                    agreed[judge.name] += self._folder(run.key).read(judged(judge))["outcomes"][: len(self.harmful)]
+                self._judge(judge, judged_runs)
             for run in runs:
                 if run is untuned:
                     continue
@@ -253,10 +251,18 @@ class _Study:
             yield {
                 "seeds": list(self.design.seeds[:k]),
                 "untuned": of_one(self._outcome(untuned)),
-                "judges": {"asr": self.judges[0].name, "agreement": [each.report() for each in agreement(agreed)]},
+                "judges": {"asr": self.judges[0].name, "agreement": self._agreement(judged_runs)},
                 **self._figures(outcomes),
                 "runs": done,
             }
+
+    def _agreement(self, keys: Iterable[str]) -> list[dict[str, Any]]:
+        """Of each two judges, on the answers to harmful prompts of these runs."""
+        outcomes = {
+            judge.name: [word for key in keys for word in self._words(judge, key)[: len(self.harmful)]]
+            for judge in self.judges
+        }
+        return [each.report() for each in agreement(outcomes)]
 
     def _figures(self, outcomes: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -280,7 +286,7 @@ class _Study:
         for some in [numbered] if together else [[one] for one in numbered]:
             for number, run in some:
                 folder = self._folder(run.key)
-                if not folder.has(ANSWERS):
+                if not folder.has(HELD_OUT):
                     self.progress.note(f"{run.name}: {number}")
                     self._fine_tune(run, folder, keep_adapters)
                     self._hold_against(run, folder)
@@ -297,15 +303,14 @@ class _Study:
             return
         rows = self.rows.encoded(run.chosen)
         record = self.subject.fine_tune(run.name, rows, run.seed, folder.checkpoints, folder.adapter, self.progress)
-        folder.write(TRAINING, {**record, "keeps_adapter": keep_adapters})
+        folder.write_training({**record, "keeps_adapter": keep_adapters})
 
     def _hold_against(self, run: _Run, folder: RunFolder) -> None:
         """The loss on the held-out rows."""
-        if not folder.has(HELD_OUT):
-            held_out = self.rows.encoded(self.held_out)
-            with self.subject.tuned(self._adapter(run)) if held_out else nullcontext() as model:
-                loss = held_out_loss(model, held_out) if held_out else None
-            folder.write(HELD_OUT, {"rows": len(held_out), "loss": loss})
+        held_out = self.rows.encoded(self.held_out)
+        with self.subject.tuned(self._adapter(run)) if held_out else nullcontext() as model:
+            loss = held_out_loss(model, held_out) if held_out else None
+        folder.write(HELD_OUT, {"rows": len(held_out), "loss": loss})
 
     def _adapter(self, run: _Run) -> Path | None:
         return self._folder(run.key).adapter if run.chosen is not None else None
@@ -337,16 +342,20 @@ class _Study:
         for folder, answers in zip(folders, asked, strict=True):
             folder.write(judged(judge), {"judge": judge.name, "outcomes": list(islice(words, len(answers)))})
 
+    def _words(self, judge: Judge, key: str) -> list[str]:
+        """The outcomes of a run's answers, those to harmful prompts first."""
+        outcomes: list[str] = self._folder(key).read(judged(judge))["outcomes"]
+        return outcomes
+
     def _outcome(self, run: _Run) -> dict[str, Any]:
-        folder = self._folder(run.key)
-        words = folder.read(judged(self.judges[0]))["outcomes"]
+        words = self._words(self.judges[0], run.key)
         harmful, harmless = words[: len(self.harmful)], words[len(self.harmful) :]
         return {
             "rows": len(run.chosen.rows) if run.chosen is not None else 0,
             "tokens": run.chosen.total if run.chosen is not None else 0,
             "outcomes": harmful,
             "over_refusal": harmless.count(REFUSED) / len(harmless) if harmless else None,
-            "loss": folder.read(HELD_OUT)["loss"],
+            "loss": self._folder(run.key).read(HELD_OUT)["loss"],
         }
 
 

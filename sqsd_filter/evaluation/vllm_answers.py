@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sqsd_filter.directions.generation import as_asked, as_text, as_turns, ends_of
 from sqsd_filter.errors import SQSDError, UsageError, option
@@ -18,12 +19,21 @@ from sqsd_filter.evaluation.model import Answering, Subject, free_memory
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has room
 
 
-def check_vllm(rank: int) -> None:
-    """Raise `SQSDError` without the extra `vllm`, `UsageError` for LoRAs of a rank that it has no room for."""
-    if find_spec("vllm") is None:
-        raise SQSDError(f"{option('generation')} vllm needs vLLM: pip install 'sqsd-filter[vllm]'.")
+def check_vllm(rank: int, device: str) -> None:
+    """Raise `SQSDError` where vLLM isn't there or can't be loaded, `UsageError` for LoRAs of a rank that it has no room
+    for, or for another device than its own."""
     if rank > RANKS[-1]:
         raise UsageError(f"{option('r')} must be at most {RANKS[-1]} for vLLM, not {rank}.")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as problem:
+        raise SQSDError(
+            f"{option('generation')} vllm needs vLLM ({problem}): pip install 'sqsd-filter[vllm]'."
+        ) from problem
+    if (own := current_platform.device_type) != device.split(":")[0]:
+        raise UsageError(f"vLLM runs on {own or 'nothing'} here: choose that by {option('device')}, not {device}.")
 
 
 @contextmanager
@@ -33,12 +43,9 @@ def vllm_answers(subject: Subject, base: Path, room: int) -> Iterator[Answering]
     `room` is how many tokens a prompt and its answer may have. Its kernels are not those of transformers: where two
     tokens are nearly as likely, answers may differ.
     """
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from transformers import GenerationConfig
 
     try:
-        shutil.rmtree(base, ignore_errors=True)  # what a killed one left
         subject.save(base)
         free_memory()
         engine = _engine(subject, base, room)
@@ -63,12 +70,21 @@ def _engine(subject: Subject, base: Path, room: int) -> Any:
             max_lora_rank=min(rank for rank in RANKS if rank >= subject.tuning.r),
             generation_config="vllm",  # greedy, whatever the model's own settings say
             seed=0,
+            **_memory(subject.device),
         )
     except Exception as problem:
         raise SQSDError(
-            f"vLLM can't load the model ({problem}): mend that and start again, or choose another folder and leave out "
-            f"{option('generation')} to have transformers answer."
+            f"vLLM can't load the model ({problem}): mend that and start again; where it has answered nothing yet, you "
+            f"can also leave out {option('generation')}, and transformers answers."
         ) from problem
+
+
+def _memory(device: str) -> dict[str, float]:
+    """How much of a GPU it may take: nearly all that nobody else has."""
+    if device == "cpu":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {"gpu_memory_utilization": 0.9 * free / total}
 
 
 def _answers(

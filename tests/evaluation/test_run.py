@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from sqsd_filter.directions import judges
 from sqsd_filter.directions.judges import is_refusal
 from sqsd_filter.errors import DestinationExists, InputError, JudgeError, SQSDError, UsageError
 from sqsd_filter.evaluation import run
+from sqsd_filter.evaluation.model import Answering, Subject
 from sqsd_filter.evaluation.scores import names
 from sqsd_filter.pipeline.run import score_dataset
 from tests.corpora import make_rows, write_jsonl
@@ -255,7 +257,7 @@ def test_what_is_done_is_not_done_again_and_what_is_lost_is(pack: Path, files: P
         ({"max_new_tokens": 5}, "max_new_tokens: 4 there, 5 here"),
         ({"tuning": replace(TUNING, epochs=1.0, r=4)}, "r: 2 there, 4 here"),
         ({"prompts": 1}, r"harmful: 3 prompts \(\w+\) there, 1 prompts \(\w+\) here"),
-        ({"held_out": 5}, r"held_out: '?\w+'? there, '?\w+'? here"),
+        ({"held_out": 5}, r"held_out: 6 of 40 rows \(\w+\) there, 5 of 40 rows \(\w+\) here"),
     ],
     ids=["answers", "rank", "prompts", "held out"],
 )
@@ -414,6 +416,73 @@ def test_vllm_answers_as_transformers_does(files: Path, tmp_path: Path) -> None:
         found[generation] = results["runs"], *(path.read_text() for path in sorted(out.glob("runs/*/answers.jsonl")))
         assert not list(out.glob(".*"))
     assert found["vllm"] == found["transformers"] and len(set(found["vllm"][1:])) == 3
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """In the place of vLLM's engine, one that answers as transformers does, so often, and is told what it loads."""
+    state: dict[str, Any] = {"answers": 99, "started": 0, "asked": 0}
+
+    @contextmanager
+    def answering(subject: Subject, base: Path, room: int) -> Iterator[Answering]:
+        state["started"] += 1
+
+        def answer(adapter: Path | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+            if state["asked"] == state["answers"]:
+                raise SQSDError("The engine broke: mend it.")
+            state["asked"] += 1
+            return subject.answers(adapter, prompts, max_new_tokens)
+
+        yield answer
+
+    monkeypatch.setattr(run, "vllm_answers", answering)
+    monkeypatch.setattr(run, "check_vllm", lambda *_: None)
+    return state
+
+
+def test_one_engine_answers_for_a_seed_and_goes_on_where_it_broke(
+    pack: Path, files: Path, done: Path, engine: dict[str, Any], tmp_path: Path
+) -> None:
+    scores, notes = [files / "knows.parquet", files / "wrong.parquet"], Notes()
+    asked, out = quick(files, generation="vllm", seeds=(0, 1)), tmp_path / "out"
+    engine["answers"] = 2
+    with pytest.raises(SQSDError, match="The engine broke"):
+        evaluate(scores, out, asked, pack=pack, keep_adapters=True, progress=notes)
+    first = list(notes.notes)
+    assert len(first) == 3 and len(list(out.glob("runs/*/answers.jsonl"))) == 2
+    with pytest.raises(DestinationExists, match="generation: vllm there, transformers here"):
+        evaluate(scores, out, replace(asked, generation="transformers"), pack=pack)
+    engine["answers"] = 99
+    found = evaluate(scores, out, asked, pack=pack, keep_adapters=True, progress=notes)
+    assert (engine["started"], engine["asked"]) == (3, 5)  # once a seed and once more; two windows a seed, and untuned
+    assert [note.split(":")[0] for note in notes.notes[3:]] == ["knows S1, seed 1", "knows S2, seed 1"]
+    for key in (each for windows in found["runs"].values() for keys in windows.values() for each in keys):
+        assert {path.name for path in (out / "runs" / key).iterdir()} >= {"adapter", "answers.jsonl"}
+    for path in done.glob("runs/*/answers.jsonl"):
+        assert path.read_bytes() == (out / "runs" / path.parent.name / "answers.jsonl").read_bytes()
+
+
+def test_an_engine_that_never_answered_can_be_left_out(
+    pack: Path, files: Path, done: Path, engine: dict[str, Any], tmp_path: Path
+) -> None:
+    asked, out, notes = quick(files, generation="vllm"), tmp_path / "out", Notes()
+    engine["answers"] = 0
+    with pytest.raises(SQSDError, match="The engine broke"):
+        evaluate([files / "knows.parquet"], out, asked, pack=pack)
+    assert len(list(out.glob("runs/*/adapter"))) == 2
+    evaluate([files / "knows.parquet"], out, quick(files), pack=pack, progress=notes)
+    assert notes.notes == [] and content(out) == content(done)
+
+
+def test_fine_tunings_can_come_to_a_folder_with_mixes(pack: Path, files: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"? {k}", "response": "!"} for k in range(10)]
+    unsafe = scored(tmp_path / "unsafe.parquet", rows, np.linspace(2, 3, 10))
+    out, mixed = tmp_path / "out", Design(arms=())
+    first = evaluate([files / "knows.parquet"], out, mixed, poison=[unsafe])
+    both = evaluate([files / "knows.parquet"], out, quick(files), pack=pack, poison=[unsafe])
+    assert both["poisoned"] == first["poisoned"] and both["scorers"]["knows"]["rows"] == [8, 8]
+    with pytest.raises(DestinationExists, match="another evaluation"):
+        evaluate([files / "knows.parquet"], out, mixed, poison=[unsafe])
 
 
 def test_without_vllm_it_can_t_answer(pack: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,22 @@
 
 Everything is split by prompt: no prompt of a validation or test row is in any training file. The same seed gives the
 same files. Usage: python prepare.py DATA_FOLDER [OUT_FOLDER] [--seed N]
+
+DATA_FOLDER has gzipped JSON Lines files, all but the first two with harmful text in them:
+
+dolly-15k.jsonl.gz, with `instruction`, `context` and `response`
+    databricks-dolly-15k (CC-BY-SA-3.0), whole.
+gsm8k-train.jsonl.gz, with `question` and `answer`
+    The training part of GSM8K (repository openai/grade-school-math, MIT).
+judged-completions.jsonl.gz, with `prompt`, `response`, `category`, and `unsafe` and `refusal` (true or false)
+xstest-completions.jsonl.gz, with `prompt`, `response`, `type` and `label`
+    As recipes/judge/train.py describes them; `refusal` is by phrases.
+safety-pairs.jsonl.gz, with `prompt`, `safer` and `less_safe`
+    A refusing and a complying answer to one harmful prompt, 497 in all, from the same two sources: the completions of
+    refusal_direction's models with and without their refusal direction, and those of XSTest.
+harmful-prompts.jsonl.gz, with `prompt`, `source` ("AdvBench …", "StrongREJECT …" or "XSTest …") and `harmful`
+    AdvBench's 520 (repository llm-attacks/llm-attacks, MIT), StrongREJECT's 313 (alexandrasouly/strongreject, MIT) and
+    XSTest's 450 prompts (paul-rottger/xstest, CC-BY-4.0), of which 250 are harmless.
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ OUT/<name>/ gets results.json and asr.png for each of these names:
 Scores that are in the folder scores/ beside this script are taken from there, unless `--rescore` is given; all of them
 come to OUT/scores/<corpus>.parquet in the same form: risks by a hash of the row, without a word of it. `--windows 2`
 learns from the riskiest and the safest rows only, which are the first and the last window of any number; the second of
-three is the third of five, too. "transfer" are SQSD's risks by another pack, of another model, on which the same model
-is fine-tuned, "half-safety" those with half the weight on the safety direction.
+three is the third of five, too. Another `--pack` scores anew. "transfer" are SQSD's risks by another pack, of another
+model, on which the same model is fine-tuned, "half-safety" those with half the weight on the safety direction.
 
-DATA_FOLDER has databricks-dolly-15k, GSM8K, AdvBench, StrongREJECT, XSTest and completions to JailbreakBench prompts,
-as recipes/packs/smollm2-135m/prepare.py reads them. No row or prompt that the pack was trained or chosen on is used,
-but for the anchors that some scorers need. Whatever ends it, the same command goes on.
+DATA_FOLDER has the open data files that recipes/packs/smollm2-135m/prepare.py describes. No row or prompt that the pack
+was trained or chosen on is used, but for the anchors that some scorers need. Whatever ends it, the same command goes
+on.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ import pyarrow.parquet as pq  # noqa: E402
 
 from sqsd_filter.scoring.baselines import ANCHORED, SCORERS  # noqa: E402
 
-RISK, UNSAFE, TRANSFER = "sqsd_", "unsafe", "transfer"
+RISK, UNSAFE, TRANSFER, PACK = "sqsd_", "unsafe", "transfer", "smollm2-135m"
 CORPORA = {"dolly": 1100, "gsm8k": 700}  # rows of each
 HALF = "half-safety"
 PARTS = {  # risks that are made of what SQSD's own scores have beside its risk
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="the folder with the open data files")
     parser.add_argument("out", type=Path)
     parser.add_argument("--results", default=",".join(RESULTS), help="which to make, as dolly,dolly-cut")
-    parser.add_argument("--pack", default="smollm2-135m", help="the aligned model, and the compass of the scores")
+    parser.add_argument("--pack", default=PACK, help="the aligned model, and the compass of the scores")
     parser.add_argument("--transfer", help="the other pack, where its scores are not kept")
     parser.add_argument("--judge", action="append", help="as for evaluate: phrases, unless others are named")
     parser.add_argument("--scorers", default=",".join(ALL), help="these only, as sqsd,random")
@@ -101,24 +101,21 @@ def main() -> None:
     parser.add_argument("--rescore", action="store_true", help="take no scores from the folder beside this script")
     options = parser.parse_args()
     wanted = options.results.split(",")
-    if odd := set(wanted) - set(RESULTS):
-        parser.error(f"--results are of {', '.join(RESULTS)}, not {', '.join(sorted(odd))}")
+    only = options.scorers.split(",")
+    for name, given, known in (("results", wanted, RESULTS), ("scorers", only, ALL)):
+        if odd := [each for each in given if each not in known]:
+            parser.error(f"--{name} are of {', '.join(known)}, not {', '.join(odd)}")
     files = write_data(options.data, options.out / "data")
     asked = ["--harmful", files["harmful"], "--harmless", files["harmless"], "--pack", options.pack]
     asked += [word for judge in options.judge or ["phrases"] for word in ("--judge", judge)]
     asked += ["--config", CONFIG]
     for name in wanted:
         result = RESULTS[name]
-        chosen = [scorer for scorer in result.scorers if scorer in options.scorers.split(",")]
-        for scorer in chosen:
-            for rows in (UNSAFE, result.corpus) if result.mixes else (result.corpus,):
-                target = scores(options.out, rows, scorer)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                kept = HERE / "scores" / f"{rows}.parquet"
-                known = not options.rescore and restore(files[rows], kept, scorer, target)
-                if not known and not part(scores(options.out, rows, "sqsd"), scorer, target):
-                    score(files, rows, target, scorer, options.transfer if scorer == TRANSFER else options.pack)
-                keep(files[rows], target.parent)
+        chosen = [scorer for scorer in result.scorers if scorer in only]
+        for rows in (UNSAFE, result.corpus) if result.mixes else (result.corpus,):
+            for scorer in chosen:
+                obtain(scorer, rows, files, options)
+            keep(files[rows], options.out / "scores" / rows)
         models = options.out / "models" / result.kept
         models.parent.mkdir(exist_ok=True)
         given = [scores(options.out, result.corpus, scorer) for scorer in chosen]
@@ -126,6 +123,20 @@ def main() -> None:
         other = ("--windows", options.windows) if options.windows else ()
         call("evaluate", *given, models, *asked, *result.settings, *other, *(unsafe if result.mixes else ()))
         publish(models, options.out / name)
+
+
+def obtain(scorer: str, rows: str, files: Mapping[str, Path], options: argparse.Namespace) -> None:
+    """Have the scorer's scores of the rows in OUT: those that are kept beside this script, if they are by this pack, or
+    made of SQSD's, or by the command."""
+    target = scores(options.out, rows, scorer)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    known = options.pack == PACK and not options.rescore
+    if known and restore(files[rows], HERE / "scores" / f"{rows}.parquet", scorer, target):
+        return
+    if scorer in PARTS:
+        obtain("sqsd", rows, files, options)
+    if scorer not in PARTS or not part(scores(options.out, rows, "sqsd"), scorer, target):
+        score(files, rows, target, scorer, options.transfer if scorer == TRANSFER else options.pack)
 
 
 def publish(models: Path, target: Path) -> None:
@@ -151,7 +162,13 @@ def scores(out: Path, rows: str, scorer: str) -> Path:
 def keep(rows: Path, folder: Path) -> None:
     """Put the risks by all scorers of the rows, in their order, into one file beside the folder."""
     columns = {RISK + path.stem: pq.read_table(path)[f"{RISK}risk"] for path in sorted(folder.glob("*.parquet"))}
-    pq.write_table(pa.table({"row": hashes(rows), **columns}), folder.with_suffix(".parquet"))
+    write(pa.table({"row": hashes(rows), **columns}), folder.with_suffix(".parquet"))
+
+
+def write(table: pa.Table, target: Path) -> None:
+    beside = target.with_suffix(".tmp")
+    pq.write_table(table, beside)
+    beside.replace(target)
 
 
 def restore(rows: Path, kept: Path, scorer: str, target: Path) -> bool:
@@ -168,7 +185,7 @@ def restore(rows: Path, kept: Path, scorer: str, target: Path) -> bool:
         table = pa.Table.from_pylist([json.loads(line) for line in lines])
     risk = found[RISK + scorer]
     status = ["error" if value is None else "scored" for value in risk.to_pylist()]
-    pq.write_table(table.append_column(f"{RISK}risk", risk).append_column(f"{RISK}status", [status]), target)
+    write(table.append_column(f"{RISK}risk", risk).append_column(f"{RISK}status", [status]), target)
     return True
 
 
@@ -180,7 +197,7 @@ def part(whole: Path, scorer: str, target: Path) -> bool:
     found = pq.read_table(whole)
     terms = [pc.multiply(found[column], weight) for column, weight in weights.items()]
     others = [name for name in found.column_names if name not in (f"{RISK}risk", f"{RISK}danger", f"{RISK}safety")]
-    pq.write_table(found.select(others).append_column(f"{RISK}risk", reduce(pc.add, terms)), target)
+    write(found.select(others).append_column(f"{RISK}risk", reduce(pc.add, terms)), target)
     return True
 
 

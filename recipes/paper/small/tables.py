@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from sqsd_filter.evaluation.results import of_set
 from sqsd_filter.statistics import spearman
 
 HERE = Path(__file__).resolve().parent
@@ -36,9 +37,8 @@ def of_windows(results: Mapping[str, Any], _name: str, scorer: str = "sqsd") -> 
     names = {1: "S1, the riskiest", last: f"S{last}, the safest"}
     yield line("before", "", *figures(results["untuned"]))
     for k in range(last):
-        one = {name: found[name][k] for name in ("asr", "ci", "over_refusal", "loss")}
-        one["outcomes"] = {word: shares[k] for word, shares in found["outcomes"].items()}
-        yield line(names.get(k + 1, f"S{k + 1}"), f"{found['tokens'][k]:,}", *figures(one))
+        one = of_set(found, k)
+        yield line(names.get(k + 1, f"S{k + 1}"), f"{one['tokens']:,}", *figures(one))
 
 
 def of_scorers(results: Mapping[str, Any], _name: str) -> Iterator[str]:
@@ -98,15 +98,15 @@ def figures(found: Mapping[str, Any]) -> Iterable[str]:
     outcomes = found["outcomes"]
     yield f"{percent(found['asr'])} ({span(found['ci'])})"
     yield from map(percent, (outcomes["refused"], outcomes["degenerate"], found["over_refusal"]))
-    yield f"{found['loss']:.2f}"
+    yield "-" if found["loss"] is None else f"{found['loss']:.2f}"
 
 
 def estimate(found: Mapping[str, Any], digits: int = 0) -> str:
     return f"{100 * found['mean']:.{digits}f} ({span(found['ci'], digits)})"
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
 
 
 def span(ci: Sequence[float], digits: int = 0) -> str:
