@@ -486,7 +486,7 @@ def test_fine_tunings_can_come_to_a_folder_with_mixes(pack: Path, files: Path, t
 
 
 def test_without_vllm_it_can_t_answer(pack: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", None)
     with pytest.raises(SQSDError, match=r"pip install 'sqsd-filter\[vllm\]'"):
         evaluate([files / "knows.parquet"], tmp_path / "out", quick(files, generation="vllm"), pack=pack)
     assert not (tmp_path / "out").exists()
