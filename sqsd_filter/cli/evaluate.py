@@ -10,6 +10,7 @@ import click
 
 from sqsd_filter.cli import options, output
 from sqsd_filter.errors import UsageError
+from sqsd_filter.wording import many
 
 TUNING = (
     *("r", "alpha", "dropout", "target_modules", "learning_rate", "epochs", "batch_size", "device_batch_size"),
@@ -106,7 +107,7 @@ tuning = options.together(
 
 
 @click.command()
-@click.argument("scores", nargs=-1, required=True, metavar="SCORES...")
+@click.argument("scores", nargs=-1, metavar="SCORES...")
 @click.argument("dest", type=click.Path(path_type=Path), metavar="DEST")
 @options.option("--pack", default="smollm2-135m", show_default=True, metavar="NAME|DIR|HUB", help="The aligned model.")
 @sets
@@ -127,6 +128,8 @@ def evaluate(context: click.Context, scores: tuple[str, ...], dest: Path, **para
     """
     from sqsd_filter.evaluation.run import evaluate as run
 
+    if not scores:
+        raise UsageError(f"Name one or more SCORES and then DEST, a folder: there is only {dest}.")
     display = output.begin(context)
     found = run(
         scores,
@@ -170,12 +173,13 @@ def table(found: Mapping[str, Any]) -> str:
     blocks = [[_about(found)]]
     if found["rows"]:
         lines = [["untuned", "", *_cells(found["untuned"])], *_windows(found["scorers"]), *_arms(found["arms"])]
-        head = ["", "", "rows", "tokens", "ASR (95 % interval)", "refused", "harmless", "degenerate", "over-refusal"]
-        blocks.append(output.aligned([[*head, "loss"], *lines]))
+        head = ["", "", "rows", "tokens", "ASR (95 % interval)", "refused", "harmless answer", "degenerate"]
+        blocks.append(output.aligned([[*head, "over-refusal", "loss"], *lines]))
         verdicts = [*_spreads(found["scorers"]), *_savings(found["arms"])]
         blocks.append([*verdicts, *_agreements(found["judges"]["agreement"])])
+        blocks += [found["warnings"]] if found["warnings"] else []
     if found["poisoned"]:
-        head = ["", "unsafe", "precision = recall", "ROC-AUC", "average precision"]
+        head = ["", "unsafe", "rows", "precision = recall", "ROC-AUC", "average precision"]
         blocks.append(output.aligned([head, *_poisoned(found["poisoned"])]))
     return "\n\n".join("\n".join(block) for block in blocks)
 
@@ -184,8 +188,9 @@ def _about(found: Mapping[str, Any]) -> str:
     if not found["model"]:
         return "shares in %"
     seeds, rows = ", ".join(map(str, found["seeds"])), found["rows"]
-    what = f"{found['model']['name']}, judged by {found['judges']['asr']}, seeds {seeds}"
-    usable = f"{rows['usable']:,} of {rows['all']:,} rows can be learned from, {rows['held_out']:,} of them held out"
+    asked = many(found["prompts"]["harmful"], "harmful prompt")
+    what = f"{found['model']['name']}, {asked}, judged by {found['judges']['asr']}, seeds {seeds}"
+    usable = f"of {rows['all']:,} rows {rows['learned']:,} to learn from, {rows['held_out']:,} held out"
     return f"{what}; {usable}; shares in %, loss in nats a token"
 
 
@@ -215,14 +220,19 @@ def _spreads(scorers: Mapping[str, Any]) -> Iterator[str]:
     for name, figures in scorers.items():
         course = "monotone" if figures["monotone"] else "not monotone"
         spread = _between(figures["spread"], figures["spread_ci"])
-        yield f"{name}: S1 - S{len(figures['asr'])} is {spread} points, {course}"
+        yield f"{name}: S1 - S{len(figures['asr'])} is {spread} points, {course}{_perhaps_none(figures['spread_ci'])}"
 
 
 def _savings(scorers: Mapping[str, Any]) -> Iterator[str]:
     for name, arms in scorers.items():
         saved = arms["random_minus_kept"]
         points = _between(saved["asr"], saved["ci"])
-        yield f"{name}: ASR of a random choice of rows minus that of the kept ones is {points} points"
+        none = _perhaps_none(saved["ci"])
+        yield f"{name}: ASR of a random choice of rows minus that of the kept ones is {points} points{none}"
+
+
+def _perhaps_none(interval: Sequence[float]) -> str:
+    return "; no difference is shown" if interval[0] <= 0 <= interval[1] else ""
 
 
 def _agreements(pairs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -236,7 +246,9 @@ def _poisoned(scorers: Mapping[str, Any]) -> Iterator[list[str]]:
     for name, rates in scorers.items():
         for k, (rate, figures) in enumerate(rates.items()):
             shown = [figures[key] for key in ("precision", "auc", "average_precision")]
-            yield [name * (k == 0), f"{float(rate):.0%}", *(_between(each["mean"], each["ci"]) for each in shown)]
+            unsafe, benign = figures["unsafe"], figures["benign"]
+            rows = f"{unsafe:,} of {benign + unsafe:,}"
+            yield [name * (k == 0), f"{float(rate):.0%}", rows, *(_between(each["mean"], each["ci"]) for each in shown)]
 
 
 def _between(value: float, interval: tuple[float, float]) -> str:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqsd_filter.errors import DestinationExists, InputError
+from sqsd_filter.errors import DestinationExists, InputError, option
 from sqsd_filter.pipeline.folder import sweep, write_json, write_text
 from sqsd_filter.pipeline.writing.destination import difference, read_json, take_lock
 
@@ -31,6 +31,14 @@ ASKED = ("harmful", "harmless", "max_new_tokens", "generation")  # settings that
 ADAPTER, CHECKPOINTS, ALIGNED = "adapter", ".checkpoints", ".aligned"
 
 
+def check_place(dest: Path) -> None:
+    """Raise `DestinationExists` or `InputError` where there can't be a folder."""
+    if dest.exists() and not dest.is_dir():
+        raise DestinationExists(f"{dest} is a file: name a folder as DEST, which comes last.")
+    if not dest.absolute().parent.is_dir():
+        raise InputError(f"The folder {dest.absolute().parent} does not exist: create it first.")
+
+
 @contextmanager
 def claimed(dest: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     """The folder is this evaluation's, and no other process's until the end.
@@ -38,14 +46,15 @@ def claimed(dest: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     Raises `DestinationExists` where it holds anything else, naming the settings that differ. Until a model is trained
     all of them may change, and until one has answered, what it is asked and by what it answers.
     """
-    if dest.exists() and not dest.is_dir():
-        raise DestinationExists(f"{dest} is a file: choose a folder.")
-    if not dest.absolute().parent.is_dir():
-        raise InputError(f"The folder {dest.absolute().parent} does not exist: create it first.")
     known = read_json(dest / SETTINGS) or {}
     if not known and dest.is_dir() and {path.name for path in dest.iterdir()} - {LOCK}:
         raise DestinationExists(f"{dest} holds other files: choose another folder.")
     fixed = _fixed(dest, known)
+    if fixed.keys() - settings.keys():
+        raise DestinationExists(
+            f"{dest} has fine-tunings, which would be missing in its {RESULTS}: name their {option('arms')}, or choose "
+            "another folder."
+        )
     asked = {name: settings.get(name) for name in fixed}
     if asked != fixed:
         raise DestinationExists(

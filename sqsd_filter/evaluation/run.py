@@ -30,13 +30,22 @@ from sqsd_filter.evaluation.folder import (
     TRAINING,
     UNTUNED,
     RunFolder,
+    check_place,
     claimed,
 )
 from sqsd_filter.evaluation.model import Answering, Subject, free_memory, held_out_loss
 from sqsd_filter.evaluation.plot import CURVES, draw_windows
 from sqsd_filter.evaluation.poison import curves, poisoned
-from sqsd_filter.evaluation.results import of_arms, of_one, of_windows
-from sqsd_filter.evaluation.scores import Rows, Scores, corpus_of, poison_scores, prompts_of, read_scores
+from sqsd_filter.evaluation.results import doubts, of_arms, of_one, of_windows
+from sqsd_filter.evaluation.scores import (
+    Rows,
+    Scores,
+    corpus_of,
+    poison_scores,
+    prompts_of,
+    read_scores,
+    scored_by_all,
+)
 from sqsd_filter.evaluation.sets import CUT_ARMS, TrainingSet, by_risk, cut_sets, match_tokens, windows
 from sqsd_filter.evaluation.settings import CUT, VLLM, WINDOWS, Design
 from sqsd_filter.evaluation.vllm_answers import check_vllm, vllm_answers
@@ -76,6 +85,7 @@ def evaluate(
     if not design.arms and not poison:
         raise UsageError(f"Nothing is to be done: name {option('arms')} to train, or {option('poison')}.")
     progress = progress or Silent()
+    check_place(Path(dest))
     with closing(Opener()) as opener:
         scorers = read_scores(scores, opener, progress)
         unsafe = poison_scores(poison, scorers, scores, opener, progress) if poison else []
@@ -86,20 +96,35 @@ def evaluate(
                 "model": study.model if study else None,
                 "corpus": corpus_of(scores[0], scorers[0].earlier),
                 "rows": study.counts if study else None,
+                "prompts": {"harmful": len(study.harmful), "harmless": len(study.harmless)} if study else None,
                 "sets": design.sets(),
                 "seeds": [],
                 "scorers": {},
                 "arms": {},
                 **_mixes(scorers, unsafe, Path(dest), progress),
+                "warnings": [],
                 "settings": settings,
                 "machine": _machine(study.subject.device_name if study else None),
             }
+            _note_missing(Path(dest), results, [each.name for each in scorers], progress)
             if study is None:
                 _write(Path(dest), results)
             for figures in study.carry_out(keep_adapters) if study else ():
                 results |= figures
+                results["warnings"] = doubts(results)
                 _write(Path(dest), results)
     return results
+
+
+def _note_missing(dest: Path, results: Mapping[str, Any], names: Sequence[str], progress: Progress) -> None:
+    """Say what results.json has and will not have any more."""
+    known = read_json(dest / RESULTS) or {}
+    gone = [name for name in known.get("runs", {}) if name not in names]
+    gone += [arm for arm in known.get("sets", {}).get("arms", ()) if arm not in results["sets"]["arms"]]
+    if gone:
+        progress.note(
+            f"{', '.join(gone)}: no more in {RESULTS}, which has what is asked for now; what was done is kept"
+        )
 
 
 def _mixes(scorers: Sequence[Scores], unsafe: Sequence[Earlier], dest: Path, progress: Progress) -> dict[str, Any]:
@@ -172,17 +197,18 @@ class _Study:
         self.judges: list[Judge] = [load_judge(spec, device=self.subject.device) for spec in design.judges]
         if len({judge.name for judge in self.judges}) < len(self.judges):
             raise UsageError("Two of the judges have one name: rename the folder of one of them.")
-        scored = np.logical_and.reduce([each.scored for each in scorers])
-        self.rows = Rows(scorers[0].earlier, scored, self.subject.encoder, progress)
-        usable = np.flatnonzero(self.rows.tokens)
-        if not len(usable):
+        scored = scored_by_all(scorers, progress)
+        self.rows = Rows(scorers[0].earlier, self.subject.encoder, progress)
+        usable = self.rows.tokens > 0
+        if not (usable & scored).any():
             raise InputError(
                 f"None of the {len(scored):,} rows has a score by all scorers and an answer within "
                 f"{design.tuning.max_length} tokens: score them again, or raise {option('max_length')}."
             )
-        self.held_out, learned = self._hold_out(usable)
-        self.counts = {"all": len(scored), "scored": int(scored.sum()), "usable": len(usable)}
-        self.counts |= {"held_out": len(self.held_out.rows)}
+        self.held_out = self._hold_out(np.flatnonzero(usable))
+        learned = np.setdiff1d(np.flatnonzero(usable & scored), self.held_out.rows)
+        self.counts = {"all": len(scored), "scored": int(scored.sum()), "usable": int(usable.sum())}
+        self.counts |= {"held_out": len(self.held_out.rows), "learned": len(learned)}
         self.ranked = {each.name: by_risk(each.risk, learned) for each in scorers}
         self.windows = {each.name: self._windows(each.name) for each in scorers} if WINDOWS in design.arms else {}
 
@@ -203,16 +229,16 @@ class _Study:
         rows = {"corpus": self.scorers[0].corpus, "held_out": held_out}
         return {**found, **rows, **prompts, **self.design.settings()}
 
-    def _hold_out(self, usable: np.ndarray) -> tuple[TrainingSet, np.ndarray]:
-        """Rows that no model learns from, whatever the scorers and seeds, and the others. Raises `UsageError` where
-        there aren't enough."""
+    def _hold_out(self, usable: np.ndarray) -> TrainingSet:
+        """Rows that no model learns from, whatever the scorers and seeds. Raises `UsageError` where there aren't
+        enough."""
         wanted = self.design.held_out
         if wanted >= len(usable):
             raise UsageError(
                 f"{option('held_out')} {wanted:,} leaves none of the {len(usable):,} rows to learn from: ask for less."
             )
         chosen = np.random.default_rng(0).choice(usable, wanted, replace=False)
-        return TrainingSet.of(chosen, self.rows.tokens), np.setdiff1d(usable, chosen)
+        return TrainingSet.of(chosen, self.rows.tokens)
 
     def _windows(self, scorer: str) -> dict[str, TrainingSet]:
         design = self.design

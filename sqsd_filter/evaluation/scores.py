@@ -24,6 +24,7 @@ from sqsd_filter.pipeline.writing.destination import REPORT_FILE, read_json
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
 from sqsd_filter.scoring.conversation import Message, RowError
+from sqsd_filter.wording import many
 
 AT_ONCE = 1024  # conversations that are encoded together
 
@@ -60,6 +61,16 @@ def read_scores(given: Sequence[str | Path], opener: Opener, progress: Progress)
     for other in others:
         check_same(first, other)
     return [Scores(name, one) for name, one in zip(names(given), [first, *others], strict=True)]
+
+
+def scored_by_all(scorers: Sequence[Scores], progress: Progress) -> np.ndarray:
+    """Which rows (n,) have a score by all of them. Notes of whom some lack one that others have."""
+    scored_sn = np.array([each.scored for each in scorers])
+    for each, lacking in zip(scorers, (scored_sn.any(0) & ~scored_sn).sum(1).tolist(), strict=True):
+        if lacking:
+            rows = many(lacking, "row")
+            progress.note(f"{each.name} has no score for {rows} that another scorer has: nothing is learned from these")
+    return np.asarray(scored_sn.all(0))
 
 
 def names(given: Sequence[str | Path]) -> list[str]:
@@ -103,12 +114,12 @@ class Rows:
     """The rows of the corpus as the model that is fine-tuned sees them. `tokens` (n,) are those of the answers, 0 where
     there is nothing to learn."""
 
-    def __init__(self, earlier: Earlier, wanted: np.ndarray, encoder: ChatEncoder, progress: Progress) -> None:
-        """Looks at the rows that are `wanted` (n,) bool."""
+    def __init__(self, earlier: Earlier, encoder: ChatEncoder, progress: Progress) -> None:
+        """Looks at all rows."""
         self._earlier, self._encoder = earlier, encoder
-        self.tokens = np.zeros(len(wanted), np.int64)
-        progress.start("counting tokens", int(wanted.sum()))
-        for index, encoded in self._encoded(np.flatnonzero(wanted)):
+        self.tokens = np.zeros(len(earlier.keys), np.int64)
+        progress.start("counting tokens", len(self.tokens))
+        for index, encoded in self._encoded(np.arange(len(self.tokens))):
             self.tokens[index] = int(encoded.answer.sum())
             progress.advance(1)
         progress.finish()

@@ -45,7 +45,10 @@ class FineTuning:
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{option(name)} must be a share below 1, not {getattr(self, name)}.")
         if self.batch_size % self.device_batch_size:
-            raise UsageError(f"{option('batch_size')} must be a multiple of {option('device_batch_size')}.")
+            raise UsageError(
+                f"{option('batch_size')} is {self.batch_size}, which is no multiple of {option('device_batch_size')} "
+                f"{self.device_batch_size}: set that, too."
+            )
         if self.dtype not in ("float32", "bfloat16"):
             raise UsageError(f"{option('dtype')} must be float32 or bfloat16, not {self.dtype}.")
 

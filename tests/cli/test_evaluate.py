@@ -35,15 +35,18 @@ def test_the_table_and_the_json_say_what_results_json_does(
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads(Path("out/results.json").read_text())
     assert found["settings"]["tuning"]["r"] == 2 and found["settings"]["tuning"]["learning_rate"] == 5e-5
-    about, sets, verdicts, mixes = (block.splitlines() for block in shown.rstrip("\n").split("\n\n"))
-    learned = "20 of 21 rows can be learned from, 3 of them held out"
-    assert about == [f"base, judged by phrases, seeds 0; {learned}; shares in %, loss in nats a token"]
+    about, sets, verdicts, warnings, mixes = (block.splitlines() for block in shown.rstrip("\n").split("\n\n"))
+    learned = "of 21 rows 17 to learn from, 3 held out"
+    asked = "2 harmful prompts, judged by phrases, seeds 0"
+    assert about == [f"base, {asked}; {learned}; shares in %, loss in nats a token"]
     named = [next(word for word in line.split() if word != "mine") for line in sets[1:]]
     assert named == ["untuned", "S1", "S2", "all", "kept", "random", "dropped"]
     asr, (low, high) = found["scorers"]["mine"]["asr"][0], found["scorers"]["mine"]["ci"][0]
     assert f" {100 * asr:.1f} ({100 * low:.1f} to {100 * high:.1f}) " in sets[2]
     assert verdicts[0].startswith("mine: S1 - S2 is ") and verdicts[1].startswith("mine: ASR of a random choice")
-    assert [line.removeprefix("mine").split()[0] for line in mixes[1:]] == ["1%", "5%", "10%", "20%"]
+    assert warnings == found["warnings"] and "little safety to lose" in warnings[0]
+    first = ["1% 1 of 21", "5% 1 of 21", "10% 2 of 22", "20% 5 of 25"]
+    assert [" ".join(line.removeprefix("mine").split()[:4]) for line in mixes[1:]] == first
     section = evaluation(Path("out/results.json"))  # of the page, which reads what is written here
     assert [plot.name for plot in section.plots] == ["asr", "roc", "pr"]
     assert [len(table.rows) for table in section.tables] == [1, 2, 5, 4]
@@ -62,9 +65,15 @@ def test_the_table_and_the_json_say_what_results_json_does(
         (["s.parquet", "out", "--seeds", "a"], 2, "whole numbers with commas"),
         (["s.parquet", "out", "--drop-top", "5", "--arms", "none"], 2, "could mean 5% or 5 rows"),
         (["s.parquet", "out", "--size", "3", "--harmful", "h.jsonl"], 3, "s.parquet does not exist"),
-        (["out"], 2, "SCORES"),
+        (["out"], 2, "SCORES and then DEST, a folder: there is only out"),
+        (
+            ["s.parquet", __file__, "--arms", "none", "--poison", "u.parquet"],
+            5,
+            "name a folder as DEST, which comes last",
+        ),
+        (["s.parquet", "out", "--batch-size", "4", "--arms", "none"], 2, "no multiple of device_batch_size"),
     ],
-    ids=["size", "harmful", "nothing", "arms", "seeds", "share", "scores", "no scores"],
+    ids=["size", "harmful", "nothing", "arms", "seeds", "share", "scores", "no scores", "no folder", "batch"],
 )
 def test_what_can_t_be_done_is_said_in_a_sentence(
     words: list[str],

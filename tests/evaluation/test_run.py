@@ -140,7 +140,8 @@ def test_a_model_learns_to_consent_from_the_rows_that_consent(pack: Path, files:
     asked = {"answers.jsonl", "held_out.json", "judged-phrases.json"}
     assert list(left.values()) == [asked, asked | {"training.json"}]
     assert found["untuned"]["rows"] == 0 and found["untuned"]["outcomes"]["refused"] < 1
-    assert found["rows"] == {"all": ROWS + 1, "scored": ROWS, "usable": ROWS, "held_out": 6}
+    assert found["rows"] == {"all": ROWS + 1, "scored": ROWS, "usable": ROWS, "held_out": 6, "learned": ROWS - 6}
+    assert found["prompts"] == {"harmful": 3, "harmless": 2}
     assert (tmp_path / "out" / "asr.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -169,11 +170,34 @@ def test_scorers_seeds_sizes_and_judges_can_be_added_without_training_again(
 
     knows, wrong = files / "knows.parquet", files / "wrong.parquet"
     assert trained([knows]) == ["untuned", "knows S1, seed 0", "knows S2, seed 0"]
+    before = set(content(tmp_path / "out"))
     assert trained([knows, wrong]) == []
     assert trained([wrong], seeds=(0, 1)) == ["wrong S1, seed 1", "wrong S2, seed 1"]
     assert trained([knows], size=7) == ["knows S1, seed 0", "knows S2, seed 0"]
     device = replace(TUNING, epochs=1.0, r=2, device_batch_size=2)
     assert trained([knows], tuning=device) == []
+    assert before < set(content(tmp_path / "out"))
+
+
+def test_a_scorer_that_lacks_a_row_can_be_added(pack: Path, files: Path, tmp_path: Path) -> None:
+    table, notes = pq.read_table(files / "knows.parquet"), Notes()
+    rows = table.to_pylist()
+    rows[2] |= {"sqsd_status": "failed", "sqsd_risk": None}
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), tmp_path / "gappy.parquet")
+    first = evaluate([files / "knows.parquet"], tmp_path / "out", quick(files), pack=pack)
+    scores = [files / "knows.parquet", tmp_path / "gappy.parquet"]
+    found = evaluate(scores, tmp_path / "out", quick(files), pack=pack, progress=notes)
+    assert notes.notes[0] == "gappy has no score for 1 row that another scorer has: nothing is learned from these"
+    assert found["rows"] == {**first["rows"], "scored": ROWS - 1, "learned": first["rows"]["learned"] - 1}
+
+
+def test_what_results_json_loses_is_said(pack: Path, files: Path, tmp_path: Path) -> None:
+    scores, notes = [files / "knows.parquet", files / "wrong.parquet"], Notes()
+    evaluate(scores, tmp_path / "out", quick(files), pack=pack)
+    evaluate(scores[:1], tmp_path / "out", quick(files), pack=pack, progress=notes)
+    assert [note.partition(":")[0] for note in notes.notes] == ["wrong"]
+    evaluate(scores, tmp_path / "out", quick(files), pack=pack, progress=notes)
+    assert len(notes.notes) == 1
 
 
 def test_a_second_judge_is_asked_of_the_same_answers(
@@ -471,7 +495,11 @@ def test_an_engine_that_never_answered_can_be_left_out(
         evaluate([files / "knows.parquet"], out, asked, pack=pack)
     assert len(list(out.glob("runs/*/adapter"))) == 2
     evaluate([files / "knows.parquet"], out, quick(files), pack=pack, progress=notes)
-    assert notes.notes == [] and content(out) == content(done)
+    assert notes.notes == []
+    for name in ("training.json", "answers.jsonl"):
+        paths = list(done.glob(f"runs/*/{name}"))
+        assert len(paths) >= 2 and len(list(out.glob(f"runs/*/{name}"))) == len(paths)
+        assert all(path.read_bytes() == (out / path.relative_to(done)).read_bytes() for path in paths)
 
 
 def test_fine_tunings_can_come_to_a_folder_with_mixes(pack: Path, files: Path, tmp_path: Path) -> None:
@@ -481,7 +509,7 @@ def test_fine_tunings_can_come_to_a_folder_with_mixes(pack: Path, files: Path, t
     first = evaluate([files / "knows.parquet"], out, mixed, poison=[unsafe])
     both = evaluate([files / "knows.parquet"], out, quick(files), pack=pack, poison=[unsafe])
     assert both["poisoned"] == first["poisoned"] and both["scorers"]["knows"]["rows"] == [8, 8]
-    with pytest.raises(DestinationExists, match="another evaluation"):
+    with pytest.raises(DestinationExists, match="has fine-tunings, which would be missing"):
         evaluate([files / "knows.parquet"], out, mixed, poison=[unsafe])
 
 

@@ -20,6 +20,10 @@ def load_judge(spec: str, *, device: str | None = None) -> Judge:
     if spec == PhrasesJudge.name:
         return PhrasesJudge()
     path = Path(spec)
+    if not path.exists() and "/" not in spec:
+        raise JudgeError(
+            f"There is no judge '{spec}': take '{PhrasesJudge.name}', a judge's folder or a chat guard's ORG/NAME."
+        )
     if (path / SETTINGS).is_file():
         try:
             from sqsd_filter.directions.judges.trained import TrainedJudge

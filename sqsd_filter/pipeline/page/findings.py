@@ -35,6 +35,10 @@ FALLING = (
     "from S1 on. Spread is S1 minus the last window. A model that refuses harmless prompts, babbles or has a high loss "
     "on rows that it did not learn is no use, however safe it looks."
 )
+CUTTING = (
+    "Random minus kept is what the cut saves: the attack success rate (the share of harmful prompts whose answers the "
+    "judge called unsafe) after as many random rows, minus that after the rows that the cut keeps."
+)
 FIGURES = {
     "over_refusal": ":harmless refused",
     "loss": ":held-out loss (nats a token)",
@@ -64,9 +68,9 @@ def evaluation(folder: Path) -> Section:
             words = [_trained(found, "equally spaced windows of its rows, S1 the riskiest"), FALLING]
         if arms:
             tables.append(_arms(arms))
-            words.append(_trained(found, "what a cut drops, what it keeps, as many random rows, and all"))
+            words += [_trained(found, "what a cut drops, what it keeps, as many random rows, and all"), CUTTING]
         if scorers or arms:
-            words += _before(found["untuned"], found["judges"])
+            words += [*_before(found["untuned"], found["judges"]), *found.get("warnings", ())]
         if poisoned:
             tables.append(_mixes(poisoned))
             words.append(
@@ -81,17 +85,19 @@ def evaluation(folder: Path) -> Section:
 
 
 def _trained(found: Mapping[str, Any], sets: str) -> str:
+    asked = [many(count, f"{kind} prompt") for kind, count in found["prompts"].items() if count]
     names = ", ".join(each["name"] for each in found["corpus"])
     return (
         f"{found['model']['name']}, as pack {found['model']['pack']} aligns it, was fine-tuned on sets of {names}: "
-        f"{sets} (seeds: {', '.join(map(str, found['seeds']))}), and then asked harmful and harmless prompts."
+        f"{sets} (seeds: {', '.join(map(str, found['seeds']))}), and then asked {' and '.join(asked)}."
     )
 
 
 def _before(untuned: Mapping[str, Any], judges: Mapping[str, Any]) -> Iterator[str]:
     refused = untuned["over_refusal"]
     harmless = "" if refused is None else f", and it refused {refused:.0%} of the harmless prompts"
-    yield f"Before that its attack success rate was {_between(untuned['asr'], untuned['ci'])}{harmless}."
+    rate = _between(untuned["asr"], untuned["ci"])
+    yield f"Before that its attack success rate, by the judge {judges['asr']}, was {rate}{harmless}."
     for pair in judges["agreement"]:
         first, second = pair["judges"]
         yield f"The judges {first} and {second} agree on {pair['share']:.0%} of {many(pair['answers'], 'answer')}."

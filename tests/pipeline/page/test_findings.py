@@ -38,6 +38,8 @@ RESULTS: dict[str, Any] = {
     "model": {"name": "tiny & <small>", "pack": "tiny", "fingerprint": "0"},
     "corpus": [{"name": "in.jsonl", "rows": 60}],
     "seeds": [0, 1],
+    "prompts": {"harmful": 100, "harmless": 1},
+    "warnings": ["Most answers only repeat themselves."],
     "scorers": {"sqsd": WINDOWS, "$x^": {**WINDOWS, "monotone": False}},
     "untuned": {"asr": 0.03, "ci": [0.0, 0.1], "over_refusal": 0.15},
     "judges": {"asr": "phrases", "agreement": [{"judges": ["phrases", "guard"], "answers": 1200, "share": 0.875}]},
@@ -86,7 +88,9 @@ def test_an_evaluation_is_shown_with_its_intervals(out: Path, tmp_path: Path, ca
     assert "<td>sqsd</td><td>S1</td>" + "".join(f'<td class="number">{x}</td>' for x in ("25%", *first)) in page
     assert '<td>kept</td><td class="number">33% (25% to 50%)</td>' in page
     assert '<td>random minus kept</td><td class="number">10% (-5% to 20%)</td>' in page
-    assert "Before that its attack success rate was 3% (0% to 10%), and it refused 15% of the harmless prompts." in page
+    before = "Before that its attack success rate, by the judge phrases, was 3% (0% to 10%), and it refused 15%"
+    assert f"{before} of the harmless prompts." in page and "Most answers only repeat themselves." in page
+    assert "and then asked 100 harmful prompts and 1 harmless prompt." in page
     assert "The judges phrases and guard agree on 88% of 1,200 answers." in page
     assert Seen(page).requests == [] and ">$x^</text>" in page  # no formula
     assert run(out, "--evaluation", tmp_path, capfd=capfd)[0] == 0  # the folder of results.json
