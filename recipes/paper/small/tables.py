@@ -47,11 +47,11 @@ def of_scorers(results: Mapping[str, Any], _name: str) -> Iterator[str]:
         return
     count = max(len(found["asr"]) for found in results["scorers"].values())
     names = [f"S{k + 1}" for k in range(count)]
-    yield from head("ASR, %", *names, f"S1 - S{count}", "falls", f"tokens, S1 and S{count}")
+    yield from head("ASR, %", *names, f"S1 - S{count}", "falls", "answer tokens")
     for name, found in results["scorers"].items():
         rates = [f"{100 * rate:.0f} ({span(ci)})" for rate, ci in zip(found["asr"], found["ci"], strict=True)]
         spread = f"{100 * found['spread']:.0f} ({span(found['spread_ci'])})"
-        tokens = f"{found['tokens'][0]:,}, {found['tokens'][-1]:,}"
+        tokens = ", ".join(f"{each:,}" for each in found["tokens"])
         yield line(name, *rates, spread, "yes" if found["monotone"] else "no", tokens)
 
 
