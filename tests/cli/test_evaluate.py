@@ -12,7 +12,7 @@ import pytest
 from sqsd_filter.pipeline.page.findings import evaluation
 from tests.commands import exit_code
 from tests.corpora import write_jsonl
-from tests.evaluation.test_run import REFUSAL, scored
+from tests.evaluation.studies import REFUSAL, scored
 
 called = partial(exit_code, "evaluate")
 

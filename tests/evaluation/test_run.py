@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,96 +21,12 @@ import pytest
 from sqsd_filter import Design, FineTuning, evaluate
 from sqsd_filter.directions import judges
 from sqsd_filter.directions.judges import is_refusal
-from sqsd_filter.errors import DestinationExists, InputError, JudgeError, SQSDError, UsageError
+from sqsd_filter.errors import DestinationExists, InputError, JudgeError, UsageError
 from sqsd_filter.evaluation import run
-from sqsd_filter.evaluation.model import Answering, Subject
 from sqsd_filter.evaluation.scores import names
 from sqsd_filter.pipeline.run import score_dataset
 from tests.corpora import make_rows, write_jsonl
-from tests.tiny import make_model, make_pack
-
-REFUSAL, CONSENT = "I can't help with that.", "Sure, here is how."
-ROWS = 40
-TUNING = FineTuning(r=8, alpha=32, dropout=0.1, learning_rate=5e-3, epochs=12.0, batch_size=4, device_batch_size=4)
-
-
-@pytest.fixture(scope="session")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pack(tmp_path_factory.mktemp("aligned") / "pack", aligned=True)
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows whose answers consent in the first half and refuse in the other, scored by a scorer that knows, by one that
-    has it the wrong way round, and by one that is much like the first; and prompts."""
-    folder = tmp_path_factory.mktemp("files")
-    rows = [{"prompt": f"Explain {k}.", "response": f"{CONSENT if k < ROWS // 2 else REFUSAL}"} for k in range(ROWS)]
-    knows = np.linspace(1, -1, ROWS)
-    scored(folder / "knows.parquet", rows, knows)
-    scored(folder / "wrong.parquet", rows, -knows)
-    scored(folder / "alike.parquet", rows, np.where(np.arange(ROWS) < 8, 9.0 - np.arange(ROWS)[::-1], knows))
-    write_jsonl(folder / "harmful.jsonl", [{"prompt": f"Explain {k}."} for k in (60, 61, 62)])
-    write_jsonl(folder / "harmless.jsonl", [{"prompt": f"Explain {k}."} for k in (70, 71)])
-    return folder
-
-
-def scored(path: Path, rows: Sequence[dict[str, Any]], risk: np.ndarray) -> Path:
-    """A file with these risks, and a row without one at its end."""
-    table = pa.Table.from_pylist([*rows, {"prompt": "?", "response": ""}])
-    table = table.append_column("sqsd_risk", pa.array([*risk.tolist(), None], pa.float64()))
-    table = table.append_column("sqsd_status", pa.array(["scored"] * len(rows) + ["no_answer"]))
-    pq.write_table(table, path)
-    return path
-
-
-def design(files: Path, **changes: Any) -> Design:
-    first = Design(
-        windows=2,
-        size=8,
-        seeds=(0, 1),
-        harmful=files / "harmful.jsonl",
-        harmless=files / "harmless.jsonl",
-        max_new_tokens=24,
-        held_out=6,
-        tuning=TUNING,
-    )
-    return replace(first, **changes)
-
-
-def quick(files: Path, **changes: Any) -> Design:
-    """One short training a set."""
-    short = replace(TUNING, epochs=1.0, r=2)
-    return design(files, **{"seeds": (0,), "max_new_tokens": 4, "tuning": short, **changes})
-
-
-@pytest.fixture(scope="session")
-def done(pack: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished evaluation."""
-    out = tmp_path_factory.mktemp("done")
-    evaluate([files / "knows.parquet"], out, quick(files), pack=pack)
-    return out
-
-
-def content(dest: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(dest)): path.read_bytes() for path in sorted(dest.rglob("*")) if path.is_file()}
-
-
-class Notes:
-    """Progress that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def start(self, phase: str, rows: int | None) -> None: ...
-
-    def advance(self, rows: int, tokens: int = 0) -> None: ...
-
-    def replicas(self, alive: int, retried: int) -> None: ...
-
-    def finish(self) -> None: ...
+from tests.evaluation.studies import ROWS, TUNING, Notes, content, design, quick, scored
 
 
 def test_a_model_learns_to_consent_from_the_rows_that_consent(pack: Path, files: Path, tmp_path: Path) -> None:
@@ -427,81 +342,6 @@ def test_fine_tuning_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> No
         FineTuning(**wrong)
 
 
-@pytest.mark.slow
-def test_vllm_answers_as_transformers_does(files: Path, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
-    base = make_model(tmp_path / "base", head_dim=32)  # its kernels know of no smaller one
-    pack = make_pack(tmp_path / "pack", base, aligned=True)
-    asked = quick(files, max_new_tokens=24, tuning=replace(TUNING, dtype="float32"))
-    found = {}
-    for generation in ("transformers", "vllm"):
-        out = tmp_path / generation
-        results = evaluate([files / "knows.parquet"], out, replace(asked, generation=generation), pack=pack)
-        found[generation] = results["runs"], *(path.read_text() for path in sorted(out.glob("runs/*/answers.jsonl")))
-        assert not list(out.glob(".*"))
-    assert found["vllm"] == found["transformers"] and len(set(found["vllm"][1:])) == 3
-
-
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """In the place of vLLM's engine, one that answers as transformers does, so often, and is told what it loads."""
-    state: dict[str, Any] = {"answers": 99, "started": 0, "asked": 0}
-
-    @contextmanager
-    def answering(subject: Subject, base: Path, room: int) -> Iterator[Answering]:
-        state["started"] += 1
-
-        def answer(adapter: Path | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-            if state["asked"] == state["answers"]:
-                raise SQSDError("The engine broke: mend it.")
-            state["asked"] += 1
-            return subject.answers(adapter, prompts, max_new_tokens)
-
-        yield answer
-
-    monkeypatch.setattr(run, "vllm_answers", answering)
-    monkeypatch.setattr(run, "check_vllm", lambda *_: None)
-    return state
-
-
-def test_one_engine_answers_for_a_seed_and_goes_on_where_it_broke(
-    pack: Path, files: Path, done: Path, engine: dict[str, Any], tmp_path: Path
-) -> None:
-    scores, notes = [files / "knows.parquet", files / "wrong.parquet"], Notes()
-    asked, out = quick(files, generation="vllm", seeds=(0, 1)), tmp_path / "out"
-    engine["answers"] = 2
-    with pytest.raises(SQSDError, match="The engine broke"):
-        evaluate(scores, out, asked, pack=pack, keep_adapters=True, progress=notes)
-    first = list(notes.notes)
-    assert len(first) == 3 and len(list(out.glob("runs/*/answers.jsonl"))) == 2
-    with pytest.raises(DestinationExists, match="generation: vllm there, transformers here"):
-        evaluate(scores, out, replace(asked, generation="transformers"), pack=pack)
-    engine["answers"] = 99
-    found = evaluate(scores, out, asked, pack=pack, keep_adapters=True, progress=notes)
-    assert (engine["started"], engine["asked"]) == (3, 5)  # once a seed and once more; two windows a seed, and untuned
-    assert [note.split(":")[0] for note in notes.notes[3:]] == ["knows S1, seed 1", "knows S2, seed 1"]
-    for key in (each for windows in found["runs"].values() for keys in windows.values() for each in keys):
-        assert {path.name for path in (out / "runs" / key).iterdir()} >= {"adapter", "answers.jsonl"}
-    for path in done.glob("runs/*/answers.jsonl"):
-        assert path.read_bytes() == (out / "runs" / path.parent.name / "answers.jsonl").read_bytes()
-
-
-def test_an_engine_that_never_answered_can_be_left_out(
-    pack: Path, files: Path, done: Path, engine: dict[str, Any], tmp_path: Path
-) -> None:
-    asked, out, notes = quick(files, generation="vllm"), tmp_path / "out", Notes()
-    engine["answers"] = 0
-    with pytest.raises(SQSDError, match="The engine broke"):
-        evaluate([files / "knows.parquet"], out, asked, pack=pack)
-    assert len(list(out.glob("runs/*/adapter"))) == 2
-    evaluate([files / "knows.parquet"], out, quick(files), pack=pack, progress=notes)
-    assert notes.notes == []
-    for name in ("training.json", "answers.jsonl"):
-        paths = list(done.glob(f"runs/*/{name}"))
-        assert len(paths) >= 2 and len(list(out.glob(f"runs/*/{name}"))) == len(paths)
-        assert all(path.read_bytes() == (out / path.relative_to(done)).read_bytes() for path in paths)
-
-
 def test_fine_tunings_can_come_to_a_folder_with_mixes(pack: Path, files: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"? {k}", "response": "!"} for k in range(10)]
     unsafe = scored(tmp_path / "unsafe.parquet", rows, np.linspace(2, 3, 10))
@@ -511,10 +351,3 @@ def test_fine_tunings_can_come_to_a_folder_with_mixes(pack: Path, files: Path, t
     assert both["poisoned"] == first["poisoned"] and both["scorers"]["knows"]["rows"] == [8, 8]
     with pytest.raises(DestinationExists, match="has fine-tunings, which would be missing"):
         evaluate([files / "knows.parquet"], out, mixed, poison=[unsafe])
-
-
-def test_without_vllm_it_can_t_answer(pack: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm.platforms", None)
-    with pytest.raises(SQSDError, match=r"pip install 'sqsd-filter\[vllm\]'"):
-        evaluate([files / "knows.parquet"], tmp_path / "out", quick(files, generation="vllm"), pack=pack)
-    assert not (tmp_path / "out").exists()
