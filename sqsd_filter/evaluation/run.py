@@ -207,6 +207,10 @@ class _Study:
             )
         self.held_out = self._hold_out(np.flatnonzero(usable))
         learned = np.setdiff1d(np.flatnonzero(usable & scored), self.held_out.rows)
+        if not len(learned):
+            raise UsageError(
+                f"{option('held_out')} {design.held_out:,} leaves no row with a score to learn from: ask for less."
+            )
         self.counts = {"all": len(scored), "scored": int(scored.sum()), "usable": int(usable.sum())}
         self.counts |= {"held_out": len(self.held_out.rows), "learned": len(learned)}
         self.ranked = {each.name: by_risk(each.risk, learned) for each in scorers}

@@ -106,6 +106,15 @@ def test_a_scorer_that_lacks_a_row_can_be_added(pack: Path, files: Path, tmp_pat
     assert found["rows"] == {**first["rows"], "scored": ROWS - 1, "learned": first["rows"]["learned"] - 1}
 
 
+def test_held_out_rows_leave_some_that_have_a_score(pack: Path, files: Path, tmp_path: Path) -> None:
+    table = pq.read_table(files / "knows.parquet")
+    rows = table.to_pylist()
+    rows[1:] = [row | {"sqsd_status": "failed", "sqsd_risk": None} for row in rows[1:]]
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), tmp_path / "one.parquet")
+    with pytest.raises(UsageError, match="39 leaves no row with a score"):
+        evaluate([tmp_path / "one.parquet"], tmp_path / "out", quick(files, held_out=39), pack=pack)
+
+
 def test_what_results_json_loses_is_said(pack: Path, files: Path, tmp_path: Path) -> None:
     scores, notes = [files / "knows.parquet", files / "wrong.parquet"], Notes()
     evaluate(scores, tmp_path / "out", quick(files), pack=pack)
