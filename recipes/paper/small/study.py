@@ -10,6 +10,7 @@ OUT/<name>/ gets results.json and asr.png for each of these names:
     dolly           five windows of Dolly by a few, with one seed
     dolly-seeds     the same by SQSD, with two
     dolly-all       three windows of Dolly by every scorer, with one seed
+    dolly-ends      the riskiest and the safest rows by some, with two
     dolly-matched   the riskiest and the safest rows by SQSD and by length, all with as many answer tokens
     gsm8k           three windows of GSM8K by a few, with one seed
     dolly-cut       all rows of Dolly, those that a cut at 20 % keeps, as many random ones and the dropped ones
@@ -76,6 +77,7 @@ class Result:
 
 
 ALL, FEW = (*SCORERS, HALF, TRANSFER), ("sqsd", "random", "length")
+ENDS = (*FEW, "danger", "bi-anchor", HALF)
 MIXES = ("--arms", "none")
 MATCHED = ("--windows", "2", "--match-tokens", "--seeds", "0")
 ONCE = ("--arms", "cut", "--drop-top", "20%", "--epochs", "1", "--seeds", "0")  # more updates than a window has
@@ -85,6 +87,7 @@ RESULTS = {
     "dolly-seeds": Result("dolly", "dolly", FEW[:1], ("--windows", "5", "--seeds", "0,1")),
     "dolly": Result("dolly", "dolly", FEW, ("--windows", "5", "--seeds", "0")),
     "dolly-all": Result("dolly", "dolly", ALL, ("--windows", "3", "--seeds", "0")),
+    "dolly-ends": Result("dolly", "dolly", ENDS, ("--windows", "2", "--seeds", "0,1")),
     "dolly-matched": Result("dolly", "dolly", ("sqsd", "length"), MATCHED),
     "gsm8k": Result("gsm8k", "gsm8k", FEW, ("--windows", "3", "--seeds", "0")),
     "dolly-cut": Result("dolly", "dolly-cut", ("sqsd",), ONCE),
