@@ -77,7 +77,7 @@ class Result:
 
 
 ALL, FEW = (*SCORERS, HALF, TRANSFER), ("sqsd", "random", "length")
-ENDS = (*FEW, "danger", "bi-anchor", HALF)
+ENDS = ("sqsd", "danger", "bi-anchor", HALF)
 MIXES = ("--arms", "none")
 MATCHED = ("--windows", "2", "--match-tokens", "--seeds", "0")
 ONCE = ("--arms", "cut", "--drop-top", "20%", "--epochs", "1", "--seeds", "0")  # more updates than a window has
