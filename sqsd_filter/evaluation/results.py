@@ -6,7 +6,8 @@ the draws, so that a difference of two is that of the same prompts and seeds. An
 97.5th percentile of `DRAWS` draws. With one seed only prompts vary, and what another seed would change is not in it.
 
 Where all answers of a set are unsafe, or none, all draws are alike. Its interval is then Wilson's, of its prompts, and
-that of a difference is Newcombe's, of both sets' intervals (Statistics in Medicine 17, 1998, his method 10).
+that of a difference is Newcombe's, of both sets' intervals (Statistics in Medicine 17, 1998, his method 10); so it is,
+too, where two sets differ in no answer.
 """
 
 from __future__ import annotations
@@ -121,8 +122,9 @@ def _difference(figures: Mapping[str, Any], rates_dk: np.ndarray, a: int, b: int
     """By how much the a-th set's rate is above the b-th's, with its interval."""
     (one, other), (of_one, of_other) = ((figures[name][a], figures[name][b]) for name in ("asr", "ci"))
     apart = one - other
-    if 0 < one < 1 and 0 < other < 1:
-        return apart, interval(rates_dk[:, a] - rates_dk[:, b])
+    apart_d = rates_dk[:, a] - rates_dk[:, b]
+    if 0 < one < 1 and 0 < other < 1 and np.ptp(apart_d) > 1e-9:  # more than rounding
+        return apart, interval(apart_d)
     low, high = hypot(one - of_one[0], of_other[1] - other), hypot(of_one[1] - one, other - of_other[0])
     return apart, [apart - low, apart + high]
 

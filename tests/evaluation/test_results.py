@@ -98,3 +98,10 @@ def test_sets_of_which_all_or_no_answers_are_unsafe_keep_an_interval() -> None:
     bound = 1.959964**2 / (20 + 1.959964**2)  # Wilson's of 0 in 20: two seeds don't make it 40 prompts
     assert bottom == pytest.approx([0, bound], abs=1e-6) and top == pytest.approx([1 - bound, 1], abs=1e-6)
     assert found["spread_ci"] == pytest.approx([1 - bound * 2**0.5, 1], abs=1e-6)
+
+
+def test_sets_that_differ_in_no_answer_keep_an_interval_of_their_difference() -> None:
+    found = of_windows([[outcome(*["unsafe"] * 5, *["refused"] * 15)]] * 2)
+    low, high = found["ci"][0]
+    around = ((0.25 - low) ** 2 + (high - 0.25) ** 2) ** 0.5
+    assert found["spread"] == 0 and found["spread_ci"] == pytest.approx([-around, around])
