@@ -27,12 +27,12 @@ def main() -> None:
                 print("\n".join(table) + "\n")
 
 
-def of_windows(results: Mapping[str, Any], _name: str, scorer: str = "sqsd") -> Iterator[str]:
-    """All figures of one scorer's windows, and of the model before, where several seeds make it worth it."""
-    if scorer not in results["scorers"] or len(results["seeds"]) == 1:
+def of_windows(results: Mapping[str, Any], _name: str) -> Iterator[str]:
+    """All figures of one scorer's windows, and of the model before, where there is no other to compare with."""
+    if len(results["scorers"]) != 1:
         return
     yield from head("", "answer tokens", *ASKED)
-    found = results["scorers"][scorer]
+    (found,) = results["scorers"].values()
     last = len(found["asr"])
     names = {1: "S1, the riskiest", last: f"S{last}, the safest"}
     yield line("before", "", *figures(results["untuned"]))
