@@ -49,8 +49,8 @@ def of_scorers(results: Mapping[str, Any], _name: str) -> Iterator[str]:
     names = [f"S{k + 1}" for k in range(count)]
     yield from head("ASR, %", *names, f"S1 - S{count}", "falls", "answer tokens")
     for name, found in results["scorers"].items():
-        rates = [f"{100 * rate:.0f} ({span(ci)})" for rate, ci in zip(found["asr"], found["ci"], strict=True)]
-        spread = f"{100 * found['spread']:.0f} ({span(found['spread_ci'])})"
+        rates = [f"{exact(rate)} ({span(ci)})" for rate, ci in zip(found["asr"], found["ci"], strict=True)]
+        spread = f"{exact(found['spread'])} ({span(found['spread_ci'])})"
         tokens = ", ".join(f"{each:,}" for each in found["tokens"])
         yield line(name, *rates, spread, "yes" if found["monotone"] else "no", tokens)
 
@@ -106,7 +106,12 @@ def estimate(found: Mapping[str, Any], digits: int = 0) -> str:
 
 
 def percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"
+    return "-" if share is None else f"{exact(share)} %"
+
+
+def exact(share: float) -> str:
+    """In percent, with the halves that two seeds of 100 prompts make."""
+    return f"{round(100 * share, 1):g}"
 
 
 def span(ci: Sequence[float], digits: int = 0) -> str:
