@@ -324,7 +324,7 @@ def test_several_processes_give_the_same_scores(tiny_pack: Path, expected: np.nd
 
 
 PROCESSES = """
-import os, sys
+import faulthandler, os, sys
 import torch, multiprocess
 from datasets import Dataset
 from sqsd_filter import SQSDScorer
@@ -340,6 +340,7 @@ def main(pack, how):
     if how == "bare fork":
         for own in (scorer, SQSDScorer(pack)):
             if (child := os.fork()) == 0:
+                faulthandler.dump_traceback_later(90, exit=True)  # where it waits for ever, if it does
                 os._exit(int((own.score(turns).risk != risk).any() or own.engine.workers != 2))
             assert os.waitpid(child, 0)[1] == 0
         return
