@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -16,6 +16,7 @@ from sqsd_filter.scoring.adapters import load_adapter, probe_modules
 from sqsd_filter.scoring.batching import default_budget, next_tokens
 from sqsd_filter.scoring.capture import Also, Capture
 from sqsd_filter.scoring.chat_encoder import Encoded
+from sqsd_filter.scoring.placement import thread_pool
 from sqsd_filter.scoring.projection import by_token
 from sqsd_filter.scoring.weights import load_model
 
@@ -164,7 +165,7 @@ def side_by_side(run: Callable[[list[int]], None], bins: Iterable[list[int]], wo
     outside = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with thread_pool(workers, partial(torch.set_num_threads, 1)) as pool:
             try:
                 for future in [pool.submit(run, members) for members in bins]:
                     future.result()

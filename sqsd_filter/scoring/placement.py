@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 from sqsd_filter.errors import UsageError
@@ -70,10 +73,32 @@ def limit_threads() -> None:
         torch.set_num_threads(1)
 
 
+@contextmanager
+def thread_pool(threads: int, prepare: Callable[[], object] = lambda: None) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose threads, each of which runs `prepare` first, are gone when it is left.
+
+    Before Python 3.13 a thread that was joined may still be on its way out. MKL then takes locks to free its buffers,
+    and a fork at that moment would have them held for ever (seen in torch 2.13: `mm_account_ptr_by_tid` spins).
+    """
+    started: list[int] = []
+
+    def begin() -> None:
+        started.append(threading.get_native_id())
+        prepare()
+
+    try:
+        with ThreadPoolExecutor(threads, initializer=begin) as pool:
+            yield pool
+    finally:
+        for thread in started:
+            while os.path.exists(f"/proc/self/task/{thread}"):
+                time.sleep(1e-4)
+
+
 def sound(run: Callable[[], T]) -> T:
     """`run()`; after a fork in a thread of its own, because in this one OpenMP may wait for ever for threads that only
     the parent has."""
     if not _forked:
         return run()
-    with ThreadPoolExecutor(1) as pool:
+    with thread_pool(1) as pool:
         return pool.submit(run).result()

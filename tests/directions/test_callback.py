@@ -280,7 +280,8 @@ pack, run = map(Path, sys.argv[1:])
 trainer = trainer_on(lora_model(pack / "base"), pack / "base", run, logging_steps=100, ddp_backend="gloo")
 DriftCallback(pack, every=2).attach(trainer)
 trainer.train()
-torch.distributed.destroy_process_group()  # gloo's threads outlive the process else, which then sometimes aborts
+del trainer  # whose model holds the process group: its threads, which need the GIL, may abort a process that ends
+torch.distributed.destroy_process_group()
 """
 
 

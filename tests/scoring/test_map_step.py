@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from datasets.fingerprint import Hasher
 
 from sqsd_filter import Columns, SQSDScorer, score_dataset, select
 from sqsd_filter.errors import InputError, UsageError
-from sqsd_filter.scoring.placement import check_device, choose_device
+from sqsd_filter.scoring.placement import check_device, choose_device, thread_pool
 from tests import tiny
 from tests.corpora import write_jsonl
 from tests.tiny import CONVERSATIONS, chat, make_pack
@@ -363,6 +365,20 @@ def test_processes_of_a_parent_that_has_computed_do_not_wait_for_its_threads(
     pack = make_pack(tmp_path / "pack")
     (tmp_path / "script.py").write_text(PROCESSES)
     assert "the same scores everywhere" in run_script(tmp_path / "script.py", str(pack), how)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds its threads in /proc")
+def test_a_pool_that_is_left_has_no_thread_on_its_way_out() -> None:
+    libc, key = ctypes.CDLL(None), ctypes.c_uint()
+    libc.pthread_key_create(ctypes.byref(key), ctypes.cast(libc.usleep, ctypes.c_void_p))
+
+    def linger(_: int) -> int:  # 0.2 s before it ends, as MKL takes some time for its buffers
+        libc.pthread_setspecific(key, ctypes.c_void_p(200_000))
+        return threading.get_native_id()
+
+    with thread_pool(2) as pool:
+        threads = set(pool.map(linger, range(2)))
+    assert threads and not threads & set(map(int, os.listdir("/proc/self/task")))
 
 
 def run_script(*arguments: str | Path, **environment: str) -> str:
