@@ -236,13 +236,13 @@ def test_the_commands_of_the_small_study_parse(
     assert [(p["dest"].name, len(p["scores"]), len(p["poison"]), p["seeds"], p["arms"]) for p in evaluations] == [
         ("dolly-mixes", len(SCORERS) + 2, len(SCORERS) + 2, "0,1,2", "none"),
         ("gsm8k-mixes", 3, 3, "0,1,2", "none"),
-        ("dolly", 1, 0, "0,1", "windows"),  # shares its models with the next four
-        ("dolly", 3, 0, "0", "windows"),
+        ("dolly", 3, 0, "0,1", "windows"),  # shares its models with the next three
         ("dolly", len(SCORERS) + 2, 0, "0", "windows"),
         ("dolly", 4, 0, "0,1", "windows"),
         ("dolly", 2, 0, "0", "windows"),
         ("gsm8k", 3, 0, "0", "windows"),
         ("dolly-cut", 1, 0, "0", "cut"),
+        ("dolly-cut", 1, 0, "0", "cut"),  # of another share
     ]
 
 

@@ -7,13 +7,13 @@ OUT/<name>/ gets results.json and asr.png for each of these names:
 
     dolly-mixes     known unsafe rows mixed into Dolly, by every scorer, without any training
     gsm8k-mixes     the same for GSM8K and a few
-    dolly           five windows of Dolly by a few, with one seed
-    dolly-seeds     the same by SQSD, with two
+    dolly           five windows of Dolly by a few, with two seeds
     dolly-all       three windows of Dolly by every scorer, with one seed
     dolly-ends      the riskiest and the safest rows by some, with two
     dolly-matched   the riskiest and the safest rows by SQSD and by length, all with as many answer tokens
     gsm8k           three windows of GSM8K by a few, with one seed
     dolly-cut       all rows of Dolly, those that a cut at 20 % keeps, as many random ones and the dropped ones
+    dolly-cut-5     the same for a cut at 5 %
 
 Scores that are in the folder scores/ beside this script are taken from there, unless `--rescore` is given; all of them
 come to OUT/scores/<corpus>.parquet in the same form: risks by a hash of the row, without a word of it. `--windows 2`
@@ -80,17 +80,17 @@ ALL, FEW = (*SCORERS, HALF, TRANSFER), ("sqsd", "random", "length")
 ENDS = ("sqsd", "danger", "bi-anchor", HALF)
 MIXES = ("--arms", "none")
 MATCHED = ("--windows", "2", "--match-tokens", "--seeds", "0")
-ONCE = ("--arms", "cut", "--drop-top", "20%", "--epochs", "1", "--seeds", "0")  # more updates than a window has
+ONCE = ("--arms", "cut", "--epochs", "1", "--seeds", "0")  # more updates than a window has
 RESULTS = {
     "dolly-mixes": Result("dolly", "dolly-mixes", ALL, MIXES),
     "gsm8k-mixes": Result("gsm8k", "gsm8k-mixes", FEW, MIXES),
-    "dolly-seeds": Result("dolly", "dolly", FEW[:1], ("--windows", "5", "--seeds", "0,1")),
-    "dolly": Result("dolly", "dolly", FEW, ("--windows", "5", "--seeds", "0")),
+    "dolly": Result("dolly", "dolly", FEW, ("--windows", "5", "--seeds", "0,1")),
     "dolly-all": Result("dolly", "dolly", ALL, ("--windows", "3", "--seeds", "0")),
     "dolly-ends": Result("dolly", "dolly", ENDS, ("--windows", "2", "--seeds", "0,1")),
     "dolly-matched": Result("dolly", "dolly", ("sqsd", "length"), MATCHED),
     "gsm8k": Result("gsm8k", "gsm8k", FEW, ("--windows", "3", "--seeds", "0")),
-    "dolly-cut": Result("dolly", "dolly-cut", ("sqsd",), ONCE),
+    "dolly-cut": Result("dolly", "dolly-cut", ("sqsd",), (*ONCE, "--drop-top", "20%")),
+    "dolly-cut-5": Result("dolly", "dolly-cut", ("sqsd",), (*ONCE, "--drop-top", "5%")),
 }
 
 
