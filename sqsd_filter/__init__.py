@@ -6,30 +6,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sqsd_filter.corpus.row_formats import Columns
     from sqsd_filter.directions.callback import DriftCallback
-    from sqsd_filter.directions.pack import Pack, load_pack
     from sqsd_filter.errors import SQSDError
     from sqsd_filter.evaluation.run import evaluate
     from sqsd_filter.evaluation.settings import Design, FineTuning
-    from sqsd_filter.pipeline.cutting import select
     from sqsd_filter.pipeline.publishing.hub import PushTo
     from sqsd_filter.pipeline.run import filter_dataset, score_dataset, select_dataset
+    from sqsd_filter.pipeline.selecting.select import select
     from sqsd_filter.scoring.baselines import make_scorer
-    from sqsd_filter.scoring.row_formats import Columns
+    from sqsd_filter.scoring.pack import Pack, load_pack
     from sqsd_filter.scoring.scorer import SQSDScorer
 
 _HOMES = {
     "SQSDScorer": "scoring.scorer",
-    "Columns": "scoring.row_formats",
+    "Columns": "corpus.row_formats",
     "make_scorer": "scoring.baselines",
     "DriftCallback": "directions.callback",
     "Design": "evaluation.settings",
     "FineTuning": "evaluation.settings",
     "evaluate": "evaluation.run",
-    "Pack": "directions.pack",
-    "load_pack": "directions.pack",
+    "Pack": "scoring.pack",
+    "load_pack": "scoring.pack",
     "PushTo": "pipeline.publishing.hub",
-    "select": "pipeline.cutting",
+    "select": "pipeline.selecting.select",
     "filter_dataset": "pipeline.run",
     "score_dataset": "pipeline.run",
     "select_dataset": "pipeline.run",

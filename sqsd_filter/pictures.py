@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqsd_filter.pipeline.folder import write_whole
+from sqsd_filter.storage.folder import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

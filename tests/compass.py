@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sqsd_filter.scoring.batching import next_tokens
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
-from sqsd_filter.scoring.weights import load_model, load_tokenizer
+from sqsd_filter.scoring.models import load_model, load_tokenizer
 from tests.tiny import chat, make_model
 
 QUESTIONS = ["What is red?", "Name a fox.", "Who jumps over the dog?", "Is it lazy?"]

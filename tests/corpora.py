@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from sqsd_filter.pipeline.reading.addresses import Opener, expand
-from sqsd_filter.pipeline.reading.json_schema import to_rows
-from sqsd_filter.pipeline.reading.sources import Corpus
+from sqsd_filter.corpus.addresses import Opener, expand
+from sqsd_filter.corpus.json_schema import to_rows
+from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.pipeline.scores.scored import Scored
-from sqsd_filter.pipeline.selection import ERROR, Selection
+from sqsd_filter.pipeline.selecting.selection import ERROR, Selection
 
 SPLITS = ("kept", "dropped", "errors")
 

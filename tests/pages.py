@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from sqsd_filter.corpus.row_formats import RowFormat
 from sqsd_filter.pipeline.page.notes import Notes
 from sqsd_filter.pipeline.page.page import write_page
-from sqsd_filter.pipeline.selection import KEPT, Cut, cut_rows
-from sqsd_filter.pipeline.writing.report import summarise
-from sqsd_filter.scoring.row_formats import RowFormat
+from sqsd_filter.pipeline.report import summarise
+from sqsd_filter.pipeline.selecting.selection import KEPT, Cut, cut_rows
 from tests.corpora import by_hand, open_corpus, write_jsonl
 
 ALPACA = RowFormat("alpaca", prompt="instruction", answer="output")

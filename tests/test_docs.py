@@ -14,8 +14,8 @@ import pytest
 
 from sqsd_filter import SQSDScorer, select
 from sqsd_filter.cli.main import cli
-from sqsd_filter.scoring.conversation import ROLES
-from sqsd_filter.scoring.row_formats import FORMATS
+from sqsd_filter.corpus.conversation import ROLES
+from sqsd_filter.corpus.row_formats import FORMATS
 from tests.commands import parse
 from tests.corpora import make_rows, write_jsonl
 
@@ -75,7 +75,7 @@ def tiny_embedded(tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """The built-in pack's name stands for a pack on a tiny model, and nothing is left elsewhere."""
     (tmp_path / "packs").mkdir()
     (tmp_path / "packs" / "smollm2-135m").symlink_to(tiny_pack)
-    monkeypatch.setattr("sqsd_filter.directions.pack.PACKS_DIR", tmp_path / "packs")
+    monkeypatch.setattr("sqsd_filter.scoring.pack.PACKS_DIR", tmp_path / "packs")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sqsd_filter.scoring.models import locate
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.scorer import SQSDScorer
-from sqsd_filter.scoring.weights import locate
 from tests.corpora import read_report, rows_of
 from tests.tiny import chat
 

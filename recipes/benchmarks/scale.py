@@ -35,16 +35,16 @@ import random_pack
 import transformers
 
 from sqsd_filter import SQSDScorer, filter_dataset
-from sqsd_filter.directions.pack import Pack
-from sqsd_filter.pipeline.engines import Engine, LocalEngine
-from sqsd_filter.pipeline.groups import Groups
-from sqsd_filter.pipeline.reading.addresses import Opener
-from sqsd_filter.pipeline.scan import Scan
+from sqsd_filter.corpus.addresses import Opener
+from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.pipeline.scores.keys import KEYS
 from sqsd_filter.pipeline.scores.store import ScoreStore
-from sqsd_filter.pipeline.selection import Cut, cut_rows
+from sqsd_filter.pipeline.selecting.groups import Groups
+from sqsd_filter.pipeline.selecting.selection import Cut, cut_rows
+from sqsd_filter.pipeline.stage.engines import Engine, LocalEngine
+from sqsd_filter.pipeline.stage.scan import Scan
 from sqsd_filter.progress import Silent
-from sqsd_filter.scoring.row_formats import Columns
+from sqsd_filter.scoring.pack import Pack
 from sqsd_filter.scoring.scorer import Scores
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -83,7 +83,7 @@ def timed(pack: Pack, source: Path, folder: Path, engine: Engine, **named: Any) 
 def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import ray
 
-    from sqsd_filter.pipeline.stage import RayEngine
+    from sqsd_filter.pipeline.stage.ray_engine import RayEngine
 
     rows = write_rows(folder / "rows.jsonl", options.rows, (10, 120))
     one = write_rows(folder / "one.jsonl", 1, (10, 120))

@@ -24,13 +24,13 @@ import numpy as np
 import random_pack
 import torch
 
-from sqsd_filter.directions.pack import Pack, load_pack
 from sqsd_filter.scoring.batching import bins
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.engine import Engine, LossGradient
+from sqsd_filter.scoring.models import load_model
+from sqsd_filter.scoring.pack import Pack, load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.scorer import SQSDScorer
-from sqsd_filter.scoring.weights import load_model
 
 # Tokens of databricks-dolly-15k's prompts and answers under SmolLM2's template, at these percentages of its rows.
 AT = (0, 20, 40, 60, 70, 80, 90, 95, 98, 100)

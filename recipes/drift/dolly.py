@@ -19,7 +19,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from sqsd_filter import DriftCallback, load_pack
-from sqsd_filter.scoring.weights import load_model, load_tokenizer
+from sqsd_filter.scoring.models import load_model, load_tokenizer
 
 
 def main() -> None:

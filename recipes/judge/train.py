@@ -42,9 +42,9 @@ from typing import Any
 
 import numpy as np
 
-from sqsd_filter.directions.judges.classifier import TextClassifier
-from sqsd_filter.directions.judges.phrases import is_refusal, without_compliance
-from sqsd_filter.directions.judges.trained import TrainedJudge
+from sqsd_filter.judges.classifier import TextClassifier
+from sqsd_filter.judges.phrases import is_refusal, without_compliance
+from sqsd_filter.judges.trained import TrainedJudge
 from sqsd_filter.statistics import auc
 
 Row = dict[str, Any]

@@ -26,8 +26,8 @@ def drift(context: click.Context, run: Path, **params: Any) -> None:
     """Project the change of every checkpoint in RUN_DIR on the pack's directions."""
     from sqsd_filter.directions.drift import measure_drift, with_refusals
     from sqsd_filter.directions.drift_files import check_folder, write_drift
-    from sqsd_filter.directions.pack import load_pack
     from sqsd_filter.directions.refusals import read_prompts
+    from sqsd_filter.scoring.pack import load_pack
 
     display = output.begin(context)
     if params["limit"] and not params["refusals"]:

@@ -54,7 +54,7 @@ def cli() -> None:
 
 @contextmanager
 def _engine(params: dict[str, Any]) -> Iterator[Any]:
-    from sqsd_filter.pipeline.engines import choose_engine
+    from sqsd_filter.pipeline.stage.engines import choose_engine
 
     asked = {name: params[name] for name in ("replicas", "gpus_per_replica", "ray_address", "device")}
     engine = choose_engine(params["engine"], **asked)
@@ -99,7 +99,7 @@ def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]]
     """
     from sqsd_filter.pipeline.forecast import estimate
     from sqsd_filter.pipeline.metrics import Metrics
-    from sqsd_filter.pipeline.policy import Policy
+    from sqsd_filter.pipeline.selecting.policy import Policy
     from sqsd_filter.pipeline.writing.destination import spare
 
     params, display = context.params, output.begin(context)
@@ -152,7 +152,7 @@ def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]]
 def filter_command(context: click.Context, **params: Any) -> None:
     """Score every row of SRC... and write the rows to the folder or URL DEST without the riskiest."""
     from sqsd_filter.pipeline.run import filter_dataset
-    from sqsd_filter.pipeline.selection import Cut
+    from sqsd_filter.pipeline.selecting.selection import Cut
     from sqsd_filter.pipeline.writing.writers import Output
 
     cut, how = options.one_cut(context), {name: params[name] for name in options.WRITTEN}

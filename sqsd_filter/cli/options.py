@@ -106,7 +106,7 @@ def one_cut(context: click.Context) -> dict[str, Any]:
 
 def columns_of(params: dict[str, Any]) -> Any:
     """How rows are read, as the options of `rows` say."""
-    from sqsd_filter.scoring.row_formats import Columns
+    from sqsd_filter.corpus.row_formats import Columns
 
     names = ("messages", "prompt", "context", "answer", "system", "history", "tools")
     return Columns(format=params["row_format"], **{name: params[f"{name}_column"] for name in names})
@@ -126,9 +126,9 @@ def for_scorer(context: click.Context) -> dict[str, Any]:
 
 def scorer_of(context: click.Context) -> Any:
     """The scorer that the options of `scoring` name."""
-    from sqsd_filter.directions.pack import load_pack
     from sqsd_filter.pipeline.anchors import read_anchors
     from sqsd_filter.scoring.baselines import make_scorer
+    from sqsd_filter.scoring.pack import load_pack
 
     params = context.params
     given: dict[str, Any] = {

@@ -121,7 +121,7 @@ def show(report: Mapping[str, Any], *, as_json: bool, quiet: bool, text: Callabl
 
 def summary(report: Mapping[str, Any], dest: object) -> str:
     """A dozen lines about a finished run, and as many about its groups."""
-    from sqsd_filter.pipeline.writing.report import load_calls
+    from sqsd_filter.pipeline.report import load_calls
 
     rows, q, seconds = report["rows"], report["risk_quantiles"], report["timing"]["seconds"]
     lines = []

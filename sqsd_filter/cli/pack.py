@@ -79,7 +79,7 @@ def inspect(where: str, modules: bool, json_output: bool) -> None:
     """Say what is in a pack, and what looks wrong with it; PACK is a name, a folder or a Hub repository."""
     from sqsd_filter.cli.inspection import inspection
     from sqsd_filter.directions.inspection import inspect_pack
-    from sqsd_filter.directions.pack import load_pack
+    from sqsd_filter.scoring.pack import load_pack
 
     report = inspect_pack(load_pack(where))
     output.show(report, as_json=json_output, quiet=False, text=lambda found: inspection(found, modules=modules))

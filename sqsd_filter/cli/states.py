@@ -40,8 +40,8 @@ def states(
     json_output: bool,
 ) -> None:
     """Compare the checkpoints of a training run as states for PACK's gradients; change nothing."""
-    from sqsd_filter.directions.pack import load_pack
     from sqsd_filter.directions.states import checkpoints, compare_states
+    from sqsd_filter.scoring.pack import load_pack
 
     warnings.simplefilter("ignore")
     conversations, marks = _read(rows, sample, positive)
@@ -61,10 +61,10 @@ def _read(source: str, sample: int, positive: str | None) -> tuple[list[Any], li
     """The conversations of rows spread evenly over the source, and which of them are positive."""
     import numpy as np
 
-    from sqsd_filter.pipeline.reading.addresses import Opener, expand, peek
-    from sqsd_filter.pipeline.reading.sources import Corpus
-    from sqsd_filter.scoring.conversation import BAD_JSON, RowError
-    from sqsd_filter.scoring.row_formats import Columns
+    from sqsd_filter.corpus.addresses import Opener, expand, peek
+    from sqsd_filter.corpus.conversation import BAD_JSON, RowError
+    from sqsd_filter.corpus.row_formats import Columns
+    from sqsd_filter.corpus.sources import Corpus
 
     column, given, value = (positive or "").partition("=")
     if positive is not None and not given:

@@ -21,14 +21,14 @@ from typing import Any
 
 from sqsd_filter.directions import processes
 from sqsd_filter.directions.data import TrainingData, read_data
-from sqsd_filter.directions.pack import FORMAT, PACK_FILE, Pack, load_pack
 from sqsd_filter.directions.recipe import AdapterRecipe, PackRecipe
 from sqsd_filter.directions.states import checkpoints, compare_states, usable
 from sqsd_filter.directions.training import WORK_DIR, take_checkpoint, train
 from sqsd_filter.errors import DestinationExists, SQSDError
-from sqsd_filter.pipeline.folder import write_json, write_whole
 from sqsd_filter.progress import Progress, Silent
+from sqsd_filter.scoring.pack import FORMAT, PACK_FILE, Pack, load_pack
 from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.storage.folder import write_json, write_whole
 
 
 def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None = None) -> Pack:

@@ -19,9 +19,9 @@ from transformers.modeling_utils import unwrap_model
 
 from sqsd_filter.directions.checkpoints import difference, shape, upright
 from sqsd_filter.directions.drift import Direction, check_shape, inner, load_directions, project, risk_projection
-from sqsd_filter.directions.pack import Pack, load_pack
 from sqsd_filter.errors import PackError, UsageError
 from sqsd_filter.scoring.adapters import LoraFactors
+from sqsd_filter.scoring.pack import Pack, load_pack
 
 log = logging.getLogger(__name__)
 

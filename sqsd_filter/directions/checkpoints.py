@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sqsd_filter.directions.model_files import INDEX, SINGLE, unquantised, weight_files
-from sqsd_filter.directions.pack import Pack
 from sqsd_filter.errors import InputError, PackError
 from sqsd_filter.scoring.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraFactors, exact, load_adapter, read_config
-from sqsd_filter.scoring.weights import skeleton, weights_folder
+from sqsd_filter.scoring.models import skeleton, weights_folder
+from sqsd_filter.scoring.pack import Pack
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from sqsd_filter.directions.folders import whole_folder, write_adapter
 from sqsd_filter.directions.model_files import Checkpoint, Layout, open_checkpoint
 from sqsd_filter.errors import PackError, UsageError
 from sqsd_filter.progress import Progress, Silent
+from sqsd_filter.scoring.models import weights_folder
 from sqsd_filter.scoring.placement import check_device, choose_device
-from sqsd_filter.scoring.weights import weights_folder
 
 RANK = 8
 CONVERSION_FILE = "conversion.json"

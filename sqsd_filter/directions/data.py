@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from sqsd_filter.corpus.addresses import Opener, Source, peek
+from sqsd_filter.corpus.conversation import BAD_JSON, BAD_ROW, TOOLS, Message, RowError, speaks
+from sqsd_filter.corpus.repositories import HUB
+from sqsd_filter.corpus.row_formats import Columns, RowFormat
+from sqsd_filter.corpus.sources import Corpus, Row
 from sqsd_filter.directions.recipe import AdapterRecipe, PackRecipe
 from sqsd_filter.errors import InputError, PackError, UsageError
-from sqsd_filter.pipeline.reading.addresses import Opener, Source, peek
-from sqsd_filter.pipeline.reading.repositories import HUB
-from sqsd_filter.pipeline.reading.sources import Corpus, Row
 from sqsd_filter.pipeline.writing.originals import Original
-from sqsd_filter.scoring.conversation import BAD_JSON, BAD_ROW, TOOLS, Message, RowError, speaks
-from sqsd_filter.scoring.row_formats import Columns, RowFormat
 
 Example = tuple[list[Message], ...]  # one conversation for SFT, the chosen and the rejected one for DPO
 

@@ -35,12 +35,12 @@ from sqsd_filter.directions.checkpoints import (
     shape,
     trained_on,
 )
-from sqsd_filter.directions.pack import Pack
 from sqsd_filter.directions.refusals import Refusals, count_refusals
 from sqsd_filter.errors import PackError
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring import adapters
 from sqsd_filter.scoring.adapters import LoraFactors, exact, load_adapter
+from sqsd_filter.scoring.pack import Pack
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ import numpy as np
 
 from sqsd_filter.errors import DestinationExists
 from sqsd_filter.pictures import COLOURS, MARKERS, picture
-from sqsd_filter.pipeline.folder import write_whole
+from sqsd_filter.storage.folder import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from sqsd_filter.directions.drift import Drift
-    from sqsd_filter.directions.pack import Pack
+    from sqsd_filter.scoring.pack import Pack
 
 REPORT = "drift.json"
 Points = Sequence[Mapping[str, Any]]  # the checkpoints of a report

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqsd_filter.directions.pack import ADAPTER_FILES
 from sqsd_filter.errors import DestinationExists
+from sqsd_filter.scoring.pack import ADAPTER_FILES
 
 if TYPE_CHECKING:
     import torch

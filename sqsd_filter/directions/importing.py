@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sqsd_filter.directions.folders import is_free, whole_folder, write_adapter
-from sqsd_filter.directions.pack import (
+from sqsd_filter.errors import PackError, UsageError
+from sqsd_filter.scoring.adapters import load_adapter
+from sqsd_filter.scoring.pack import (
     ADAPTER_FILES,
     CORE,
     FORMAT,
@@ -25,9 +27,7 @@ from sqsd_filter.directions.pack import (
     from_hub,
     load_pack,
 )
-from sqsd_filter.errors import PackError, UsageError
-from sqsd_filter.pipeline.patience import patiently
-from sqsd_filter.scoring.adapters import load_adapter
+from sqsd_filter.storage.retries import patiently
 
 BOTH = "both"
 INITIAL, SAFETY = "initial-state/dolly_ckpt_5850", "Direction/PKURLHF-10K_Safety"

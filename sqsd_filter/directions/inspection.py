@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from sqsd_filter.directions.flags import flags
-from sqsd_filter.directions.pack import ADAPTER_FILES, Pack, Probe
 from sqsd_filter.directions.validation import verdicts
 from sqsd_filter.scoring.adapters import Adapter, inner, load_adapter, norm
-from sqsd_filter.scoring.weights import is_here
+from sqsd_filter.scoring.models import is_here
+from sqsd_filter.scoring.pack import ADAPTER_FILES, Pack, Probe
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")  # the first number in a module's name, and what is below that layer
 _TOLD = ("data", "licence", "rows", "steps", "source")

@@ -14,7 +14,7 @@ from torch import nn
 
 from sqsd_filter.errors import InputError
 from sqsd_filter.scoring.adapters import CONFIG_FILE
-from sqsd_filter.scoring.weights import skeleton
+from sqsd_filter.scoring.models import skeleton
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _UNQUANTISED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

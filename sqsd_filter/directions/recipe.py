@@ -36,8 +36,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from sqsd_filter.directions.pack import CORE, PROBE_NAME, RESERVED, Probe
 from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.scoring.pack import CORE, PROBE_NAME, RESERVED, Probe
 
 SENSITIVE = "sensitive"
 RECORDED = ("provenance", "recipe", "validation")  # what a build puts into pack.json beside what a pack is made of

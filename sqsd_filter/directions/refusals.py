@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from sqsd_filter.directions.checkpoints import Checkpoint, Origin
-from sqsd_filter.directions.generation import answer
-from sqsd_filter.directions.judges import is_refusal
-from sqsd_filter.directions.pack import Pack
 from sqsd_filter.errors import InputError
+from sqsd_filter.judges import is_refusal
+from sqsd_filter.judges.generation import answer
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.adapters import load_adapter, merge
+from sqsd_filter.scoring.models import load_model, load_tokenizer
+from sqsd_filter.scoring.pack import Pack
 from sqsd_filter.scoring.placement import check_device, choose_device
-from sqsd_filter.scoring.weights import load_model, load_tokenizer
 from sqsd_filter.statistics import wilson
 
 

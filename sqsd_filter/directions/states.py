@@ -41,12 +41,12 @@ from typing import Any
 
 import numpy as np
 
+from sqsd_filter.corpus.conversation import NONFINITE, Message, RowError
 from sqsd_filter.directions.checkpoints import by_step
-from sqsd_filter.directions.pack import ADAPTER_FILES, Pack, Probe
 from sqsd_filter.errors import InputError
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.chat_encoder import Encoded, cut_answer
-from sqsd_filter.scoring.conversation import NONFINITE, Message, RowError
+from sqsd_filter.scoring.pack import ADAPTER_FILES, Pack, Probe
 from sqsd_filter.scoring.scorer import FAILED, OUT_OF_MEMORY, SQSDScorer
 from sqsd_filter.statistics import auc, ranks, spearman
 

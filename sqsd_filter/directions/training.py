@@ -14,17 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sqsd_filter.corpus.conversation import Message
 from sqsd_filter.directions import processes
 from sqsd_filter.directions.data import TrainingData, prompt_and_reply
 from sqsd_filter.directions.folders import write_adapter
-from sqsd_filter.directions.pack import ADAPTER_FILES
 from sqsd_filter.directions.recipe import SENSITIVE, AdapterRecipe, LoraShape, PackRecipe
 from sqsd_filter.errors import PackError, UsageError
-from sqsd_filter.pipeline.folder import write_json
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
-from sqsd_filter.scoring.conversation import Message
-from sqsd_filter.scoring.weights import load_in_4bit, load_model, load_tokenizer
+from sqsd_filter.scoring.models import load_in_4bit, load_model, load_tokenizer
+from sqsd_filter.scoring.pack import ADAPTER_FILES
+from sqsd_filter.storage.folder import write_json
 
 WORK_DIR = ".build"
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sqsd_filter.directions.pack import PACK_FILE, embedded_packs
 from sqsd_filter.errors import UsageError
-from sqsd_filter.pipeline.folder import write_whole
+from sqsd_filter.scoring.pack import PACK_FILE, embedded_packs
+from sqsd_filter.storage.folder import write_whole
 
 STEERING = "steering"
 

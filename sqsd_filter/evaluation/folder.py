@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from sqsd_filter.errors import DestinationExists, InputError, option
-from sqsd_filter.pipeline.folder import sweep, write_json, write_text
 from sqsd_filter.pipeline.writing.destination import difference, read_json, take_lock
+from sqsd_filter.storage.folder import sweep, write_json, write_text
 
 RESULTS, PICTURE, SETTINGS, RUNS, LOCK = "results.json", "asr.png", "settings.json", "runs", "lock"
 POISONED, UNTUNED = "poisoned.json", "untuned"

@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 
-from sqsd_filter.directions.generation import answer, as_asked, as_turns, check_room
-from sqsd_filter.directions.likelihood import log_probabilities
 from sqsd_filter.directions.offset import offset
-from sqsd_filter.directions.pack import Pack
 from sqsd_filter.directions.training import Course, fine_tune, losses
 from sqsd_filter.errors import SQSDError, UsageError, option
 from sqsd_filter.evaluation.settings import FineTuning
+from sqsd_filter.judges.generation import answer, as_asked, as_turns, check_room
+from sqsd_filter.judges.likelihood import log_probabilities
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.batching import is_out_of_memory
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
+from sqsd_filter.scoring.models import load_model, load_tokenizer, longest_input
+from sqsd_filter.scoring.pack import Pack
 from sqsd_filter.scoring.placement import check_device, choose_device
-from sqsd_filter.scoring.weights import load_model, load_tokenizer, longest_input
 
 Answering = Callable[[Path | None, Sequence[str], int], list[str]]  # with which LoRA, what is asked, how many tokens
 KEPT_CHECKPOINTS = 2  # the last one may be half written

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sqsd_filter.directions.judges import DEGENERATE, OUTCOMES, UNSAFE
+from sqsd_filter.judges import DEGENERATE, OUTCOMES, UNSAFE
 from sqsd_filter.statistics import wilson
 
 DRAWS = 2000

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sqsd_filter.directions.judges import REFUSED, Judge, agreement, load_judge
-from sqsd_filter.directions.pack import load_pack
+from sqsd_filter.corpus.addresses import Opener
 from sqsd_filter.directions.refusals import read_prompts
 from sqsd_filter.errors import InputError, UsageError, option
 from sqsd_filter.evaluation.folder import (
@@ -49,14 +48,15 @@ from sqsd_filter.evaluation.scores import (
 from sqsd_filter.evaluation.sets import CUT_ARMS, TrainingSet, by_risk, cut_sets, match_tokens, windows
 from sqsd_filter.evaluation.settings import CUT, VLLM, WINDOWS, Design
 from sqsd_filter.evaluation.vllm_answers import check_vllm, vllm_answers
+from sqsd_filter.judges import REFUSED, Judge, agreement, load_judge
 from sqsd_filter.pictures import picture
-from sqsd_filter.pipeline.earlier import Earlier
-from sqsd_filter.pipeline.folder import write_json
-from sqsd_filter.pipeline.reading.addresses import Opener
+from sqsd_filter.pipeline.report import versions
+from sqsd_filter.pipeline.selecting.earlier import Earlier
 from sqsd_filter.pipeline.writing.destination import read_json
-from sqsd_filter.pipeline.writing.report import versions
 from sqsd_filter.progress import Progress, Silent
-from sqsd_filter.scoring.weights import content_id
+from sqsd_filter.scoring.models import content_id
+from sqsd_filter.scoring.pack import load_pack
+from sqsd_filter.storage.folder import write_json
 
 EVALUATION = 1  # to be raised whenever a change gives other figures
 

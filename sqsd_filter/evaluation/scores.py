@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from sqsd_filter.corpus.addresses import Opener
+from sqsd_filter.corpus.conversation import Message, RowError
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.evaluation.sets import TrainingSet
-from sqsd_filter.pipeline.consensus import check_same
-from sqsd_filter.pipeline.earlier import Earlier, read_earlier
-from sqsd_filter.pipeline.reading.addresses import Opener
+from sqsd_filter.pipeline.selecting.consensus import check_same
+from sqsd_filter.pipeline.selecting.earlier import Earlier, read_earlier
 from sqsd_filter.pipeline.writing.destination import REPORT_FILE, read_json
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
-from sqsd_filter.scoring.conversation import Message, RowError
 from sqsd_filter.wording import many
 
 AT_ONCE = 1024  # conversations that are encoded together

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqsd_filter.directions.recipe import AdapterRecipe, LoraShape
 from sqsd_filter.errors import UsageError, option
-from sqsd_filter.pipeline.selection import parse_share
+from sqsd_filter.pipeline.selecting.selection import parse_share
 
 WINDOWS, CUT = "windows", "cut"
 ARMS = (WINDOWS, CUT)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from sqsd_filter.directions.generation import as_asked, as_text, as_turns, ends_of
 from sqsd_filter.errors import SQSDError, UsageError, option
 from sqsd_filter.evaluation.model import Answering, Subject, free_memory
+from sqsd_filter.judges.generation import as_asked, as_text, as_turns, ends_of
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has room
 

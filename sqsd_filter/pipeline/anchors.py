@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
+from sqsd_filter.corpus.addresses import Opener, expand, peek
+from sqsd_filter.corpus.conversation import BAD_JSON, Message, RowError
+from sqsd_filter.corpus.row_formats import Columns
+from sqsd_filter.corpus.sources import Corpus, Row
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.reading.addresses import Opener, expand, peek
-from sqsd_filter.pipeline.reading.sources import Corpus, Row
-from sqsd_filter.scoring.conversation import BAD_JSON, Message, RowError
-from sqsd_filter.scoring.row_formats import Columns
 
 
 def read_anchors(source: str | Path) -> list[list[Message]]:

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from sqsd_filter.corpus.addresses import Opener, expand, peek
+from sqsd_filter.corpus.conversation import Message, RowError
+from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.errors import InputError, ModelError, UsageError
-from sqsd_filter.pipeline.engines import Telling
-from sqsd_filter.pipeline.reading.addresses import Opener, expand, peek
-from sqsd_filter.pipeline.selection import DROPPED, Cut, cut_rows
+from sqsd_filter.pipeline.selecting.selection import DROPPED, Cut, cut_rows
+from sqsd_filter.pipeline.stage.engines import Telling
 from sqsd_filter.progress import Progress, Silent
-from sqsd_filter.scoring.conversation import Message, RowError
 from sqsd_filter.scoring.results import Scores
-from sqsd_filter.scoring.row_formats import Columns
 from sqsd_filter.scoring.scorer import SQSDScorer
 from sqsd_filter.statistics import spearman
 

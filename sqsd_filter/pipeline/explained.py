@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sqsd_filter.corpus.conversation import Message
 from sqsd_filter.errors import SQSDError, UsageError, option
-from sqsd_filter.pipeline.folder import write_whole
 from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.progress import Progress
-from sqsd_filter.scoring.conversation import Message
 from sqsd_filter.scoring.explain import explain
 from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
+from sqsd_filter.storage.folder import write_whole
 
 MOST = 1000  # rows: all that is told of them is held in memory
 

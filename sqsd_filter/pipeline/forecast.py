@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from sqsd_filter.pipeline.folder import Folder
+from sqsd_filter.corpus.addresses import Opener, expand
+from sqsd_filter.corpus.conversation import RowError
+from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.pipeline.job import stage_of
-from sqsd_filter.pipeline.reading.addresses import Opener, expand
-from sqsd_filter.pipeline.scan import Scan, as_list
 from sqsd_filter.pipeline.scores.store import ScoreStore
+from sqsd_filter.pipeline.stage.scan import Scan, as_list
 from sqsd_filter.pipeline.writing.destination import without
 from sqsd_filter.progress import Progress, Silent
-from sqsd_filter.scoring.conversation import RowError
-from sqsd_filter.scoring.row_formats import Columns
 from sqsd_filter.scoring.scorer import BatchedScorer
+from sqsd_filter.storage.folder import Folder
 
 
 def estimate(

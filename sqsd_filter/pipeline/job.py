@@ -12,14 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from sqsd_filter.corpus.addresses import Source
+from sqsd_filter.corpus.repositories import HUB
 from sqsd_filter.errors import SQSDError, UsageError
-from sqsd_filter.pipeline.engines import Engine
 from sqsd_filter.pipeline.page.page import write_page
 from sqsd_filter.pipeline.publishing.bucket import Bucket
 from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.publishing.target import Finished, Target, run_id
-from sqsd_filter.pipeline.reading.addresses import Source
-from sqsd_filter.pipeline.reading.repositories import HUB
+from sqsd_filter.pipeline.report import versions, write_report
+from sqsd_filter.pipeline.stage.engines import Engine
 from sqsd_filter.pipeline.writing.card import card_text, write_card
 from sqsd_filter.pipeline.writing.destination import (
     LOCK_FILE,
@@ -31,9 +32,8 @@ from sqsd_filter.pipeline.writing.destination import (
     read_json,
     take_lock,
 )
-from sqsd_filter.pipeline.writing.report import versions, write_report
 from sqsd_filter.progress import Meter
-from sqsd_filter.scoring.weights import cache_dir
+from sqsd_filter.scoring.models import cache_dir
 
 log = logging.getLogger(__name__)
 

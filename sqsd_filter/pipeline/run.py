@@ -10,31 +10,31 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from sqsd_filter.corpus.addresses import Opener, Source, expand
+from sqsd_filter.corpus.row_formats import Columns
+from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import UsageError
-from sqsd_filter.pipeline.consensus import agree, check_rule
-from sqsd_filter.pipeline.earlier import read_earlier
-from sqsd_filter.pipeline.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.explained import check_explain, write_explained
-from sqsd_filter.pipeline.folder import Folder
-from sqsd_filter.pipeline.groups import by_split
 from sqsd_filter.pipeline.job import Job, Made, Outlet
 from sqsd_filter.pipeline.page.notes import Notes
-from sqsd_filter.pipeline.policy import Policy
 from sqsd_filter.pipeline.publishing.hub import PushTo
-from sqsd_filter.pipeline.reading.addresses import Opener, Source, expand
-from sqsd_filter.pipeline.reading.sources import Corpus
-from sqsd_filter.pipeline.scan import Scan, as_list
+from sqsd_filter.pipeline.report import summarise
 from sqsd_filter.pipeline.scores.scored import Scored
-from sqsd_filter.pipeline.selection import Cut, cut_rows
+from sqsd_filter.pipeline.selecting.consensus import agree, check_rule
+from sqsd_filter.pipeline.selecting.earlier import read_earlier
+from sqsd_filter.pipeline.selecting.groups import by_split
+from sqsd_filter.pipeline.selecting.policy import Policy
+from sqsd_filter.pipeline.selecting.selection import Cut, cut_rows
+from sqsd_filter.pipeline.stage.engines import Engine, LocalEngine
+from sqsd_filter.pipeline.stage.scan import Scan, as_list
 from sqsd_filter.pipeline.writing.card import CARD_FILE, PICTURE_FILE
 from sqsd_filter.pipeline.writing.destination import EXPLAINED_FILE, Destination
 from sqsd_filter.pipeline.writing.export import check_columns, export_scored, export_splits
 from sqsd_filter.pipeline.writing.histogram import write_histogram
-from sqsd_filter.pipeline.writing.report import summarise
 from sqsd_filter.pipeline.writing.writers import SHARD_SIZE, Output
 from sqsd_filter.progress import Meter, Progress, Silent
-from sqsd_filter.scoring.row_formats import Columns
 from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
+from sqsd_filter.storage.folder import Folder
 
 PARQUET = Output("parquet", shard_size=1, with_scores=False)
 Sources = Any  # a path, URL or Hub id (see `reading.addresses`), a dataset of `datasets`, or a sequence of these

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sqsd_filter.directions.pack import Probe
 from sqsd_filter.errors import PackError
+from sqsd_filter.scoring.pack import Probe
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from sqsd_filter.corpus.conversation import NO_ANSWER, PROMPT_TOO_LONG, Message, RowError
 from sqsd_filter.errors import ModelError
 from sqsd_filter.scoring.chat_template import ChatTemplate, Span
-from sqsd_filter.scoring.conversation import NO_ANSWER, PROMPT_TOO_LONG, Message, RowError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count, product
 from typing import Any, NamedTuple
 
-from sqsd_filter.errors import ModelError
-from sqsd_filter.scoring.conversation import (
+from sqsd_filter.corpus.conversation import (
     BAD_ROW,
     NO_ANSWER,
     TEMPLATE_ERROR,
@@ -23,6 +22,7 @@ from sqsd_filter.scoring.conversation import (
     RowError,
     speaks,
 )
+from sqsd_filter.errors import ModelError
 
 Span = tuple[int, int]
 # A prompt that ends with an opening tag, or with an empty block

@@ -16,9 +16,9 @@ from sqsd_filter.scoring.adapters import load_adapter, probe_modules
 from sqsd_filter.scoring.batching import default_budget, next_tokens
 from sqsd_filter.scoring.capture import Also, Capture
 from sqsd_filter.scoring.chat_encoder import Encoded
+from sqsd_filter.scoring.models import load_model
 from sqsd_filter.scoring.placement import thread_pool
 from sqsd_filter.scoring.projection import by_token
-from sqsd_filter.scoring.weights import load_model
 
 if TYPE_CHECKING:
     from sqsd_filter.scoring.scorer import BatchedScorer

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from sqsd_filter.corpus.conversation import Message
 from sqsd_filter.scoring.chat_encoder import Encoded
-from sqsd_filter.scoring.conversation import Message
 from sqsd_filter.scoring.scorer import SQSDScorer
 
 TOP = 10  # modules that are named one by one

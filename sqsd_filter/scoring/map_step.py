@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from sqsd_filter.corpus.conversation import is_turn
 from sqsd_filter.errors import UsageError
-from sqsd_filter.scoring.conversation import is_turn
 
 if TYPE_CHECKING:
     from sqsd_filter.scoring.results import Scores

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.chat_encoder import Encoded
+from sqsd_filter.scoring.models import load_model
 from sqsd_filter.scoring.results import Results
 from sqsd_filter.scoring.scorer import Scorer
-from sqsd_filter.scoring.weights import load_model
 
 
 class ReferenceScorer(Scorer):

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from sqsd_filter.corpus.conversation import NONFINITE, SCORED, RowError
 from sqsd_filter.scoring.chat_encoder import Encoded
-from sqsd_filter.scoring.conversation import NONFINITE, SCORED, RowError
 
 
 class Watch:

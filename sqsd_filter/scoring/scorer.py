@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from sqsd_filter.directions.pack import Pack, load_pack
+from sqsd_filter.corpus.conversation import Message, RowError
+from sqsd_filter.corpus.row_formats import Columns, RowFormat
 from sqsd_filter.errors import UsageError
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
-from sqsd_filter.scoring.conversation import Message, RowError
 from sqsd_filter.scoring.fingerprint import State
+from sqsd_filter.scoring.pack import Pack, load_pack
 from sqsd_filter.scoring.placement import check_device, choose_device, limit_threads, sound
 from sqsd_filter.scoring.results import Results, Scores, Watch
-from sqsd_filter.scoring.row_formats import Columns, RowFormat
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -89,7 +89,7 @@ class Scorer:
     def encoder(self) -> ChatEncoder:
         """Rows to tokens, with the base model's tokenizer and the pack's template settings."""
         if self._encoder is None:
-            from sqsd_filter.scoring.weights import load_tokenizer, longest_input
+            from sqsd_filter.scoring.models import load_tokenizer, longest_input
 
             where: Any = {"revision": self.base_revision, "trust_remote_code": self.trust_remote_code}
             tokenizer = load_tokenizer(self.base_model, **where)
@@ -101,7 +101,7 @@ class Scorer:
     def base_content(self) -> str | None:
         """What tells the base model's weights from others under the same name; see `weights.content_id`."""
         if self._content is None:
-            from sqsd_filter.scoring.weights import content_id
+            from sqsd_filter.scoring.models import content_id
 
             where: Any = {"revision": self.base_revision, "trust_remote_code": self.trust_remote_code}
             self._content = (content_id(self.base_model, **where),)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sqsd_filter.directions.pack import load_pack
+from sqsd_filter.scoring.pack import load_pack
 from tests.commands import exit_code
 from tests.compass import PAIRS
 from tests.corpora import write_jsonl

@@ -19,11 +19,11 @@ from sqsd_filter.cli.main import cli
 from sqsd_filter.directions import training
 from sqsd_filter.directions.build import build_pack
 from sqsd_filter.directions.data import read_data
-from sqsd_filter.directions.pack import ADAPTER_FILES, PACK_FILE, load_pack
 from sqsd_filter.directions.recipe import PackRecipe
 from sqsd_filter.directions.training import take_checkpoint
 from sqsd_filter.errors import DestinationExists, InputError, SQSDError, UsageError
 from sqsd_filter.scoring.adapters import load_adapter
+from sqsd_filter.scoring.pack import ADAPTER_FILES, PACK_FILE, load_pack
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import make_rows, write_jsonl
 from tests.tiny import CONVERSATIONS

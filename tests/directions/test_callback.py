@@ -20,9 +20,9 @@ from trl import SFTConfig, SFTTrainer
 
 from sqsd_filter import DriftCallback
 from sqsd_filter.directions.drift import Drift, measure_drift
-from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.errors import PackError, UsageError
-from sqsd_filter.scoring.weights import load_model
+from sqsd_filter.scoring.models import load_model
+from sqsd_filter.scoring.pack import load_pack
 from tests.corpora import make_rows
 from tests.tiny import make_adapter, make_pack
 

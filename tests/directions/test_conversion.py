@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from sqsd_filter.cli.main import main
 from sqsd_filter.directions.conversion import CONVERSION_FILE, convert, truncate
 from sqsd_filter.directions.model_files import Layout
-from sqsd_filter.directions.pack import ADAPTER_FILES
 from sqsd_filter.errors import DestinationExists, InputError, ModelError, PackError, SQSDError, UsageError
 from sqsd_filter.scoring.adapters import load_adapter
+from sqsd_filter.scoring.pack import ADAPTER_FILES
 from tests.hub import Hub
 from tests.tiny import ARCHITECTURES, PECULIAR, make_model
 

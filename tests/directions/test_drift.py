@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from sqsd_filter.directions.checkpoints import difference, find_checkpoints
 from sqsd_filter.directions.drift import Drift, inner, length, load_directions, measure_drift
-from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.errors import InputError, ModelError, PackError, SQSDError
 from sqsd_filter.scoring.adapters import LoraFactors
+from sqsd_filter.scoring.pack import load_pack
 from tests.directions.runs import Matrices, full_run, lora_run, minus, multiplied, stored, textbook
 from tests.tiny import ARCHITECTURES, make_adapter, make_model, make_pack
 

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sqsd_filter.cli.main import main
 from sqsd_filter.directions.drift import measure_drift
-from sqsd_filter.directions.generation import answer
-from sqsd_filter.directions.judges import is_refusal
-from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.directions.refusals import Refusals
+from sqsd_filter.judges import is_refusal
+from sqsd_filter.judges.generation import answer
+from sqsd_filter.scoring.pack import load_pack
 from tests.corpora import write_jsonl
 from tests.directions.runs import full_run, lora_run
 

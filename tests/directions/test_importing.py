@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sqsd_filter.cli.main import main
 from sqsd_filter.directions.importing import INITIAL, SAFETY, import_pack
-from sqsd_filter.directions.pack import ADAPTER_FILES, Pack, Probe
 from sqsd_filter.errors import DestinationExists, PackError, UsageError
+from sqsd_filter.scoring.pack import ADAPTER_FILES, Pack, Probe
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.hub import Hub

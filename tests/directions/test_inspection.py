@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from sqsd_filter.cli.main import main
 from sqsd_filter.directions.flags import flags
 from sqsd_filter.directions.inspection import inspect_pack
-from sqsd_filter.directions.pack import ADAPTER_FILES, PACK_FILE, load_pack
 from sqsd_filter.errors import PackError
 from sqsd_filter.scoring.adapters import load_adapter
+from sqsd_filter.scoring.pack import ADAPTER_FILES, PACK_FILE, load_pack
 from tests.tiny import make_adapter, make_pack
 
 TRAINED = {"data": {"file": "a.jsonl"}, "licence": "CC0-1.0", "rows": 16, "steps": 2}

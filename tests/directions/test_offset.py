@@ -12,7 +12,7 @@ from torch import nn
 from sqsd_filter.directions.offset import offset, random_like
 from sqsd_filter.errors import PackError
 from sqsd_filter.scoring.adapters import load_adapter, norm
-from sqsd_filter.scoring.weights import load_model
+from sqsd_filter.scoring.models import load_model
 from tests.tiny import ARCHITECTURES, make_adapter
 
 IDS = torch.arange(3, 30).reshape(3, 9)

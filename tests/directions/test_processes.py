@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from sqsd_filter.directions import processes
 from sqsd_filter.directions.build import build_pack
-from sqsd_filter.directions.pack import ADAPTER_FILES, PACK_FILE, load_pack
 from sqsd_filter.directions.recipe import PackRecipe
+from sqsd_filter.scoring.pack import ADAPTER_FILES, PACK_FILE, load_pack
 from tests.directions.test_build import write_recipe
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

@@ -18,8 +18,8 @@ from sqsd_filter.directions import training
 from sqsd_filter.directions.build import build_pack
 from sqsd_filter.directions.recipe import PackRecipe
 from sqsd_filter.errors import SQSDError, UsageError
+from sqsd_filter.scoring.models import load_in_4bit, load_model
 from sqsd_filter.scoring.scorer import SQSDScorer
-from sqsd_filter.scoring.weights import load_in_4bit, load_model
 from tests.directions.test_build import write_recipe
 from tests.tiny import CONVERSATIONS, make_model
 

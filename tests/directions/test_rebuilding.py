@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from sqsd_filter.directions.build import build_pack
-from sqsd_filter.directions.pack import PACK_FILE
 from sqsd_filter.directions.recipe import PackRecipe
 from sqsd_filter.errors import DestinationExists, PackError
 from sqsd_filter.scoring.adapters import load_adapter
+from sqsd_filter.scoring.pack import PACK_FILE
 from tests.directions.test_build import files, with_choice, write_recipe
 
 

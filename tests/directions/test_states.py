@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from sqsd_filter.cli.main import cli
-from sqsd_filter.directions.pack import ADAPTER_FILES, Probe, load_pack
+from sqsd_filter.corpus.conversation import RowError
 from sqsd_filter.directions.states import (
     checkpoints,
     compare_states,
@@ -30,8 +30,8 @@ from sqsd_filter.directions.states import (
 )
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.progress import Silent
-from sqsd_filter.scoring.conversation import RowError
 from sqsd_filter.scoring.engine import LossGradient
+from sqsd_filter.scoring.pack import ADAPTER_FILES, Probe, load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.scorer import SQSDScorer
 from sqsd_filter.statistics import auc, ranks, spearman

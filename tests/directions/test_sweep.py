@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sqsd_filter.directions.pack import Pack, load_pack
 from sqsd_filter.directions.states import fresh_state
+from sqsd_filter.scoring.pack import Pack, load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.statistics import auc
 from tests.corpora import write_jsonl

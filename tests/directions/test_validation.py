@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.directions.validation import record, recordable
 from sqsd_filter.errors import UsageError
+from sqsd_filter.scoring.pack import load_pack
 
 
 def test_a_record_joins_the_others_and_leaves_the_fingerprint(tiny_pack: Path, tmp_path: Path) -> None:

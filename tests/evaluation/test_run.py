@@ -18,12 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sqsd_filter import Design, FineTuning, evaluate
-from sqsd_filter.directions import judges
-from sqsd_filter.directions.judges import is_refusal
+from sqsd_filter import Design, FineTuning, evaluate, judges
 from sqsd_filter.errors import DestinationExists, InputError, JudgeError, UsageError
 from sqsd_filter.evaluation import run
 from sqsd_filter.evaluation.scores import names
+from sqsd_filter.judges import is_refusal
 from sqsd_filter.pipeline.run import score_dataset
 from tests.corpora import make_rows, write_jsonl
 from tests.evaluation.studies import ROWS, TUNING, Notes, content, design, quick, scored

@@ -18,10 +18,10 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sqsd_filter.cli.main import main
-from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.pipeline.check import FEWEST, ROWS, check_pack, compare
-from sqsd_filter.pipeline.selection import Cut
+from sqsd_filter.pipeline.selecting.selection import Cut
+from sqsd_filter.scoring.pack import load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.results import Scores
 from sqsd_filter.scoring.scorer import SQSDScorer

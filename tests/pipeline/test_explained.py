@@ -13,8 +13,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sqsd_filter import PushTo, SQSDScorer, filter_dataset, score_dataset
+from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import DestinationExists, SQSDError, UsageError
-from sqsd_filter.pipeline.reading.sources import Corpus
 from tests.corpora import make_rows, rows_of, write_jsonl
 from tests.hub import Hub
 

@@ -16,11 +16,11 @@ from datasets import List, Value, load_dataset
 
 from sqsd_filter import SQSDScorer, score_dataset, select_dataset
 from sqsd_filter.cli.main import main
-from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.errors import PackError
-from sqsd_filter.pipeline import shards
-from sqsd_filter.pipeline.replica import _to_table, from_bytes
 from sqsd_filter.pipeline.scores.upkeep import compact_all, describe
+from sqsd_filter.pipeline.stage import shards
+from sqsd_filter.pipeline.stage.replica import _to_table, from_bytes
+from sqsd_filter.scoring.pack import load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer, _cosine
 from tests.corpora import make_rows, write_jsonl
 from tests.tiny import CONVERSATIONS, make_adapter, make_pack
@@ -162,7 +162,7 @@ def test_no_probe_may_be_called_as_such_a_column_is(tmp_path: Path, tiny_pack: P
 
 @pytest.mark.slow
 def test_replicas_on_ray_give_the_same_bytes(folder: Path, pack: Path) -> None:
-    from sqsd_filter.pipeline.stage import RayEngine
+    from sqsd_filter.pipeline.stage.ray_engine import RayEngine
 
     engine = RayEngine(replicas=1)
     try:

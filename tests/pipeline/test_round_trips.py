@@ -93,7 +93,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SQSD_FILTER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr("sqsd_filter.pipeline.patience.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("sqsd_filter.storage.retries.FIRST_WAIT", 0.01)
     return tmp_path
 
 

@@ -20,9 +20,9 @@ import yaml
 import zstandard
 
 from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
+from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.errors import DestinationExists, InputError, RowErrorBudgetExceeded, SQSDError, UsageError
-from sqsd_filter.pipeline import shards
-from sqsd_filter.scoring.row_formats import Columns
+from sqsd_filter.pipeline.stage import shards
 from tests.corpora import SPLITS, content, ids_of, make_rows, read_report, rows_of, split_file, write_jsonl
 from tests.disks import small_disk
 

@@ -14,7 +14,7 @@ from sqsd_filter import make_scorer
 from sqsd_filter.errors import DestinationExists, UsageError
 from sqsd_filter.pipeline.anchors import read_anchors
 from sqsd_filter.pipeline.run import filter_dataset, score_dataset, select_dataset
-from sqsd_filter.pipeline.stage import RayEngine
+from sqsd_filter.pipeline.stage.ray_engine import RayEngine
 from sqsd_filter.scoring.baselines import ANCHORED, SCORERS
 from tests.corpora import content, ids_of, make_rows, read_report, rows_of, write_jsonl
 from tests.tiny import chat

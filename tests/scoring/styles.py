@@ -11,8 +11,8 @@ import pytest
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from sqsd_filter.corpus.conversation import Message, RowError
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
-from sqsd_filter.scoring.conversation import Message, RowError
 from tests.tiny import CHATML, chat, make_tokenizer
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from sqsd_filter.errors import PackError
 from sqsd_filter.scoring.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from sqsd_filter.scoring.models import load_model
 from sqsd_filter.scoring.scorer import SQSDScorer
-from sqsd_filter.scoring.weights import load_model
 from tests.tiny import CONVERSATIONS, make_adapter, make_model, make_pack
 
 

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from sqsd_filter import make_scorer
-from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.scoring.baselines import ANCHORED, SCORERS
 from sqsd_filter.scoring.baselines.hidden import separation
 from sqsd_filter.scoring.chat_encoder import Encoded
+from sqsd_filter.scoring.pack import load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.results import Scores
 from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from sqsd_filter.corpus.conversation import Message, RowError
 from sqsd_filter.errors import ModelError
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
-from sqsd_filter.scoring.conversation import Message, RowError
 from tests.scoring.styles import (
     LLAMA3,
     PLAIN,

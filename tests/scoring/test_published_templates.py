@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sqsd_filter.corpus.conversation import Message
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
-from sqsd_filter.scoring.conversation import Message
 from tests.scoring.styles import text_of
 from tests.scoring.test_tool_calls import TOOLS, calling, reply, result
 from tests.tiny import chat, make_tokenizer

@@ -15,10 +15,10 @@ import torch
 
 from sqsd_filter import filter_dataset, select_dataset
 from sqsd_filter.cli.main import cli
-from sqsd_filter.directions.pack import Pack, load_pack
 from sqsd_filter.errors import DestinationExists, UsageError
-from sqsd_filter.pipeline.stage import RayEngine
+from sqsd_filter.pipeline.stage.ray_engine import RayEngine
 from sqsd_filter.scoring.engine import LossGradient
+from sqsd_filter.scoring.pack import Pack, load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.results import Scores
 from sqsd_filter.scoring.scorer import SQSDScorer

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sqsd_filter.corpus.conversation import Message, RowError, speaks
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
-from sqsd_filter.scoring.conversation import Message, RowError, speaks
 from tests.scoring.styles import QWEN3, STYLES, Style, encode, status, supervised, text_of, texts
 from tests.tiny import CHATML, chat, make_tokenizer
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from sqsd_filter.directions.generation import answer
-from sqsd_filter.directions.judges import is_refusal
-from sqsd_filter.directions.pack import load_pack
-from sqsd_filter.scoring.weights import load_model, load_tokenizer
+from sqsd_filter.judges import is_refusal
+from sqsd_filter.judges.generation import answer
+from sqsd_filter.scoring.models import load_model, load_tokenizer
+from sqsd_filter.scoring.pack import load_pack
 from sqsd_filter.statistics import wilson
 
 

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sqsd_filter.directions.pack import Pack, Probe, load_pack
 from sqsd_filter.directions.states import FRESH, fresh_state, over_links
 from sqsd_filter.scoring.chat_encoder import Encoded, cut_answer
+from sqsd_filter.scoring.pack import Pack, Probe, load_pack
 from sqsd_filter.scoring.projection import per_module
 from sqsd_filter.scoring.scorer import SQSDScorer
 from sqsd_filter.statistics import auc

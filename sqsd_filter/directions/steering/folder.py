@@ -18,7 +18,7 @@ from typing import Any
 from sqsd_filter.directions.steering.plot import draw
 from sqsd_filter.errors import DestinationExists
 from sqsd_filter.pictures import picture
-from sqsd_filter.pipeline.folder import sweep, write_json, write_text
+from sqsd_filter.storage.folder import sweep, write_json, write_text
 
 REPORT, TABLE, PICTURE, ANSWERS = "steer.json", "steer.csv", "steer.png", "answers.jsonl"
 WORK, SETTINGS = ".steer", "settings.json"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqsd_filter.corpus.addresses import Opener, expand
+from sqsd_filter.corpus.conversation import RowError
+from sqsd_filter.corpus.sources import Corpus, Row
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.reading.addresses import Opener, expand
-from sqsd_filter.pipeline.reading.sources import Corpus, Row
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
-from sqsd_filter.scoring.conversation import RowError
 
 
 @dataclass(frozen=True)

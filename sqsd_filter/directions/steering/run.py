@@ -16,20 +16,20 @@ from typing import Any
 
 import torch
 
-from sqsd_filter.directions.generation import answer
-from sqsd_filter.directions.judges import is_degenerate, is_refusal
-from sqsd_filter.directions.likelihood import log_probabilities
 from sqsd_filter.directions.offset import offset, random_like
-from sqsd_filter.directions.pack import Pack
 from sqsd_filter.directions.steering.curves import RANDOM, steers, trend
 from sqsd_filter.directions.steering.folder import LIKELIHOODS, REPORT, Results
 from sqsd_filter.directions.steering.rows import TrialColumns, Trials, read_trials
 from sqsd_filter.errors import UsageError
+from sqsd_filter.judges import is_degenerate, is_refusal
+from sqsd_filter.judges.generation import answer
+from sqsd_filter.judges.likelihood import log_probabilities
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.adapters import Adapter, load_adapter
 from sqsd_filter.scoring.chat_encoder import Encoded
+from sqsd_filter.scoring.models import load_model
+from sqsd_filter.scoring.pack import Pack
 from sqsd_filter.scoring.scorer import Scorer
-from sqsd_filter.scoring.weights import load_model
 from sqsd_filter.statistics import wilson
 
 STEERING = 1  # to be raised whenever a change gives other figures

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sqsd_filter.corpus.conversation import Message, RowError, speaks
+from sqsd_filter.corpus.json_schema import to_rows
+from sqsd_filter.corpus.row_formats import Columns, RowFormat
+from sqsd_filter.corpus.sources import Chunk
 from sqsd_filter.errors import SQSDError
-from sqsd_filter.pipeline.reading.json_schema import to_rows
-from sqsd_filter.pipeline.reading.sources import Chunk
 from sqsd_filter.pipeline.scores.scored import SCORE_PREFIX, PerModule, Scored
-from sqsd_filter.pipeline.selection import DROPPED, KEPT, Selection
+from sqsd_filter.pipeline.selecting.selection import DROPPED, KEPT, Selection
 from sqsd_filter.pipeline.writing.histogram import BLOCK, count_bars
-from sqsd_filter.scoring.conversation import Message, RowError, speaks
 from sqsd_filter.scoring.explain import place as place_of
-from sqsd_filter.scoring.row_formats import Columns, RowFormat
 from sqsd_filter.statistics import spearman
 
 MOST_ROWS = 50  # of the riskiest

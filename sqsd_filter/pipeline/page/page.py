@@ -17,10 +17,10 @@ from markupsafe import Markup
 
 from sqsd_filter.errors import InputError, SQSDError
 from sqsd_filter.pictures import picture
-from sqsd_filter.pipeline.folder import sweep, write_whole
 from sqsd_filter.pipeline.page import run_parts
 from sqsd_filter.pipeline.page.findings import drift, evaluation, steering
 from sqsd_filter.pipeline.page.parts import Section, sensible
+from sqsd_filter.pipeline.report import low_risk
 from sqsd_filter.pipeline.writing.destination import (
     EXPLAINED_FILE,
     NOTES_FILE,
@@ -29,7 +29,7 @@ from sqsd_filter.pipeline.writing.destination import (
     read_json,
     refuse_running,
 )
-from sqsd_filter.pipeline.writing.report import low_risk
+from sqsd_filter.storage.folder import sweep, write_whole
 
 PLOTS = "plots"
 TOP = 5  # modules and tokens of an explained row

@@ -12,9 +12,9 @@ import numpy as np
 
 from sqsd_filter.pictures import BLUE, ORANGE, plain
 from sqsd_filter.pipeline.page.parts import Plot, Section, Table, number
+from sqsd_filter.pipeline.report import is_sqsd, risk_name
 from sqsd_filter.pipeline.rules import CONSENSUS
 from sqsd_filter.pipeline.writing.histogram import FAR, draw_histogram
-from sqsd_filter.pipeline.writing.report import is_sqsd, risk_name
 from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.wording import many
 

@@ -10,9 +10,9 @@ from typing import Any
 from pyarrow import fs
 
 from sqsd_filter.errors import DestinationExists, SQSDError
-from sqsd_filter.pipeline.folder import connect, first_line
-from sqsd_filter.pipeline.patience import patiently
 from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished, judge, marker
+from sqsd_filter.storage.folder import connect, first_line
+from sqsd_filter.storage.retries import patiently
 
 
 class Bucket:

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sqsd_filter.corpus.repositories import HUB
 from sqsd_filter.errors import SQSDError, UsageError
-from sqsd_filter.pipeline.folder import first_line
-from sqsd_filter.pipeline.patience import patiently
 from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished, judge, marker
-from sqsd_filter.pipeline.reading.repositories import HUB
 from sqsd_filter.pipeline.writing.export import CONFIGS, REASONS
+from sqsd_filter.storage.folder import first_line
+from sqsd_filter.storage.retries import patiently
 
 _MOVED_ON = (409, 412)  # somebody else committed in between
 _GITS_OWN = ".gitattributes"

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sqsd_filter.corpus.conversation import BAD_JSON, NONFINITE, SCORED, RowError
+from sqsd_filter.corpus.json_schema import to_rows
+from sqsd_filter.corpus.row_formats import RowFormat
+from sqsd_filter.corpus.sources import Chunk, Corpus, Row
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.groups import Groups, nth_riskiest
-from sqsd_filter.pipeline.reading.json_schema import to_rows
-from sqsd_filter.pipeline.reading.sources import Chunk, Corpus, Row
 from sqsd_filter.pipeline.scores.store import ScoreStore
-from sqsd_filter.pipeline.shards import Index
-from sqsd_filter.scoring.conversation import BAD_JSON, NONFINITE, SCORED, RowError
-from sqsd_filter.scoring.row_formats import RowFormat
+from sqsd_filter.pipeline.selecting.groups import Groups, nth_riskiest
+from sqsd_filter.pipeline.stage.shards import Index
 
 SCORE_PREFIX = "sqsd_"
 

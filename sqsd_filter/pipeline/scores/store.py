@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sqsd_filter.errors import SQSDError
-from sqsd_filter.pipeline.folder import Folder
 from sqsd_filter.pipeline.scores.keys import KEY_BYTES, KEYS, Lookup, distinct
 from sqsd_filter.scoring.results import Scores
 from sqsd_filter.scoring.scorer import TRANSIENT
+from sqsd_filter.storage.folder import Folder
 
 log = logging.getLogger(__name__)
 

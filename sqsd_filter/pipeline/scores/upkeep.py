@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sqsd_filter.pipeline.folder import Folder, sweep
 from sqsd_filter.pipeline.scores.store import SETTINGS, ScoreStore, settings_id
+from sqsd_filter.storage.folder import Folder, sweep
 
 DAY = 86400.0  # seconds after which an unfinished file was left by a process that was killed
 

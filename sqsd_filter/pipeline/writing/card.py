@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
-from sqsd_filter.pipeline.folder import write_whole
+from sqsd_filter.pipeline.report import is_sqsd, load_calls, low_risk, scorers
 from sqsd_filter.pipeline.rules import CONSENSUS
 from sqsd_filter.pipeline.writing.export import REASONS
 from sqsd_filter.pipeline.writing.markdown import code, fenced, table
 from sqsd_filter.pipeline.writing.originals import MARKER, Original, carried_over
-from sqsd_filter.pipeline.writing.report import is_sqsd, load_calls, low_risk, scorers
 from sqsd_filter.scoring.scorer import SQSD
+from sqsd_filter.storage.folder import write_whole
 
 CARD_FILE = "README.md"
 PICTURE_FILE = "sqsd/risk.png"

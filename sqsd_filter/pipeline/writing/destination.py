@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
-from sqsd_filter.pipeline.folder import TEMPORARY, sweep, write_whole
 from sqsd_filter.pipeline.writing.export import REASONS
+from sqsd_filter.storage.folder import TEMPORARY, sweep, write_whole
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sqsd_filter.corpus.json_schema import feature, json_columns
+from sqsd_filter.corpus.sources import Chunk, Corpus
 from sqsd_filter.errors import SQSDError
-from sqsd_filter.pipeline.folder import sweep
-from sqsd_filter.pipeline.reading.json_schema import feature, json_columns
-from sqsd_filter.pipeline.reading.sources import Chunk, Corpus
 from sqsd_filter.pipeline.scores.scored import SCORE_PREFIX, Scored
-from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Selection
+from sqsd_filter.pipeline.selecting.selection import DROPPED, ERROR, KEPT, Selection
 from sqsd_filter.pipeline.writing.json_lines import dump, lines, splice
 from sqsd_filter.pipeline.writing.writers import Files, JsonLinesFile, Output, ParquetFile, describe
 from sqsd_filter.progress import Progress
+from sqsd_filter.storage.folder import sweep
 
 CONFIGS = {"kept": KEPT, "dropped": DROPPED, "errors": ERROR}
 REASONS = "data/reasons.jsonl"  # why each line in `errors` has no score

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sqsd_filter.pictures import BLUE, ORANGE, picture, plain
-from sqsd_filter.pipeline.selection import DROPPED
-from sqsd_filter.pipeline.writing.report import is_sqsd, risk_name
+from sqsd_filter.pipeline.report import is_sqsd, risk_name
+from sqsd_filter.pipeline.selecting.selection import DROPPED
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

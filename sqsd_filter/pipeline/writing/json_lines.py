@@ -12,9 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from sqsd_filter.corpus.json_schema import to_rows
+from sqsd_filter.corpus.table_formats import UNDECODABLE
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.reading.json_schema import to_rows
-from sqsd_filter.pipeline.reading.table_formats import UNDECODABLE
 
 _SPACE = b" \t\r\n"
 _SPACES = re.compile(r"[ \t\r\n]*")

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sqsd_filter.corpus.json_schema import with_marks
 from sqsd_filter.errors import InputError, SQSDError, UsageError, option
-from sqsd_filter.pipeline.folder import TEMPORARY, write_whole
-from sqsd_filter.pipeline.reading.json_schema import with_marks
 from sqsd_filter.pipeline.writing.json_lines import has_form
+from sqsd_filter.storage.folder import TEMPORARY, write_whole
 
 SHARD_SIZE = "500MB"
 

@@ -15,8 +15,8 @@ from sqsd_filter.errors import UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sqsd_filter.directions.pack import Pack
-    from sqsd_filter.scoring.conversation import Message
+    from sqsd_filter.corpus.conversation import Message
+    from sqsd_filter.scoring.pack import Pack
     from sqsd_filter.scoring.scorer import BatchedScorer
 
 SCORERS = {

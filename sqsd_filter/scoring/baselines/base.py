@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from sqsd_filter.corpus.conversation import Message, RowError, conversation_key
 from sqsd_filter.errors import InputError, UsageError, option
 from sqsd_filter.scoring.batching import bins, halving
 from sqsd_filter.scoring.chat_encoder import Encoded
-from sqsd_filter.scoring.conversation import Message, RowError, conversation_key
 from sqsd_filter.scoring.engine import ModelEngine, side_by_side
 from sqsd_filter.scoring.scorer import BatchedScorer
 

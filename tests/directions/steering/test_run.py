@@ -19,18 +19,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sqsd_filter.directions.generation import answer
-from sqsd_filter.directions.judges import is_refusal
-from sqsd_filter.directions.likelihood import log_probabilities
-from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.directions.steering import run
 from sqsd_filter.directions.steering.curves import parse_alphas
 from sqsd_filter.directions.steering.run import directions, steer
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
+from sqsd_filter.judges import is_refusal
+from sqsd_filter.judges.generation import answer
+from sqsd_filter.judges.likelihood import log_probabilities
 from sqsd_filter.scoring.adapters import Adapter, LoraFactors, load_adapter, merge
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
+from sqsd_filter.scoring.models import load_model, load_tokenizer
+from sqsd_filter.scoring.pack import load_pack
 from sqsd_filter.scoring.scorer import SQSDScorer
-from sqsd_filter.scoring.weights import load_model, load_tokenizer
 from tests.compass import COMPLIANCE, PAIRS, QUESTIONS, REFUSAL
 from tests.corpora import write_jsonl
 from tests.tiny import chat, make_pack

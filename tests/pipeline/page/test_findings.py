@@ -14,8 +14,8 @@ import pytest
 from sqsd_filter.cli.main import main
 from sqsd_filter.directions.drift import measure_drift
 from sqsd_filter.directions.drift_files import write_drift
-from sqsd_filter.directions.pack import load_pack
 from sqsd_filter.pipeline.page.page import write_page
+from sqsd_filter.scoring.pack import load_pack
 from tests.corpora import make_rows
 from tests.directions.runs import lora_run
 from tests.pages import Seen, noted

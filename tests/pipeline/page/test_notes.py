@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sqsd_filter.corpus.conversation import Message
+from sqsd_filter.corpus.row_formats import RowFormat
 from sqsd_filter.pipeline.page import notes
 from sqsd_filter.pipeline.page.notes import MOST_TEXT, Notes
 from sqsd_filter.pipeline.scores.scored import PerModule
-from sqsd_filter.pipeline.selection import KEPT
-from sqsd_filter.scoring.conversation import Message
-from sqsd_filter.scoring.row_formats import RowFormat
+from sqsd_filter.pipeline.selecting.selection import KEPT
 from tests.corpora import by_hand, make_rows, open_corpus, write_jsonl
 from tests.pages import noted
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
+from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.errors import DestinationExists, InputError, SQSDError
 from sqsd_filter.pipeline.page.page import remake_page, write_page
 from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.writing.destination import take_lock
-from sqsd_filter.scoring.row_formats import Columns
 from tests.corpora import make_rows, read_report, write_jsonl
 from tests.disks import small_disk
 from tests.hub import Hub

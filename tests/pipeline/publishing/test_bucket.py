@@ -16,11 +16,11 @@ import fsspec
 import pytest
 from pyarrow import fs
 
+from sqsd_filter.corpus.addresses import Opener
+from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import DestinationExists, SQSDError, UsageError
 from sqsd_filter.pipeline.publishing.bucket import Bucket
 from sqsd_filter.pipeline.publishing.target import MARKER, Finished
-from sqsd_filter.pipeline.reading.addresses import Opener
-from sqsd_filter.pipeline.reading.sources import Corpus
 
 FILES = {
     "README.md": b"card",
@@ -147,10 +147,10 @@ def test_overwriting_replaces_another_run_and_leaves_nothing_of_it(url: str, tmp
 
 @pytest.mark.slow
 def test_a_server_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sqsd_filter.pipeline.patience.FIRST_WAIT", 0.0)
+    monkeypatch.setattr("sqsd_filter.storage.retries.FIRST_WAIT", 0.0)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
-    monkeypatch.setattr("sqsd_filter.pipeline.patience.TRIES", 2)
+    monkeypatch.setattr("sqsd_filter.storage.retries.TRIES", 2)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]

@@ -27,7 +27,7 @@ KEPT = {"data/kept-00000-of-00001.parquet", "README.md", "sqsd/risk.png", REPORT
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sqsd_filter.pipeline.patience.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("sqsd_filter.storage.retries.FIRST_WAIT", 0.01)
 
 
 def finished(folder: Path, run: str = "one", more: bytes = b"") -> Finished:

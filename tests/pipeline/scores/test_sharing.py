@@ -18,16 +18,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import InputError, SQSDError, UsageError
-from sqsd_filter.pipeline import shards
-from sqsd_filter.pipeline.engines import LocalEngine
-from sqsd_filter.pipeline.folder import Folder
 from sqsd_filter.pipeline.run import filter_dataset, score_dataset
 from sqsd_filter.pipeline.scores import sharing
 from sqsd_filter.pipeline.scores.keys import KEYS
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.scores.upkeep import compact_all, describe
+from sqsd_filter.pipeline.stage import shards
+from sqsd_filter.pipeline.stage.engines import LocalEngine
 from sqsd_filter.scoring.results import Scores
 from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.storage.folder import Folder
 from tests.corpora import SPLITS, make_rows, rows_of, write_jsonl
 
 

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from sqsd_filter.errors import RowErrorBudgetExceeded, SQSDError
-from sqsd_filter.pipeline.folder import write_whole
 from sqsd_filter.pipeline.run import filter_dataset
 from sqsd_filter.pipeline.scores.keys import KEYS
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.scoring.results import Scores
 from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.storage.folder import write_whole
 from tests.corpora import make_rows, write_jsonl
 
 SETTINGS = {"pack": "p", "dtype": "float32"}

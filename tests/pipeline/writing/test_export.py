@@ -18,8 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.reading.sources import Corpus
 from sqsd_filter.pipeline.writing.export import CONFIGS, REASONS, check_columns, export_splits
 from sqsd_filter.pipeline.writing.writers import Output
 from sqsd_filter.progress import Silent

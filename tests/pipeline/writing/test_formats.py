@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
+from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import DestinationExists, InputError
-from sqsd_filter.pipeline.reading.sources import Corpus
-from sqsd_filter.pipeline.writing.report import load_calls
+from sqsd_filter.pipeline.report import load_calls
 from tests.corpora import content, make_rows, read_report, write_jsonl
 
 datasets.disable_progress_bars()

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sqsd_filter.pipeline.selection import DROPPED, ERROR, KEPT, Cut, cut_rows
+from sqsd_filter.pipeline.report import QUANTILES
+from sqsd_filter.pipeline.selecting.selection import DROPPED, ERROR, KEPT, Cut, cut_rows
 from sqsd_filter.pipeline.writing import histogram
 from sqsd_filter.pipeline.writing.histogram import MOST_BARS, bar_edges, count_bars, count_rows, write_histogram
-from sqsd_filter.pipeline.writing.report import QUANTILES
 
 BLUE, ORANGE = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
 NORMAL = np.random.default_rng(0).normal(-0.3, 0.2, 1000)

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sqsd_filter.corpus.json_schema import JSON_TEXT, is_json_text
 from sqsd_filter.errors import InputError, SQSDError, UsageError
-from sqsd_filter.pipeline.reading.json_schema import JSON_TEXT, is_json_text
 from sqsd_filter.pipeline.writing.export import place_name
 from sqsd_filter.pipeline.writing.json_lines import lines
 from sqsd_filter.pipeline.writing.writers import FORMATS, Files, JsonLinesFile, Output, ParquetFile, describe

@@ -1,0 +1,1 @@
+"""Rows from anywhere, and the conversation in each row."""

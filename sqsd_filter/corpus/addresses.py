@@ -1,0 +1,300 @@
+"""What a user may name as a source, and the readers that it stands for.
+
+in.jsonl  'corpus/*.parquet'  folder/  saved/            files, globs, folders as load_dataset or load_from_disk read
+folder:config/split  saved:split                         them, with a configuration, splits (a+b) or both
+org/name  org/name@revision:config/split                 a dataset of the Hub
+s3://bucket/part-*.jsonl  hf://datasets/org/name@rev/*   files behind URLs
+-                                                        JSON Lines on standard input
+a Dataset, DatasetDict, IterableDataset ...              from Python
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from sqsd_filter.corpus.files import LocalFile, RemoteFile, plainly, unreadable
+from sqsd_filter.corpus.formats import Reader, kind, open_file
+from sqsd_filter.corpus.repositories import HUB, Repository, check_splits, is_split, quiet_datasets
+from sqsd_filter.corpus.spool import stored
+from sqsd_filter.corpus.table_formats import DatasetTable, SavedDataset
+from sqsd_filter.corpus.text_formats import JsonLines, TextFile
+from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.storage.folder import connect
+from sqsd_filter.storage.retries import patiently
+
+SPLIT = "train"  # of rows that have no split of their own
+STDIN = "-"
+_READABLE = "/=,+@()"  # characters that a URL may hold as they are
+_ON_HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^:@]+))?(:(?P<part>.+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One reader and what its rows belong to."""
+
+    reader: Reader
+    spec: str | None  # opens just this again, with the revision fixed; "" where nothing does, None with the one before
+    split: str = SPLIT
+    dataset: Mapping[str, Any] | None = None  # of the Hub: {"id", "revision", "config", "split"}
+    card: tuple[str, str] | None = None  # the name of its dataset and the text of that one's README.md
+    roots: tuple[str, ...] = ()  # the files, folders and URLs outside the Hub that it reads
+
+
+class Opener:
+    """Opens sources. What had to be stored for it (standard input, iterables) is gone after `close`."""
+
+    def __init__(self, *, streaming: bool = False) -> None:
+        """With `streaming`, files of the Hub are read from there at each pass instead of being kept in its cache."""
+        self._streaming = streaming
+        self._stack = ExitStack()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def open(self, given: Sequence[Any]) -> list[Source]:
+        """The sources in order, globs sorted. Raises `InputError` for one that is missing or can't be read, and
+        `UsageError` for standard input that is closed or given twice."""
+        if sum(str(item) == STDIN for item in given if isinstance(item, str | Path)) > 1:
+            raise UsageError("Standard input can be read once only: give - once.")
+        try:
+            with quiet_datasets():
+                return [source for item in given for source in self._one(item)]
+        except OSError as problem:
+            raise unreadable(problem.filename, problem) from problem
+
+    def _one(self, given: Any) -> Iterator[Source]:
+        if not isinstance(given, str | Path):
+            yield from self._object(given)
+        elif given == "":
+            raise InputError("A source is an empty string; name a file, a folder or a dataset (is a variable unset?).")
+        elif str(given) == STDIN:
+            yield Source(self._stdin(), "")
+        elif "://" in str(given):
+            yield from self._url(str(given))
+        else:
+            yield from self._path(str(given))
+
+    def _path(self, text: str) -> Iterator[Source]:
+        if there := _here(text):
+            yield from self._local(*there)
+        elif glob.has_magic(text):
+            for found in expand([text]):
+                yield from self._local(Path(found), "")
+        elif (named := _ON_HUB.fullmatch(text)) and kind(LocalFile(text)) is None:
+            yield from self._on_hub(**named.groupdict())
+        else:
+            raise InputError(f"{text} does not exist; check the path. A dataset of the Hub is written org/name.")
+
+    def _local(self, path: Path, part: str) -> Iterator[Source]:
+        if not path.is_dir():
+            yield Source(open_file(LocalFile(path)), str(path), roots=(str(path),))
+        elif (path / "sqsd" / "run.json").exists() and not part:
+            kept = "kept" if (path / "dataset_dict.json").exists() else "default"
+            raise InputError(
+                f"{path} holds what was filtered before; name what to read of it: '{path}:{kept}' for the kept rows."
+            )
+        elif (path / "state.json").exists():
+            if part:
+                raise InputError(f"{path} is one split that was saved alone: leave out ':{part}'.")
+            yield Source(SavedDataset(path), str(path), card=_card(path), roots=(str(path),))
+        elif (path / "dataset_dict.json").exists():
+            for split in _saved_splits(path, part):
+                own = path / split
+                yield Source(SavedDataset(own), str(own), split, card=_card(path), roots=(str(path),))
+        else:
+            yield from _of_repository(Repository(str(path)), part)
+
+    def _on_hub(self, name: str, revision: str | None, part: str | None) -> Iterator[Source]:
+        return _of_repository(Repository.on_hub(name, revision, streaming=self._streaming), part or "")
+
+    def _url(self, url: str) -> Iterator[Source]:
+        if not url.startswith(HUB):
+            for file in _expand_url(url):
+                yield Source(open_file(file), file.name, roots=(_root(file.name),))
+            return
+        first, _, rest = url.removeprefix(HUB).partition("/")
+        second, _, path = rest.partition("/") if ":" not in rest.partition("/")[0] else (rest, "", "")
+        there = _ON_HUB.fullmatch(f"{first}/{unquote(second)}")
+        if there is None:
+            raise InputError(f"{url} names no dataset: write {HUB}org/name.")
+        if not path:
+            yield from self._on_hub(**there.groupdict())
+            return
+        repository = Repository.on_hub(there["name"], there["revision"], streaming=self._streaming)
+        about = {"id": repository.where, "revision": repository.commit, "config": None, "split": None}
+        card = _named(repository.where, repository.card())
+        for found in _matching(path, repository.paths(), url):
+            yield Source(open_file(repository.file(found)), f"{repository.spec}/{found}", dataset=about, card=card)
+
+    def _stdin(self) -> JsonLines:
+        if sys.stdin is None:
+            raise UsageError("Standard input is closed: pipe JSON Lines into it, or name a file instead of -.")
+        path = self._room() / "stdin.jsonl"
+        with path.open("wb") as sink:
+            shutil.copyfileobj(sys.stdin.buffer, sink, 1 << 20)
+        return JsonLines(LocalFile(path, STDIN))
+
+    def _room(self) -> Path:
+        return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sqsd-filter-")))
+
+    def _object(self, given: Any, name: str = "the dataset") -> Iterator[Source]:
+        from datasets import Dataset, IterableDataset
+
+        if isinstance(given, Mapping):
+            check_splits("The dataset", map(str, given))
+            for split, dataset in given.items():
+                found = self._object(dataset, f"the split {split}")
+                yield from (Source(source.reader, "", str(split)) for source in found)
+            return
+        if not isinstance(given, Dataset | IterableDataset):
+            raise InputError(f"A {type(given).__name__} can't be filtered: give paths, or a dataset of `datasets`.")
+        split = str(given.split) if given.split is not None else SPLIT
+        rows = given if isinstance(given, Dataset) else stored(given, folder=self._room())  # to be read several times
+        yield Source(DatasetTable(name, rows), "", split if is_split(split) else SPLIT)
+
+
+def _of_repository(repository: Repository, part: str) -> Iterator[Source]:
+    card, last = None, ""
+    for number, (config, split, reader) in enumerate(repository.readers(part)):
+        if number == 0:
+            card = _named(repository.where, repository.card())
+        about = {"id": repository.where, "revision": repository.commit, "config": config, "split": split}
+        of_hub = repository.commit is not None
+        spec = f"{repository.spec}:{config}/{split}"
+        roots = () if of_hub else (repository.where,)
+        yield Source(reader, None if spec == last else spec, split, about if of_hub else None, card, roots)
+        last = spec
+
+
+def _root(url: str) -> str:
+    """The path of a file:// URL; any other as it is."""
+    from pyarrow import fs
+
+    there, path = connect(url)
+    return path if isinstance(there, fs.LocalFileSystem) else url
+
+
+def _here(text: str) -> tuple[Path, str] | None:
+    """The file or folder of this name, and what is asked for of it after a colon; None where there is none."""
+    if Path(text).exists():
+        return Path(text), ""
+    folder, _, part = text.rpartition(":")
+    return (Path(folder), part) if folder and Path(folder).is_dir() else None
+
+
+def expand(paths: Sequence[Any]) -> list[Any]:
+    """The sources with each local glob in the place of what it finds, sorted. Raises `InputError` for one that finds
+    nothing."""
+    found: list[Any] = []
+    for path in paths:
+        text = str(path) if isinstance(path, str | Path) else ""
+        if not glob.has_magic(text) or "://" in text or _here(text):
+            found.append(path)
+            continue
+        matching = sorted(glob.glob(text, recursive=True))
+        if not matching:
+            raise InputError(f"No file matches {text}; check the pattern.")
+        found += matching
+    return found
+
+
+def _expand_url(url: str) -> list[RemoteFile]:
+    """The files that a URL names, with * and [...] in its path; sorted.
+
+    URLs of pyarrow's own kinds are quoted and may have a query; those of fsspec packages are taken letter by letter.
+    """
+    from pyarrow import fs
+
+    path, mark, query = url.partition("?")
+    there, root = connect(_base(path) + mark + query)
+    quoted = not isinstance(there, fs.PyFileSystem)
+    if mark and not quoted and not url.startswith("http"):
+        path, mark, query = url, "", ""
+        there, root = connect(_base(path))
+    base = _base(path)
+    if base == path:
+        return [RemoteFile(url, url, root)]
+    folder = base + mark + query
+    try:
+        with plainly():
+            infos = patiently(lambda: there.get_file_info(fs.FileSelector(root, recursive=True)))
+    except OSError as problem:
+        raise InputError(
+            f"{base} can't be listed ({problem.strerror}): check the address and your rights."
+        ) from problem
+    listed = {i.path.removeprefix(root).lstrip("/"): i.path for i in infos if i.type == fs.FileType.File}
+    pattern = path[len(base) + 1 :]
+    if quoted:
+        glob_pattern = re.sub(r"(%[0-9A-Fa-f]{2})+", lambda found: glob.escape(unquote(found[0])), pattern)
+    else:
+        glob_pattern = pattern.replace("?", "[?]")
+    names = [pattern] if pattern in listed and not quoted else _matching(glob_pattern, sorted(listed), url)
+    return [
+        RemoteFile(f"{base}/{quote(name, safe=_READABLE) if quoted else name}{mark}{query}", folder, listed[name])
+        for name in names
+    ]
+
+
+def _base(path: str) -> str:
+    """The folder above the first part that has * or [ in it; all of a path that has none."""
+    start, *magic = re.split(r"[*\[]", path, maxsplit=1)
+    return start.rpartition("/")[0] if magic else path
+
+
+def _matching(pattern: str, names: Sequence[str], asked: str) -> list[str]:
+    from fsspec.utils import glob_translate
+
+    regex = re.compile(glob_translate(pattern))
+    found = [name for name in names if name == pattern or regex.match(name)]
+    if not found:
+        raise InputError(f"No file matches {asked}; check the address.")
+    return found
+
+
+def _saved_splits(folder: Path, part: str) -> list[str]:
+    path = folder / "dataset_dict.json"
+    try:
+        names = [str(name) for name in json.loads(path.read_bytes())["splits"]]
+        first = names[0]
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path} names no splits; save the dataset again.") from error
+    wanted = part.split("+") if part else names
+    if unknown := [name for name in wanted if name not in names]:
+        raise InputError(f"{folder} has no split '{unknown[0]}'; it has {', '.join(names)}: {folder}:{first}.")
+    check_splits(folder, wanted)
+    return wanted
+
+
+def _card(folder: Path) -> tuple[str, str] | None:
+    readme = folder / "README.md"
+    return _named(folder, readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None)
+
+
+def _named(name: object, text: str | None) -> tuple[str, str] | None:
+    return None if text is None else (str(name), text)
+
+
+def peek(sources: Sequence[Source], n: int = 1000) -> list[dict[str, Any]]:
+    """About `n` readable rows: the first ones of each source, or of `n` sources spread over the list."""
+    sources = sources[:: max(1, -(-len(sources) // n))]
+    share = -(-n // max(1, len(sources)))
+    rows: list[dict[str, Any]] = []
+    for source in sources:
+        if isinstance(source.reader, TextFile):
+            readable = (value for _, _, value, _, _ in source.reader.records() if value is not None)
+            rows += islice(readable, share)
+        else:
+            rows += source.reader.glimpse(share)
+    return rows[:n]

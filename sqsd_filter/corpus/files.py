@@ -1,0 +1,187 @@
+"""One file to read, wherever it is: on a disk, behind a URL, or in a repository of the Hub."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from sqsd_filter.errors import InputError
+from sqsd_filter.storage.folder import connect, first_line
+from sqsd_filter.storage.hub_errors import hub_errors
+from sqsd_filter.storage.retries import patiently
+
+BUFFER = 1 << 20
+
+
+class File:
+    """A file with a name to be told by. Small and picklable: nothing is open."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def suffixes(self) -> list[str]:
+        """As `pathlib` gives them."""
+        raise NotImplementedError
+
+    @property
+    def compression(self) -> str:
+        """The last suffix, which tells how the file is compressed if it is."""
+        return self.suffixes[-1] if self.suffixes else ""
+
+    def open(self) -> IO[bytes]:
+        """For reading, seekable. Raises `OSError`."""
+        raise NotImplementedError
+
+    def size(self) -> int:
+        """In bytes. Raises `OSError`."""
+        raise NotImplementedError
+
+
+class LocalFile(File):
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        super().__init__(name or str(path))
+        self.path = Path(path)
+
+    @property
+    def suffixes(self) -> list[str]:
+        return self.path.suffixes
+
+    def open(self) -> IO[bytes]:
+        return self.path.open("rb")
+
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+
+class RemoteFile(File):
+    """Behind a URL that pyarrow or an fsspec package knows: only what is asked for is fetched, nothing is stored."""
+
+    def __init__(self, url: str, folder: str | None = None, path: str | None = None) -> None:
+        """`path` is where the file is in the file system that the URL `folder` names, if that is known."""
+        super().__init__(url)
+        self._folder, self._path = folder or url, path
+
+    @property
+    def suffixes(self) -> list[str]:
+        path = self._path or self.name
+        has_query = "://" in path and not path.startswith("hf://")
+        return PurePosixPath(urlsplit(path).path if has_query else path).suffixes
+
+    def open(self) -> IO[bytes]:
+        return io.BufferedReader(_Patient(*self._place()), BUFFER)
+
+    def size(self) -> int:
+        there, path = self._place()
+        with plainly():
+            found = patiently(lambda: there.get_file_info(path))
+        if not found.is_file:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name)
+        return int(found.size)
+
+    def _place(self) -> tuple[Any, str]:
+        there, path = connect(self._folder)
+        return there, self._path or path
+
+
+class HubFile(File):
+    """In a dataset repository, at a commit: fetched whole into the Hub's cache when it is first opened."""
+
+    def __init__(self, repo: str, commit: str, path: str) -> None:
+        super().__init__(f"hf://datasets/{repo}@{commit}/{path}")
+        self._repo, self._commit, self._path = repo, commit, path
+
+    @property
+    def suffixes(self) -> list[str]:
+        return PurePosixPath(self._path).suffixes
+
+    def open(self) -> IO[bytes]:
+        return self._local().open("rb")
+
+    def size(self) -> int:
+        return self._local().stat().st_size
+
+    def _local(self) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        def fetch() -> str:
+            return hf_hub_download(self._repo, self._path, repo_type="dataset", revision=self._commit)
+
+        with hub_errors(self._repo, self._commit):
+            return Path(patiently(fetch))
+
+
+class _Patient(io.RawIOBase):
+    """A remote file that survives dropped connections: it is opened again where reading stopped."""
+
+    def __init__(self, there: Any, path: str) -> None:
+        self._there, self._path = there, path
+        self._file: Any = None
+        self._at = 0
+        with plainly():
+            self._size = patiently(lambda: self._open().size())
+
+    def _open(self) -> Any:
+        if self._file is None:
+            self._file = self._there.open_input_file(self._path)
+        return self._file
+
+    def _read(self, count: int) -> bytes:
+        try:
+            file = self._open()
+            if file.tell() != self._at:
+                file.seek(self._at)
+            data: bytes = file.read(min(count, self._size - self._at))
+            if not data and count and self._at < self._size:
+                raise ConnectionError(f"{self._path} ended at byte {self._at} of {self._size}")
+            return data
+        except Exception:
+            self._file = None
+            raise
+
+    def readinto(self, buffer: Any) -> int:
+        with plainly():
+            data = patiently(lambda: self._read(len(buffer)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """The libraries of services raise errors of their own: hand them on as `OSError`, with an errno and one line."""
+    try:
+        yield
+    except FileNotFoundError as problem:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from problem
+    except Exception as problem:
+        number, reason = getattr(problem, "errno", None), getattr(problem, "strerror", None)
+        raise OSError(number or errno.EIO, reason or first_line(problem)) from problem
+
+
+def unreadable(file: object, problem: BaseException) -> InputError:
+    """What is said of a file that can't be read."""
+    reason = getattr(problem, "strerror", None) or first_line(problem)
+    return InputError(f"Cannot read {file}: {reason.rstrip('.')}.")

@@ -1,0 +1,228 @@
+"""Datasets as `datasets` names them: a repository of the Hub, or a folder laid out like one, with its configurations
+and splits. `datasets` finds the data files; those of a kind that is read here are read from there, exactly, and what
+else it can open is taken as it opens it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sqsd_filter.corpus.files import File, HubFile, LocalFile, RemoteFile
+from sqsd_filter.corpus.formats import Reader, kind, open_file
+from sqsd_filter.corpus.table_formats import DatasetTable, FileTable, Recast
+from sqsd_filter.errors import InputError
+from sqsd_filter.storage.folder import first_line
+from sqsd_filter.storage.hub_errors import hub_errors
+from sqsd_filter.storage.retries import patiently
+
+HUB = "hf://datasets/"
+_OURS = ("json", "csv", "parquet", "arrow")  # of datasets' own modules, those whose files are read here
+_NEUTRAL = ("name", "version", "data_dir", "data_files", "description")  # settings that change no value
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A dataset at one commit, or a local folder that is laid out as one."""
+
+    where: str  # org/name, or the folder
+    commit: str | None = None
+    streaming: bool = False
+
+    @classmethod
+    def on_hub(cls, name: str, revision: str | None, *, streaming: bool = False) -> Repository:
+        """The dataset org/name at a branch, tag or commit. Raises `InputError` where it can't be had."""
+        from huggingface_hub import HfApi
+
+        with hub_errors(name, revision):
+            commit = patiently(lambda: HfApi().dataset_info(name, revision=revision)).sha
+        return cls(name, commit, streaming)
+
+    @property
+    def spec(self) -> str:
+        return f"{HUB}{self.where}@{self.commit}" if self.commit else self.where
+
+    def card(self) -> str | None:
+        """The text of its README.md, if it has one."""
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        file = LocalFile(Path(self.where) / "README.md")
+        try:
+            with (HubFile(self.where, self.commit, "README.md") if self.commit else file).open() as opened:
+                return opened.read().decode(errors="replace")
+        except (FileNotFoundError, RemoteEntryNotFoundError):
+            return None
+
+    def file(self, path: str) -> File:
+        """One of its files."""
+        if self.commit is None:
+            return LocalFile(Path(self.where) / path)
+        if self.streaming:
+            return RemoteFile(f"{self.spec}/{path}")
+        return HubFile(self.where, self.commit, path)
+
+    def paths(self) -> list[str]:
+        """Of all its files at this commit, sorted."""
+        from huggingface_hub import HfApi
+
+        with hub_errors(self.where, self.commit):
+            where: Any = {"revision": self.commit, "repo_type": "dataset"}
+            return sorted(patiently(lambda: HfApi().list_repo_files(self.where, **where)))
+
+    def readers(self, part: str) -> Iterator[tuple[str, str, Reader]]:
+        """Configuration, split and reader of each data file; `part` is "", "config", "split" or "config/split", where
+        several splits are joined by +. Raises `InputError` for what the dataset does not have."""
+        builder, wanted = self._builder(part)
+        files = builder.config.data_files or {}
+        splits = {str(name): list(found) for name, found in files.items()}
+        names = wanted.split("+") if wanted else list(splits)
+        for name in names:
+            if name not in splits:
+                raise InputError(f"{self.where} has no split '{name}'; it has {', '.join(splits) or 'none'}.")
+        check_splits(self.where, names)
+        if self.commit is None:
+            self._refuse_results(path for name in names for path in splits[name])
+        config = str(builder.config.name)
+        features = builder.info.features
+        if not self._is_ours(builder, [path for name in names for path in splits[name]]):
+            yield from ((config, name, reader) for name, reader in self._prepared(config, names))
+            return
+        for name in names:
+            for path in splits[name]:
+                reader = open_file(self._data_file(path))
+                if isinstance(reader, FileTable) and features is not None:
+                    reader = reader if features.arrow_schema.equals(reader.schema, True) else Recast(reader, features)
+                yield config, name, reader
+
+    def _refuse_results(self, paths: Iterable[str]) -> None:
+        """Raise `InputError` where a folder below this one holds what was filtered before."""
+        top = Path(self.where).resolve()
+        for folder in {parent for path in paths for parent in Path(path).parents if top in parent.parents}:
+            if (folder / "sqsd" / "run.json").is_file():
+                raise InputError(
+                    f"{self.where} holds {folder.relative_to(top)}, which was filtered before and would be read too: "
+                    "move it away, or name the files to read."
+                )
+
+    def _builder(self, part: str) -> tuple[Any, str]:
+        """The builder of a configuration, and the splits asked for."""
+        from datasets import get_dataset_config_names
+
+        config, _, splits = part.partition("/")
+        with hub_errors(self.where, self.commit):
+            try:
+                return self._declared(config), splits
+            except ValueError as problem:
+                names = patiently(lambda: get_dataset_config_names(self._place, revision=self.commit))
+                if config in names:
+                    raise InputError(
+                        f"{self.where} can't be opened ({first_line(problem)}): check its files."
+                    ) from problem
+                if config and not splits and (default := self._default(names, config)):
+                    return default, config
+                known = ", ".join(names)
+                if config:
+                    raise InputError(f"{self.where} has no configuration '{config}'; it has {known}.") from problem
+                raise InputError(
+                    f"{self.where} has the configurations {known}; name one of them: {self.where}:{names[0]}."
+                ) from problem
+
+    @property
+    def _place(self) -> str:
+        """As `datasets` is told of it."""
+        return str(Path(self.where).resolve()) if self.commit is None else self.where
+
+    def _load(self, config: str, cache: str | None = None) -> Any:
+        """The builder of this configuration, or with "" of the default one. Raises `ValueError` if there is none."""
+        from datasets import load_dataset_builder
+
+        return patiently(
+            lambda: load_dataset_builder(self._place, name=config or None, revision=self.commit, cache_dir=cache)
+        )
+
+    def _declared(self, config: str) -> Any:
+        """The same, for looking only: its types are those declared, not what `datasets` inferred when it prepared the
+        dataset earlier, which its cache tells."""
+        with TemporaryDirectory() as empty:
+            return self._load(config, empty)
+
+    def _default(self, names: Sequence[str], splits: str) -> Any:
+        """The builder of the only configuration, or of the default one where it has these splits; None if there is
+        neither."""
+        try:
+            builder = self._declared("")
+        except ValueError:  # none of several is the default
+            return None
+        found = {str(name) for name in builder.config.data_files or ()}
+        return builder if len(names) == 1 or found.issuperset(splits.split("+")) else None
+
+    def _is_ours(self, builder: Any, paths: list[str]) -> bool:
+        """Are these files read here as `datasets` would read them: no settings, and no types declared for text?"""
+        modules = {
+            cls.__module__.rpartition(".")[2] for cls in type(builder).__mro__ if "packaged_modules" in cls.__module__
+        }
+        settings, default = builder.config, type(builder.config)()
+        plain = all(
+            getattr(settings, f.name) == getattr(default, f.name)
+            for f in dataclasses.fields(settings)
+            if f.name not in _NEUTRAL
+        )
+        kinds = {kind(self._data_file(path)) for path in paths if "::" not in path}
+        text = bool(kinds - {".parquet", ".arrow"})
+        readable = None not in kinds and not any("::" in path for path in paths)
+        return bool(modules & set(_OURS)) and plain and readable and not (text and builder.info.features is not None)
+
+    def _data_file(self, path: str) -> File:
+        if self.commit is not None and path.startswith(HUB):
+            return self.file(path.removeprefix(HUB).partition("@")[2].partition("/")[2])
+        if "://" in path:
+            return RemoteFile(path)
+        return LocalFile(os.path.join(self.where, os.path.relpath(path, Path(self.where).resolve())))
+
+    def _prepared(self, config: str, splits: list[str]) -> Iterator[tuple[str, Reader]]:
+        """The splits as `datasets` prepares them in its cache."""
+        if self.streaming:
+            raise InputError(
+                f"{self.where} holds files that only `datasets` can read, as a whole: leave out --streaming."
+            )
+        with hub_errors(self.where, self.commit):
+            builder = self._load(config)
+            patiently(builder.download_and_prepare)
+            for name in splits:
+                yield name, DatasetTable(f"{self.spec}:{config}/{name}", builder.as_dataset(split=name))
+
+
+def is_split(name: str) -> bool:
+    """Is this a name that `datasets` takes for a split?"""
+    return name != "all" and re.fullmatch(r"\w+(\.\w+)*", name) is not None
+
+
+def check_splits(where: object, names: Iterable[str]) -> None:
+    """Raise `InputError` for a split that `datasets` could not load from what is written."""
+    for name in names:
+        if not is_split(name):
+            raise InputError(
+                f"{where} has a split named {name!r}, which `datasets` can't load: rename it, with letters, digits, _ "
+                "and single dots, and not 'all'."
+            )
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """No bars of `datasets` and the Hub's client: what happens is told by the run."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not silent:
+            enable_progress_bars()

@@ -1,0 +1,375 @@
+"""The corpus: every row of every input in order, with its origin, read within bounded memory and losing nothing.
+
+One scan counts the rows, fingerprints the files and finds the schema that holds every value; after that any range of
+rows can be read again, as Python values for scoring or as Arrow tables for writing.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from sqsd_filter.corpus.addresses import SPLIT, Source
+from sqsd_filter.corpus.conversation import RowError
+from sqsd_filter.corpus.files import unreadable
+from sqsd_filter.corpus.formats import Reader
+from sqsd_filter.corpus.json_schema import Shape, to_table, unify, with_features, without_nulls
+from sqsd_filter.corpus.row_formats import RowFormat
+from sqsd_filter.corpus.table_formats import BATCH_BYTES, Table
+from sqsd_filter.corpus.text_formats import Record, TextFile
+from sqsd_filter.errors import InputError, SQSDError
+
+MARK_EVERY = 512  # rows between the places in a text file that `read` can seek to
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row and where it comes from. An unreadable one has no value, but a problem and its own bytes."""
+
+    index: int  # in the corpus, from 0
+    value: dict[str, Any] | None
+    file: str
+    line: int  # of its first line, from 1; of the row itself in arrays, parquet files and saved datasets
+    problem: str
+    raw: bytes | None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of one split as a table; an unreadable row is all null in it."""
+
+    start: int
+    split: str
+    table: pa.Table
+    apt: pa.Table  # the same under the corpus's `apt_schema`; a row without a conversation may be all null in it
+    files: list[str]
+    lines: list[int]
+    problems: list[str]
+    raws: list[bytes | None]  # of unreadable rows, and of every row of a JSON Lines file; without the newline
+
+
+@dataclass(frozen=True)
+class Part:
+    """One input and its rows: start, start + 1, ... of the corpus."""
+
+    source: Reader
+    start: int
+    rows: int
+    size: int
+    marks: list[tuple[int, int]]  # of every MARK_EVERY-th record
+    split: str = SPLIT
+
+    def records(self, start: int, stop: int) -> Iterator[Record]:
+        """Records of a text file, counted within it."""
+        assert isinstance(self.source, TextFile)
+        file = self.source.file
+        try:
+            same = file.size() == self.size
+        except FileNotFoundError:
+            same = False
+        except OSError as problem:
+            raise unreadable(file, problem) from problem
+        if not same:
+            raise InputError(f"{file} has changed since it was scanned; start again with the file as it is now.")
+        skipped = start // MARK_EVERY if self.marks else 0
+        records = self.source.records(self.marks[skipped] if self.marks else (0, 1))
+        return islice(records, start - skipped * MARK_EVERY, stop - skipped * MARK_EVERY)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All inputs as one sequence of rows. Small and picklable: paths, offsets and the schema, no open file."""
+
+    n_rows: int
+    schema: pa.Schema  # holds every row
+    apt_schema: pa.Schema  # the same columns, with what the rows that have a conversation need
+    inputs: list[dict[str, Any]]  # {"path", "bytes", "rows", "blake2b"} of each
+    parts: list[Part]
+    form: RowFormat | None = None
+
+    @classmethod
+    def scan(
+        cls,
+        sources: Sequence[Source],
+        *,
+        limit: int | None = None,
+        visit: Callable[[Row], None] | None = None,
+        columns: Sequence[str] | None = None,
+        form: RowFormat | None = None,
+    ) -> "Corpus":
+        """Read every input once, giving each row to `visit`; `columns` as in `read`.
+
+        With `form`, rows that have no conversation by it leave the schema of the others as it is.
+        With `limit` the corpus is its first `limit` rows: later inputs are not read, and the fingerprint of a text
+        file covers what was read of it.
+        """
+        parts: list[Part] = []
+        inputs = []
+        shapes = _Shapes(form)
+        start = 0
+        for opened in sources:
+            if limit is not None and start >= limit:
+                break
+            room = None if limit is None else limit - start
+            digest = hashlib.blake2b(digest_size=32)
+            source = opened.reader
+            if isinstance(source, TextFile):
+                try:
+                    size = source.file.size()
+                except OSError as problem:
+                    raise unreadable(source.file, problem) from problem
+                rows, marks = _scan_text(source, start, room, digest.update, shapes, visit)
+            else:
+                size = source.fingerprint(digest.update)
+                rows, marks = source.n_rows if room is None else min(room, source.n_rows), []
+                if visit:
+                    _visit_table(source, rows, start, columns, visit)
+            parts.append(Part(source, start, rows, size, marks, opened.split))
+            inputs.append({"path": source.name, "bytes": size, "rows": rows, "blake2b": digest.hexdigest()})
+            start += rows
+        schema = apt = _schema(parts, shapes.all)
+        if shapes.apt is not shapes.all:
+            apt = _schema(parts, {name: shapes.apt.get(name, Shape()) for name in shapes.all})
+            apt = schema if apt.equals(schema, check_metadata=True) else apt
+        return cls(start, schema, apt, inputs, parts, form)
+
+    @property
+    def splits(self) -> list[str]:
+        """The names of all splits, in the order in which they come first."""
+        return list(dict.fromkeys(part.split for part in self.parts)) or [SPLIT]
+
+    def read(self, start: int, stop: int, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        """Rows start..stop. `columns` spares parquet files and saved datasets the others; text is read whole."""
+        for part in self.parts:
+            first, last = max(start - part.start, 0), min(stop - part.start, part.rows)
+            if first >= last:
+                continue
+            if isinstance(part.source, Table):
+                yield from _read_table(part.source, first, last, part.start, columns)
+                continue
+            file = part.source.name
+            for index, record in enumerate(part.records(first, last), part.start + first):
+                _, line, value, problem, raw = record
+                yield Row(index, value, file, line, problem, raw if problem else None)
+
+    def chunks(self, rows: int = 2048) -> Iterator[Chunk]:
+        """The whole corpus in order, at most `rows` rows (fewer where they are large) at a time."""
+        if not self.schema.names:  # tables without columns lose their row count when joined
+            yield from self._pieces(rows)
+            return
+        held: list[Chunk] = []
+        n = size = 0
+        for piece in self._pieces(rows):
+            full = n + piece.table.num_rows > rows or size + piece.table.nbytes > BATCH_BYTES
+            if held and (full or piece.split != held[0].split):
+                yield _join(held)
+                held, n, size = [], 0, 0
+            held.append(piece)
+            n += piece.table.num_rows
+            size += piece.table.nbytes
+        if held:
+            yield _join(held)
+
+    def _pieces(self, rows: int) -> Iterator[Chunk]:
+        for part in self.parts:
+            file = part.source.name
+            done = 0
+            if isinstance(part.source, Table):
+                for table in part.source.tables(0, part.rows, None, rows):
+                    n = table.num_rows
+                    lines = list(range(done + 1, done + n + 1))
+                    both = _conform(table, self.schema), _conform(table, self.apt_schema)
+                    yield Chunk(part.start + done, part.split, *both, [file] * n, lines, [""] * n, [None] * n)
+                    done += n
+                continue
+            for batch in _batches(part.records(0, part.rows), rows):
+                _, lines, values, problems, raws = (list(column) for column in zip(*batch, strict=True))
+                if not part.source.verbatim:
+                    raws = [raw if problem else None for raw, problem in zip(raws, problems, strict=True)]
+                table = apt = to_table(values, self.schema)
+                if self.apt_schema is not self.schema:
+                    apt = to_table([value if _is_apt(value, self.form) else None for value in values], self.apt_schema)
+                yield Chunk(part.start + done, part.split, table, apt, [file] * len(batch), lines, problems, raws)
+                done += len(batch)
+
+
+class _Shapes:
+    """What the columns of text files hold in all rows, and in those that have a conversation.
+
+    The two are one until a row without a conversation is met.
+    """
+
+    def __init__(self, form: RowFormat | None) -> None:
+        self.form = form
+        self.all: dict[str, Shape] = {}
+        self.apt = self.all
+
+    def see(self, row: dict[str, Any]) -> None:
+        apt = _is_apt(row, self.form)
+        if not apt and self.apt is self.all:
+            self.apt = copy.deepcopy(self.all)
+        for shapes in [self.all] if self.apt is self.all or not apt else [self.all, self.apt]:
+            for name, cell in row.items():
+                shape = shapes.get(name)
+                if shape is None:
+                    shape = shapes[name] = Shape()
+                if type(cell) is not str or shape.kind is not str:
+                    shape.see(cell)
+
+
+def _is_apt(row: dict[str, Any] | None, form: RowFormat | None) -> bool:
+    """Can this row have a score?"""
+    if row is None or form is None:
+        return row is not None
+    try:
+        form.conversation(row)
+    except RowError:
+        return False
+    return True
+
+
+def _scan_text(
+    source: TextFile,
+    start: int,
+    room: int | None,
+    absorb: Callable[[bytes], None],
+    shapes: _Shapes,
+    visit: Callable[[Row], None] | None,
+) -> tuple[int, list[tuple[int, int]]]:
+    """Count a text file's rows and take its marks; what its values are goes into `shapes`."""
+    marks: list[tuple[int, int]] = []
+    rows = 0
+    file = source.name
+    for offset, line, value, problem, raw in islice(source.records(absorb=absorb), room):
+        if rows % MARK_EVERY == 0 and source.seekable:
+            marks.append((offset, line))
+        if value is not None:
+            shapes.see(value)
+        if visit:
+            visit(Row(start + rows, value, file, line, problem, raw if problem else None))
+        rows += 1
+    return rows, marks
+
+
+def _read_table(source: Table, start: int, stop: int, base: int, columns: Sequence[str] | None) -> Iterator[Row]:
+    at = start
+    for table in source.tables(start, stop, columns, MARK_EVERY):
+        for value in source.decode(table):
+            yield Row(base + at, value, source.name, at + 1, "", None)
+            at += 1
+
+
+def _visit_table(
+    source: Table, rows: int, base: int, columns: Sequence[str] | None, visit: Callable[[Row], None]
+) -> None:
+    """Visit its first rows. Raises `SQSDError` where it has others than it told of."""
+    seen = 0
+    for row in _read_table(source, 0, rows, base, columns):
+        visit(row)
+        seen += 1
+    if seen != rows:
+        raise SQSDError(f"Of the {rows} rows of {source.name} {seen} were read: report this as a bug.")
+
+
+def _batches(records: Iterator[Record], rows: int) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(record[4])
+        if len(batch) >= rows or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _join(chunks: list[Chunk]) -> Chunk:
+    if len(chunks) == 1:
+        return chunks[0]
+    return Chunk(
+        chunks[0].start,
+        chunks[0].split,
+        pa.concat_tables([chunk.table for chunk in chunks]),
+        pa.concat_tables([chunk.apt for chunk in chunks]),
+        [file for chunk in chunks for file in chunk.files],
+        [line for chunk in chunks for line in chunk.lines],
+        [problem for chunk in chunks for problem in chunk.problems],
+        [raw for chunk in chunks for raw in chunk.raws],
+    )
+
+
+def _schema(parts: list[Part], columns: dict[str, Shape]) -> pa.Schema:
+    """The one schema that holds all inputs' values unchanged; InputError names the column where there is none."""
+    text = next((part.source.name for part in parts if isinstance(part.source, TextFile)), None)
+    inferred = pa.schema([shape.field(name) for name, shape in columns.items()])
+    found: list[tuple[str, pa.Schema]] = []  # in the order of the inputs; all text shares one schema
+    for part in parts:
+        if isinstance(part.source, Table):
+            found.append((part.source.name, part.source.schema))
+        elif part.source.name == text:
+            found.append((text, inferred))
+            text = None
+    schemas = [schema for _, schema in found]
+    if not schemas:
+        return inferred
+    if len(found) == 1 and isinstance(parts[0].source, TextFile):
+        return with_features(pa.schema([without_nulls(field) for field in inferred]))
+    if all(schema.equals(schemas[0], check_metadata=True) for schema in schemas):
+        return schemas[0]
+    return _merge(found)
+
+
+def _merge(found: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
+    fields: dict[str, pa.Field] = {}
+    features: dict[str, Any] = {}  # a Hugging Face feature lives on where all inputs with its column agree on it
+    origin: dict[str, str] = {}
+    for path, schema in found:
+        own = _features(schema)
+        for field in schema:
+            name = field.name
+            if name not in fields:
+                fields[name], features[name], origin[name] = field, own.get(name), path
+                continue
+            both = unify(fields[name], field)
+            known, feature = features[name], own.get(name)
+            relabelled = known != feature and "ClassLabel" in str(known) and "ClassLabel" in str(feature)
+            if both is None or relabelled:
+                kinds = "other labels" if relabelled else f"{fields[name].type} and {field.type}"
+                raise InputError(
+                    f"Column {name!r} of {origin[name]} and of {path} can't be one column without changing values "
+                    f"({kinds}); filter the two apart, or convert one."
+                )
+            fields[name] = both
+            features[name] = feature if feature == known else None
+    schemas = [schema for _, schema in found]
+    merged = [
+        without_nulls(field if all(name in schema.names for schema in schemas) else field.with_nullable(True))
+        for name, field in fields.items()
+    ]
+    agreed = {name: feature for name, feature in features.items() if feature is not None}
+    metadata = {"huggingface": json.dumps({"info": {"features": agreed}})} if agreed else None
+    return pa.schema(merged, metadata=metadata)
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features: dict[str, Any] = (stored.get("info") or {}).get("features") or {}
+    return features
+
+
+def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table's own buffers under the corpus's schema: cast only where a column is wider there, or missing here."""
+    columns = []
+    for field in schema:
+        if field.name not in table.column_names:
+            columns.append(pa.nulls(table.num_rows, field.type))
+        else:
+            column = table.column(field.name)
+            columns.append(column if column.type == field.type else column.cast(field.type))
+    return pa.Table.from_arrays(columns, schema=schema)

@@ -1,0 +1,300 @@
+"""Corpora that are Arrow already: parquet and Arrow files, folders that `datasets` saved, and its datasets themselves.
+Their schema, with its metadata, is taken as it is; a batch is read at a time.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sqsd_filter.corpus.files import File, LocalFile, unreadable
+from sqsd_filter.corpus.json_schema import bare_rows, to_rows, with_marks
+from sqsd_filter.errors import InputError
+from sqsd_filter.storage.folder import first_line
+
+BATCH_BYTES = 1 << 26
+UNDECODABLE = (pa.ArrowException, OverflowError, ValueError)  # the year 10000, an unknown time zone, text not in UTF-8
+
+
+def _within_bytes(rows: int, row_size: int) -> int:
+    """As many rows of this size as a batch may hold, at most `rows`."""
+    return max(1, min(rows, BATCH_BYTES // max(row_size, 1)))
+
+
+class Table:
+    """Rows that are Arrow already, with a schema of their own, readable from any row on."""
+
+    schema: pa.Schema
+    n_rows: int
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
+        """Rows start..stop in tables of at most `rows` rows, with those of `columns` that exist: every row counts, be
+        there none of them."""
+        raise NotImplementedError
+
+    def decode(self, table: pa.Table) -> Iterator[dict[str, Any]]:
+        """The rows of one of its tables as Python values. Raises InputError for a value that Python does not have."""
+        try:
+            yield from list(to_rows(table))
+        except UNDECODABLE as error:
+            for name in table.column_names:
+                try:
+                    table.column(name).to_pylist()
+                except UNDECODABLE as reason:
+                    raise InputError(
+                        f"Column {name!r} of {self.name} holds a value that can't be read ({reason}); correct it."
+                    ) from error
+            raise
+
+    def glimpse(self, rows: int) -> Iterator[dict[str, Any]]:
+        """Its first rows; columns that hold a value which Python does not have are None."""
+        for table in self.tables(0, rows, None, rows):
+            columns: dict[str, Sequence[Any]] = {}
+            for name in table.column_names:
+                try:
+                    columns[name] = [row[name] for row in to_rows(table.select([name]))]
+                except UNDECODABLE:
+                    columns[name] = [None] * table.num_rows
+            yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+    def check_types(self) -> None:
+        """Raise InputError for a column whose rows can't be sorted out."""
+        for field in self.schema:
+            try:
+                pa.nulls(0, field.type).take(pa.array([], pa.int64()))
+            except pa.ArrowNotImplementedError as error:
+                raise InputError(
+                    f"Column {field.name!r} of {self.name} is of the type {field.type}, which can't be filtered; "
+                    "cast it to a plain one."
+                ) from error
+
+    def fingerprint(self, absorb: Callable[[bytes], None]) -> int:
+        """Give every byte that its rows are stored in to `absorb`; how many there were."""
+        size = 0
+        for file in self.files():
+            with self.errors(), file.open() as opened:
+                while block := opened.read(1 << 20):
+                    absorb(block)
+                    size += len(block)
+        return size
+
+    def files(self) -> Sequence[File]:
+        raise NotImplementedError
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """What goes wrong in reading, as an error the user can act on."""
+        try:
+            yield
+        except (pa.ArrowException, OSError, ValueError) as error:
+            # a disk or a network gives its errors a number, and pyarrow gives none to those of the content
+            if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) is not None:
+                raise unreadable(self.name, error) from error
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise InputError(f"{self.name} is truncated or corrupt ({reason}); write or fetch it again.") from error
+
+
+class FileTable(Table):
+    """A table that is one file."""
+
+    def __init__(self, file: File) -> None:
+        super().__init__(file.name)
+        self.file = file
+        self._look()
+        names = self.schema.names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"{file} has two columns named {twice[0]!r}; rename one.")
+        self.check_types()
+
+    def _look(self) -> None:
+        """Set `schema` and `n_rows`."""
+        raise NotImplementedError
+
+    def files(self) -> Sequence[File]:
+        return [self.file]
+
+
+class Parquet(FileTable):
+    def _look(self) -> None:
+        with self.errors(), self._opened() as file:
+            self.schema, self.n_rows = file.schema_arrow, file.metadata.num_rows
+
+    @contextmanager
+    def _opened(self) -> Iterator[pq.ParquetFile]:
+        with self.file.open() as opened, pq.ParquetFile(opened) as file:
+            yield file
+
+    def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
+        with self.errors(), self._opened() as file:
+            names = None if columns is None else [name for name in self.schema.names if name in columns]
+            groups, at, skipped, size = [], 0, 0, 0
+            for index in range(file.num_row_groups):
+                group = file.metadata.row_group(index)
+                if at + group.num_rows <= start:
+                    skipped += group.num_rows
+                elif at < stop:
+                    groups.append(index)
+                    size = max(size, group.total_byte_size // max(group.num_rows, 1))
+                at += group.num_rows
+            at = skipped
+            rows = _within_bytes(rows, size)
+            for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=names):
+                first, last = max(start - at, 0), min(stop - at, batch.num_rows)
+                if first < last:
+                    yield pa.Table.from_batches([batch.slice(first, last - first)])
+                at += batch.num_rows
+                if at >= stop:
+                    return
+
+
+class ArrowFile(FileTable):
+    """A file in Arrow's IPC format: as a stream, which `datasets` writes, or with the footer of its file format."""
+
+    def _look(self) -> None:
+        self.n_rows = 0
+        with self._batches() as (self.schema, batches):
+            for batch in batches:
+                self.n_rows += batch.num_rows
+
+    @contextmanager
+    def _batches(self) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+        with self.errors(), self._opened() as opened:
+            footer = bytes(opened.read(len(_FOOTED))) == _FOOTED
+            opened.seek(0)
+            if footer:
+                file = pa.ipc.open_file(opened)
+                yield file.schema, (file.get_batch(k) for k in range(file.num_record_batches))
+            else:
+                stream = pa.ipc.open_stream(opened)
+                yield stream.schema, iter(stream)
+
+    def _opened(self) -> Any:
+        if isinstance(self.file, LocalFile):
+            return pa.memory_map(str(self.file.path))  # passing over rows costs nothing
+        return self.file.open()
+
+    def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
+        with self._batches() as (schema, batches):
+            names = schema.names if columns is None else [name for name in schema.names if name in columns]
+            at = 0
+            for batch in batches:
+                if at >= stop:
+                    return
+                first, last = max(start - at, 0), min(stop - at, batch.num_rows)
+                step = _within_bytes(rows, batch.nbytes // max(batch.num_rows, 1))
+                for k in range(first, last, step):
+                    yield pa.Table.from_batches([batch.slice(k, min(step, last - k)).select(names)])
+                at += batch.num_rows
+
+
+_FOOTED = b"ARROW1"
+
+
+class DatasetTable(Table):
+    """A `datasets.Dataset`, read as Arrow: images and audio are never decoded."""
+
+    def __init__(self, name: str, dataset: Any) -> None:
+        super().__init__(name)
+        self._dataset = dataset
+        self.schema, self.n_rows = with_marks(dataset.features.arrow_schema, dataset.data.schema), len(dataset)
+        self.check_types()
+
+    def _open(self) -> Any:
+        return self._dataset.with_format("arrow")
+
+    def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
+        names = [name for name in self.schema.names if columns is None or name in columns]
+        dataset, stop = self._open().select_columns(names), min(stop, self.n_rows)
+        with self.errors():
+            rows = _within_bytes(rows, dataset.data.nbytes // max(dataset.data.num_rows, 1))
+            for at in range(start, stop, rows):
+                end = min(at + rows, stop)
+                yield dataset[at:end] if names else bare_rows(end - at)  # without columns it has no rows either
+
+    def fingerprint(self, absorb: Callable[[bytes], None]) -> int:
+        """Its rows as an Arrow stream, in tables of a fixed size."""
+        sink = _Absorbing(absorb)
+        with self.errors(), pa.ipc.new_stream(pa.PythonFile(sink, "w"), self.schema) as stream:
+            for table in self.tables(0, self.n_rows, None, 1000):
+                stream.write_table(table.combine_chunks().cast(self.schema))
+        return sink.size
+
+
+class _Absorbing(io.RawIOBase):
+    def __init__(self, absorb: Callable[[bytes], None]) -> None:
+        self._absorb, self.size = absorb, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._absorb(data)
+        self.size += len(data)
+        return len(data)
+
+
+class SavedDataset(DatasetTable):
+    """A folder that `datasets.Dataset.save_to_disk` left."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name, self._folder = str(folder), folder
+        super().__init__(str(folder), self._load())
+        del self._dataset  # opened again at each use, so that this stays small
+
+    def _load(self) -> Any:
+        from datasets import Dataset, DatasetInfo, load_from_disk
+
+        with self.errors():
+            state = json.loads((self._folder / "state.json").read_bytes())
+            if state["_data_files"]:
+                return load_from_disk(str(self._folder))
+            features = DatasetInfo.from_directory(str(self._folder)).features
+            return Dataset(features.arrow_schema.empty_table())  # which `datasets` saves, but does not load
+
+    def _open(self) -> Any:
+        return self._load().with_format("arrow")
+
+    def fingerprint(self, absorb: Callable[[bytes], None]) -> int:
+        return Table.fingerprint(self, absorb)
+
+    def files(self) -> Sequence[File]:
+        return [LocalFile(file) for file in sorted(self._folder.iterdir()) if file.is_file()]
+
+
+class Recast(Table):
+    """Another table with the features that its dataset declares, as `datasets` itself casts it."""
+
+    def __init__(self, inner: FileTable, features: Any) -> None:
+        super().__init__(inner.name)
+        self._inner, self._features = inner, features
+        self.schema, self.n_rows = features.arrow_schema, inner.n_rows
+        if other := [name for name in inner.schema.names if name not in features]:
+            raise InputError(
+                f"Column {other[0]!r} of {self.name} is none of those that its dataset declares in dataset_info: "
+                "declare it there, or remove it."
+            )
+
+    def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
+        from datasets.table import table_cast
+
+        names = [name for name in self.schema.names if columns is None or name in columns]
+        schema = type(self._features)({name: self._features[name] for name in names}).arrow_schema
+        for table in self._inner.tables(start, stop, names, rows):
+            try:
+                yield table_cast(table, schema) if names else table
+            except (pa.ArrowException, TypeError, ValueError) as error:
+                raise InputError(
+                    f"{self.name} does not hold what its dataset declares in dataset_info ({first_line(error)}): "
+                    "correct one of the two."
+                ) from error
+
+    def files(self) -> Sequence[File]:
+        return self._inner.files()

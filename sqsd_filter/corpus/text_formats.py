@@ -1,0 +1,386 @@
+"""Corpora in text files: JSON Lines, JSON arrays and CSV, plain or compressed, as records that each know their line,
+byte offset and bytes. A reader holds a block and the record it is in, never a file.
+"""
+
+import codecs
+import csv
+import json
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, NoReturn
+
+from sqsd_filter.corpus.files import File, unreadable
+from sqsd_filter.errors import InputError
+
+# offset of its first byte, line it starts on, value or None, why it is None, its bytes without the newline
+Record = tuple[int, int, dict[str, Any] | None, str, bytes]
+Absorb = Callable[[bytes], None]  # is given every byte read from disk, for hashing
+
+BLOCK = 1 << 18
+MAX_DEPTH = 200  # far below Python's recursion limit, so that the verdict doesn't depend on the caller's stack
+MAX_CSV_FIELD = 1 << 26
+TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
+TOO_LONG_INT = "an integer of more than 4300 digits"
+
+
+class Inexact(ValueError):
+    """JSON that Python would read as something else."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise Inexact(f"{next(name for name in names if names.count(name) > 1)!a} stands twice in one object")
+    return found
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise Inexact("a number too large for a float")
+    return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_float=_finite)
+_LENIENT = json.JSONDecoder(parse_int=lambda digits: 0)  # only to find where a value ends
+
+
+class TextFile:
+    """A file read as records, from its start or from a mark: the (offset, line) of a record already seen."""
+
+    verbatim: ClassVar[bool] = False  # a record's bytes are a JSON line
+
+    def __init__(self, file: File) -> None:
+        self.file, self.name = file, file.name
+
+    @property
+    def seekable(self) -> bool:
+        return self.file.compression not in COMPRESSED
+
+    def records(self, mark: tuple[int, int] = (0, 1), absorb: Absorb | None = None) -> Iterator[Record]:
+        raise NotImplementedError
+
+    def blocks(self, offset: int = 0, absorb: Absorb | None = None) -> Iterator[bytes]:
+        """The file's bytes from `offset` on, decompressed."""
+        try:
+            with self.file.open() as opened:
+                opened.seek(offset)
+                stored = iter(lambda: opened.read(BLOCK), b"")
+                yield from _decompress(self.file, _tee(stored, absorb) if absorb else stored)
+        except OSError as error:
+            raise unreadable(self.file, error) from error
+
+
+def _tee(blocks: Iterable[bytes], absorb: Absorb) -> Iterator[bytes]:
+    for block in blocks:
+        absorb(block)
+        yield block
+
+
+def _gzip_stream() -> Any:
+    return zlib.decompressobj(wbits=31)
+
+
+def _zstd_stream() -> Any:
+    import zstandard
+
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
+COMPRESSED = {".gz": _gzip_stream, ".zst": _zstd_stream}
+
+
+def _decompress(file: File, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Stream after stream, as `cat a.gz b.gz` leaves them; zstandard's own reader takes a truncated one for whole."""
+    new_stream = COMPRESSED.get(file.compression)
+    if new_stream is None:
+        yield from blocks
+        return
+    stream: Any = None
+    position = 0
+    for block in blocks:
+        rest = block
+        while rest:
+            if stream is None:
+                rest = rest.lstrip(b"\0") if position else rest  # padding
+                if not rest:
+                    break
+                stream = new_stream()
+            try:
+                data = stream.decompress(rest)
+            except Exception as error:  # zlib.error and zstandard.ZstdError share no base
+                raise InputError(
+                    f"{file} is corrupt: {file.compression} data breaks between bytes {position} and "
+                    f"{position + len(block)} ({error}); fetch or compress it again."
+                ) from error
+            if data:
+                yield data
+            rest = b""
+            if stream.eof:
+                rest, stream = stream.unused_data, None
+        position += len(block)
+    if stream is not None:
+        raise InputError(
+            f"{file} is truncated: its {file.compression} data ends in the middle, at byte {position}; fetch it again."
+        )
+
+
+def split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines end at b"\\n" and nowhere else; a final newline begins no line."""
+    pieces: list[bytes] = []  # of a line that may go on in the next block
+    for block in blocks:
+        head, *lines = block.split(b"\n")
+        pieces.append(head)
+        if lines:
+            yield b"".join(pieces)
+            pieces = [lines.pop()]
+            yield from lines
+    if last := b"".join(pieces):
+        yield last
+
+
+class JsonLines(TextFile):
+    verbatim = True
+
+    def records(self, mark: tuple[int, int] = (0, 1), absorb: Absorb | None = None) -> Iterator[Record]:
+        offset, line = mark
+        for raw in split_lines(self.blocks(offset, absorb)):
+            size = len(raw) + 1
+            if offset == 0:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            value, problem = parse_line(raw)
+            yield offset, line, value, problem, raw
+            offset += size
+            line += 1
+
+
+def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
+    """The JSON object of one line, or None and why there is none."""
+    try:
+        value = _DECODER.decode(raw.decode())
+    except UnicodeDecodeError as error:
+        return None, f"not UTF-8: byte {error.start + 1}"
+    except json.JSONDecodeError as error:
+        return None, f"not JSON: {error.msg} at column {error.colno}" if raw.strip() else "blank line"
+    except RecursionError:
+        return None, TOO_DEEP
+    except Inexact as error:
+        return None, str(error)
+    except ValueError:
+        return None, TOO_LONG_INT
+    problem = unfit(value, raw)
+    return (None, problem) if problem else (value, "")
+
+
+def unfit(value: Any, raw: bytes) -> str:
+    """Why this JSON value, whose text is `raw`, can't be a row; "" if it can."""
+    if type(value) is not dict:
+        return "not an object"
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _too_deep(value):
+        return TOO_DEEP
+    if b"\\u0000" in raw and any("\0" in key for key in value):
+        return "NUL in a column name"
+    if b"\\ud" in raw or b"\\uD" in raw:
+        for key, child in value.items():
+            try:
+                json.dumps([key, child], ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                return f"lone surrogate in {key!a}"
+    return ""
+
+
+def _too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+class JsonArray(TextFile):
+    """The elements of one JSON array, decoded one at a time. `line` is the element's number."""
+
+    def records(self, mark: tuple[int, int] = (0, 1), absorb: Absorb | None = None) -> Iterator[Record]:
+        offset, line = mark
+        window = Window(self.name, self.blocks(offset, absorb), offset, line)
+        if offset == 0:
+            window.next_char()
+            window.advance()  # the opening bracket, which told the format
+            if window.next_char() == "]":
+                window.advance()
+                window.expect_end()
+                return
+        while True:
+            window.next_char()
+            value, problem, text = window.value()
+            try:
+                raw = text.encode()
+                problem = problem or unfit(value, raw)
+            except UnicodeEncodeError:
+                raw, problem = text.encode("utf-8", "surrogateescape"), "not UTF-8"
+            yield window.offset, window.row, None if problem else value, problem, raw
+            window.advance(len(text), len(raw))
+            char = window.next_char()
+            if char not in (",", "]"):
+                window.fail("Expecting ',' or ']'")
+            window.advance()
+            if char == "]":
+                window.expect_end()
+                return
+            window.row += 1
+
+
+class Window:
+    """The stretch of a JSON file being decoded: one block of text, or as many as its first value needs."""
+
+    _space = re.compile(r"[ \t\n\r]*")
+    _token = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+
+    def __init__(self, name: str, blocks: Iterator[bytes], offset: int, row: int) -> None:
+        self.name, self.offset, self.row = name, offset, row
+        self.text, self.at = "", 0
+        self._blocks = blocks
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        if offset == 0 and self._grow() and self.text.startswith("\ufeff"):
+            self.advance(1, len(codecs.BOM_UTF8))
+
+    def _grow(self) -> bool:
+        """Drop what is decoded and read at least as much as is left, so that a huge value costs linear time."""
+        parts = [self.text[self.at :]]
+        wanted = max(len(parts[0]), 1)
+        for block in self._blocks:
+            parts.append(self._decoder.decode(block))
+            wanted -= len(parts[-1])
+            if wanted <= 0:
+                break
+        else:
+            parts.append(self._decoder.decode(b"", final=True))
+        self.text, self.at = "".join(parts), 0
+        return len(self.text) > len(parts[0])
+
+    def advance(self, characters: int = 1, size: int = 1) -> None:
+        self.at += characters
+        self.offset += size
+
+    def next_char(self) -> str:
+        """Move on to the next character that is no space; "" at the end of the file."""
+        while True:
+            match = self._space.match(self.text, self.at)
+            spaces = match.end() - self.at if match else 0
+            self.advance(spaces, spaces)
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._grow():
+                return ""
+
+    def value(self) -> tuple[Any, str, str]:
+        """The value that begins here, what keeps it from being read (or ""), and its text."""
+        problem, decoder = "", _DECODER
+        while True:
+            end: int | None
+            try:
+                value, end = decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                # a value cut off by the window breaks near its end, or in a string that begins anywhere
+                cut_off = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated string")
+                if not (cut_off and self._grow()):
+                    self.fail(error.msg)
+                continue
+            except RecursionError:
+                value, end, problem = None, self._closing_bracket(), TOO_DEEP
+            except ValueError as error:
+                problem = str(error) if isinstance(error, Inexact) else TOO_LONG_INT
+                decoder = _LENIENT
+                continue
+            if end is None:
+                if not self._grow():
+                    self.fail("Unterminated array or object")
+                continue
+            length = end - self.at
+            if end < len(self.text) or not self._grow():
+                return value, problem, self.text[self.at : self.at + length]
+
+    def _closing_bracket(self) -> int | None:
+        """Where the array or object that begins here ends; None if not in this window."""
+        depth = 0
+        for token in self._token.finditer(self.text, self.at):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token.group(), 0)
+            if depth == 0:
+                return token.end()
+        return None
+
+    def expect_end(self) -> None:
+        if self.next_char():
+            self.fail("Extra data after the array")
+
+    def fail(self, complaint: str) -> NoReturn:
+        raise InputError(
+            f"{self.name} is a broken JSON array: {complaint}, in or after element {self.row} at byte {self.offset}; "
+            "repair it, or save the rows as JSON Lines, where a bad row costs only itself."
+        )
+
+
+class Csv(TextFile):
+    """Records under a header row; every value stays the string it is."""
+
+    def records(self, mark: tuple[int, int] = (0, 1), absorb: Absorb | None = None) -> Iterator[Record]:
+        rows = self._rows(0, 1, absorb)
+        header = self._header(next(rows, None))
+        if mark[0]:
+            rows = self._rows(*mark, absorb)
+        for offset, line, fields, problem, raw in rows:
+            if not raw.strip():
+                problem = "blank line"
+            elif fields and len(fields) != len(header):
+                problem = f"{len(fields)} fields under a header of {len(header)}"
+            yield offset, line, None if problem else dict(zip(header, fields, strict=True)), problem, raw
+
+    def _header(self, row: tuple[int, int, list[str], str, bytes] | None) -> list[str]:
+        if row is None:
+            return []
+        _, _, names, problem, _ = row
+        if problem:
+            raise InputError(f"{self.name} has an unreadable header row ({problem}); correct its first line.")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"{self.name} has two columns named {twice[0]!r}; rename one in its first line.")
+        return names
+
+    def _rows(self, offset: int, line: int, absorb: Absorb | None) -> Iterator[tuple[int, int, list[str], str, bytes]]:
+        csv.field_size_limit(max(csv.field_size_limit(), MAX_CSV_FIELD))
+        taken: list[bytes] = []  # the lines of the record being read
+
+        def feed() -> Iterator[str]:
+            for raw in split_lines(self.blocks(offset, absorb)):
+                taken.append(raw)
+                start = offset == 0 and len(taken) == 1 and raw.startswith(codecs.BOM_UTF8)
+                yield raw[3 * start :].decode("utf-8", "surrogateescape") + "\n"
+
+        position = offset
+        # strict: a stray quote is an error, not a changed value
+        reader = csv.reader(feed(), delimiter="\t" if ".tsv" in self.file.suffixes else ",", strict=True)
+        while True:
+            taken.clear()
+            fields, problem = [], ""
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                problem = f"not CSV: {error}"
+            raw = b"\n".join(taken)
+            try:
+                raw.decode()
+            except UnicodeDecodeError as error:
+                problem = f"not UTF-8: byte {error.start + 1}"
+            yield position, line, fields, problem, raw
+            position += len(raw) + 1
+            line += len(taken)

@@ -1,0 +1,61 @@
+"""How far judges agree on the same answers, two at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from sqsd_filter.judges.outcomes import OUTCOMES
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two judges' outcomes of the same n answers.
+
+    `table[a][b]` counts the answers that the first judge calls a and the second b, for each two of `OUTCOMES`.
+    """
+
+    first: str
+    second: str
+    table: Mapping[str, Mapping[str, int]]
+
+    @property
+    def answers(self) -> int:
+        return sum(sum(row.values()) for row in self.table.values())
+
+    @property
+    def share(self) -> float:
+        """The share of answers with the same outcome."""
+        return sum(self.table[outcome][outcome] for outcome in OUTCOMES) / self.answers
+
+    @property
+    def kappa(self) -> float | None:
+        """Cohen's kappa (1960): by how much the share exceeds the one to be expected of two independent judges with
+        these frequencies, of the most that it could; None where both call every answer the same."""
+        products = (sum(self.table[o].values()) * sum(row[o] for row in self.table.values()) for o in OUTCOMES)
+        expected = sum(products) / self.answers**2
+        return (self.share - expected) / (1 - expected) if expected < 1 else None
+
+    def report(self) -> dict[str, Any]:
+        judges = {"judges": [self.first, self.second], "answers": self.answers}
+        return {**judges, "share": self.share, "kappa": self.kappa, "table": self.table}
+
+
+def agreement(outcomes_by_judge: Mapping[str, Sequence[str]]) -> list[Agreement]:
+    """Each two judges' agreement, in their order. Raises `ValueError` without answers, for an unknown outcome, or where
+    the judges' outcomes are not of equally many answers."""
+    for name, outcomes in outcomes_by_judge.items():
+        if not outcomes or not set(outcomes) <= set(OUTCOMES):
+            raise ValueError(f"{name} has no outcomes, or others than {', '.join(OUTCOMES)}")
+    return [
+        Agreement(one, other, _table(outcomes_by_judge[one], outcomes_by_judge[other]))
+        for one, other in combinations(outcomes_by_judge, 2)
+    ]
+
+
+def _table(first: Sequence[str], second: Sequence[str]) -> dict[str, dict[str, int]]:
+    counts = Counter(zip(first, second, strict=True))
+    return {a: {b: counts[a, b] for b in OUTCOMES} for a in OUTCOMES}

@@ -1,0 +1,137 @@
+"""Rows that have been scored before: in the folder of an earlier run, or in files with score columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqsd_filter.corpus.addresses import Opener, Source, peek
+from sqsd_filter.corpus.row_formats import Columns, RowFormat
+from sqsd_filter.corpus.sources import Row
+from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
+from sqsd_filter.pipeline.scores.store import ScoreStore
+from sqsd_filter.pipeline.stage.scan import read_once
+from sqsd_filter.pipeline.stage.shards import Index
+from sqsd_filter.pipeline.writing.destination import REPORT_FILE, RUN_FILE, input_specs, read_json, read_run
+from sqsd_filter.progress import Progress
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """Scored rows and where they are from.
+
+    `identity` tells them from others, `facts` are for the report. `keys` (n,) S16 are those of the conversations, zero
+    where there is none, `pack` is what is known of the pack, and `form` how rows were read, or are for the keys.
+    """
+
+    where: str
+    sources: list[Source]
+    scored: Scored
+    identity: dict[str, Any]
+    facts: dict[str, Any]
+    keys: np.ndarray
+    pack: Mapping[str, Any] | None
+    form: RowFormat | None
+
+
+def read_earlier(
+    given: Sequence[Any],
+    opener: Opener,
+    per_group: str | None,
+    progress: Progress,
+    *,
+    keyed: bool = False,
+    likely: RowFormat | None = None,
+) -> Earlier:
+    """The rows of an earlier run's folder, or of scored files; the keys of the latter only if they are to be `keyed`:
+    of files that nothing more is known of as `likely`, which needs all its columns, or else as they look.
+
+    Raises `InputError` where rows have no scores yet.
+    """
+    home = Path(given[0]) / "sqsd" if len(given) == 1 and isinstance(given[0], str | Path) else None
+    if home is not None and (home / RUN_FILE).is_file():
+        return _run(home, opener, per_group, progress)
+    sources = opener.open(given)
+    beside = Path(f"{given[0]}.sqsd") if home is not None else None  # left by `score`
+    form = _form(beside)
+    if keyed and form is None:
+        form = _likely_form(sources, beside, likely)
+    index = Index(form) if keyed and form is not None else None
+    progress.start("reading", None)
+    scores = ColumnIndex()
+
+    def visit(row: Row) -> None:
+        scores.visit(row)
+        if index is not None:
+            index.visit(row)
+
+    columns = [*scores.columns, *(index.form.columns if index is not None else [])]
+    corpus, groups = read_once(sources, visit, columns, per_group, progress)
+    report = (read_json(beside / REPORT_FILE) if beside is not None else None) or {}
+    return Earlier(
+        ", ".join(str(each) if isinstance(each, str | Path) else "the dataset" for each in given),
+        sources,
+        scores.scored(corpus, groups, form),
+        {"inputs": corpus.inputs},
+        _scorer(report),
+        index.keys if index is not None else np.zeros(0, "S16"),
+        report.get("pack"),
+        form,
+    )
+
+
+def _form(beside: Path | None) -> RowFormat | None:
+    """How rows were read when they were scored, if that is known."""
+    known = read_run(beside) if beside is not None else None
+    return RowFormat(**known["row_format"]) if known else None
+
+
+def _likely_form(sources: Sequence[Source], beside: Path | None, likely: RowFormat | None) -> RowFormat:
+    """How they are read where it is not known. Raises `InputError` where it can't be told."""
+    rows = peek(sources)
+    if likely is not None and {name for row in rows for name in row}.issuperset(likely.columns):
+        return likely
+    try:
+        return Columns().choose(rows)
+    except InputError as problem:
+        file = beside.name if beside is not None else "FILE.sqsd"
+        raise InputError(
+            f"It can't be told which columns were scored: keep {file} beside the file, as 'sqsd-filter score' left it."
+        ) from problem
+
+
+def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) -> Earlier:
+    """The inputs of an earlier run joined with its score store."""
+    known = read_run(home)
+    assert known is not None
+    report = read_json(home / REPORT_FILE) or {}
+    if not (home / "scores").is_dir() or "pack" not in report:
+        if report.get("status") == "ok":
+            raise InputError(f"{home.parent} was itself cut from scores: select from what it was cut from.")
+        raise InputError(f"{home.parent} holds a run that was never finished: finish it first.")
+    form = RowFormat(**known["row_format"])
+    index = Index(form)
+    sources = opener.open(input_specs(home))
+    progress.start("reading", None)
+    corpus, groups = read_once(sources, index.visit, form.columns, per_group, progress, limit=known["limit"], form=form)
+    if [{**i, "path": ""} for i in corpus.inputs] != [{**i, "path": ""} for i in known["inputs"]]:
+        raise InputError(
+            f"The inputs of {home.parent} have changed since it was scored: run sqsd-filter on them again."
+        )
+    pack = report["pack"]
+    store = ScoreStore(home / "scores", known["scoring"], list(pack["weights"]))
+    scored = from_store(corpus, index, store, pack["weights"], groups)
+    identity = {**known, "inputs": corpus.inputs}
+    identity.pop("explain", None)  # of the earlier cut
+    facts = {"pack": pack, **_scorer(report)}
+    return Earlier(str(home.parent), sources, scored, identity, facts, index.keys, pack, form)
+
+
+def _scorer(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report says of the scorer, for another one."""
+    return {"scorer": report["scorer"]} if "scorer" in report else {}

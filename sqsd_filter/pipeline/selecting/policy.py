@@ -1,0 +1,60 @@
+"""What becomes of rows that can't be scored, and how many there may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+
+from sqsd_filter.corpus.conversation import BAD_JSON
+from sqsd_filter.errors import RowErrorBudgetExceeded, UsageError, option
+from sqsd_filter.pipeline.scores.scored import Scored
+from sqsd_filter.pipeline.selecting.selection import ERROR, KEPT, Selection, parse_share
+
+ON_ERROR = ("quarantine", "keep", "fail")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`on_error` is one of `ON_ERROR`; `max_error_rate` a share of all rows."""
+
+    on_error: str
+    max_error_rate: Fraction
+
+    @classmethod
+    def of(cls, on_error: str, max_error_rate: str | float) -> Policy:
+        """Raises `UsageError`."""
+        if on_error not in ON_ERROR:
+            raise UsageError(f"{option('on_error')} must be one of {', '.join(ON_ERROR)}, not '{on_error}'.")
+        return cls(on_error, parse_share(max_error_rate, "max_error_rate", ""))
+
+    def check(self, scored: Scored) -> None:
+        """Raise `RowErrorBudgetExceeded` when more rows have no score than may be."""
+        errors, total = int((~scored.scored).sum()), scored.corpus.n_rows
+        allowed = 0 if self.on_error == "fail" else self.max_error_rate * total
+        if errors <= allowed:
+            return
+        reasons = ", ".join(f"{count} {status}" for status, count in scored.reasons().items())
+        rate = f"{option('max_error_rate')} {float(self.max_error_rate):.4g}"
+        budget = f"{option('on_error')} fail" if self.on_error == "fail" else rate
+        first = int(np.flatnonzero(~scored.scored)[0])
+        columns = scored.form.columns if scored.form else ["sqsd_status"]
+        row = next(iter(scored.corpus.read(first, first + 1, columns)))
+        why = f" ({scored.details[first]})" if scored.details.get(first) else ""
+        raise RowErrorBudgetExceeded(
+            f"{errors} of {total} rows could not be scored ({reasons}), more than {budget} allows; the first is "
+            f"{row.file}, line {row.line}{why}. Mend the rows, name the right columns, or allow more; the scores are "
+            "kept."
+        )
+
+    def apply(self, scored: Scored, selection: Selection) -> Selection:
+        """The selection with rows that have no score where they are to go."""
+        if self.on_error != "keep":
+            return selection
+        place = selection.place.copy()
+        unreadable = np.zeros(len(place), dtype=bool)  # a line that can't be read can't be kept as a row
+        if BAD_JSON in scored.statuses:
+            unreadable = scored.codes == scored.statuses.index(BAD_JSON)
+        place[(place == ERROR) & ~unreadable] = KEPT
+        return replace(selection, place=place)

@@ -1,0 +1,129 @@
+"""`select`: what `datasets` has of scored rows, stored or streamed, cut into kept, dropped and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sqsd_filter.corpus.conversation import SCORED
+from sqsd_filter.corpus.spool import as_it_is, format_of, stored, with_types_of
+from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.pipeline.selecting.selection import DROPPED, ERROR, KEPT, Cut, cut_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+D = TypeVar("D", "Dataset", "DatasetDict", "IterableDataset", "IterableDatasetDict")
+COLUMNS = ("sqsd_risk", "sqsd_status")
+PLACES = (KEPT, DROPPED, ERROR)
+
+
+def select(
+    dataset: D,
+    *,
+    drop_top: str | float | None = None,
+    drop_count: int | None = None,
+    max_risk: float | None = None,
+    keep_lowest: int | None = None,
+    together: bool = False,
+) -> tuple[D, D, D]:
+    """Cut a scored dataset of any kind into (kept, dropped, errors) of that kind, each in row order.
+
+    >>> from datasets import Dataset
+    >>> scored = Dataset.from_dict({"sqsd_risk": [0.2, 0.9, None], "sqsd_status": ["scored", "scored", "no_answer"]})
+    >>> kept, dropped, errors = select(scored, drop_top="50%")
+    >>> kept["sqsd_risk"][:], dropped["sqsd_risk"][:], errors["sqsd_status"][:]
+    ([0.2], [0.9], ['no_answer'])
+
+    Of a dict, each split is cut on its own, or all of them `together` at one risk. A stream that is cut at `max_risk`
+    stays one, and each of the three parts reads it anew. Any other cut depends on all risks: then the stream is read
+    here, once, into a file in the cache of `datasets` that goes when this process ends.
+
+    Raises `InputError` where the score columns are missing or hold no scores, `UsageError` unless exactly one cut is
+    given, and makes sense.
+    """
+    cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
+    if not isinstance(dataset, dict):
+        return _cut([dataset], cut)[0]
+    splits: list[Any] = list(dataset.values())
+    parts = _cut(splits, cut) if together else [_cut([split], cut)[0] for split in splits]
+    kept, dropped, errors = (
+        type(dataset)({name: part[place] for name, part in zip(dataset, parts, strict=True)}) for place in PLACES
+    )
+    return kept, dropped, errors
+
+
+def _cut(splits: Sequence[Any], cut: Cut) -> list[tuple[Any, Any, Any]]:
+    """The three parts of each split, one cut through all of them."""
+    from datasets import Dataset, IterableDataset
+
+    for split in splits:
+        if not isinstance(split, Dataset | IterableDataset):
+            raise UsageError(f"select cuts what datasets has loaded, not {type(split).__name__}.")
+    if cut.kind == "max_risk" and all(isinstance(split, IterableDataset) for split in splits):
+        return [_sieved(split, cut) for split in splits]  # each row's place is its own
+    tables = [stored(split, _check) if isinstance(split, IterableDataset) else split for split in splits]
+    risks = [_risks_of(table) for table in tables]
+    places = cut_rows(
+        np.concatenate([np.zeros(0), *(risk for risk, _ in risks)]),
+        np.concatenate([np.zeros(0, dtype=bool), *(scored for _, scored in risks)]),
+        cut,
+    ).place
+    parts, start = [], 0
+    for split, table in zip(splits, tables, strict=True):
+        here = places[start : start + len(table)]
+        kept, dropped, errors = (table.select(np.flatnonzero(here == place)) for place in PLACES)
+        if table is not split:
+            kept, dropped, errors = (_streamed(part, format_of(split)) for part in (kept, dropped, errors))
+        parts.append((kept, dropped, errors))
+        start += len(table)
+    return parts
+
+
+def _sieved(stream: IterableDataset, cut: Cut) -> tuple[Any, Any, Any]:
+    """The parts of a stream as streams."""
+    bare = as_it_is(stream).cast(None)  # `filter` would encode and decode what has types; a tensor's risk is rounded
+    parts = [bare.filter(partial(_falls, place, cut), batched=True) for place in PLACES]
+    kept, dropped, errors = (with_types_of(stream, part) for part in parts)
+    return kept, dropped, errors
+
+
+def _falls(place: int, cut: Cut, batch: pa.Table | Mapping[str, list[Any]]) -> list[bool]:
+    names = batch.column_names if isinstance(batch, pa.Table) else batch
+    _check(names)
+    falls: list[bool] = (cut_rows(*_risks(batch), cut).place == place).tolist()
+    return falls
+
+
+def _streamed(part: Dataset, form: str | None) -> IterableDataset:
+    return part.to_iterable_dataset(num_shards=min(1, len(part))).with_format(form)  # a shard can't be empty
+
+
+def _risks_of(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    if not len(dataset):  # `map` adds no columns to nothing
+        return np.zeros(0), np.zeros(0, dtype=bool)
+    _check(dataset.column_names)
+    return _risks(dataset.select_columns(list(COLUMNS)).with_format("arrow")[:])
+
+
+def _risks(rows: pa.Table | Mapping[str, list[Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """The risk of each row (n,) float64, and whether it has one (n,) bool. Raises `InputError`."""
+    try:
+        columns = pa.table({name: rows[name] for name in COLUMNS})
+        risk = columns["sqsd_risk"].cast(pa.float64()).to_numpy()
+        scored = pc.equal(columns["sqsd_status"].cast(pa.string()), SCORED).fill_null(False)
+    except pa.ArrowException as problem:
+        raise InputError(
+            f"{' and '.join(COLUMNS)} hold no scores ({problem}): remove these columns and score with SQSDScorer."
+        ) from problem
+    return risk, scored.to_numpy() & np.isfinite(risk)
+
+
+def _check(names: Iterable[str]) -> None:
+    if missing := [name for name in COLUMNS if name not in names]:
+        raise InputError(f"The dataset has no column {' and no '.join(missing)}: score it first with SQSDScorer.")

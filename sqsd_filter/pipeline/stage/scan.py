@@ -1,0 +1,117 @@
+"""The inputs of a run, looked at once, and their rows' scores: known ones looked up, others from an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqsd_filter.corpus.addresses import Source, peek
+from sqsd_filter.corpus.row_formats import Columns, RowFormat
+from sqsd_filter.corpus.sources import Corpus, Row
+from sqsd_filter.errors import InputError, SQSDError
+from sqsd_filter.pipeline.scores.keys import KEYS
+from sqsd_filter.pipeline.scores.scored import Scored, from_store
+from sqsd_filter.pipeline.scores.sharing import Sharing
+from sqsd_filter.pipeline.scores.store import ScoreStore
+from sqsd_filter.pipeline.selecting.groups import GroupIndex, Groups
+from sqsd_filter.pipeline.stage.engines import Engine
+from sqsd_filter.pipeline.stage.shards import Index, plan
+from sqsd_filter.progress import Progress
+from sqsd_filter.scoring.scorer import BatchedScorer
+from sqsd_filter.storage.folder import Folder
+
+
+class Scan:
+    """The inputs, looked at once: rows counted, keyed and grouped, files hashed, the format decided."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        columns: Columns,
+        limit: int | None,
+        progress: Progress,
+        per_group: str | None = None,
+    ) -> None:
+        self.specs = [source.spec for source in sources if source.spec is not None]
+        self.form = columns.choose(peek(sources))
+        self.limit, self.progress = limit, progress
+        progress.note(f"reading rows as {self.form}")
+        progress.start("reading", None)
+        self.index = Index(self.form)
+        self.corpus, self.groups = read_once(
+            sources, self.index.visit, self.form.columns, per_group, progress, limit=limit, form=self.form
+        )
+        progress.finish()
+
+    def identity(self) -> dict[str, Any]:
+        return {"sources": self.specs, "inputs": self.corpus.inputs, "row_format": vars(self.form), "limit": self.limit}
+
+    def score(
+        self,
+        home: Path,
+        scorer: BatchedScorer,
+        engine: Engine,
+        *,
+        old_home: Path | None = None,
+        shared: Folder | None = None,
+    ) -> Scored:
+        """Score what has no score yet in `home`, its predecessor or the shared store, shard by shard, and join."""
+
+        def store_in(where: Folder | Path) -> ScoreStore:
+            return ScoreStore(where, scorer.settings(), scorer.values)
+
+        self.progress.start("lookup", None)
+        store, all_of = store_in(home / "scores"), self.index.conversations
+        if old_home is not None:
+            store.adopt(all_of.keys, store_in(old_home / "scores"))
+        sharing = Sharing(store, store_in(shared) if shared is not None else None)
+        settled = sharing.exchange(all_of.keys)
+        wanted = np.sort(all_of.first[~settled])
+        self.progress.start("scoring", len(wanted))
+        shards = list(plan(self.corpus.n_rows, wanted))
+        done = engine.score(self.corpus, self.form, scorer, shards, self.progress)
+        with sharing, closing(done):
+            for shard, keys, scores in done:
+                if not np.array_equal(np.array(keys, dtype=KEYS), self.index.keys[shard.wanted]):
+                    raise SQSDError(
+                        f"The rows of {shard.name} came back as others than went out: report this as a bug."
+                    )
+                store.append(shard.name, keys, scores)
+                sharing.add(self.index.keys[shard.wanted])
+        return from_store(self.corpus, self.index, store, scorer.weights, self.groups, scorer.modules)
+
+
+def read_once(
+    sources: Sequence[Source],
+    visit: Callable[[Row], None],
+    columns: Sequence[str],
+    per_group: str | None,
+    progress: Progress,
+    *,
+    limit: int | None = None,
+    form: RowFormat | None = None,
+) -> tuple[Corpus, Groups | None]:
+    """Give every row of the inputs to `visit`, which needs these `columns`, and find its group on the way.
+
+    Raises `InputError` where there are no rows, or no groups.
+    """
+    grouping = GroupIndex(per_group)
+
+    def see(row: Row) -> None:
+        visit(row)
+        grouping.visit(row)
+        progress.advance(1)
+
+    corpus = Corpus.scan(sources, limit=limit, visit=see, columns=[*columns, *grouping.columns], form=form)
+    if corpus.n_rows == 0:
+        raise InputError("The input has no rows.")
+    return corpus, grouping.groups(corpus.schema.names)
+
+
+def as_list(sources: Any) -> list[Any]:
+    """One source or several, as a list."""
+    return list(sources) if isinstance(sources, list | tuple) else [sources]

@@ -1,0 +1,120 @@
+"""A corpus cut into shards, and the work on one of them: the unit of scoring, of retry and of resume.
+
+Shards are contiguous ranges of rows that depend on the number of rows alone. Equal conversations are scored once, by
+the shard that holds the first of them. `score_shard` does not care where it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from sqsd_filter.corpus.conversation import BAD_JSON, SCORED, Message, RowError, conversation_key
+from sqsd_filter.corpus.row_formats import RowFormat
+from sqsd_filter.corpus.sources import Corpus, Row
+from sqsd_filter.pipeline.scores.keys import KEYS, distinct
+from sqsd_filter.scoring.results import Scores, Watch
+from sqsd_filter.scoring.scorer import Scorer
+
+SMALLEST, LARGEST, AIM = 128, 4096, 1000  # rows a shard at least and at most; shards a corpus, about
+
+
+def shard_size(rows: int) -> int:
+    """Rows a shard of a corpus of so many rows."""
+    return min(LARGEST, max(SMALLEST, -(-rows // AIM // SMALLEST) * SMALLEST))
+
+
+class Index:
+    """What the scan of a corpus leaves: each row's key, or the status that says why it has none."""
+
+    def __init__(self, form: RowFormat) -> None:
+        self.form = form
+        self._keys = bytearray()
+        self._codes = bytearray()
+        self.statuses = [SCORED]  # by code; code 0: the row has a conversation
+
+    def visit(self, row: Row) -> None:
+        try:
+            if row.value is None:
+                raise RowError(BAD_JSON, row.problem)
+            key, status = conversation_key(self.form.conversation(row.value)), SCORED
+        except RowError as problem:
+            key, status = b"\0" * KEYS.itemsize, problem.status
+        self._keys += key
+        if status not in self.statuses:
+            self.statuses.append(status)
+        self._codes.append(self.statuses.index(status))
+
+    @property
+    def keys(self) -> np.ndarray:
+        """(n,) S16."""
+        return np.frombuffer(self._keys, dtype=KEYS)
+
+    @property
+    def codes(self) -> np.ndarray:
+        """(n,) uint8 into `statuses`."""
+        return np.frombuffer(self._codes, dtype=np.uint8)
+
+    @cached_property
+    def conversations(self) -> Conversations:
+        """Which conversations the corpus has, each once. Ask when the scan is over."""
+        rows = np.flatnonzero(self.codes == 0)
+        keys = self.keys[rows]
+        found = distinct(keys)
+        return Conversations(keys[found.first], rows[found.first], rows, found.inverse)
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """The u different conversations of a corpus: their keys (u,) S16 and the first row (u,) of each. `rows` (n,) have
+    one, and `which` (n,) says which."""
+
+    keys: np.ndarray
+    first: np.ndarray
+    rows: np.ndarray
+    which: np.ndarray
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows start..stop of a corpus; `wanted` are the indices of those to be scored."""
+
+    number: int
+    start: int
+    stop: int
+    wanted: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.number:06d}"
+
+
+def plan(rows: int, wanted: np.ndarray) -> Iterator[Shard]:
+    """The shards that have any of the `wanted` rows (ascending indices)."""
+    size = shard_size(rows)
+    for number in range(-(-rows // size)):
+        start, stop = number * size, min(rows, (number + 1) * size)
+        inside = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, stop)]
+        if len(inside):
+            yield Shard(number, start, stop, inside)
+
+
+def conversations(corpus: Corpus, form: RowFormat, shard: Shard) -> list[list[Message]]:
+    """The conversations of a shard's wanted rows, in row order."""
+    wanted = set(shard.wanted.tolist())
+    return [
+        form.conversation(row.value)
+        for row in corpus.read(shard.start, shard.stop, form.columns)
+        if row.index in wanted and row.value is not None
+    ]
+
+
+def score_shard(
+    corpus: Corpus, form: RowFormat, scorer: Scorer, shard: Shard, watch: Watch | None = None
+) -> tuple[list[bytes], Scores]:
+    """Keys and scores of a shard's wanted rows, in row order."""
+    turns = conversations(corpus, form, shard)
+    return [conversation_key(t) for t in turns], scorer.score(turns, watch)

