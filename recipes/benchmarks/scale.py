@@ -245,7 +245,7 @@ def selection(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "groups": options.groups,
         "seconds": seconds,
         "dropped": found.count(1),
-        **({"the same as by sorting": bool((found.place[exact] == 1).all())} if exact is not None else {}),
+        **({"the same as by sorting": bool((found.fate[exact] == 1).all())} if exact is not None else {}),
         "peak MiB": peak_memory("self"),
     }
 

@@ -24,9 +24,9 @@ import numpy as np
 import random_pack
 import torch
 
-from sqsd_filter.scoring.batching import bins
+from sqsd_filter.scoring.batching import micro_batches
 from sqsd_filter.scoring.chat_encoder import Encoded
-from sqsd_filter.scoring.engine import Engine, LossGradient
+from sqsd_filter.scoring.engine import LossGradient, SQSDModel
 from sqsd_filter.scoring.models import load_model
 from sqsd_filter.scoring.pack import Pack, load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer
@@ -79,7 +79,7 @@ def plain(pack: Pack, dtype: str) -> Callable[[list[Encoded]], None]:
 
 
 def scored(pack: Pack, dtype: str) -> Callable[[list[Encoded]], None]:
-    engine = Engine.load(SQSDScorer(pack, dtype=dtype))
+    engine = SQSDModel.load(SQSDScorer(pack, dtype=dtype))
     return lambda rows: engine.project(rows) is None
 
 
@@ -130,7 +130,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     useful = padded = 0
     for start in range(0, len(rows), arguments.block):
         block = rows[start : start + arguments.block]
-        batches = [[block[k] for k in members] for members in bins([len(r) for r in block], arguments.budget)]
+        batches = [[block[k] for k in members] for members in micro_batches([len(r) for r in block], arguments.budget)]
         useful += sum(len(r) for r in block)
         padded += sum(len(batch) * max(len(r) for r in batch) for batch in batches)
         if start == 0:
@@ -153,7 +153,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     for size in (128, 512, 4096):
         shard = [len(row) for row in rows_of_real_lengths(size, 49152)]
         for budget in (arguments.budget, 65536):
-            whole = sum(len(members) * shard[members[0]] for members in bins(shard, budget))
+            whole = sum(len(members) * shard[members[0]] for members in micro_batches(shard, budget))
             print(f"  {sum(shard) / whole:.3f} in a shard of {size} rows with bins of at most {budget} tokens")
     print(f"tokens/s (b) {pace['b']}, (a) {pace['a']}, (a2) {pace['a2']}")
     for name, values in ratios.items():

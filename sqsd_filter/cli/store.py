@@ -6,7 +6,7 @@ import click
 
 from sqsd_filter.cli import output
 
-place = click.argument("place", metavar="DIR|URL")
+location = click.argument("location", metavar="DIR|URL")
 as_json = click.option("--json", "json_output", is_flag=True, help="Print the result as one JSON object.")
 
 
@@ -16,20 +16,20 @@ def store() -> None:
 
 
 @store.command()
-@place
+@location
 @as_json
-def info(place: str, json_output: bool) -> None:
+def info(location: str, json_output: bool) -> None:
     """Say which scores there are: by pack, model and settings."""
     from sqsd_filter.pipeline.scores.upkeep import describe
 
-    output.show(describe(place), as_json=json_output, quiet=False, text=output.stored)
+    output.show(describe(location), as_json=json_output, quiet=False, text=output.stored)
 
 
 @store.command()
-@place
+@location
 @as_json
-def compact(place: str, json_output: bool) -> None:
+def compact(location: str, json_output: bool) -> None:
     """Join many small files into few; safe while runs read and write."""
     from sqsd_filter.pipeline.scores.upkeep import compact_all
 
-    output.show(compact_all(place), as_json=json_output, quiet=False, text=output.compacted)
+    output.show(compact_all(location), as_json=json_output, quiet=False, text=output.compacted)

@@ -52,7 +52,7 @@ class RowError(Exception):
         self.detail = detail
 
 
-def speaks(turn: Message) -> bool:
+def is_supervised(turn: Message) -> bool:
     """Does this turn hold something to supervise?"""
     if turn["role"] != "assistant" or turn.get("weight") == 0:
         return False
@@ -97,7 +97,7 @@ def read_turns(value: Any, where: str) -> list[Message]:
     the arguments of its calls. Several system turns that lead are joined with a blank line. Raises `RowError` with
     `bad_row`.
     """
-    exact, value = isinstance(value, str), loaded(value)
+    exact, value = isinstance(value, str), parse_if_json(value)
     if not isinstance(value, list | tuple):
         raise RowError(BAD_ROW, f"{where} holds {type(value).__name__}, not a list of turns")
     turns: list[Message] = []
@@ -160,7 +160,7 @@ def _read_content(content: Any, where: str) -> str | None:
 def _read_calls(value: Any, where: str, exact: bool) -> list[dict[str, Any]]:
     """Tool calls in one form; none where all is null. Arguments keep their nulls where they were JSON text."""
     exact = exact or isinstance(value, str)
-    value = _plain(loaded(value), where, nulls=exact)
+    value = _plain(parse_if_json(value), where, nulls=exact)
     if isinstance(value, dict):
         value = [] if all(part is None for part in value.values()) else [value]
     calls = []
@@ -168,7 +168,7 @@ def _read_calls(value: Any, where: str, exact: bool) -> list[dict[str, Any]]:
         function: Any = (call.get("function") or call) if isinstance(call, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
         given = function.get("arguments") or {} if name else None
-        arguments = loaded(given)
+        arguments = parse_if_json(given)
         if not isinstance(name, str) or not isinstance(arguments, dict):
             raise RowError(BAD_ROW, f"{where} has a tool call that is not a name and an object of arguments")
         tagged = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
@@ -191,7 +191,7 @@ def _weight(turn: Mapping[str, Any], where: str) -> Message:
 
 def read_tools(value: Any, where: str) -> list[Message]:
     """The turn with the tools that a list, or the JSON text of one, describes; no turn where there are none."""
-    value = loaded(value or [])
+    value = parse_if_json(value or [])
     tools = []
     for tool in value if isinstance(value, list | tuple) else [None]:
         whole = tool if isinstance(tool, Mapping) and tool.get("function") else {"type": "function", "function": tool}
@@ -215,7 +215,7 @@ def is_transcript(value: Any) -> bool:
     return isinstance(value, str) and _SPEAKER.match(value) is not None
 
 
-def loaded(value: Any) -> Any:
+def parse_if_json(value: Any) -> Any:
     """A value that may be there as JSON text; text that is not JSON stays what it is."""
     if not isinstance(value, str):
         return value

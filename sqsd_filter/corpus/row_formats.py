@@ -11,13 +11,13 @@ from sqsd_filter.corpus.conversation import (
     NO_ANSWER,
     Message,
     RowError,
+    is_supervised,
     is_transcript,
     is_turn,
-    loaded,
+    parse_if_json,
     read_tools,
     read_transcript,
     read_turns,
-    speaks,
     unsupervised,
 )
 from sqsd_filter.errors import InputError, UsageError
@@ -55,7 +55,7 @@ class RowFormat:
             turns = [] if value is None else read_turns(value, f"column '{self.messages}'")
         else:
             turns = self._prompt_and_answer(row)
-        if not any(map(speaks, turns)):
+        if not any(map(is_supervised, turns)):
             raise RowError(
                 NO_ANSWER, f"column '{self.messages or self.answer}' has no assistant turn with anything to learn"
             )
@@ -96,7 +96,7 @@ class RowFormat:
     def _earlier(self, row: Mapping[str, Any]) -> list[Message]:
         if self.history is None:
             return []
-        pairs = loaded(row.get(self.history) or [])
+        pairs = parse_if_json(row.get(self.history) or [])
         if not _is_list_of(_is_pair, pairs):
             raise RowError(BAD_ROW, f"column '{self.history}' holds something other than [question, answer] pairs")
         roles = ("user", "assistant")
@@ -119,7 +119,7 @@ def _turns(value: Any, column: str | None) -> list[Message]:
 
 def _last_answer(turns: list[Message]) -> list[Message]:
     """The same turns, of which only what answers the last question is supervised."""
-    last = max((k for k, turn in enumerate(turns) if speaks(turn)), default=0)
+    last = max((k for k, turn in enumerate(turns) if is_supervised(turn)), default=0)
     asked = max((k for k, turn in enumerate(turns[:last]) if turn["role"] == "user"), default=0)
     return [*map(unsupervised, turns[:asked]), *turns[asked:]]
 
@@ -128,7 +128,7 @@ def _is_text(value: Any) -> TypeGuard[str]:
     """Is it text, and not the JSON text of a list of turns?"""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return isinstance(value, str)
-    turns = loaded(value)
+    turns = parse_if_json(value)
     return not (isinstance(turns, list) and turns and all(map(is_turn, turns)))
 
 
@@ -293,11 +293,11 @@ def _values(rows: Sequence[Mapping[str, Any]], column: str) -> list[Any]:
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(loaded(value), list | tuple)
+    return isinstance(parse_if_json(value), list | tuple)
 
 
 def _is_list_of(kind: Callable[[Any], bool], value: Any) -> bool:
-    value = loaded(value)
+    value = parse_if_json(value)
     return isinstance(value, list | tuple) and all(map(kind, value))
 
 

@@ -46,7 +46,9 @@ class Chunk:
     start: int
     split: str
     table: pa.Table
-    apt: pa.Table  # the same under the corpus's `apt_schema`; a row without a conversation may be all null in it
+    scorable: (
+        pa.Table
+    )  # the same under the corpus's `scorable_schema`; a row without a conversation may be all null in it
     files: list[str]
     lines: list[int]
     problems: list[str]
@@ -87,7 +89,7 @@ class Corpus:
 
     n_rows: int
     schema: pa.Schema  # holds every row
-    apt_schema: pa.Schema  # the same columns, with what the rows that have a conversation need
+    scorable_schema: pa.Schema  # the same columns, with what the rows that have a conversation need
     inputs: list[dict[str, Any]]  # {"path", "bytes", "rows", "blake2b"} of each
     parts: list[Part]
     form: RowFormat | None = None
@@ -132,11 +134,11 @@ class Corpus:
             parts.append(Part(source, start, rows, size, marks, opened.split))
             inputs.append({"path": source.name, "bytes": size, "rows": rows, "blake2b": digest.hexdigest()})
             start += rows
-        schema = apt = _schema(parts, shapes.all)
-        if shapes.apt is not shapes.all:
-            apt = _schema(parts, {name: shapes.apt.get(name, Shape()) for name in shapes.all})
-            apt = schema if apt.equals(schema, check_metadata=True) else apt
-        return cls(start, schema, apt, inputs, parts, form)
+        schema = scorable = _schema(parts, shapes.all)
+        if shapes.scorable is not shapes.all:
+            scorable = _schema(parts, {name: shapes.scorable.get(name, Shape()) for name in shapes.all})
+            scorable = schema if scorable.equals(schema, check_metadata=True) else scorable
+        return cls(start, schema, scorable, inputs, parts, form)
 
     @property
     def splits(self) -> list[str]:
@@ -183,7 +185,7 @@ class Corpus:
                 for table in part.source.tables(0, part.rows, None, rows):
                     n = table.num_rows
                     lines = list(range(done + 1, done + n + 1))
-                    both = _conform(table, self.schema), _conform(table, self.apt_schema)
+                    both = _conform(table, self.schema), _conform(table, self.scorable_schema)
                     yield Chunk(part.start + done, part.split, *both, [file] * n, lines, [""] * n, [None] * n)
                     done += n
                 continue
@@ -191,10 +193,12 @@ class Corpus:
                 _, lines, values, problems, raws = (list(column) for column in zip(*batch, strict=True))
                 if not part.source.verbatim:
                     raws = [raw if problem else None for raw, problem in zip(raws, problems, strict=True)]
-                table = apt = to_table(values, self.schema)
-                if self.apt_schema is not self.schema:
-                    apt = to_table([value if _is_apt(value, self.form) else None for value in values], self.apt_schema)
-                yield Chunk(part.start + done, part.split, table, apt, [file] * len(batch), lines, problems, raws)
+                table = scorable = to_table(values, self.schema)
+                if self.scorable_schema is not self.schema:
+                    scorable = to_table(
+                        [value if _is_scorable(value, self.form) else None for value in values], self.scorable_schema
+                    )
+                yield Chunk(part.start + done, part.split, table, scorable, [file] * len(batch), lines, problems, raws)
                 done += len(batch)
 
 
@@ -207,13 +211,13 @@ class _Shapes:
     def __init__(self, form: RowFormat | None) -> None:
         self.form = form
         self.all: dict[str, Shape] = {}
-        self.apt = self.all
+        self.scorable = self.all
 
     def see(self, row: dict[str, Any]) -> None:
-        apt = _is_apt(row, self.form)
-        if not apt and self.apt is self.all:
-            self.apt = copy.deepcopy(self.all)
-        for shapes in [self.all] if self.apt is self.all or not apt else [self.all, self.apt]:
+        scorable = _is_scorable(row, self.form)
+        if not scorable and self.scorable is self.all:
+            self.scorable = copy.deepcopy(self.all)
+        for shapes in [self.all] if self.scorable is self.all or not scorable else [self.all, self.scorable]:
             for name, cell in row.items():
                 shape = shapes.get(name)
                 if shape is None:
@@ -222,7 +226,7 @@ class _Shapes:
                     shape.see(cell)
 
 
-def _is_apt(row: dict[str, Any] | None, form: RowFormat | None) -> bool:
+def _is_scorable(row: dict[str, Any] | None, form: RowFormat | None) -> bool:
     """Can this row have a score?"""
     if row is None or form is None:
         return row is not None
@@ -296,7 +300,7 @@ def _join(chunks: list[Chunk]) -> Chunk:
         chunks[0].start,
         chunks[0].split,
         pa.concat_tables([chunk.table for chunk in chunks]),
-        pa.concat_tables([chunk.apt for chunk in chunks]),
+        pa.concat_tables([chunk.scorable for chunk in chunks]),
         [file for chunk in chunks for file in chunk.files],
         [line for chunk in chunks for line in chunk.lines],
         [problem for chunk in chunks for problem in chunk.problems],

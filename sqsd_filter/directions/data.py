@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sqsd_filter.corpus.addresses import Opener, Source, peek
-from sqsd_filter.corpus.conversation import BAD_JSON, BAD_ROW, TOOLS, Message, RowError, speaks
+from sqsd_filter.corpus.conversation import BAD_JSON, BAD_ROW, TOOLS, Message, RowError, is_supervised
 from sqsd_filter.corpus.repositories import HUB
 from sqsd_filter.corpus.row_formats import Columns, RowFormat
 from sqsd_filter.corpus.sources import Corpus, Row
@@ -138,7 +138,7 @@ def _pair(form: RowFormat, adapter: AdapterRecipe, row: Mapping[str, Any]) -> Ex
 
 def prompt_and_reply(turns: list[Message]) -> tuple[list[Message], list[Message]]:
     """What stands before the first supervised turn, and the rest."""
-    start = next(k for k, turn in enumerate(turns) if speaks(turn))
+    start = next(k for k, turn in enumerate(turns) if is_supervised(turn))
     return turns[:start], turns[start:]
 
 

@@ -195,8 +195,8 @@ def _cosines(
     scorer: SQSDScorer, rows: Mapping[int, Encoded], reasons: Counter[str], progress: Progress
 ) -> dict[int, dict[str, np.ndarray]]:
     """Each row's cosines (p, m) at every state, in the order of the rows; those that fail are left out."""
-    from sqsd_filter.scoring.batching import bins, halving
-    from sqsd_filter.scoring.engine import side_by_side
+    from sqsd_filter.scoring.batching import micro_batches, retry_in_halves
+    from sqsd_filter.scoring.engine import run_parallel
 
     engine, numbers, lock = scorer.engine, list(rows), threading.Lock()
     found: dict[int, dict[str, np.ndarray]] = {}
@@ -212,8 +212,11 @@ def _cosines(
         with lock:
             reasons[FAILED if error else OUT_OF_MEMORY] += 1
 
-    work = [[numbers[m] for m in members] for members in bins([len(e) for e in rows.values()], engine.default_budget)]
-    side_by_side(lambda members: halving(run, members, give_up), work, engine.workers)
+    work = [
+        [numbers[m] for m in members]
+        for members in micro_batches([len(e) for e in rows.values()], engine.default_budget)
+    ]
+    run_parallel(lambda members: retry_in_halves(run, members, give_up), work, engine.workers)
     finite = {k for k, at in found.items() if all(np.isfinite(cos).all() for cos in at.values())}
     reasons.update([NONFINITE] * (len(found) - len(finite)))
     return {k: found[k] for k in numbers if k in finite}

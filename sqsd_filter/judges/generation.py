@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sqsd_filter.errors import InputError, ModelError
-from sqsd_filter.scoring.batching import halving
+from sqsd_filter.scoring.batching import retry_in_halves
 
 # Whatever a model's own generation settings say, an answer is the likeliest token at each step.
 _GREEDY = {
@@ -83,7 +83,7 @@ def reply(
     model.eval()
     try:
         for at in range(0, len(order), batch_size):
-            halving(generate, order[at : at + batch_size], give_up)
+            retry_in_halves(generate, order[at : at + batch_size], give_up)
     finally:
         model.train(training)
     return answers

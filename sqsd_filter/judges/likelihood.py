@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sqsd_filter.scoring.batching import bins, next_tokens
+from sqsd_filter.scoring.batching import micro_batches, next_tokens
 from sqsd_filter.scoring.chat_encoder import Encoded
 
 TOKENS_AT_ONCE = 1024  # padded, in one forward pass with all its logits
@@ -19,7 +19,7 @@ def log_probabilities(model: Any, rows: Sequence[Encoded]) -> np.ndarray:
     """(n,) float64: each row's mean log-probability (nats) of its supervised tokens, given all before them."""
     device = model.get_input_embeddings().weight.device
     means = np.empty(len(rows))
-    for members in bins([len(row) for row in rows], TOKENS_AT_ONCE):
+    for members in micro_batches([len(row) for row in rows], TOKENS_AT_ONCE):
         ids_bt, targets_bt = next_tokens([rows[k] for k in members], device)
         logits_btv = model(input_ids=ids_bt, use_cache=False).logits
         targets_bt = targets_bt.to(logits_btv.device)

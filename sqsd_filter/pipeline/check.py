@@ -262,7 +262,7 @@ def _agreement(a_n: np.ndarray, b_n: np.ndarray) -> float:
 
 def _dropped(scores: Scores, rows: np.ndarray, cut: Cut) -> np.ndarray:
     """Which of all rows are dropped when these (n,) bool are cut: (n,) bool."""
-    dropped: np.ndarray = cut_rows(scores.risk, rows, cut).place == DROPPED
+    dropped: np.ndarray = cut_rows(scores.risk, rows, cut).fate == DROPPED
     return dropped
 
 

@@ -45,7 +45,7 @@ class Outlet:
     """Where a run goes: a place on this disk, and perhaps a target that gets it from there. Where only the target was
     asked for, the place is a stage that is struck in the end."""
 
-    place: Destination
+    destination: Destination
     target: Target | None = None
     stage: Path | None = None
     lock: IO[str] | None = None  # on the stage
@@ -70,8 +70,8 @@ class Outlet:
             stage.mkdir(parents=True, exist_ok=True)
             lock = take_lock(stage / LOCK_FILE, dest)
         folder = Path(dest) if stage is None else stage / "out"
-        place = Destination(folder, lambda root: root / "sqsd", overwrite=overwrite or stage is not None)
-        return cls(place, target, stage, lock)
+        destination = Destination(folder, lambda root: root / "sqsd", overwrite=overwrite or stage is not None)
+        return cls(destination, target, stage, lock)
 
     def spare(self, sources: Iterable[Source]) -> None:
         """Raise `DestinationExists` for a source that would be lost with what is replaced, `UsageError` for a folder
@@ -82,17 +82,17 @@ class Outlet:
                     self.target.spare(root)
                 if self.stage is not None or "://" in root:
                     continue
-                self.place.spare([root])
-                target = self.place.target.resolve()
+                self.destination.spare([root])
+                target = self.destination.target.resolve()
                 if Path(root).is_dir() and target.is_relative_to(Path(root).resolve()):
                     raise UsageError(
-                        f"{self.place.target} lies in the source {root}, and would be read with it the next time: "
-                        "choose a destination outside."
+                        f"{self.destination.target} lies in the source {root}, and would be read with it the next "
+                        "time: choose a destination outside."
                     )
 
     def close(self) -> None:
         """Strike a stage on which there is nothing to go on from, and let others have it."""
-        if self.stage is not None and not self.place.holds_work():
+        if self.stage is not None and not self.destination.holds_work():
             shutil.rmtree(self.stage, ignore_errors=True)
         if self.lock is not None:
             self.lock.close()
@@ -130,7 +130,7 @@ class Job:
 
         Raises `SQSDError` where the disk or the target refuses.
         """
-        place, target, stage = self.outlet.place, self.outlet.target, self.outlet.stage
+        destination, target, stage = self.outlet.destination, self.outlet.target, self.outlet.stage
         try:
             report = target.published(self.published_run) if target is not None else None
             if report is not None and stage is not None:
@@ -148,23 +148,23 @@ class Job:
             ) from problem
         finally:
             self.meter.finish()
-            place.release()
+            destination.release()
 
     def _on_disk(self, work: Callable[[], Made]) -> dict[str, Any]:
-        place = self.outlet.place
-        if place.claim(self.identity):
-            report = {**read_json(place.home / REPORT_FILE), "already_done": True}
+        destination = self.outlet.destination
+        if destination.claim(self.identity):
+            report = {**read_json(destination.home / REPORT_FILE), "already_done": True}
         else:
             report = self._carry_out(work)
-        place.publish()
+        destination.publish()
         return report
 
     def _published(self, target: Target, report: dict[str, Any]) -> dict[str, Any]:
-        run, root = self.published_run, self.outlet.place.root
+        run, root = self.published_run, self.outlet.destination.root
         if target.published(run) is not None:
             return report
         self.meter.start("publishing", None)
-        home = self.outlet.place.home
+        home = self.outlet.destination.home
         names = [*(file["path"] for file in report["files"]), *report["extra_files"]]
         own = [home / RUN_FILE, home / REPORT_FILE, *sorted((home / "scores").glob("[!.]*"))]
         own += [page for name in (PAGE_FILE, NOTES_FILE) if (page := home / name).is_file()]
@@ -182,7 +182,7 @@ class Job:
         try:
             found, notes = work()
             if self.outlet.has_card:
-                write_card(self.outlet.place.root, {**base, **found}, self.originals)
+                write_card(self.outlet.destination.root, {**base, **found}, self.originals)
             self._write_page({**base, **found}, notes)
         except BaseException as problem:
             status = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
@@ -193,7 +193,7 @@ class Job:
 
     def _write_page(self, report: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
         """The rows are all written: a page that can't be is no reason to fail."""
-        home = self.outlet.place.home
+        home = self.outlet.destination.home
         try:
             write_page(home, report, notes)
         except OSError as problem:
@@ -207,5 +207,5 @@ class Job:
         timing |= self.engine.facts() if self.engine else {}
         timing |= {"phases": self.meter.figures()}
         report = {**report, "timing": timing}
-        write_report(self.outlet.place.home / REPORT_FILE, report)
+        write_report(self.outlet.destination.home / REPORT_FILE, report)
         return report

@@ -38,7 +38,7 @@ def summarise(scored: Scored, selection: Selection | None, cut: Cut | None) -> d
     quantiles = np.quantile(risk, [q / 100 for q in QUANTILES]) if len(risk) else []
     rows: dict[str, int] = {"total": scored.corpus.n_rows}
     if selection is not None:
-        rows |= {config: selection.count(place) for config, place in CONFIGS.items()}
+        rows |= {config: selection.count(fate) for config, fate in CONFIGS.items()}
     else:
         rows |= {"errors": int((~scored.scored).sum())}
     found: dict[str, Any] = {

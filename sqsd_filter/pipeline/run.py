@@ -141,7 +141,7 @@ def filter_dataset(
     outlet = _outlet(dest, overwrite, push, product.output)
 
     def finish(scored: Scored, meter: Meter) -> Made:
-        return product.make(scored, outlet.place.root, meter)
+        return product.make(scored, outlet.destination.root, meter)
 
     return _score_and(
         finish,
@@ -194,19 +194,19 @@ def score_dataset(
     dest = Path(dest)
     if dest.suffix != ".parquet":
         raise UsageError(f"Scores are written as parquet: name the file {dest.with_suffix('.parquet')}.")
-    place = Destination(dest, lambda root: root.with_name(root.name + ".sqsd"), overwrite=overwrite)
+    destination = Destination(dest, lambda root: root.with_name(root.name + ".sqsd"), overwrite=overwrite)
 
     def finish(scored: Scored, meter: Meter) -> Made:
         policy.check(scored)
         meter.start("writing", scored.corpus.n_rows)
         notes = Notes(scored, None)
-        written = export_scored(scored, place.root, meter, notes.see)
+        written = export_scored(scored, destination.root, meter, notes.see)
         report = summarise(scored, None, None) | {"to": "parquet"} | written
         return report, notes.found(report)
 
     return _score_and(
         finish,
-        Outlet(place, has_card=False),
+        Outlet(destination, has_card=False),
         {},
         lambda corpus: check_columns(corpus, PARQUET),
         Work(
@@ -233,16 +233,16 @@ def _score_and(
 ) -> dict[str, Any]:
     """Scan and `look_at` what is to be written, score, then `finish`. Returns the report."""
     started, meter, engine = time.time(), Meter(work.progress or Silent()), work.engine or LocalEngine()
-    place = outlet.place
+    destination = outlet.destination
     shared = Folder(work.score_store) if work.score_store else None
     if shared is not None and shared.local is not None:
-        place.keep_out(shared.local)
+        destination.keep_out(shared.local)
     with closing(outlet), closing(Opener(streaming=work.streaming)) as opener:
-        sources = opener.open(place.others(expand(as_list(work.sources))))
+        sources = opener.open(destination.others(expand(as_list(work.sources))))
         outlet.spare(sources)
         scan = Scan(sources, work.columns or work.scorer.columns, work.limit, meter, work.per_group)
         look_at(scan.corpus)
-        scorer = engine.place(work.scorer)
+        scorer = engine.on_its_device(work.scorer)
         identity = {**scan.identity(), "scoring": scorer.settings(), **identity}
         identity |= {} if work.explain is None else {"explain": work.explain}
         explainer = work.scorer.beside(scorer)
@@ -252,11 +252,11 @@ def _score_and(
         job = Job(outlet, identity, meter, work.record or {}, started, facts, engine, _originals(sources))
 
         def carry_out() -> Made:
-            scored = scan.score(place.home, scorer, engine, old_home=place.old_home, shared=shared)
+            scored = scan.score(destination.home, scorer, engine, old_home=destination.old_home, shared=shared)
             report, notes = finish(scored, meter)
             if work.explain is not None:
                 assert isinstance(explainer, SQSDScorer)
-                path = place.home / EXPLAINED_FILE
+                path = destination.home / EXPLAINED_FILE
                 report["explained"] = write_explained(path, scored, explainer, work.explain, meter)
             return report, notes
 
@@ -304,7 +304,7 @@ def select_dataset(
     meter = Meter(progress or Silent())
     outlet = _outlet(dest, overwrite, push, product.output)
     with closing(outlet), closing(Opener(streaming=streaming)) as opener:
-        outlet.place.spare(chain(given, *others))
+        outlet.destination.spare(chain(given, *others))
         earlier = read_earlier(given, opener, per_group, meter, keyed=consensus is not None)
         if consensus is not None:
             how: dict[str, Any] = {"keyed": True, "likely": earlier.form}
@@ -316,7 +316,7 @@ def select_dataset(
         facts = {**earlier.facts, "datasets": _datasets(earlier.sources)}
         identity = {**earlier.identity, **product.identity()}
         job = Job(outlet, identity, meter, record or {}, started, facts, None, _originals(earlier.sources))
-        return job.carry_out(lambda: product.make(earlier.scored, outlet.place.root, meter))
+        return job.carry_out(lambda: product.make(earlier.scored, outlet.destination.root, meter))
 
 
 def _outlet(dest: str | Path, overwrite: bool, push: PushTo | None, output: Output) -> Outlet:

@@ -22,7 +22,7 @@ _FULL = 2048
 _ALIKE = 0.8
 
 
-def bins(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Indices of rows in bins, longest first: rows times the bin's longest length stays within `budget` tokens.
 
     A row longer than the budget is a bin of its own, and a bin that is large enough ends where padding would become
@@ -77,7 +77,7 @@ def is_device_lost(problem: BaseException) -> bool:
     return isinstance(problem, lost) and not is_out_of_memory(problem)
 
 
-def halving(run: Callable[[list[int]], None], rows: list[int], give_up: Callable[[int, str], None]) -> None:
+def retry_in_halves(run: Callable[[list[int]], None], rows: list[int], give_up: Callable[[int, str], None]) -> None:
     """`run(rows)`; where that fails the halves are run instead, and a single row that fails is given up: `give_up` is
     told its error, "" for a lack of memory. Errors that aren't a row's (the device's, `SQSDError`) come through."""
     try:
@@ -95,5 +95,5 @@ def halving(run: Callable[[list[int]], None], rows: list[int], give_up: Callable
         give_up(rows[0], error)
         return
     middle = len(rows) // 2
-    halving(run, rows[:middle], give_up)
-    halving(run, rows[middle:], give_up)
+    retry_in_halves(run, rows[:middle], give_up)
+    retry_in_halves(run, rows[middle:], give_up)

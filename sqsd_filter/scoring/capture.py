@@ -44,18 +44,18 @@ class GroupState:
 
 # What to take from a group's backward pass beside what is contracted, of its projection, x, h, d, e (b, t, …), ‖ΔW‖²
 # (b, r) and the ranks of its modules.
-Also = Callable[
+Collect = Callable[
     [GroupProjection, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int]], Any
 ]
 
 
-class _Now:
+class _ThreadState:
     """What a group is doing for one thread: each thread sits at a state and runs rows of its own."""
 
     def __init__(self) -> None:
         self.shape = (0, 0)  # rows and tokens of the batch
         self.state: GroupState | None = None
-        self.also: Also | None = None
+        self.collect: Collect | None = None
         self.found: tuple[torch.Tensor, torch.Tensor] | None = None  # what the last backward pass contracted
         self.kept: Any = None  # and what it took besides
         self.x: torch.Tensor | None = None
@@ -79,10 +79,10 @@ class LinearGroup:
         self._threads = threading.local()
 
     @property
-    def now(self) -> _Now:
-        now: _Now | None = getattr(self._threads, "now", None)
+    def now(self) -> _ThreadState:
+        now: _ThreadState | None = getattr(self._threads, "now", None)
         if now is None:
-            now = self._threads.now = _Now()
+            now = self._threads.now = _ThreadState()
         return now
 
     def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
@@ -141,9 +141,9 @@ class _GroupFunction(torch.autograd.Function):
                 x, h = ctx.saved_tensors
                 x, h, d, e = (_by_row(v, ctx.now.shape) for v in (x, h, d, e))
                 ctx.now.found = contract(state.projection, x, h, d, e)
-                if ctx.now.also is not None:
+                if ctx.now.collect is not None:
                     ranks = [r for r in state.ranks if r]
-                    ctx.now.kept = ctx.now.also(state.projection, x, h, d, e, ctx.now.found[1], ranks)
+                    ctx.now.kept = ctx.now.collect(state.projection, x, h, d, e, ctx.now.found[1], ranks)
         return dx, None
 
 
@@ -194,12 +194,12 @@ class Capture:
             if rank
         ]
 
-    def use(self, key: Any, shape: tuple[int, int], *, also: Also | None = None) -> None:
+    def use(self, key: Any, shape: tuple[int, int], *, collect: Collect | None = None) -> None:
         """Sit at a state: this thread's next forward pass, of so many rows and tokens, runs there. Its backward pass
-        keeps what `also` takes."""
+        keeps what `collect` takes."""
         for group in self.groups:
             group.reset()
-            group.now.shape, group.now.also = shape, also
+            group.now.shape, group.now.collect = shape, collect
             group.now.state = self._states[key].get(id(group))
 
     def towards(self, key: Any, gradients: Sequence[Mapping[int, tuple[torch.Tensor, torch.Tensor]]]) -> None:
@@ -233,7 +233,7 @@ class Capture:
         return dots, norms2, norms
 
     def kept(self) -> dict[int, Any]:
-        """What `also` took, by the group's number; ask before `products`, which forgets it."""
+        """What `collect` took, by the group's number; ask before `products`, which forgets it."""
         return {number: g.now.kept for number, g in enumerate(self.groups) if g.now.kept is not None}
 
     def token_parts(self) -> torch.Tensor:

@@ -20,7 +20,7 @@ from sqsd_filter.corpus.conversation import (
     TOOLS,
     Message,
     RowError,
-    speaks,
+    is_supervised,
 )
 from sqsd_filter.errors import ModelError
 
@@ -71,7 +71,7 @@ class ChatTemplate:
             raise RowError(BAD_ROW, "a turn's content is not text")
         if self.calls is None:
             turns = [{name: value for name, value in t.items() if name != "tool_calls"} for t in turns]
-        last = max((k for k, t in enumerate(turns) if speaks(t)), default=None)
+        last = max((k for k, t in enumerate(turns) if is_supervised(t)), default=None)
         if last is None:
             raise RowError(NO_ANSWER, "no assistant turn has text")
         _something_before(turns, last)
@@ -116,7 +116,7 @@ class ChatTemplate:
 
     def _locate(self, turns: Sequence[Message], text: str, *, asks: bool = False) -> list[tuple[int, int, str]]:
         """Where the answers stand in `text`, which is these turns rendered, and what ends each of their turns there."""
-        answers = [k for k, t in enumerate(turns) if speaks(t)]
+        answers = [k for k, t in enumerate(turns) if is_supervised(t)]
         if not answers:
             return []
         salt = next(n for n in count() if _mark(0, n)[-9:] not in text)

@@ -14,7 +14,7 @@ import torch
 from sqsd_filter.errors import ModelError, SQSDError
 from sqsd_filter.scoring.adapters import load_adapter, probe_modules
 from sqsd_filter.scoring.batching import default_budget, next_tokens
-from sqsd_filter.scoring.capture import Also, Capture
+from sqsd_filter.scoring.capture import Capture, Collect
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.models import load_model
 from sqsd_filter.scoring.placement import thread_pool
@@ -153,13 +153,13 @@ def _loss_gradient(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> torch.Te
     return error_nv.to(logits_nv.dtype)
 
 
-def side_by_side(run: Callable[[list[int]], None], bins: Iterable[list[int]], workers: int) -> None:
+def run_parallel(run: Callable[[list[int]], None], batches: Iterable[list[int]], workers: int) -> None:
     """`run` every bin, so many at a time; on a CPU each in a single thread, whatever torch is set to outside.
 
     The first error ends it, once the bins that are running are done.
     """
     if workers == 0:
-        for members in bins:
+        for members in batches:
             run(members)
         return
     outside = torch.get_num_threads()
@@ -167,7 +167,7 @@ def side_by_side(run: Callable[[list[int]], None], bins: Iterable[list[int]], wo
     try:
         with thread_pool(workers, partial(torch.set_num_threads, 1)) as pool:
             try:
-                for future in [pool.submit(run, members) for members in bins]:
+                for future in [pool.submit(run, members) for members in batches]:
                     future.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
@@ -232,7 +232,7 @@ class ModelEngine:
         raise NotImplementedError
 
 
-class Engine(ModelEngine):
+class SQSDModel(ModelEngine):
     """A loaded model at the pack's states."""
 
     def __init__(self, model: Any, scorer: BatchedScorer) -> None:
@@ -278,7 +278,7 @@ class Engine(ModelEngine):
         """What a row's value of each probe is the sum of, taken apart in two ways: the cosine of each of its modules
         (m,), as `probe_modules` has them, and what each position adds (t,), of all tokens up to the last but one."""
         found = {}
-        for at in self._passes([row], also=by_token):
+        for at in self._passes([row], collect=by_token):
             parts_btp = self.capture.token_parts()
             found[at] = self.capture.cosines(), parts_btp.double().cpu().numpy()
         return [
@@ -286,11 +286,11 @@ class Engine(ModelEngine):
             for k, p in enumerate(self.probes)
         ]
 
-    def _passes(self, rows: Sequence[Encoded], *, also: Also | None = None) -> Iterator[tuple[str, float | None]]:
+    def _passes(self, rows: Sequence[Encoded], *, collect: Collect | None = None) -> Iterator[tuple[str, float | None]]:
         """Each pass of the probes, when its backward is done."""
         ids_bt, targets_bt = next_tokens(rows, self.gradient.device)
         for at in self.passes:
-            self.capture.use(at, (ids_bt.shape[0], ids_bt.shape[1]), also=also)
+            self.capture.use(at, (ids_bt.shape[0], ids_bt.shape[1]), collect=collect)
             self.gradient.backward(ids_bt, targets_bt)
             yield at
 

@@ -34,12 +34,12 @@ def explain(scorer: SQSDScorer, turns: Sequence[Message]) -> dict[str, Any]:
     and `module_types` (a module's name behind its layer's number) have all modules, `modules` the `TOP` that add most;
     `prompt` and `answer` have all positions, `tokens` those of the answers, one by one with their text.
     """
-    from sqsd_filter.scoring.engine import side_by_side
+    from sqsd_filter.scoring.engine import run_parallel
 
     engine, (row,) = scorer.engine, scorer.encoder.encode([turns])
     assert isinstance(row, Encoded)
     found: list[tuple[np.ndarray, np.ndarray]] = []
-    side_by_side(lambda _: found.extend(engine.parts(row)), [[0]], min(1, engine.workers))  # in one thread, as bins are
+    run_parallel(lambda _: found.extend(engine.parts(row)), [[0]], min(1, engine.workers))  # in one thread, as bins are
     weights = np.array([probe.weight for probe in engine.probes])
     modules = list(dict.fromkeys(chain(*engine.probe_modules.values())))
     by_module = np.zeros((len(modules), len(weights)))
@@ -60,7 +60,7 @@ def explain(scorer: SQSDScorer, turns: Sequence[Message]) -> dict[str, Any]:
         groups = [{what: key, **told(by_module[[k == key for k in keys]])} for key in dict.fromkeys(keys)]
         return sorted(groups, key=lambda group: -group["risk"])
 
-    places = [place(module) for module in modules]
+    places = [layer_and_type(module) for module in modules]
     return {
         "total": told(by_module),
         "layers": grouped("layer", [layer for layer, _ in places]),
@@ -72,7 +72,7 @@ def explain(scorer: SQSDScorer, turns: Sequence[Message]) -> dict[str, Any]:
     }
 
 
-def place(module: str) -> tuple[int | None, str]:
+def layer_and_type(module: str) -> tuple[int | None, str]:
     """The number of a module's layer, None outside of all, and the module's name within it."""
     found = re.search(r"\.(\d+)\.", module)
     return (int(found[1]), module[found.end() :]) if found else (None, module)

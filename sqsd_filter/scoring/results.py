@@ -13,7 +13,7 @@ from sqsd_filter.corpus.conversation import NONFINITE, SCORED, RowError
 from sqsd_filter.scoring.chat_encoder import Encoded
 
 
-class Watch:
+class ScoringCallbacks:
     """Told of the work while it goes on, by row numbers of the call. The default looks away."""
 
     apart: frozenset[int] = frozenset()  # rows to score one by one after the others
@@ -56,7 +56,7 @@ class Scores:
 class Results:
     """Where the scores of one call are gathered, from any thread."""
 
-    def __init__(self, encoded: Sequence[Encoded | RowError], values: Sequence[str], watch: Watch) -> None:
+    def __init__(self, encoded: Sequence[Encoded | RowError], values: Sequence[str], watch: ScoringCallbacks) -> None:
         n = len(encoded)
         self.watch = watch
         self.probes = {name: np.full(n, np.nan) for name in values}

@@ -21,7 +21,7 @@ from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
 from sqsd_filter.scoring.fingerprint import State
 from sqsd_filter.scoring.pack import Pack, load_pack
 from sqsd_filter.scoring.placement import check_device, choose_device, limit_threads, sound
-from sqsd_filter.scoring.results import Results, Scores, Watch
+from sqsd_filter.scoring.results import Results, Scores, ScoringCallbacks
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -129,14 +129,14 @@ class Scorer:
             "max_length": self.max_length,
         }
 
-    def score(self, conversations: Sequence[Sequence[Message]], watch: Watch | None = None) -> Scores:
+    def score(self, conversations: Sequence[Sequence[Message]], watch: ScoringCallbacks | None = None) -> Scores:
         """Score conversations (lists of turns as `conversation` describes them), telling `watch` as it goes.
 
         A row that can't be scored gets a status, never an exception. Raises `ModelError` when the model can't be
         loaded or isn't one that can be scored with.
         """
         encoded = self.encoder.encode(conversations)
-        results = Results(encoded, self.values, watch or Watch())
+        results = Results(encoded, self.values, watch or ScoringCallbacks())
         if results.rows:
             self._score(results.rows, results)
         risk = np.sum([weight * results.probes[name] for name, weight in self.weights.items()], axis=0)
@@ -239,8 +239,8 @@ class BatchedScorer(Scorer):
         return super().settings() | named | ({"attention": self.attention} if self.attention else {})
 
     def _score(self, rows: Mapping[int, Encoded], results: Results) -> None:
-        from sqsd_filter.scoring.batching import bins, halving
-        from sqsd_filter.scoring.engine import side_by_side
+        from sqsd_filter.scoring.batching import micro_batches, retry_in_halves
+        from sqsd_filter.scoring.engine import run_parallel
 
         engine, watch = self.engine, results.watch
 
@@ -259,15 +259,15 @@ class BatchedScorer(Scorer):
         numbers = list(rows)
         work = [
             [numbers[m] for m in members]
-            for members in bins([len(e) for e in rows.values()], self.token_budget or engine.default_budget)
+            for members in micro_batches([len(e) for e in rows.values()], self.token_budget or engine.default_budget)
         ]
         together = [members for members in work if watch.apart.isdisjoint(members)]
         alone = [[k] for members in work if not watch.apart.isdisjoint(members) for k in members]
-        side_by_side(lambda members: halving(run, members, give_up), together, engine.workers)
+        run_parallel(lambda members: retry_in_halves(run, members, give_up), together, engine.workers)
         for (k,) in [row for row in alone if row[0] in watch.given_up]:
             results.failed(k, CRASHED, "the process that scored it died, again and again")
         rest = [row for row in alone if row[0] not in watch.given_up]
-        side_by_side(lambda row: halving(run, row, give_up), rest, min(1, engine.workers))
+        run_parallel(lambda row: retry_in_halves(run, row, give_up), rest, min(1, engine.workers))
 
     def on_device(self, device: str, *, gpus: float = 1.0) -> Self:
         """The same scorer for a device that may be another process's: for a share of a GPU, or with the model laid over
@@ -341,9 +341,9 @@ class SQSDScorer(BatchedScorer):
         return len({p.at for p in self.pack.probes})
 
     def _load(self) -> Any:
-        from sqsd_filter.scoring.engine import Engine
+        from sqsd_filter.scoring.engine import SQSDModel
 
-        engine = Engine.load(self)
+        engine = SQSDModel.load(self)
         self._modules = engine.probe_modules  # from now on the pack's files are not needed
         return engine
 

@@ -73,7 +73,7 @@ def exact(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def loaded(corpus: Corpus, folder: Path) -> list[dict[str, Any]]:
+def parse_if_json(corpus: Corpus, folder: Path) -> list[dict[str, Any]]:
     """What `load_dataset` makes of the corpus's chunks as parquet, JSON text decoded by its mark."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -367,7 +367,7 @@ def test_a_column_gets_the_type_that_datasets_reads_back_exactly(column: list[An
     corpus = open_corpus([write(tmp_path / "a.jsonl", jsonl(rows))])
     field = corpus.schema.field("x")
     assert is_json_text(field) if kind == "JSON text" else field.type == kind
-    back = [row["x"] for row in loaded(corpus, tmp_path / "out")]
+    back = [row["x"] for row in parse_if_json(corpus, tmp_path / "out")]
     if kind == pa.float64():
         assert repr(back) == repr([None if value is None else float(value) for value in column])
     else:
@@ -382,7 +382,7 @@ def test_deep_nesting_survives_the_depth_limit_of_parquet(tmp_path: Path) -> Non
     for level in range(190):
         value = [value] if level % 2 else {"k": value}
     corpus = open_corpus([write(tmp_path / "a.jsonl", jsonl([{"x": value}]))])
-    assert exact(loaded(corpus, tmp_path / "out")) == exact([{"x": value}])
+    assert exact(parse_if_json(corpus, tmp_path / "out")) == exact([{"x": value}])
 
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
@@ -403,7 +403,7 @@ def test_any_json_rows_come_back_from_datasets_as_they_were(rows: list[dict[str,
     assert exact(values(corpus)) == exact(rows)
     if corpus.schema.names:
         expected = [{name: row.get(name) for name in corpus.schema.names} for row in rows]
-        assert exact(loaded(corpus, tmp_path / "out")) == exact(expected)
+        assert exact(parse_if_json(corpus, tmp_path / "out")) == exact(expected)
 
 
 FEATURES = datasets.Features(
@@ -570,7 +570,7 @@ def test_a_label_column_that_meets_plain_numbers_loses_only_its_names(tmp_path: 
         [str(tmp_path / "a.parquet"), write(tmp_path / "b.jsonl", b'{"label": 0, "x": 1}\n{"x": [0.3]}')]
     )
     assert datasets.Features.from_arrow_schema(corpus.schema)["label"] == datasets.Value("int64")
-    assert loaded(corpus, tmp_path / "out") == [
+    assert parse_if_json(corpus, tmp_path / "out") == [
         {"label": 1, "x": {"a": 1}},
         {"label": 0, "x": 1},
         {"label": None, "x": [0.3]},

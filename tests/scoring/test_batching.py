@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sqsd_filter.errors import ModelError
-from sqsd_filter.scoring.batching import bins, default_budget, halving, is_out_of_memory
+from sqsd_filter.scoring.batching import default_budget, is_out_of_memory, micro_batches, retry_in_halves
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.engine import _room
-from sqsd_filter.scoring.results import Watch
+from sqsd_filter.scoring.results import ScoringCallbacks
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.tiny import CONVERSATIONS
 
@@ -28,24 +28,24 @@ budgets = st.integers(1, 9000)
 
 @given(lengths_of_rows, budgets)
 def test_every_row_is_in_exactly_one_bin(lengths: list[int], budget: int) -> None:
-    assert sorted(k for found in bins(lengths, budget) for k in found) == list(range(len(lengths)))
+    assert sorted(k for found in micro_batches(lengths, budget) for k in found) == list(range(len(lengths)))
 
 
 @given(lengths_of_rows, budgets)
 def test_padded_bins_hold_the_budget_unless_a_row_alone_exceeds_it(lengths: list[int], budget: int) -> None:
-    for found in bins(lengths, budget):
+    for found in micro_batches(lengths, budget):
         assert len(found) == 1 or len(found) * max(lengths[k] for k in found) <= budget
 
 
 @given(lengths_of_rows, budgets)
 def test_bins_run_from_the_longest_row_to_the_shortest(lengths: list[int], budget: int) -> None:
-    order = [k for found in bins(lengths, budget) for k in found]
+    order = [k for found in micro_batches(lengths, budget) for k in found]
     assert order == sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))
 
 
 @given(lengths_of_rows, budgets)
 def test_no_bin_could_take_the_next_row(lengths: list[int], budget: int) -> None:
-    found = list(bins(lengths, budget))
+    found = list(micro_batches(lengths, budget))
     for here, after in pairwise(found):
         longest, following = lengths[here[0]], lengths[after[0]]
         full = len(here) * longest >= 2048 and following < 0.8 * longest
@@ -54,7 +54,7 @@ def test_no_bin_could_take_the_next_row(lengths: list[int], budget: int) -> None
 
 @given(lengths_of_rows, budgets)
 def test_padding_is_bounded_whatever_the_budget(lengths: list[int], budget: int) -> None:
-    for found in bins(lengths, budget):
+    for found in micro_batches(lengths, budget):
         longest = lengths[found[0]]
         padding = sum(longest - lengths[k] for k in found)
         assert padding <= 2048 + longest + 0.2 * longest * len(found)
@@ -62,7 +62,7 @@ def test_padding_is_bounded_whatever_the_budget(lengths: list[int], budget: int)
 
 @given(lengths_of_rows, budgets)
 def test_the_same_rows_give_the_same_bins(lengths: list[int], budget: int) -> None:
-    assert list(bins(lengths, budget)) == list(bins(tuple(lengths), budget))
+    assert list(micro_batches(lengths, budget)) == list(micro_batches(tuple(lengths), budget))
 
 
 def test_the_budget_of_a_gpu_grows_with_its_free_memory_within_bounds() -> None:
@@ -129,13 +129,13 @@ class Device:
 @pytest.mark.parametrize("fits", [1, 2, 3, 7, 8])
 def test_what_does_not_fit_is_halved_until_it_does(fits: int, fail: Failure) -> None:
     device = Device(fits, fail)
-    halving(device.run, list(range(7)), device.give_up)
+    retry_in_halves(device.run, list(range(7)), device.give_up)
     assert (device.done, device.given_up) == (list(range(7)), [])
 
 
 def test_only_the_row_that_does_not_fit_alone_is_given_up() -> None:
     device = Device(4, no_memory, too_large=[2])
-    halving(device.run, list(range(6)), device.give_up)
+    retry_in_halves(device.run, list(range(6)), device.give_up)
     assert (device.done, device.given_up) == ([0, 1, 3, 4, 5], [2])
 
 
@@ -144,7 +144,7 @@ def test_a_row_that_makes_the_model_fail_is_given_up_with_its_error() -> None:
         raise ValueError("odd row")
 
     device = Device(8, fail, too_large=[4])
-    halving(device.run, list(range(6)), device.give_up)
+    retry_in_halves(device.run, list(range(6)), device.give_up)
     assert (sorted(device.done), device.given_up) == ([0, 1, 2, 3, 5], [4])
     assert device.errors == ["ValueError: odd row"]
 
@@ -160,7 +160,7 @@ def test_an_error_that_is_no_rows_comes_through_at_once(problem: BaseException) 
         raise problem
 
     with pytest.raises(type(problem)):
-        halving(run, [1, 2, 3], lambda row, error: None)
+        retry_in_halves(run, [1, 2, 3], lambda row, error: None)
     assert calls == [[1, 2, 3]]
 
 
@@ -185,7 +185,7 @@ def test_a_scorer_short_of_memory_scores_every_row_the_same(tiny_pack: Path, mon
     short_of_memory(scorer, monkeypatch, lambda rows: len(rows) <= 2)
     counted = []
 
-    class Counting(Watch):
+    class Counting(ScoringCallbacks):
         def done(self, rows: int, tokens: int) -> None:
             counted.append((rows, tokens))
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqsd_filter.corpus.conversation import Message, RowError, speaks
+from sqsd_filter.corpus.conversation import Message, RowError, is_supervised
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
 from tests.scoring.styles import QWEN3, STYLES, Style, encode, status, supervised, text_of, texts
 from tests.tiny import CHATML, chat, make_tokenizer
@@ -162,7 +162,7 @@ def expected(name: str, turns: list[Message]) -> list[str]:
         if "tool_calls" in turn
         else (turn["content"].strip() if style.trims else turn["content"]) + style.end
         for turn in turns
-        if speaks(turn)
+        if is_supervised(turn)
     ]
 
 

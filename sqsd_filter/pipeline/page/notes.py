@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sqsd_filter.corpus.conversation import Message, RowError, speaks
+from sqsd_filter.corpus.conversation import Message, RowError, is_supervised
 from sqsd_filter.corpus.json_schema import to_rows
 from sqsd_filter.corpus.row_formats import Columns, RowFormat
 from sqsd_filter.corpus.sources import Chunk
@@ -17,7 +17,7 @@ from sqsd_filter.errors import SQSDError
 from sqsd_filter.pipeline.scores.scored import SCORE_PREFIX, PerModule, Scored
 from sqsd_filter.pipeline.selecting.selection import DROPPED, KEPT, Selection
 from sqsd_filter.pipeline.writing.histogram import BLOCK, count_bars
-from sqsd_filter.scoring.explain import place as place_of
+from sqsd_filter.scoring.explain import layer_and_type
 from sqsd_filter.statistics import spearman
 
 MOST_ROWS = 50  # of the riskiest
@@ -36,7 +36,7 @@ class Notes:
     def __init__(self, scored: Scored, selection: Selection | None) -> None:
         """Without a selection no row is dropped."""
         self.scored = scored
-        self.place = np.full(len(scored.risk), KEPT, np.uint8) if selection is None else selection.place
+        self.fate = np.full(len(scored.risk), KEPT, np.uint8) if selection is None else selection.fate
         self._riskiest = scored.riskiest(MOST_ROWS)
         self._measured = _some(np.flatnonzero(scored.scored))
         of = {status: scored.codes == scored.statuses.index(status) for status in scored.reasons()}
@@ -76,13 +76,13 @@ class Notes:
         scored = self.scored
         probes = {name: values[self._riskiest].tolist() for name, values in scored.probes.items()}
         return {
-            "histogram": count_bars(scored.risk, scored.scored, self.place, report),
+            "histogram": count_bars(scored.risk, scored.scored, self.fate, report),
             "lengths": self._by_length(),
             "riskiest": [
                 {
                     **self._shown[row],
                     "risk": float(scored.risk[row]),
-                    "dropped": bool(self.place[row] == DROPPED),
+                    "dropped": bool(self.fate[row] == DROPPED),
                     "probes": {name: values[k] for name, values in probes.items()},
                 }
                 for k, row in enumerate(self._riskiest)
@@ -98,7 +98,7 @@ class Notes:
             return None
         risk, length = self.scored.risk[measured], np.array([self._lengths[row] for row in measured])
         few = slice(None, None, -(-len(measured) // MOST_POINTS))
-        dropped = self.place[measured] == DROPPED
+        dropped = self.fate[measured] == DROPPED
         points = zip(length[few].tolist(), risk[few].tolist(), dropped[few].tolist(), strict=True)
         bands = np.array_split(np.argsort(length, kind="stable"), min(BANDS, max(1, len(measured) // BANDS)))
         return {
@@ -116,7 +116,7 @@ class Notes:
             total += modules.cosines[block].sum(axis=0, dtype=np.float64, where=scored[block, None])
         means = {"all": total / max(1, scored.sum())}
         means["riskiest"] = modules.cosines[self._riskiest].sum(axis=0, dtype=np.float64) / max(1, len(self._riskiest))
-        return {"places": [place_of(name) for name in modules.names], **{k: m.tolist() for k, m in means.items()}}
+        return {"places": [layer_and_type(name) for name in modules.names], **{k: m.tolist() for k, m in means.items()}}
 
 
 def _some(rows: np.ndarray) -> np.ndarray:
@@ -154,12 +154,12 @@ def _origin(chunk: Chunk, row: int) -> dict[str, Any]:
 
 def _answer(turns: Sequence[Message]) -> str:
     """All that is supervised."""
-    return "\n\n".join(_said(turn) for turn in turns if speaks(turn))
+    return "\n\n".join(_said(turn) for turn in turns if is_supervised(turn))
 
 
 def _prompt(turns: Sequence[Message]) -> str:
     """All else that is said; by whom, where it is more than one turn."""
-    others = [turn for turn in turns if not speaks(turn) and isinstance(turn["content"], str)]
+    others = [turn for turn in turns if not is_supervised(turn) and isinstance(turn["content"], str)]
     return "\n\n".join(_said(turn) if len(others) == 1 else f"{turn['role']}: {_said(turn)}" for turn in others)
 
 

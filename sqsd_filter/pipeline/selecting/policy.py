@@ -52,9 +52,9 @@ class Policy:
         """The selection with rows that have no score where they are to go."""
         if self.on_error != "keep":
             return selection
-        place = selection.place.copy()
-        unreadable = np.zeros(len(place), dtype=bool)  # a line that can't be read can't be kept as a row
+        fate = selection.fate.copy()
+        unreadable = np.zeros(len(fate), dtype=bool)  # a line that can't be read can't be kept as a row
         if BAD_JSON in scored.statuses:
             unreadable = scored.codes == scored.statuses.index(BAD_JSON)
-        place[(place == ERROR) & ~unreadable] = KEPT
-        return replace(selection, place=place)
+        fate[(fate == ERROR) & ~unreadable] = KEPT
+        return replace(selection, fate=fate)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 D = TypeVar("D", "Dataset", "DatasetDict", "IterableDataset", "IterableDatasetDict")
 COLUMNS = ("sqsd_risk", "sqsd_status")
-PLACES = (KEPT, DROPPED, ERROR)
+FATES = (KEPT, DROPPED, ERROR)
 
 
 def select(
@@ -53,7 +53,7 @@ def select(
     splits: list[Any] = list(dataset.values())
     parts = _cut(splits, cut) if together else [_cut([split], cut)[0] for split in splits]
     kept, dropped, errors = (
-        type(dataset)({name: part[place] for name, part in zip(dataset, parts, strict=True)}) for place in PLACES
+        type(dataset)({name: part[fate] for name, part in zip(dataset, parts, strict=True)}) for fate in FATES
     )
     return kept, dropped, errors
 
@@ -66,18 +66,18 @@ def _cut(splits: Sequence[Any], cut: Cut) -> list[tuple[Any, Any, Any]]:
         if not isinstance(split, Dataset | IterableDataset):
             raise UsageError(f"select cuts what datasets has loaded, not {type(split).__name__}.")
     if cut.kind == "max_risk" and all(isinstance(split, IterableDataset) for split in splits):
-        return [_sieved(split, cut) for split in splits]  # each row's place is its own
+        return [_sieved(split, cut) for split in splits]  # each row's fate is its own
     tables = [stored(split, _check) if isinstance(split, IterableDataset) else split for split in splits]
     risks = [_risks_of(table) for table in tables]
     places = cut_rows(
         np.concatenate([np.zeros(0), *(risk for risk, _ in risks)]),
         np.concatenate([np.zeros(0, dtype=bool), *(scored for _, scored in risks)]),
         cut,
-    ).place
+    ).fate
     parts, start = [], 0
     for split, table in zip(splits, tables, strict=True):
         here = places[start : start + len(table)]
-        kept, dropped, errors = (table.select(np.flatnonzero(here == place)) for place in PLACES)
+        kept, dropped, errors = (table.select(np.flatnonzero(here == fate)) for fate in FATES)
         if table is not split:
             kept, dropped, errors = (_streamed(part, format_of(split)) for part in (kept, dropped, errors))
         parts.append((kept, dropped, errors))
@@ -88,15 +88,15 @@ def _cut(splits: Sequence[Any], cut: Cut) -> list[tuple[Any, Any, Any]]:
 def _sieved(stream: IterableDataset, cut: Cut) -> tuple[Any, Any, Any]:
     """The parts of a stream as streams."""
     bare = as_it_is(stream).cast(None)  # `filter` would encode and decode what has types; a tensor's risk is rounded
-    parts = [bare.filter(partial(_falls, place, cut), batched=True) for place in PLACES]
+    parts = [bare.filter(partial(_falls, fate, cut), batched=True) for fate in FATES]
     kept, dropped, errors = (with_types_of(stream, part) for part in parts)
     return kept, dropped, errors
 
 
-def _falls(place: int, cut: Cut, batch: pa.Table | Mapping[str, list[Any]]) -> list[bool]:
+def _falls(fate: int, cut: Cut, batch: pa.Table | Mapping[str, list[Any]]) -> list[bool]:
     names = batch.column_names if isinstance(batch, pa.Table) else batch
     _check(names)
-    falls: list[bool] = (cut_rows(*_risks(batch), cut).place == place).tolist()
+    falls: list[bool] = (cut_rows(*_risks(batch), cut).fate == fate).tolist()
     return falls
 
 

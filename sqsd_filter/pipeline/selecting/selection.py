@@ -160,16 +160,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Selection:
-    """`place` (n,) is KEPT, DROPPED or ERROR for each row, and `weights` (n,) in [0, 1], NaN for a row without score,
+    """`fate` (n,) is KEPT, DROPPED or ERROR for each row, and `weights` (n,) in [0, 1], NaN for a row without score,
     if they were asked for; `spared` of the rows that the cut would drop are not, since a group would be emptied."""
 
-    place: np.ndarray
+    fate: np.ndarray
     pieces: list[Piece]
     spared: int = 0
     weights: np.ndarray | None = None
 
-    def count(self, place: int) -> int:
-        return int((self.place == place).sum())
+    def count(self, fate: int) -> int:
+        return int((self.fate == fate).sum())
 
     @property
     def threshold(self) -> float | None:
@@ -190,8 +190,8 @@ def cut_rows(
     Each of `splits` is cut on its own. `groups` share a cut as `apportion` says, and each keeps a row unless all rows
     are to be dropped.
     """
-    place = np.full(len(risk), ERROR, dtype=np.uint8)
-    place[scored] = KEPT
+    fate = np.full(len(risk), ERROR, dtype=np.uint8)
+    fate[scored] = KEPT
     weights = np.full(len(risk), np.nan) if cut.weights else None
     pieces, spared = [], 0
     for within, inside in _apart("split", splits, np.flatnonzero(scored)):
@@ -202,12 +202,12 @@ def cut_rows(
         spared += k - sum(shares)
         for (key, rows, values), share in zip(parts, shares, strict=True):
             if weights is None:
-                pieces.append(_drop(place, key, rows, values, share))
+                pieces.append(_drop(fate, key, rows, values, share))
             else:
                 threshold = cut.threshold(values, share)
                 weights[rows], scale = weigh(values, threshold)
                 pieces.append(Piece(key, len(rows), 0, threshold, 0, scale, float(weights[rows].sum())))
-    return Selection(place, pieces, spared, weights)
+    return Selection(fate, pieces, spared, weights)
 
 
 def _apart(name: str, groups: Groups | None, rows: np.ndarray) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
@@ -219,7 +219,7 @@ def _apart(name: str, groups: Groups | None, rows: np.ndarray) -> Iterator[tuple
         yield {name: value}, members
 
 
-def _drop(place: np.ndarray, key: dict[str, Any], rows: np.ndarray, risk: np.ndarray, k: int) -> Piece:
+def _drop(fate: np.ndarray, key: dict[str, Any], rows: np.ndarray, risk: np.ndarray, k: int) -> Piece:
     """Mark the k riskiest of these rows (n,), ascending, with these risks (n,)."""
     if k == 0:
         return Piece(key, len(rows), 0, None, 0)
@@ -227,8 +227,8 @@ def _drop(place: np.ndarray, key: dict[str, Any], rows: np.ndarray, risk: np.nda
     above = risk > threshold
     level = rows[risk == threshold]
     chosen = k - int(above.sum())
-    place[rows[above]] = DROPPED
-    place[level[:chosen]] = DROPPED
+    fate[rows[above]] = DROPPED
+    fate[level[:chosen]] = DROPPED
     return Piece(key, len(rows), k, threshold, len(level) - chosen)
 
 

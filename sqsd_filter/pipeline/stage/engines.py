@@ -14,7 +14,7 @@ from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import UsageError
 from sqsd_filter.pipeline.stage.shards import Shard, score_shard
 from sqsd_filter.progress import Progress
-from sqsd_filter.scoring.results import Scores, Watch
+from sqsd_filter.scoring.results import Scores, ScoringCallbacks
 from sqsd_filter.scoring.scorer import BatchedScorer
 
 ENGINES = ("auto", "local", "ray")
@@ -24,7 +24,7 @@ ScoredShard = tuple[Shard, list[bytes], Scores]
 class Engine(Protocol):
     """Scores shards, in any order; each comes back once."""
 
-    def place(self, scorer: BatchedScorer) -> BatchedScorer:
+    def on_its_device(self, scorer: BatchedScorer) -> BatchedScorer:
         """The scorer for the devices that this engine has. Raises `UsageError` where they can't be used."""
 
     def score(
@@ -42,7 +42,7 @@ class Engine(Protocol):
 class LocalEngine:
     """In this process, shard after shard."""
 
-    def place(self, scorer: BatchedScorer) -> BatchedScorer:
+    def on_its_device(self, scorer: BatchedScorer) -> BatchedScorer:
         scorer.check_device()
         return scorer
 
@@ -60,7 +60,7 @@ class LocalEngine:
         pass
 
 
-class Telling(Watch):
+class Telling(ScoringCallbacks):
     """Hands on to a `Progress`."""
 
     def __init__(self, progress: Progress) -> None:

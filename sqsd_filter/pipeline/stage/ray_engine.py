@@ -79,7 +79,7 @@ class RayEngine:
     `gpus_per_replica` GPUs (a share, or several with the model spread over them) or, on CPUs, `threads` threads.
 
     Uses the session that is there, else the cluster at `address`, else one of its own, which `close` shuts down.
-    `place` raises `SQSDError` when the cluster can't be reached or lacks the GPUs.
+    `on_its_device` raises `SQSDError` when the cluster can't be reached or lacks the GPUs.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class RayEngine:
         self._ours = False
         self._state: dict[str, int] = {}
 
-    def place(self, scorer: BatchedScorer) -> BatchedScorer:
+    def on_its_device(self, scorer: BatchedScorer) -> BatchedScorer:
         if not ray.is_initialized():
             self._ours = True
             _connect(self.address)

@@ -26,7 +26,7 @@ import sqsd_filter.errors as errors
 from sqsd_filter.corpus.conversation import conversation_key
 from sqsd_filter.errors import ModelError, SQSDError
 from sqsd_filter.scoring.pack import ADAPTER_FILES, PACK_FILE, PACKS_DIR, Pack, load_pack
-from sqsd_filter.scoring.results import Scores, Watch
+from sqsd_filter.scoring.results import Scores, ScoringCallbacks
 from sqsd_filter.scoring.scorer import BatchedScorer
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class Replica:
         return _to_table(shard, [conversation_key(t) for t in turns], scores, problem)
 
 
-class _Reporting(Watch):
+class _Reporting(ScoringCallbacks):
     def __init__(self, ledger: Any, replica: str, shard: int) -> None:
         self.ledger, self.replica, self.shard = ledger, replica, shard
         self.attempt, apart, given_up = ray.get(ledger.begin.remote(shard))

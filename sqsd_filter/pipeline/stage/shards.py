@@ -16,7 +16,7 @@ from sqsd_filter.corpus.conversation import BAD_JSON, SCORED, Message, RowError,
 from sqsd_filter.corpus.row_formats import RowFormat
 from sqsd_filter.corpus.sources import Corpus, Row
 from sqsd_filter.pipeline.scores.keys import KEYS, distinct
-from sqsd_filter.scoring.results import Scores, Watch
+from sqsd_filter.scoring.results import Scores, ScoringCallbacks
 from sqsd_filter.scoring.scorer import Scorer
 
 SMALLEST, LARGEST, AIM = 128, 4096, 1000  # rows a shard at least and at most; shards a corpus, about
@@ -113,7 +113,7 @@ def conversations(corpus: Corpus, form: RowFormat, shard: Shard) -> list[list[Me
 
 
 def score_shard(
-    corpus: Corpus, form: RowFormat, scorer: Scorer, shard: Shard, watch: Watch | None = None
+    corpus: Corpus, form: RowFormat, scorer: Scorer, shard: Shard, watch: ScoringCallbacks | None = None
 ) -> tuple[list[bytes], Scores]:
     """Keys and scores of a shard's wanted rows, in row order."""
     turns = conversations(corpus, form, shard)

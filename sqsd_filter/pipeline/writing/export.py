@@ -60,32 +60,32 @@ def export_splits(
         names = {
             (config, split): place_name(config, split, corpus.splits) for config in CONFIGS for split in corpus.splits
         }
-        files = {place: stack.enter_context(output.files(root, name)) for place, name in names.items()}
+        files = {fate: stack.enter_context(output.files(root, name)) for fate, name in names.items()}
         reasons = stack.enter_context(Files(JsonLinesFile, root, REASONS))
         for folder in {f.folder for f in files.values()}:
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
         for chunk in _from_nothing(corpus):
-            place = selection.place[chunk.start : chunk.start + chunk.table.num_rows]
+            fate = selection.fate[chunk.start : chunk.start + chunk.table.num_rows]
             rows: Lines | Tables
             if output.to == "jsonl":
                 rows = Lines(scored, chunk, selection.weights, output.with_scores)
-                reasons.write(rows.reasons(np.flatnonzero(place == ERROR)))
+                reasons.write(rows.reasons(np.flatnonzero(fate == ERROR)))
             else:
-                table = chunk.apt if schema is corpus.apt_schema else chunk.table
+                table = chunk.scorable if schema is corpus.scorable_schema else chunk.table
                 rows = Tables(scored, chunk, table, selection.weights)
             for config, code in CONFIGS.items():
-                where = np.flatnonzero(place == code)
+                where = np.flatnonzero(fate == code)
                 files[config, chunk.split].write(rows.bad(where) if code == ERROR else rows.good(where))
             see(chunk)
-            progress.advance(len(place))
-        written = {name: files[place].rows for place, name in names.items()}
+            progress.advance(len(fate))
+        written = {name: files[fate].rows for fate, name in names.items()}
         if sum(written.values()) != corpus.n_rows:
             raise SQSDError(f"{corpus.n_rows} rows came in, but {written} went out: please report this as a bug.")
-        found = {place: f.publish() for place, f in files.items()}
+        found = {fate: f.publish() for fate, f in files.items()}
         extra = [file["path"] for file in reasons.publish()]
     if output.to == "arrow":
-        extra = describe(root, {name: found[place] for place, name in names.items()})
+        extra = describe(root, {name: found[fate] for fate, name in names.items()})
     entries = [{"config": c, "split": s, **file} for (c, s), several in found.items() for file in several]
     stored = [] if output.to == "jsonl" else json_columns(schema)
     return {"files": entries, "extra_files": extra, "json_columns": stored}
@@ -98,16 +98,16 @@ def place_name(config: str, split: str, splits: Sequence[str]) -> str:
 
 def _from_nothing(corpus: Corpus) -> Iterator[Chunk]:
     """The chunks of the corpus, after one without rows for each split, so that every place has a file."""
-    table, apt = (pa.Table.from_batches([], schema) for schema in (corpus.schema, corpus.apt_schema))
+    table, scorable = (pa.Table.from_batches([], schema) for schema in (corpus.schema, corpus.scorable_schema))
     for split in corpus.splits:
-        yield Chunk(0, split, table, apt, [], [], [], [])
+        yield Chunk(0, split, table, scorable, [], [], [], [])
     yield from corpus.chunks()
 
 
 def _kept_schema(scored: Scored, selection: Selection) -> pa.Schema:
     """What the input's columns are in kept and dropped: rows that are in neither have no say."""
-    whole = bool((selection.place[~scored.scored] == KEPT).any())
-    return scored.corpus.schema if whole else scored.corpus.apt_schema
+    whole = bool((selection.fate[~scored.scored] == KEPT).any())
+    return scored.corpus.schema if whole else scored.corpus.scorable_schema
 
 
 def export_scored(scored: Scored, path: Path, progress: Progress, see: See = _look_away) -> dict[str, Any]:

@@ -24,16 +24,16 @@ FAR = 1e100  # beyond it the sums of a drawing overflow
 
 
 def count_bars(
-    risk: np.ndarray, scored: np.ndarray, place: np.ndarray, report: Mapping[str, Any]
+    risk: np.ndarray, scored: np.ndarray, fate: np.ndarray, report: Mapping[str, Any]
 ) -> dict[str, list[Any]]:
-    """What the picture shows of `risk` (n,) of the rows that are `scored` (n,) bool, with the `DROPPED` ones of `place`
+    """What the picture shows of `risk` (n,) of the rows that are `scored` (n,) bool, with the `DROPPED` ones of `fate`
     (n,) apart: `edges` and `counts`, as of `bar_edges` and `count_rows`, fit for JSON.
 
     The report's quantiles give the limits.
     """
     bars = min(MOST_BARS, 2 * math.isqrt(int(scored.sum())) + 1)
     edges = bar_edges(bars, report["risk_quantiles"], _cut(report))
-    return {"edges": edges.tolist(), "counts": count_rows(edges, risk, scored, place).tolist()}
+    return {"edges": edges.tolist(), "counts": count_rows(edges, risk, scored, fate).tolist()}
 
 
 def write_histogram(path: Path, bars: Mapping[str, list[Any]], report: Mapping[str, Any]) -> None:
@@ -67,14 +67,14 @@ def bar_edges(bars: int, quantiles: Mapping[str, float], cut: float | None) -> n
     return np.linspace(start, np.nextafter(stop, np.inf), bars + 1)
 
 
-def count_rows(edges: np.ndarray, risk: np.ndarray, scored: np.ndarray, place: np.ndarray) -> np.ndarray:
+def count_rows(edges: np.ndarray, risk: np.ndarray, scored: np.ndarray, fate: np.ndarray) -> np.ndarray:
     """(2, bars + 2): how many rows were kept and dropped, below the first edge, in each bar, and above the last."""
     counts = np.zeros(2 * (len(edges) + 1), np.int64)
     for start in range(0, len(risk), BLOCK):
         block = slice(start, start + BLOCK)
         where = scored[block]
         bar = np.searchsorted(edges, risk[block][where], side="right")
-        bar += (len(edges) + 1) * (place[block][where] == DROPPED)
+        bar += (len(edges) + 1) * (fate[block][where] == DROPPED)
         counts += np.bincount(bar, minlength=len(counts))
     return counts.reshape(2, -1)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from sqsd_filter.scoring.baselines.base import Baseline
 from sqsd_filter.scoring.chat_encoder import Encoded
-from sqsd_filter.scoring.engine import Engine
+from sqsd_filter.scoring.engine import SQSDModel
 from sqsd_filter.scoring.scorer import SQSDScorer
 
 
@@ -42,7 +42,7 @@ class SafetyScorer(SQSDScorer):
         self.pack = self.pack.of_sign(-1)
 
 
-class UnnormalisedEngine(Engine):
+class UnnormalisedEngine(SQSDModel):
     """The inner products in the place of the cosines."""
 
     def project(self, rows: Sequence[Encoded]) -> np.ndarray:

@@ -12,9 +12,9 @@ import torch
 
 from sqsd_filter.corpus.conversation import Message, RowError, conversation_key
 from sqsd_filter.errors import InputError, UsageError, option
-from sqsd_filter.scoring.batching import bins, halving
+from sqsd_filter.scoring.batching import micro_batches, retry_in_halves
 from sqsd_filter.scoring.chat_encoder import Encoded
-from sqsd_filter.scoring.engine import ModelEngine, side_by_side
+from sqsd_filter.scoring.engine import ModelEngine, run_parallel
 from sqsd_filter.scoring.scorer import BatchedScorer
 
 KINDS = ("unsafe_anchors", "safe_anchors")
@@ -96,8 +96,8 @@ def over_anchors(
         why = error or f"its {len(rows[k])} tokens don't fit into the device's memory"
         raise InputError(f"An anchor of the scorer {scorer.name} can't be used ({why}): leave it out.")
 
-    work = bins([len(row) for row in rows], scorer.token_budget or engine.default_budget)
-    side_by_side(partial(halving, run, give_up=give_up), work, min(1, engine.workers))
+    work = micro_batches([len(row) for row in rows], scorer.token_budget or engine.default_budget)
+    run_parallel(partial(retry_in_halves, run, give_up=give_up), work, min(1, engine.workers))
 
 
 def finite(values: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.batching import next_tokens
-from sqsd_filter.scoring.capture import Also, Capture
+from sqsd_filter.scoring.capture import Capture, Collect
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.engine import LossGradient, ModelEngine
 from sqsd_filter.scoring.projection import summed
@@ -51,7 +51,7 @@ class GradientEngine(ModelEngine):
         self._backward(rows, lambda group, x, h, d, e, *_: summed(group, weight_b, x, h, d, e))
         return self.capture.kept()
 
-    def _backward(self, rows: Sequence[Encoded], also: Also | None = None) -> None:
+    def _backward(self, rows: Sequence[Encoded], collect: Collect | None = None) -> None:
         ids_bt, targets_bt = next_tokens(rows, self.gradient.device)
-        self.capture.use(STATE, (ids_bt.shape[0], ids_bt.shape[1]), also=also)
+        self.capture.use(STATE, (ids_bt.shape[0], ids_bt.shape[1]), collect=collect)
         self.gradient.backward(ids_bt, targets_bt)

@@ -92,7 +92,7 @@ def test_groups_within_splits_are_cut_as_sorting_each_and_counting_in_fractions_
     found = cut_rows(risk, np.isfinite(risk), cut, splits, groups)
 
     dropped, pieces = naive_pieces(rows, share, count)
-    assert set(np.flatnonzero(found.place == DROPPED).tolist()) == dropped
+    assert set(np.flatnonzero(found.fate == DROPPED).tolist()) == dropped
     assert [(*p.key.values(), p.scored, p.dropped, p.threshold) for p in found.pieces] == pieces
     assert found.threshold is None
     kept = [row for k, row in enumerate(rows) if k not in dropped]
@@ -128,7 +128,7 @@ def test_a_shared_cut_keeps_its_total_empties_no_group_and_takes_each_groups_ris
     all_can_give = all(k * size <= (size - 1) * n for size in sizes)
     for piece in found.pieces:
         inside = np.flatnonzero(codes == piece.key["value"])
-        gone = found.place[inside] == DROPPED
+        gone = found.fate[inside] == DROPPED
         assert piece.dropped == gone.sum() and (everything or piece.dropped < len(inside))
         riskiest = sorted(inside.tolist(), key=lambda row: (-risk[row], row))
         assert sorted(riskiest[: piece.dropped]) == inside[gone].tolist()
@@ -151,7 +151,7 @@ def test_splits_cut_apart_fare_as_if_each_were_alone(
         here = np.flatnonzero(split == name)
         alone = risk[here], np.isfinite(risk[here]), Cut.of(**how)
         found = cut_rows(*alone, groups=coded([values[k] for k in here]) if per_group else None)
-        assert np.array_equal(found.place, together.place[here])
+        assert np.array_equal(found.fate, together.fate[here])
         pieces = [replace(p, key={"split": name, **p.key}) for p in found.pieces if p.scored]
         assert pieces == [p for p in together.pieces if p.key["split"] == name]
 

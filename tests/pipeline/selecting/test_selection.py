@@ -64,9 +64,9 @@ def test_a_share_drops_the_ceiling_of_it_as_sorting_by_risk_and_row_would(risks:
 
     order = sorted(np.flatnonzero(scored).tolist(), key=lambda row: (-risk[row], row))
     k = -(-share.numerator * len(order) // share.denominator)
-    assert np.flatnonzero(selection.place == DROPPED).tolist() == sorted(order[:k])
-    assert np.flatnonzero(selection.place == KEPT).tolist() == sorted(order[k:])
-    assert np.array_equal(selection.place == ERROR, ~scored)
+    assert np.flatnonzero(selection.fate == DROPPED).tolist() == sorted(order[:k])
+    assert np.flatnonzero(selection.fate == KEPT).tolist() == sorted(order[k:])
+    assert np.array_equal(selection.fate == ERROR, ~scored)
     assert selection.threshold == (risk[order[k - 1]] if k else None)
     assert selection.ties == sum(risk[row] == selection.threshold for row in order[k:])
 
@@ -92,8 +92,8 @@ def test_each_cut_drops_the_riskiest_and_of_equals_the_earlier(
     cut: dict[str, Any], dropped: list[int], threshold: float | None, ties: int
 ) -> None:
     selection = cut_rows(RISK, SCORED, Cut.of(**cut))
-    assert np.flatnonzero(selection.place == DROPPED).tolist() == dropped
-    assert np.flatnonzero(selection.place == ERROR).tolist() == [4]
+    assert np.flatnonzero(selection.fate == DROPPED).tolist() == dropped
+    assert np.flatnonzero(selection.fate == ERROR).tolist() == [4]
     assert (selection.threshold, selection.ties) == (threshold, ties)
 
 
@@ -107,7 +107,7 @@ def test_where_no_row_has_a_score_nothing_is_cut(apart: dict[str, Any]) -> None:
         groups if "per_split" in apart else None,
         groups if "per_group" in apart else None,
     )
-    assert found.place.tolist() == [ERROR] * 3
+    assert found.fate.tolist() == [ERROR] * 3
     assert (found.threshold, found.ties, found.spared) == (None, 0, 0)
 
 

@@ -95,7 +95,7 @@ def test_the_threshold_is_the_cuts_own_and_no_row_is_dropped(how: dict[str, Any]
     assert found.weights is not None
     expected, scale = weigh(RISK[SCORED], threshold)
     assert np.array_equal(found.weights[SCORED], expected) and np.isnan(found.weights[~SCORED]).all()
-    assert found.place.tolist() == [KEPT if s else ERROR for s in SCORED]
+    assert found.fate.tolist() == [KEPT if s else ERROR for s in SCORED]
     [piece] = found.pieces
     assert (piece.scored, piece.dropped, piece.ties, piece.threshold, piece.scale) == (6, 0, 0, threshold, scale)
     assert piece.total == pytest.approx(math.fsum(expected)) and found.threshold is None

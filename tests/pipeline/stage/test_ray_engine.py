@@ -329,13 +329,13 @@ def test_an_address_where_nobody_answers_is_one_sentence_at_once(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # a session that is open would be used instead
     began = time.monotonic()
     with pytest.raises(SQSDError, match=r"No Ray cluster answers at 127\.0\.0\.1:9 .*--ray-address"):
-        RayEngine(address="127.0.0.1:9").place(SQSDScorer(tiny_pack))
+        RayEngine(address="127.0.0.1:9").on_its_device(SQSDScorer(tiny_pack))
     assert time.monotonic() - began < 10
 
 
 def test_more_gpus_than_there_are_is_one_sentence(session: None, tiny_pack: Path) -> None:
     with pytest.raises(SQSDError, match="don't fit on the 0 GPUs"):
-        RayEngine(2, gpus_per_replica=1).place(SQSDScorer(tiny_pack))
+        RayEngine(2, gpus_per_replica=1).on_its_device(SQSDScorer(tiny_pack))
 
 
 # ---------------------------------------------------------------------------------------------- the ledger

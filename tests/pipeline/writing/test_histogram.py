@@ -33,7 +33,7 @@ def draw(path: Path, risk: np.ndarray, **changes: Any) -> np.ndarray:
     selection = cut_rows(risk, scored, changes.pop("cut", Cut.of(drop_top="5%")))
     report = {"risk_quantiles": quantiles(risk[scored]), "threshold": selection.threshold, "rows": {"kept": 0}}
     report |= changes
-    write_histogram(path, count_bars(risk, scored, selection.place, report), report)
+    write_histogram(path, count_bars(risk, scored, selection.fate, report), report)
     return np.asarray(Image.open(path))
 
 
