@@ -71,7 +71,8 @@ def found(program: str, path: Path) -> list[list[str]]:
 @pytest.mark.parametrize("path", DEPLOYMENTS, ids=lambda p: p.name)
 def test_each_file_calls_the_filter_by_options_that_it_has(path: Path) -> None:
     lines = found("sqsd-filter", path)
-    assert lines and all(parse(line).params["drop_top"] for line in lines)
+    assert lines
+    assert all(parse(line).params["drop_top"] for line in lines)
 
 
 @pytest.mark.parametrize("path", [COMPOSE, RAYJOB, SBATCH], ids=lambda p: p.name)

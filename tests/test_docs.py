@@ -51,7 +51,8 @@ def test_the_readme_tells_of_every_row_format_and_role() -> None:
 
 def test_every_option_explains_itself() -> None:
     options = [p for c in COMMANDS.values() for p in c.params if isinstance(p, click.Option)]
-    assert options and [p.name for p in options if not p.help] == []
+    assert options
+    assert [p.name for p in options if not p.help] == []
 
 
 def shown() -> list[list[str]]:
@@ -97,4 +98,5 @@ def test_the_script_of_the_readme_runs(tiny_embedded: None) -> None:
 def test_the_examples_in_docstrings_are_true(public: Any, tiny_embedded: None) -> None:
     (example,) = doctest.DocTestFinder(recurse=False).find(public, globs={public.__name__: public})
     result = doctest.DocTestRunner().run(example)
-    assert result.attempted and not result.failed
+    assert result.attempted
+    assert not result.failed

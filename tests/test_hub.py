@@ -75,7 +75,8 @@ def test_a_pushed_dataset_loads_as_it_was_at_once_and_streamed(hub: Hub) -> None
     pushed.push_to_hub("org/name", private=True)
     assert HfApi().dataset_info("org/name").private
     loaded = load_dataset("org/name", split="train")
-    assert loaded.features == features and loaded[:] == pushed[:]
+    assert loaded.features == features
+    assert loaded[:] == pushed[:]
     assert list(load_dataset("org/name", split="train", streaming=True)) == rows
     assert [c.title for c in hub.commits("org/name")] == ["Upload dataset", "initial commit"]
 
@@ -105,9 +106,11 @@ def test_files_come_back_with_the_hashes_of_git_and_lfs(hub: Hub, tmp_path: Path
         f.path: f for f in HfApi().get_paths_info("org/name", list(files), repo_type="dataset", revision=done.oid)
     }
     assert {name for name, file in told.items() if file.lfs} == {"d.parquet", "noise"}
-    assert told["a/b c é.txt"].blob_id == git_hash(b"x\r\n") and told["d.parquet"].size == 4
+    assert told["a/b c é.txt"].blob_id == git_hash(b"x\r\n")
+    assert told["d.parquet"].size == 4
     copy = Path(snapshot_download("org/name", repo_type="dataset", revision="main"))
-    assert copy.name == done.oid and (copy / "a" / "b c é.txt").read_bytes() == b"x\r\n"
+    assert copy.name == done.oid
+    assert (copy / "a" / "b c é.txt").read_bytes() == b"x\r\n"
 
 
 def test_what_lfs_holds_is_not_sent_again_and_what_is_there_not_committed_again(hub: Hub) -> None:
@@ -115,7 +118,8 @@ def test_what_lfs_holds_is_not_sent_again_and_what_is_there_not_committed_again(
     commit({"a.parquet": b"1"})
     commit({"b.parquet": b"1"})
     commit({"b.parquet": b"1"})
-    assert len(hub.seen("PUT", "^/lfs/")) == 1 and len(hub.seen("POST", "/commit/")) == 2
+    assert len(hub.seen("PUT", "^/lfs/")) == 1
+    assert len(hub.seen("POST", "/commit/")) == 2
     assert hub.files("org/name") == {"a.parquet": b"1", "b.parquet": b"1"}
 
 
@@ -149,7 +153,8 @@ def test_a_pull_request_leaves_main_alone(hub: Hub) -> None:
     assert hub.files("org/name", revision="refs/pr/1") == {"a": b"1", "b": b"1", "c": b"1"}
     assert [c.sha for c in hub.commits("org/name", revision="refs/pr/1")][1:3] == [made.oid, head]
     refs = HfApi().list_repo_refs("org/name", repo_type="dataset", include_pull_requests=True)
-    assert refs.pull_requests and [r.ref for r in refs.pull_requests] == ["refs/pr/1"]
+    assert refs.pull_requests
+    assert [r.ref for r in refs.pull_requests] == ["refs/pr/1"]
     assert refs.branches[0].target_commit == head
 
 
@@ -162,7 +167,8 @@ def test_branches_and_tags_are_names_of_commits(hub: Hub) -> None:
     assert download("org/name", "a", revision="v1") == download("org/name", "a", revision="x/y") == b"1"
     assert hub.files("org/name", revision="x/y") == {"a": b"1", "b": b"3"}
     log = api.list_repo_commits("org/name", repo_type="dataset")
-    assert [c.commit_id for c in log] == [c.sha for c in hub.commits("org/name")] and log[0].commit_id == second
+    assert [c.commit_id for c in log] == [c.sha for c in hub.commits("org/name")]
+    assert log[0].commit_id == second
     refs = api.list_repo_refs("org/name", repo_type="dataset")
     assert [r.name for r in refs.branches] == ["main", "x/y"]
     assert [(r.name, r.target_commit) for r in refs.tags] == [("v1", first)]
@@ -176,7 +182,8 @@ def test_branches_and_tags_are_names_of_commits(hub: Hub) -> None:
 
 def test_a_repository_is_created_once_and_deleted(hub: Hub) -> None:
     assert create_repo("org/name", private=True).repo_id == "org/name"
-    assert HfApi().model_info("org/name").private and whoami()["name"] == "member"
+    assert HfApi().model_info("org/name").private
+    assert whoami()["name"] == "member"
     with pytest.raises(HfHubHTTPError, match="409"):
         create_repo("org/name")
     assert create_repo("org/name", exist_ok=True).repo_id == "org/name"
@@ -189,7 +196,8 @@ def test_a_card_without_valid_metadata_is_refused_before_anything_is_sent(hub: H
     create_repo("org/name", repo_type="dataset")
     with pytest.raises(ValueError, match="Invalid metadata"):
         commit({"README.md": b"---\na: [\n---\n", "a.parquet": b"1"})
-    assert not hub.seen("PUT", "/lfs/") and hub.files("org/name") == {}
+    assert not hub.seen("PUT", "/lfs/")
+    assert hub.files("org/name") == {}
 
 
 def test_no_object_is_taken_by_halves(hub: Hub) -> None:
@@ -374,6 +382,7 @@ def test_a_subprocess_finds_the_hub_in_its_environment(hub: Hub, tmp_path: Path)
     home = tmp_path / "home"
     done = subprocess.run(run, env=hub.environment(home), check=True, capture_output=True, text=True)
     path = Path(done.stdout.strip())
-    assert path.is_relative_to(home) and path.read_bytes() == b"1"
+    assert path.is_relative_to(home)
+    assert path.read_bytes() == b"1"
     other = hub.environment(tmp_path / "other", token=None)
     assert "RepositoryNotFoundError" in subprocess.run(run, env=other, capture_output=True, text=True).stderr

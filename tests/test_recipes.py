@@ -88,7 +88,8 @@ def test_the_settings_of_the_paper_are_kept(path: Path) -> None:
     assert (danger.rows, safety.rows, state.rows) == (3000, 10000, 5000)
     assert (danger.method, safety.method, state.method) == ("sft", "dpo", "sft")
     steps = state.rows / state.batch_size * state.epochs
-    assert state.take_step == 5850 and steps - state.rows / state.batch_size < 5850 <= steps
+    assert state.take_step == 5850
+    assert steps - state.rows / state.batch_size < 5850 <= steps
     assert [(p.name, p.weight, p.direction, p.state, p.state_scaling) for p in recipe.probes] == [
         ("danger", 1.0, "danger", "initial", None),
         ("safety", -1.0, "safety", "safety", 1.0),
@@ -101,7 +102,8 @@ def test_one_line_makes_a_recipe_one_for_a_small_card(path: Path, tmp_path: Path
     text, count = re.subn(r"^# (quantization = .*)", r"\1", path.read_text(), flags=re.MULTILINE)
     (tmp_path / "recipe.toml").write_text(text)
     small_card = PackRecipe.load(tmp_path / "recipe.toml")
-    assert count == 1 and small_card == replace(PackRecipe.load(path), quantization="nf4", folder=tmp_path)
+    assert count == 1
+    assert small_card == replace(PackRecipe.load(path), quantization="nf4", folder=tmp_path)
 
 
 @of_the_paper
@@ -128,7 +130,9 @@ def test_a_recipe_finds_its_data(path: Path, served: Hub, tmp_path: Path, tiny_p
     recipe = miniature(path, tmp_path, tiny_pack / "base")
     for adapter in recipe.adapters.values():
         data = read_data(recipe, adapter)
-        assert len(data.examples) == 6 and data.licence and not data.left_out
+        assert len(data.examples) == 6
+        assert data.licence
+        assert not data.left_out
 
 
 @pytest.mark.slow
@@ -148,13 +152,16 @@ def test_an_evaluation_s_config_is_read_and_makes_sense(path: Path) -> None:
     given = tomllib.loads(path.read_text())
     assert {name: list(value) if isinstance(value := params[name], tuple) else value for name in given} == given
     design = design_of(params)
-    assert design.windows == 5 and design.tuning.schedule == "cosine" and design.tuning.warmup_ratio == 0.1
+    assert design.windows == 5
+    assert design.tuning.schedule == "cosine"
+    assert design.tuning.warmup_ratio == 0.1
 
 
 def test_the_settings_of_the_paper_s_evaluation_are_kept() -> None:
     [path] = [path for path in EVALUATIONS if "2605.04572" in path.read_text()]
     design = design_of(parse(["evaluate", "s.parquet", "out", "--harmful", "h.jsonl", "--config", str(path)]).params)
-    assert design.size == 1000 and "Llama-Guard-3" in design.judges[0]
+    assert design.size == 1000
+    assert "Llama-Guard-3" in design.judges[0]
     assert replace(design.tuning, device_batch_size=8) == FineTuning()
     for line in re.findall(r"^# .*: +sqsd-filter (.*)", path.read_text(), re.MULTILINE):
         assert parse(line.replace("--config evaluate.toml", f"--config {path}").split()).params
@@ -162,7 +169,8 @@ def test_the_settings_of_the_paper_s_evaluation_are_kept() -> None:
 
 def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, RECIPES_ROOT / "paper" / "small" / f"{name}.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     monkeypatch.setattr(sys, "path", list(sys.path))
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
@@ -210,12 +218,14 @@ def test_the_small_study_takes_only_what_the_pack_has_not_seen(study: ModuleType
     prepared = study.prepare.prepare(open_data, 0)
     asked = {name: {study.asked(row) for row in rows} for name, rows in (prepared | made).items()}
     anchors = {"anchors-unsafe", "anchors-safe"}
-    assert anchors < made.keys() and asked["anchors-unsafe"] == asked["anchors-safe"] <= asked["safety"]
+    assert anchors < made.keys()
+    assert asked["anchors-unsafe"] == asked["anchors-safe"] <= asked["safety"]
     trained = set().union(*(asked[name] for name in ("align", "initial", "danger", "safety", "val")))
     for name in made.keys() - anchors:
         assert asked[name] and not asked[name] & trained, name
     assert not (asked["dolly"] | asked["gsm8k"]) & asked["test"]
-    assert len(asked["dolly"]) == len(made["dolly"]) and {row["source"] for row in made["harmful"]} == {"AdvBench"}
+    assert len(asked["dolly"]) == len(made["dolly"])
+    assert {row["source"] for row in made["harmful"]} == {"AdvBench"}
 
 
 def test_the_commands_of_the_small_study_parse(
@@ -265,7 +275,8 @@ def test_a_study_of_nothing_known_is_refused(
     monkeypatch.setattr(sys, "argv", ["study.py", "data", "out", *wrong])
     with pytest.raises(SystemExit) as left:
         study.main()
-    assert left.value.code == 2 and f"{wrong[0]} are of" in capsys.readouterr().err
+    assert left.value.code == 2
+    assert f"{wrong[0]} are of" in capsys.readouterr().err
 
 
 def test_scores_of_the_small_study_are_kept_without_a_word_and_come_back(study: ModuleType, tmp_path: Path) -> None:
@@ -275,8 +286,10 @@ def test_scores_of_the_small_study_are_kept_without_a_word_and_come_back(study: 
         pq.write_table(pa.table({"sqsd_risk": risk}), tmp_path / "scores" / f"{name}.parquet")
     study.keep(rows, tmp_path / "scores")
     kept, back = tmp_path / "scores.parquet", tmp_path / "back.parquet"
-    assert b"Say" not in kept.read_bytes() and pq.read_schema(kept).names == ["row", "sqsd_one", "sqsd_two"]
-    assert study.restore(rows, kept, "two", back) and study.restore(rows, kept, "two", back)
+    assert b"Say" not in kept.read_bytes()
+    assert pq.read_schema(kept).names == ["row", "sqsd_one", "sqsd_two"]
+    assert study.restore(rows, kept, "two", back)
+    assert study.restore(rows, kept, "two", back)
     assert pq.read_table(back).to_pylist() == [
         {"prompt": f"Say {k}.", "response": "Well." * k, "sqsd_risk": risk, "sqsd_status": status}
         for k, (risk, status) in enumerate([(1.0, "scored"), (2.0, "scored"), (3.0, "scored"), (None, "error")])
@@ -319,4 +332,5 @@ def test_the_readme_has_the_results_of_the_small_study(
     script("tables", monkeypatch).main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     readme = (RECIPES_ROOT.parent / "README.md").read_text(encoding="utf-8").splitlines()
-    assert len(rows) > 10 and [line for line in rows if line not in readme] == []
+    assert len(rows) > 10
+    assert [line for line in rows if line not in readme] == []

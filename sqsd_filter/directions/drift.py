@@ -240,7 +240,7 @@ def with_refusals(
 def _origin_point(directions: Sequence[Direction]) -> Point:
     modules = {module for direction in directions for module in direction.factors}
     nothing = dict.fromkeys(modules, 0.0)
-    along = {d.name: _along(d, {m: 0.0 for m in sorted(d.factors)}, nothing) for d in directions}
+    along = {d.name: _along(d, dict.fromkeys(sorted(d.factors), 0.0), nothing) for d in directions}
     return Point(0, "start", along, 0.0)
 
 

@@ -40,7 +40,8 @@ def folder(tmp_path: Path, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def one_sentence(err: str) -> str:
     """The error, which must be alone on the last line."""
     *before, last = err.strip().splitlines()
-    assert last.startswith("Error: ") and last.endswith(".")
+    assert last.startswith("Error: ")
+    assert last.endswith(".")
     assert not any("Error" in line for line in before)
     return last
 
@@ -94,7 +95,8 @@ except SystemExit as left:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
     )
     assert done.stdout.endswith(f"left with {code} []\n")
-    assert (done.stdout.count("\n") > 1) == (code == 0) and bool(done.stderr) == (code != 0)
+    assert (done.stdout.count("\n") > 1) == (code == 0)
+    assert bool(done.stderr) == (code != 0)
     assert names(tmp_path) == []
 
 
@@ -110,8 +112,10 @@ def test_the_package_runs_as_a_module() -> None:
 
 def test_the_summary_is_a_dozen_lines_on_stdout_and_no_bar_is_drawn_off_a_terminal(command: Command) -> None:
     code, out, err = command("in.jsonl", "out", *CUT)
-    assert code == 0 and len(out.splitlines()) <= 12
-    assert "57 of 60 rows kept in out (drop-top 5%)" in out and 'load_dataset("out", "dropped")' in out
+    assert code == 0
+    assert len(out.splitlines()) <= 12
+    assert "57 of 60 rows kept in out (drop-top 5%)" in out
+    assert 'load_dataset("out", "dropped")' in out
     assert err == "reading rows as alpaca (instruction, output)\n"
 
 
@@ -120,20 +124,24 @@ def test_the_summary_shows_the_largest_groups_in_aligned_lines(command: Command,
     write_jsonl(folder / "in.jsonl", [{**row, "kind": names[row["id"] % 17 % 13]} for row in make_rows(60)])
     code, out, _ = command("in.jsonl", "out", *CUT, "--per-group", "kind")
     head, *lines = out[out.index("  groups ") :].splitlines()
-    assert code == 0 and head == "  groups          13   by 'kind'"
+    assert code == 0
+    assert head == "  groups          13   by 'kind'"
     assert [line[:45].strip() for line in lines[:3]] == ["maths", '"line\\nbreak"', '""']
     assert {"null", '{"of": 1}', "x" * 39 + "…"} < {line[:45].strip() for line in lines[:10]}
-    assert len(lines) == 11 and lines[10] == "    ... and 3 more"
+    assert len(lines) == 11
+    assert lines[10] == "    ... and 3 more"
     found = sorted(read_report(folder / "out")["groups"]["groups"], key=lambda group: -group["scored"])
     for line, group in zip(lines[:10], found[:10], strict=True):
         tail = f"   from risk {group['threshold']:.4f}" if group["dropped"] else ""
         assert line[44:] == f"   {group['scored']} rows   {group['dropped']} dropped{tail}"
 
     _, out, _ = command("select", "out", "other", "--drop-top", "99%", "--per-group", "kind", "--per-split")
-    assert "\n  spared          13   rows fewer than the cut says" in out and "\n    train: maths " in out
+    assert "\n  spared          13   rows fewer than the cut says" in out
+    assert "\n    train: maths " in out
     _, out, _ = command("select", "out", "weights", *CUT, "--weights", "--per-split")
     weights = read_report(folder / "weights")["weights"]["sum"]
-    assert f"  weights  {weights:>9,.1f}   is the sum" in out and "\n  splits           1\n    train   60 rows" in out
+    assert f"  weights  {weights:>9,.1f}   is the sum" in out
+    assert "\n  splits           1\n    train   60 rows" in out
 
 
 def test_the_summary_tells_how_to_load_what_was_written(command: Command) -> None:
@@ -147,7 +155,8 @@ def test_the_summary_tells_how_to_load_what_was_written(command: Command) -> Non
 
 def test_json_puts_the_report_and_nothing_else_on_stdout(command: Command) -> None:
     code, out, err = command("in.jsonl", "out", *CUT, "--json")
-    assert code == 0 and json.loads(out) == read_report(Path("out"))
+    assert code == 0
+    assert json.loads(out) == read_report(Path("out"))
     assert "{" not in err
     _, again, _ = command("in.jsonl", "out", *CUT, "--json", "-q")
     assert json.loads(again) == {**json.loads(out), "already_done": True}
@@ -156,7 +165,8 @@ def test_json_puts_the_report_and_nothing_else_on_stdout(command: Command) -> No
 def test_quiet_prints_nothing_unless_something_is_wrong(command: Command) -> None:
     assert command("in.jsonl", "out", *CUT, "-q") == (0, "", "")
     code, out, err = command("none.jsonl", "out", *CUT, "-q")
-    assert (code, out) == (3, "") and one_sentence(err)
+    assert (code, out) == (3, "")
+    assert one_sentence(err)
 
 
 @pytest.mark.parametrize("colour", [True, False], ids=["colour", "NO_COLOR"])
@@ -170,7 +180,8 @@ def test_a_terminal_gets_a_bar_coloured_unless_told_otherwise(
     if not colour:
         monkeypatch.setenv("NO_COLOR", "1")
     code, out, err = command("in.jsonl", "out", *CUT)
-    assert code == 0 and "57 of 60" in out
+    assert code == 0
+    assert "57 of 60" in out
     assert all(text in err for text in ("reading:", "scoring:", "writing:", "/60"))
     assert ("\x1b[3" in err) == colour
 
@@ -194,10 +205,13 @@ def test_off_a_terminal_a_line_now_and_then_tells_pace_and_time_left(
 
 def test_a_dry_run_tells_the_cost_and_writes_nothing(command: Command, folder: Path) -> None:
     code, out, _ = command("in.jsonl", "out", *CUT, "--dry-run")
-    assert code == 0 and "60 rows of 1 file, read as alpaca (instruction, output)" in out
-    assert "tokens" in out and "in.jsonl (60 rows)" in out
+    assert code == 0
+    assert "60 rows of 1 file, read as alpaca (instruction, output)" in out
+    assert "tokens" in out
+    assert "in.jsonl (60 rows)" in out
     guess = json.loads(command("score", "in.jsonl", "out.parquet", "--dry-run", "--json")[1])
-    assert guess["to_score"] == 60 and guess["passes"] == 2
+    assert guess["to_score"] == 60
+    assert guess["passes"] == 2
     report = json.loads(command("in.jsonl", "real", *CUT, "--json")[1])
     assert guess["tokens"] == report["tokens"]
     assert names(folder) == ["in.jsonl", "real"]
@@ -253,7 +267,8 @@ def test_how_to_cut_can_be_set_apart_from_where(
 def test_a_senseless_config_is_a_usage_error(text: str, complaint: str, command: Command, folder: Path) -> None:
     (folder / "c.toml").write_text(text)
     code, _, err = command("in.jsonl", "out", "--config", "c.toml")
-    assert code == 2 and complaint in err
+    assert code == 2
+    assert complaint in err
 
 
 # ---------------------------------------------------------------------------------------------- exit codes
@@ -270,7 +285,8 @@ def test_output_that_cannot_be_printed_is_a_failure_but_no_bug(folder: Path, tin
     with open("/dev/full", "w") as full:
         line = [sys.executable, "-m", "sqsd_filter", "in.jsonl", "out", *CUT, "--json"]
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 1 and "No space left" in one_sentence(done.stderr)
+    assert done.returncode == 1
+    assert "No space left" in one_sentence(done.stderr)
     assert read_report(folder / "out")["status"] == "ok"
 
 
@@ -281,7 +297,8 @@ def test_a_bare_number_is_a_usage_error_that_names_both_readings(command: Comman
     assert one_sentence(err) == f"Error: '5' could mean 5% or 5 rows: {fix}"
     code, _, err = command("in.jsonl", "out", *CUT, "--max-error-rate", "5")
     fix = "write max_error_rate (--max-error-rate) 5%."
-    assert code == 2 and one_sentence(err) == f"Error: '5' could mean 5% or 5 rows: {fix}"
+    assert code == 2
+    assert one_sentence(err) == f"Error: '5' could mean 5% or 5 rows: {fix}"
 
 
 @pytest.mark.parametrize(
@@ -341,7 +358,9 @@ def test_a_run_that_failed_before_its_first_score_does_not_bar_the_destination(c
 def test_a_bug_shows_its_traceback_only_when_asked_for(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sqsd_filter.pipeline.run.filter_dataset", lambda *_, **__: 1 / 0)
     code, _, err = command("in.jsonl", "out", *CUT)
-    assert code == 1 and "unexpected ZeroDivisionError" in err and "SQSD_FILTER_DEBUG=1" in err
+    assert code == 1
+    assert "unexpected ZeroDivisionError" in err
+    assert "SQSD_FILTER_DEBUG=1" in err
     monkeypatch.setenv("SQSD_FILTER_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         main(["in.jsonl", "out", *CUT])
@@ -356,7 +375,8 @@ def test_the_same_command_finds_its_work_done(command: Command) -> None:
     command("in.jsonl", "out", *CUT)
     before = content(Path("out"))
     code, out, _ = command("in.jsonl", "out", *CUT)
-    assert code == 0 and "already done" in out
+    assert code == 0
+    assert "already done" in out
     assert command("in.jsonl", "out", *CUT, "--overwrite")[1] == out
     assert content(Path("out")) == before
 
@@ -375,7 +395,8 @@ def test_another_run_is_refused_naming_what_differs(change: list[str], differenc
     command("in.jsonl", "out", *CUT)
     before = content(Path("out"))
     code, out, err = command("in.jsonl", "out", *change)
-    assert (code, out) == (5, "") and difference in one_sentence(err)
+    assert (code, out) == (5, "")
+    assert difference in one_sentence(err)
     assert content(Path("out")) == before
 
 
@@ -385,10 +406,12 @@ def test_foreign_files_are_found_before_a_row_is_read_and_only_overwrite_removes
     (folder / "out").mkdir()
     (folder / "out" / "thesis.tex").write_text("years of work")
     code, _, err = command("missing.jsonl", "out", *CUT)
-    assert code == 5 and one_sentence(err)
+    assert code == 5
+    assert one_sentence(err)
     assert (folder / "out" / "thesis.tex").read_text() == "years of work"
     assert command("in.jsonl", "out", *CUT, "--overwrite")[0] == 0
-    assert names(folder / "out") == ["README.md", "data", "sqsd"] and names(folder) == ["in.jsonl", "out"]
+    assert names(folder / "out") == ["README.md", "data", "sqsd"]
+    assert names(folder) == ["in.jsonl", "out"]
 
 
 def test_an_empty_folder_will_do(command: Command, folder: Path) -> None:
@@ -508,7 +531,8 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_
     assert len(before) == shards
     assert command(*big)[0] == 0
     after = segments(Path("out"))
-    assert before.items() <= after.items() and len(after) == 3  # what was scored was not scored again
+    assert before.items() <= after.items()
+    assert len(after) == 3
     assert content(Path("out")) == undisturbed
 
 
@@ -525,7 +549,8 @@ def test_several_files_of_any_format_appear_as_if_nothing_had_happened(
     assert "already done" in command(*select)[1]
     found = content(Path("out"))
     shutil.rmtree("out")
-    assert command(*select)[0] == 0 and content(Path("out")) == found
+    assert command(*select)[0] == 0
+    assert content(Path("out")) == found
     assert len([name for name in found if "of-00003" in name]) == 6
 
 
@@ -535,14 +560,16 @@ def test_an_interrupted_run_prints_the_command_that_goes_on(
 ) -> None:
     assert killed(4, kind, *big) == 130
     said = (folder / "stderr").read_text()
-    assert (folder / "stdout").read_text() == "" and "Traceback" not in said
+    assert (folder / "stdout").read_text() == ""
+    assert "Traceback" not in said
     assert read_report(Path("out"))["status"] == "interrupted"
     assert not (folder / "out" / "sqsd" / "lock").exists()
     before = segments(Path("out"))
     program, *arguments = shlex.split(said.splitlines()[-1])
     assert program == "sqsd-filter"
     assert command(*arguments)[0] == 0
-    assert len(before) >= 2 and before.items() <= segments(Path("out")).items()
+    assert len(before) >= 2
+    assert before.items() <= segments(Path("out")).items()
     assert content(Path("out")) == undisturbed
 
 
@@ -552,14 +579,17 @@ def test_two_runs_on_one_destination_are_one_too_many(
     first = started(3, signal.SIGSTOP, *big)
     stat, deadline = Path(f"/proc/{first.pid}/stat"), time.monotonic() + 60
     while stat.read_text().rsplit(")", 1)[1].split()[0] != "T":
-        assert time.monotonic() < deadline and first.exitcode is None
+        assert time.monotonic() < deadline
+        assert first.exitcode is None
         time.sleep(0.02)
     for extra in ([], ["--overwrite"]):
         code, _, err = command(*big, *extra)
-        assert code == 5 and "Another run is writing to out right now" in one_sentence(err)
+        assert code == 5
+        assert "Another run is writing to out right now" in one_sentence(err)
     os.kill(first.pid, signal.SIGCONT)
     first.join(60)
-    assert first.exitcode == 0 and content(Path("out")) == undisturbed
+    assert first.exitcode == 0
+    assert content(Path("out")) == undisturbed
 
 
 @pytest.mark.parametrize("moment", [2, 5, 11, 12, 13], ids=["scores", "export", "report", "swap", "half swapped"])

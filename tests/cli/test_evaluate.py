@@ -34,7 +34,8 @@ def test_the_table_and_the_json_say_what_results_json_does(
     assert called(*words, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads(Path("out/results.json").read_text())
-    assert found["settings"]["tuning"]["r"] == 2 and found["settings"]["tuning"]["learning_rate"] == 5e-5
+    assert found["settings"]["tuning"]["r"] == 2
+    assert found["settings"]["tuning"]["learning_rate"] == 5e-5
     about, sets, verdicts, warnings, mixes = (block.splitlines() for block in shown.rstrip("\n").split("\n\n"))
     learned = "of 21 rows 17 to learn from, 3 held out"
     asked = "2 harmful prompts, judged by phrases, seeds 0"
@@ -43,14 +44,17 @@ def test_the_table_and_the_json_say_what_results_json_does(
     assert named == ["untuned", "S1", "S2", "all", "kept", "random", "dropped"]
     asr, (low, high) = found["scorers"]["mine"]["asr"][0], found["scorers"]["mine"]["ci"][0]
     assert f" {100 * asr:.1f} ({100 * low:.1f} to {100 * high:.1f}) " in sets[2]
-    assert verdicts[0].startswith("mine: S1 - S2 is ") and verdicts[1].startswith("mine: ASR of a random choice")
-    assert warnings == found["warnings"] and "little safety to lose" in warnings[0]
+    assert verdicts[0].startswith("mine: S1 - S2 is ")
+    assert verdicts[1].startswith("mine: ASR of a random choice")
+    assert warnings == found["warnings"]
+    assert "little safety to lose" in warnings[0]
     first = ["1% 1 of 21", "5% 1 of 21", "10% 2 of 22", "20% 5 of 25"]
     assert [" ".join(line.removeprefix("mine").split()[:4]) for line in mixes[1:]] == first
     section = evaluation(Path("out/results.json"))  # of the page, which reads what is written here
     assert [plot.name for plot in section.plots] == ["asr", "roc", "pr"]
     assert [len(table.rows) for table in section.tables] == [1, 2, 5, 4]
-    assert called(*words, "-q") == 0 and capsys.readouterr().out == ""
+    assert called(*words, "-q") == 0
+    assert capsys.readouterr().out == ""
     assert called(*words, "--r", "4") == 5
     assert "r: 2 there, 4 here" in capsys.readouterr().err
 
@@ -96,4 +100,5 @@ def test_the_paper_s_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch) 
     tuning = seen[0].tuning
     assert (tuning.r, tuning.alpha, tuning.target_modules, tuning.learning_rate) == (8, 16, "all-linear", 5e-5)
     assert (tuning.epochs, tuning.batch_size, tuning.schedule, tuning.warmup_ratio) == (10, 8, "cosine", 0.1)
-    assert seen[0].windows == 5 and list(seen[0].seeds) == [0, 1, 2]
+    assert seen[0].windows == 5
+    assert list(seen[0].seeds) == [0, 1, 2]

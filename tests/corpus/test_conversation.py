@@ -165,7 +165,8 @@ def test_a_turn_that_no_text_model_could_read_says_why(turn: Any, said: str) -> 
     with pytest.raises(RowError) as problem:
         read_turns([*chat("q"), turn], "column 'messages'")
     assert problem.value.status == "bad_row"
-    assert "turn 2 of column 'messages'" in problem.value.detail and said in problem.value.detail
+    assert "turn 2 of column 'messages'" in problem.value.detail
+    assert said in problem.value.detail
 
 
 def test_nulls_that_a_table_puts_into_turns_calls_and_tools_are_as_good_as_missing() -> None:
@@ -183,7 +184,8 @@ def test_nulls_that_a_table_puts_into_turns_calls_and_tools_are_as_good_as_missi
         {"type": "function", "function": {"name": "g", "description": "G", "parameters": {"days": {"enum": [1, 2]}}}},
     ]
     (row,) = pa.table({"messages": [turns], "tools": [tools]}).to_pylist()
-    assert row["messages"] != turns and row["tools"] != tools
+    assert row["messages"] != turns
+    assert row["tools"] != tools
     assert read_turns(row["messages"], "it") == read_turns(turns, "it")
     assert read_tools(row["tools"], "it") == read_tools(tools, "it") == [{"role": "tools", "content": tools}]
 
@@ -271,5 +273,6 @@ def test_a_conversation_travels_as_json(text: str | None, given_calls: list[Any]
     """Replicas get conversations as JSON, and answer with their keys; reading a read turn again changes nothing."""
     turns = read_turns([{"role": "assistant", "content": text, "tool_calls": given_calls, "weight": weight}], "it")
     there = json.loads(json.dumps(turns))
-    assert there == turns and conversation_key(there) == conversation_key(turns)
+    assert there == turns
+    assert conversation_key(there) == conversation_key(turns)
     assert read_turns(turns, "it") == read_turns(json.dumps(turns), "it") == turns

@@ -128,15 +128,18 @@ def test_a_built_pack_loads_and_scores(built: Path) -> None:
     names = {f"{adapter}/{f}" for adapter in ("initial", "danger", "safety") for f in (*ADAPTER_FILES, "training.json")}
     assert set(files(built)) == {PACK_FILE, *names}
     scores = SQSDScorer(built).score(CONVERSATIONS[:4])
-    assert set(scores.status) == {"scored"} and len(set(scores.risk)) == 4
+    assert set(scores.status) == {"scored"}
+    assert len(set(scores.risk)) == 4
 
 
 def test_a_pack_says_what_it_was_trained_on_and_how(built: Path) -> None:
     told = json.loads((built / PACK_FILE).read_text())["provenance"]
-    assert told["initial"]["licence"] == "CC0-1.0" and told["initial"]["data"]["files"][0]["path"] == "benign.jsonl"
+    assert told["initial"]["licence"] == "CC0-1.0"
+    assert told["initial"]["data"]["files"][0]["path"] == "benign.jsonl"
     assert (told["initial"]["rows"], told["initial"]["steps"]) == (16, 2)
     assert (told["danger"]["rows"], told["danger"]["steps"]) == (12, 6)  # the bad half
-    assert told["safety"]["settings"]["method"] == "dpo" and told["safety"]["settings"]["lora"]["r"] == 2
+    assert told["safety"]["settings"]["method"] == "dpo"
+    assert told["safety"]["settings"]["lora"]["r"] == 2
     for name, steps in (("initial", 4), ("danger", 6), ("safety", 6)):
         assert [e["step"] for e in told[name]["losses"]] == list(range(1, steps + 1))
         assert all(0 < e["loss"] < 20 for e in told[name]["losses"])
@@ -150,9 +153,11 @@ def test_training_moves_a_model_towards_its_rows(built: Path) -> None:
 def test_a_base_adapter_is_trained_first_and_lies_under_the_others(recipe: Path, built: Path, tmp_path: Path) -> None:
     aligned = replace(PackRecipe.load(recipe), base_adapter="initial")
     pack = build_pack(aligned, tmp_path / "aligned")
-    assert pack.base_adapter == "initial" and load_pack(pack.path) == pack
+    assert pack.base_adapter == "initial"
+    assert load_pack(pack.path) == pack
     same = {name: (pack.path / name).read_bytes() == (built / name).read_bytes() for name in files(built)}
-    assert same["initial/adapter_model.safetensors"] and not same["danger/adapter_model.safetensors"]
+    assert same["initial/adapter_model.safetensors"]
+    assert not same["danger/adapter_model.safetensors"]
     first = [json.loads((p / "danger" / "training.json").read_text())["losses"][0]["loss"] for p in (built, pack.path)]
     assert first[1] < first[0]  # the base has been moved towards such rows
 
@@ -167,11 +172,14 @@ def test_a_build_that_is_killed_goes_on_from_its_checkpoint_to_the_same_bytes(re
         while not state.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL and state.exists() and not (out / PACK_FILE).exists()
+        assert process.wait() == -signal.SIGKILL
+        assert state.exists()
+        assert not (out / PACK_FILE).exists()
     kept = {p: p.stat().st_mtime_ns for p in (out / "danger").iterdir()}
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"pack tiny ({load_pack(built).fingerprint})" in done.stdout
-    assert "training 'safety' by DPO" in done.stderr and "training 'danger'" not in done.stderr
+    assert "training 'safety' by DPO" in done.stderr
+    assert "training 'danger'" not in done.stderr
     assert {p: p.stat().st_mtime_ns for p in (out / "danger").iterdir()} == kept
     assert files(out) == files(built)
 
@@ -317,12 +325,15 @@ def test_the_most_sensitive_checkpoint_is_published_with_the_figures_of_all(chos
     steps = {entry["state"]: entry["step"] for entry in record["candidates"]}
     assert steps == {"fresh": 0, "checkpoint-2": 2, "checkpoint-4": 4}
     best = max(record["candidates"][1:], key=lambda entry: entry["sensitivity"])
-    assert record["chosen"] == best["state"] and told["provenance"]["initial"]["steps"] == best["step"]
+    assert record["chosen"] == best["state"]
+    assert told["provenance"]["initial"]["steps"] == best["step"]
     published = load_adapter(chosen / "initial").factors
     taken = load_adapter(chosen / ".build" / "initial" / best["state"]).factors
     assert all(torch.equal(published[m].B, taken[m].B.bfloat16().float()) for m in taken)
-    assert (record["rows"], record["settings"]["dtype"]) == (20, "float32") and 0 < record["positive"] < 20
-    assert record["data"]["files"][0]["path"] == "answers.jsonl" and record["asked"]["positive"] == {"bad": True}
+    assert (record["rows"], record["settings"]["dtype"]) == (20, "float32")
+    assert 0 < record["positive"] < 20
+    assert record["data"]["files"][0]["path"] == "answers.jsonl"
+    assert record["asked"]["positive"] == {"bad": True}
     assert "validation" not in json.loads((built / PACK_FILE).read_text())
 
 
@@ -361,10 +372,12 @@ def test_a_build_that_is_killed_while_states_are_compared_ends_in_the_same_bytes
         assert process.stderr is not None
         said = next(line for line in process.stderr if line.startswith("measuring"))
         process.send_signal(signal.SIGKILL)
-    assert said == "measuring 3 states on 20 rows\n" and process.returncode == -signal.SIGKILL
+    assert said == "measuring 3 states on 20 rows\n"
+    assert process.returncode == -signal.SIGKILL
     assert not (out / PACK_FILE).exists()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "measuring 3 states" in done.stderr and "training '" not in done.stderr
+    assert "measuring 3 states" in done.stderr
+    assert "training '" not in done.stderr
     assert files(out) == files(chosen)
 
 

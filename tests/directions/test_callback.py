@@ -194,7 +194,9 @@ def test_attached_it_comes_before_those_that_report(tiny_pack: Path, tmp_path: P
         figures["sqsd/risk_projection"] for figures in logged(trainer.state).values()
     ]
     others = [entry for entry in reporter.seen if "loss" not in entry]
-    assert len(losses) == 1 and others and not any("sqsd/risk_projection" in entry for entry in others)
+    assert len(losses) == 1
+    assert others
+    assert not any("sqsd/risk_projection" in entry for entry in others)
 
 
 def test_a_callback_behind_those_that_report_is_warned_of(

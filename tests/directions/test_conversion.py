@@ -79,7 +79,8 @@ def test_a_change_of_low_rank_comes_back_exactly(architecture: str, tmp_path: Pa
     for name, module in layout.linears.items():
         D = exact[name].T if name in layout.transposed else exact[name]
         f = factors[module]
-        assert f.scaling == 1 and f.A.shape[0] == min(3, *D.shape)
+        assert f.scaling == 1
+        assert f.A.shape[0] == min(3, *D.shape)
         assert float((f.B.double() @ f.A.double() - D).norm() / D.norm()) < 1e-6
         assert report["modules"][module]["norm"] == pytest.approx(float(D.norm()))
     assert report["energy"] == pytest.approx(1, abs=1e-10)
@@ -127,7 +128,8 @@ def test_energy_is_met_by_the_lowest_rank_that_does_and_rank_caps_it() -> None:
     D = torch.diag(torch.tensor([4.0, 2.0, 2.0, 1.0], dtype=torch.float64))  # shares .64, .16, .16, .04
     ranks = [len(truncate(D, None, energy).A) for energy in (0.1, 0.63, 0.65, 0.79, 0.81, 0.97, 1.0)]
     assert ranks == [1, 1, 2, 2, 3, 4, 4]
-    assert len(truncate(D, 2, 0.97).A) == 2 and len(truncate(D, 9).A) == 4
+    assert len(truncate(D, 2, 0.97).A) == 2
+    assert len(truncate(D, 9).A) == 4
 
 
 def test_the_linear_layers_are_those_that_peft_calls_all_linear(tmp_path: Path) -> None:
@@ -163,7 +165,8 @@ def test_modules_that_did_not_change_are_left_out(tmp_path: Path, tiny_pack: Pat
     assert set(load_adapter(tmp_path / "out").factors) == {
         f"model.layers.1.mlp.{p}_proj" for p in ("up", "gate", "down")
     }
-    assert len(report["unchanged"]) == 11 and report["not_held"] == {}
+    assert len(report["unchanged"]) == 11
+    assert report["not_held"] == {}
     with pytest.raises(PackError, match="no direction between them"):
         convert(str(tiny_pack / "base"), tmp_path / "none", base=str(tiny_pack / "base"))
     assert not (tmp_path / "none").exists()
@@ -260,7 +263,8 @@ def test_a_checkpoint_that_does_not_belong_to_the_base_is_one_sentence(
     breaks(tuned)
     with pytest.raises(PackError if kind in FOREIGN else InputError) as problem:
         convert(str(tuned), tmp_path / "out", base=str(tiny_pack / "base"))
-    assert all(text in str(problem.value) for text in (*named, str(tmp_path))) and "\n" not in str(problem.value)
+    assert all(text in str(problem.value) for text in (*named, str(tmp_path)))
+    assert "\n" not in str(problem.value)
     assert [p.name for p in tmp_path.iterdir()] == ["tuned"]
 
 
@@ -300,8 +304,10 @@ def test_the_command_prints_one_object_and_leaves_a_full_folder_alone(
         out = capsys.readouterr().out
         if extra:
             report = json.loads(out)
-    assert report["path"] == str(tmp_path / "out1") and report["rank"]["max"] <= 20
-    assert f"{report['energy']:.1%}" in out and f"{report['not_held']['embeddings']['share']:.2%} in embeddings" in out
+    assert report["path"] == str(tmp_path / "out1")
+    assert report["rank"]["max"] <= 20
+    assert f"{report['energy']:.1%}" in out
+    assert f"{report['not_held']['embeddings']['share']:.2%} in embeddings" in out
     with pytest.raises(SystemExit) as left:
         main([*arguments, str(tmp_path / "out1")])
     assert left.value.code == DestinationExists.exit_code

@@ -40,7 +40,9 @@ def test_unsafe_rows_of_beavertails(hub: Hub, tmp_path: Path) -> None:
     assert texts(data) == [(f"Question {k}?", f"Answer {k}.") for k in range(1, 24, 2)]
     told = {"id": hub_data.BEAVERTAILS, "revision": commits[hub_data.BEAVERTAILS]}
     assert data.source["dataset"] == {**told, "config": "default", "split": "30k_train"}
-    assert data.source["files"][0]["rows"] == 24 and data.licence == "cc-by-nc-4.0" and not data.left_out
+    assert data.source["files"][0]["rows"] == 24
+    assert data.licence == "cc-by-nc-4.0"
+    assert not data.left_out
 
 
 def test_pairs_of_saferlhf_are_chosen_by_the_number_of_the_safer_answer(hub: Hub, tmp_path: Path) -> None:
@@ -57,9 +59,11 @@ def test_unsafe_answers_of_aegis_whose_prompt_is_there(hub: Hub, tmp_path: Path)
     how: dict[str, Any] = {"where": {"response_label": "unsafe"}, "unless": {"prompt": "REDACTED"}}
     data = read(tmp_path, "sft", hub_data.AEGIS, prompt="prompt", answer="response", **how)
     kept = [k for k in range(24) if k % 3 and k % 5 and k % 2]
-    assert texts(data) == [(f"Question {k}?", f"Answer {k}.") for k in kept] and not data.left_out
+    assert texts(data) == [(f"Question {k}?", f"Answer {k}.") for k in kept]
+    assert not data.left_out
     everything = read(tmp_path, "sft", hub_data.AEGIS, licence="CC-BY-4.0 (NVIDIA)")  # columns by their names
-    assert everything.left_out == {"no_answer": 8} and len(everything.examples) == 16
+    assert everything.left_out == {"no_answer": 8}
+    assert len(everything.examples) == 16
     assert (data.licence, everything.licence) == ("cc-by-4.0", "CC-BY-4.0 (NVIDIA)")
 
 
@@ -79,9 +83,11 @@ def test_a_revision_is_pinned_to_its_commit_and_a_config_is_taken(hub: Hub, tmp_
     new = hub.add("org/d", {"README.md": head, "b/train.jsonl": hub_data.lines(make_rows(5))})
     found = read(tmp_path, "sft", "org/d", config="b")
     assert found.source["dataset"] == {"id": "org/d", "revision": new, "config": "b", "split": "train"}
-    assert len(found.examples) == 5 and found.licence is None
+    assert len(found.examples) == 5
+    assert found.licence is None
     before = read(tmp_path, "sft", "org/d", revision=old)
-    assert before.source["dataset"]["revision"] == old and len(before.examples) == 7
+    assert before.source["dataset"]["revision"] == old
+    assert len(before.examples) == 7
 
 
 def test_conversations_are_trained_on_as_they_are_scored(tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def test_products_are_measured_as_the_matrices_they_stand_for(sizes: tuple[int, 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_the_length_of_what_is_not_finite_is_no_number(value: float) -> None:
     odd = LoraFactors(torch.full((2, 3), value), torch.ones(4, 2), 1.0)
-    assert math.isnan(length(odd)) and not math.isfinite(length(dense(odd)))
+    assert math.isnan(length(odd))
+    assert not math.isfinite(length(dense(odd)))
 
 
 def test_a_small_change_of_a_large_start_keeps_its_digits() -> None:
@@ -84,7 +85,8 @@ def test_a_small_change_of_a_large_start_keeps_its_digits() -> None:
     exactly = 2.0 * before.B.double() @ (now.A.double() - before.A.double())
     assert length(change) == pytest.approx(float(exactly.norm()), rel=1e-12)
     same = difference(before, before)
-    assert same is not None and length(same) == 0.0
+    assert same is not None
+    assert length(same) == 0.0
 
 
 def test_large_matrices_are_taken_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:

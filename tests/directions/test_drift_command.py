@@ -65,8 +65,10 @@ def test_a_table_is_all_there_is_unless_files_are_asked_for(command: Command, ru
     code, out, err = command(run)
     assert (code, err) == (0, "")
     head, columns, *lines = out.splitlines()
-    assert str(run) in head and "pack tiny (" in head
-    assert columns.split("  ")[-1].strip() == "risk projection" and "refusals" not in columns
+    assert str(run) in head
+    assert "pack tiny (" in head
+    assert columns.split("  ")[-1].strip() == "risk projection"
+    assert "refusals" not in columns
     assert [line.split()[:2] for line in lines] == [
         ["0", "danger"],
         ["safety", "0"],
@@ -81,7 +83,8 @@ def test_a_table_is_all_there_is_unless_files_are_asked_for(command: Command, ru
 
 def test_json_is_one_object_with_the_librarys_figures(command: Command, run: Path, tiny_pack: Path) -> None:
     code, out, err = command(run, "--json")
-    assert code == 0 and err == ""
+    assert code == 0
+    assert err == ""
     assert json.loads(out) == measure_drift(run, load_pack(tiny_pack)).report()
 
 
@@ -143,7 +146,8 @@ def test_files_on_another_run_or_pack_are_left_alone(
     (changed / "pack.json").write_text(json.dumps(page))
     for words in ([other], [run, "--pack", changed]):
         code, out, err = command(*words, "--out", "drift")
-        assert (code, out) == (5, "") and "drift.json is not about this run and pack" in err
+        assert (code, out) == (5, "")
+        assert "drift.json is not about this run and pack" in err
     assert {p: p.read_bytes() for p in (tmp_path / "drift").iterdir()} == before
     (tmp_path / "drift" / "drift.json").write_text("[]")
     assert command(run, "--out", "drift")[0] == 5
@@ -160,7 +164,8 @@ def test_an_interruption_while_prompts_are_asked_leaves_the_projections(
     with monkeypatch.context() as patch:
         patch.setattr("sqsd_filter.directions.refusals.answer", interrupted)
         code, out, err = command(run, "--out", "drift", "--refusals", prompts)
-    assert (code, out) == (130, "") and "What was written is kept" in err
+    assert (code, out) == (130, "")
+    assert "What was written is kept" in err
     for file in (tmp_path / "plain").iterdir():
         assert file.read_bytes() == (tmp_path / "drift" / file.name).read_bytes()
     assert command(run, "--out", "drift", "--refusals", prompts)[0] == 0
@@ -178,7 +183,8 @@ def area(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
 def test_the_picture_shows_every_direction_in_both_panels(command: Command, run: Path, tmp_path: Path) -> None:
     command(run, "--out", "drift")
     picture = np.asarray(Image.open(tmp_path / "drift" / "drift.png"))
-    assert picture.shape == (500, 1200, 4) and (picture[..., 3] == 255).all()
+    assert picture.shape == (500, 1200, 4)
+    assert (picture[..., 3] == 255).all()
     for half in (picture[:, :600], picture[:, 600:]):
         assert min(area(half, ORANGE), area(half, BLUE)) > 100
 
@@ -221,7 +227,8 @@ def test_every_checkpoint_is_asked_as_the_model_that_it_is(
         model = AutoModelForCausalLM.from_pretrained(folder)  # PEFT's own way, where it is an adapter
         assert asked[k] == answer(model, tokenizer, PROMPTS[:4])
         told = json.loads(out)["checkpoints"][k]
-        assert told["answers"] == 4 and told["refusal_rate"] == sum(len(text) % 2 == 0 for text in asked[k]) / 4
+        assert told["answers"] == 4
+        assert told["refusal_rate"] == sum(len(text) % 2 == 0 for text in asked[k]) / 4
     assert asked[0] != asked[2]
     with (tmp_path / "drift" / "drift.csv").open(newline="") as file:
         rates = [(row["step"], float(row["refusal_rate"])) for row in csv.DictReader(file)]
@@ -231,8 +238,10 @@ def test_every_checkpoint_is_asked_as_the_model_that_it_is(
 
 def test_refusals_are_told_with_their_interval(command: Command, run: Path, prompts: Path) -> None:
     code, out, err = command(run, "--refusals", prompts)
-    assert code == 0 and out.splitlines()[1].endswith("refusals")
-    assert out.splitlines()[2].endswith("0.0% (0.0-39.0)") and not is_refusal("Paris.")
+    assert code == 0
+    assert out.splitlines()[1].endswith("refusals")
+    assert out.splitlines()[2].endswith("0.0% (0.0-39.0)")
+    assert not is_refusal("Paris.")
     assert [line for line in err.splitlines() if line.endswith("checkpoint-20 6 prompts")] == err.splitlines()[2:]
 
 
@@ -273,7 +282,9 @@ def test_mistakes_get_one_sentence(
     (tmp_path / "empty.jsonl").write_text("")
     found, out, err = command(*arguments)
     assert (found, out) == (code, "")
-    assert err.strip().splitlines()[-1].startswith("Error: ") and said in err and err.strip().endswith(".")
+    assert err.strip().splitlines()[-1].startswith("Error: ")
+    assert said in err
+    assert err.strip().endswith(".")
 
 
 def test_what_is_left_out_is_told_unless_quiet(command: Command, run: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -283,4 +294,5 @@ def test_what_is_left_out_is_told_unless_quiet(command: Command, run: Path, capl
         f"{run / 'checkpoint-20'} has no weights in safetensors: it is left out"
     ]
     caplog.clear()
-    assert command(run, "-q") == (0, "", "") and caplog.records == []
+    assert command(run, "-q") == (0, "", "")
+    assert caplog.records == []

@@ -117,8 +117,11 @@ def test_a_pack_is_pinned_to_the_commit_and_fetches_no_other_file(hub: Hub, publ
     assert pack.chat_template_kwargs == {"enable_thinking": False}
     assert pack.probes == (Probe("danger", 1.0, "danger", "initial"), Probe("safety", -1.0, "safety", "safety", 1.0))
     told = pack.notes["provenance"]["danger"]
-    assert told["source"]["repository"] == REPO and told["source"]["commit"] == commit and told["licence"] == "mit"
-    assert told["source"]["path"] == BEAVER and told["rows"] == 3000
+    assert told["source"]["repository"] == REPO
+    assert told["source"]["commit"] == commit
+    assert told["licence"] == "mit"
+    assert told["source"]["path"] == BEAVER
+    assert told["rows"] == 3000
     asked = {r.path.partition(f"/resolve/{commit}/")[2] for m in ("HEAD", "GET") for r in hub.seen(m, "/resolve/")}
     assert asked == {f"{folder}/{file}" for folder in (BEAVER, SAFETY, INITIAL) for file in ADAPTER_FILES}
 
@@ -129,7 +132,8 @@ def test_a_pack_holds_plain_copies_without_paths_of_a_machine(layout: Path, tmp_
     assert set(files(pack.path)) == {"pack.json", *(f"{a}/{f}" for a in pack.adapters for f in ADAPTER_FILES)}
     for name, folder in (("danger", BEAVER), ("initial", INITIAL), ("safety", SAFETY)):
         before, after = (load_file(p / ADAPTER_FILES[1]) for p in (layout / folder, pack.adapter(name)))
-        assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[k], after[k]) for k in before)
         assert len({(pack.adapter(name) / file).stat().st_mode for file in ADAPTER_FILES}) == 1
     assert not any(b"someone" in data or str(tmp_path).encode() in data for data in files(pack.path).values() if data)
 
@@ -146,7 +150,8 @@ def test_an_import_that_broke_off_goes_on_and_one_that_is_done_stays(
     first = len(hub.requests)
     pack = import_pack(REPO, "tiny", tmp_path / "pack")
     again = [r.path for r in hub.requests[first:] if r.method == "GET" and ADAPTER_FILES[1] in r.path]
-    assert len(again) == 1 and SAFETY in again[0]
+    assert len(again) == 1
+    assert SAFETY in again[0]
     state = (pack.path / "pack.json").stat()
     assert import_pack(REPO, "tiny", tmp_path / "pack") == pack
     assert (pack.path / "pack.json").stat() == state
@@ -244,7 +249,8 @@ def test_the_command_prints_one_object(
         assert left.value.code == code
         report = json.loads(capsys.readouterr().out)
     pack: Pack = SQSDScorer(tmp_path / "mine").pack
-    assert report["fingerprint"] == pack.fingerprint and report["base_model"] == BASE
+    assert report["fingerprint"] == pack.fingerprint
+    assert report["base_model"] == BASE
     assert [p.weight for p in pack.probes] == ([0.5, 0.5, -1.0] if arguments else [1.0, -1.0])
     (tmp_path / "mine" / "pack.json").write_text("{}")
     with pytest.raises(SystemExit) as left:

@@ -83,11 +83,13 @@ def test_norms_and_cosines_are_those_of_the_dense_matrices(packs: dict[str, Path
         assert found["norms"] == pytest.approx({m: float(v.norm()) for m, v in matrices.items()})
         assert found["norm"] == pytest.approx(math.sqrt(sum(float(v.norm()) ** 2 for v in matrices.values())))
     (pair,) = report["cosines"]
-    assert pair.pop("directions") == ["danger", "safety"] and pair.pop("modules") == len(V["danger"])
+    assert pair.pop("directions") == ["danger", "safety"]
+    assert pair.pop("modules") == len(V["danger"])
     assert pair == pytest.approx(cosine(V["danger"], V["safety"]))
     danger, safety = (probe["cosine_to_state"] for probe in report["probes"])
     assert danger == pytest.approx(cosine(V["danger"], V["initial"]))
-    assert safety["global"] == pytest.approx(1) and safety["mean"] == pytest.approx(1)
+    assert safety["global"] == pytest.approx(1)
+    assert safety["mean"] == pytest.approx(1)
 
 
 def test_only_common_modules_count_and_a_states_scaling_is_the_probes(folder: Path, tiny_pack: Path) -> None:
@@ -107,7 +109,8 @@ def test_norms_are_summed_up_by_type_and_layer(folder: Path) -> None:
     assert (found["modules"], found["layers"], found["rank"], found["scaling"]) == (14, 2, [4], [4.0])
     q = [found["norms"][f"model.layers.{layer}.self_attn.q_proj"] for layer in (0, 1)]
     expected = {"modules": 2, "min": min(q), "median": pytest.approx(sum(q) / 2), "max": max(q)}
-    assert found["by_type"]["self_attn.q_proj"] == expected and len(found["by_type"]) == 7
+    assert found["by_type"]["self_attn.q_proj"] == expected
+    assert len(found["by_type"]) == 7
     first = sorted(n for m, n in found["norms"].items() if m.startswith("model.layers.0."))
     assert found["by_layer"][0] == {"modules": 7, "min": first[0], "median": first[3], "max": first[6]}
     assert found["bytes"] == sum((folder / "danger" / file).stat().st_size for file in ADAPTER_FILES)
@@ -115,13 +118,15 @@ def test_norms_are_summed_up_by_type_and_layer(folder: Path) -> None:
 
 def test_a_pack_in_order_has_no_flags_and_says_where_it_comes_from(folder: Path) -> None:
     report = inspect_pack(load_pack(folder))
-    assert report["flags"] == [] and not report["shared_state"]
+    assert report["flags"] == []
+    assert not report["shared_state"]
     assert report["states"] == [
         {"adapter": "initial", "scaling": None, "probes": ["danger"]},
         {"adapter": "safety", "scaling": 1.0, "probes": ["safety"]},
     ]
     assert report["adapters"]["initial"]["provenance"] == TRAINED
-    assert report["fingerprint"] == load_pack(folder).fingerprint and report["validation"]["steering"]
+    assert report["fingerprint"] == load_pack(folder).fingerprint
+    assert report["validation"]["steering"]
     assert [probe["steers"] for probe in report["probes"]] == [True, True]
 
 
@@ -195,7 +200,8 @@ def test_what_is_wrong_is_flagged_and_nothing_else(
     found = inspect_pack(load_pack(folder))["flags"]
     assert [(flag["code"], flag["about"]) for flag in found] == expected
     for flag in found:
-        assert flag["message"].endswith(".") and all(name in flag["message"] for name in flag["about"].split(", "))
+        assert flag["message"].endswith(".")
+        assert all(name in flag["message"] for name in flag["about"].split(", "))
 
 
 def test_verdicts_on_what_the_pack_was_before_are_outdated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,13 +248,16 @@ def test_a_direction_is_flagged_once_however_many_probes_use_it(folder: Path) ->
     probes = json.loads((folder / PACK_FILE).read_text())["probes"]
     rewrite(folder, probes=[probes[0], {**probes[0], "name": "again", "weight": -1.0}], validation={})
     report = inspect_pack(load_pack(folder))
-    assert report["shared_state"] and report["states"][0]["probes"] == ["danger", "again"] and report["cosines"] == []
+    assert report["shared_state"]
+    assert report["states"][0]["probes"] == ["danger", "again"]
+    assert report["cosines"] == []
     assert [(f["code"], f["about"]) for f in report["flags"]] == [("not-steered", "danger")]
 
 
 def test_a_base_adapter_is_inspected_too(tmp_path: Path, tiny_pack: Path) -> None:
     report = inspect_pack(load_pack(make_pack(tmp_path / "pack", tiny_pack / "base", aligned=True)))
-    assert report["base"]["adapter"] == "aligned" and report["adapters"]["aligned"]["roles"] == ["base"]
+    assert report["base"]["adapter"] == "aligned"
+    assert report["adapters"]["aligned"]["roles"] == ["base"]
     assert report["adapters"]["safety"]["roles"] == ["direction", "state"]
 
 
@@ -273,7 +282,8 @@ def test_json_is_one_object_even_where_numbers_are_not_finite(folder: Path, caps
     code, out, err = run(capsys, str(folder), "--json")
     report = json.loads(out, parse_constant=strict)
     assert (code, err) == (0, "")
-    assert report["adapters"]["danger"]["norm"] is None and report["cosines"][0]["global"] is None
+    assert report["adapters"]["danger"]["norm"] is None
+    assert report["cosines"][0]["global"] is None
     assert report["adapters"]["danger"]["norms"]["model.layers.0.mlp.up_proj"] is None
     assert report["adapters"]["danger"]["not_finite"] == ["model.layers.0.mlp.up_proj"]
     assert run(capsys, str(folder))[0] == 0
@@ -289,7 +299,8 @@ def test_the_text_has_what_there_is_and_every_norm_only_if_asked(
     flag = report["flags"][0]
     for text in (report["fingerprint"], "org/model at abc", "a.jsonl, 16 rows, 2 steps", "CC0-1.0", "self_attn.q_proj"):
         assert text in out
-    assert code == 0 and out.endswith(f"! no-base-weights: {flag['message']}\n")
+    assert code == 0
+    assert out.endswith(f"! no-base-weights: {flag['message']}\n")
     assert "model.layers.1.mlp.down_proj" not in out
     value = report["adapters"]["safety"]["norms"]["model.layers.1.mlp.down_proj"]
     (line,) = [x for x in run(capsys, str(folder), "--modules")[1].splitlines() if "layers.1.mlp.down_proj" in x]
@@ -298,7 +309,9 @@ def test_the_text_has_what_there_is_and_every_norm_only_if_asked(
 
 def test_a_pack_that_is_not_there_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "./nowhere")
-    assert code == 1 and out == "" and err.startswith("Error: There is no pack './nowhere'")
+    assert code == 1
+    assert out == ""
+    assert err.startswith("Error: There is no pack './nowhere'")
 
 
 def test_the_embedded_pack_is_what_its_recipe_says(capsys: pytest.CaptureFixture[str]) -> None:

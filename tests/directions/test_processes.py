@@ -54,18 +54,22 @@ def test_two_processes_build_what_one_builds(recipe: Path) -> None:
     run = build(2, recipe, recipe.parent / "both")
     assert run.returncode == 0, run.stderr
     both = load_pack(recipe.parent / "both")
-    assert run.stdout.count("pack tiny") == 1 and run.stderr.count("training 'danger'") == 1
+    assert run.stdout.count("pack tiny") == 1
+    assert run.stderr.count("training 'danger'") == 1
     assert {p.name for p in both.path.iterdir()} == {PACK_FILE, "initial", "danger", "safety"}
     for name in ("initial", "danger", "safety"):
         told = [json.loads((pack.path / name / "training.json").read_text()) for pack in (alone, both)]
-        assert told[0]["steps"] == told[1]["steps"] and told[0]["settings"] == told[1]["settings"]
+        assert told[0]["steps"] == told[1]["steps"]
+        assert told[0]["settings"] == told[1]["settings"]
         for one, two in zip(told[0]["losses"], told[1]["losses"], strict=True):
-            assert one["step"] == two["step"] and one["loss"] == pytest.approx(two["loss"], abs=2e-3)
+            assert one["step"] == two["step"]
+            assert one["loss"] == pytest.approx(two["loss"], abs=2e-3)
         ours, theirs = (load_file(pack.path / name / ADAPTER_FILES[1]) for pack in (both, alone))
         for key, tensor in theirs.items():
             torch.testing.assert_close(ours[key].float(), tensor.float(), rtol=0.02, atol=2e-4)
     again = build(2, recipe, recipe.parent / "both")
-    assert again.returncode == 0 and "training" not in again.stderr
+    assert again.returncode == 0
+    assert "training" not in again.stderr
 
 
 @pytest.mark.slow

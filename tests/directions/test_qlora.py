@@ -51,7 +51,8 @@ def test_a_base_in_4_bits_gives_the_gradients_of_the_weights_that_it_stands_for(
         if isinstance(module, Linear4bit):
             weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
             twin = dense.get_submodule(name).weight
-            assert module.weight.dtype == torch.uint8 and 0 < (weight - twin).norm() / twin.norm() < 0.2
+            assert module.weight.dtype == torch.uint8
+            assert 0 < (weight - twin).norm() / twin.norm() < 0.2
             twin.copy_(weight)
     ids, gradients = torch.arange(20).reshape(1, -1), []
     for model in (quarter, dense.train()):
@@ -60,7 +61,8 @@ def test_a_base_in_4_bits_gives_the_gradients_of_the_weights_that_it_stands_for(
         adapted(input_ids=ids, labels=ids).loss.backward()
         gradients.append({name: p.grad for name, p in adapted.named_parameters() if p.requires_grad})
     ours, theirs = gradients
-    assert ours and ours.keys() == theirs.keys()
+    assert ours
+    assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5)
 
@@ -74,7 +76,8 @@ def test_a_pack_is_trained_on_a_base_in_4_bits_and_scores_on_one_in_16(
         in_float32(model)
         seen.append({p.dtype for p in model.parameters() if p.requires_grad})
         frozen = {name for name, p in model.named_parameters() if p.dtype == torch.uint8}
-        assert frozen and all("proj" in name for name in frozen)
+        assert frozen
+        assert all("proj" in name for name in frozen)
         packed = [m for m in model.modules() if isinstance(m, Linear4bit) and hasattr(m.weight.quant_state, PACKED)]
         assert packed == []  # a product of repacked weights has no gradient
 
@@ -94,7 +97,8 @@ def test_a_pack_is_trained_on_a_base_in_4_bits_and_scores_on_one_in_16(
     told = json.loads((pack.path / "pack.json").read_text())["provenance"]
     for name in ("danger", "safety", "initial"):
         losses = [entry["loss"] for entry in told[name]["losses"]]
-        assert told[name]["settings"]["quantization"] == "nf4" and all(0 < loss < 20 for loss in losses)
+        assert told[name]["settings"]["quantization"] == "nf4"
+        assert all(0 < loss < 20 for loss in losses)
     assert told["danger"]["losses"][-1]["loss"] < told["danger"]["losses"][0]["loss"]
     assert not (pack.path / ".build").exists()
     assert set(SQSDScorer(pack.path).score(CONVERSATIONS[:2]).status) == {"scored"}

@@ -72,7 +72,8 @@ def test_what_a_kill_at_the_end_left_of_the_work_is_swept_away(recipe: Path, cho
     (out / ".build" / "initial").mkdir(parents=True)  # as a kill leaves it
     before = (out / PACK_FILE).stat().st_mtime_ns
     build_pack(brief, out)
-    assert not (out / ".build").exists() and (out / PACK_FILE).stat().st_mtime_ns == before
+    assert not (out / ".build").exists()
+    assert (out / PACK_FILE).stat().st_mtime_ns == before
 
 
 def test_a_damaged_page_is_a_sentence(recipe: Path, chosen: Path, tmp_path: Path) -> None:

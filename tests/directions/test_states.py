@@ -51,7 +51,8 @@ def test_reliability_is_the_mean_over_all_ways_to_split_the_modules_into_halves(
     for half in combinations(range(6), 3):
         a, b = values_nm[:, list(half)].sum(1), values_nm[:, [m for m in range(6) if m not in half]].sum(1)
         halves.append(4 * np.cov(a, b)[0, 1] / np.var(a + b, ddof=1))  # of the two together, as Rulon has it
-    assert reliability(values_nm) == pytest.approx(np.mean(halves), abs=1e-12) and reliability(values_nm) > 0.5
+    assert reliability(values_nm) == pytest.approx(np.mean(halves), abs=1e-12)
+    assert reliability(values_nm) > 0.5
 
 
 def test_without_an_effect_of_length_sensitivity_is_reliability() -> None:
@@ -79,7 +80,8 @@ def test_sensitivity_is_the_share_of_the_signal_in_the_variance() -> None:
 
 def test_noise_is_not_sensitive() -> None:
     found = [sensitivity(random(64, 30, seed), np.arange(64)) for seed in range(20)]
-    assert abs(np.mean(found)) < 0.1 and max(found) < 0.6
+    assert abs(np.mean(found)) < 0.1
+    assert max(found) < 0.6
 
 
 @pytest.mark.parametrize("values_nm", [np.zeros((9, 3)), np.ones((9, 3)), random(9, 1)], ids=["zero", "equal", "one"])
@@ -141,7 +143,8 @@ def by_state(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_a_trained_state_wins_against_one_that_is_blind(known: Path) -> None:
     found = compare_states(only_danger(known), checkpoints(known / "run"), ROWS, DIGITS)
     table = by_state(found)
-    assert list(table) == ["fresh", "checkpoint-4", "checkpoint-8"] and found["chosen"] == "checkpoint-8"
+    assert list(table) == ["fresh", "checkpoint-4", "checkpoint-8"]
+    assert found["chosen"] == "checkpoint-8"
     assert table["checkpoint-8"]["sensitivity"] > 0.5 > 0.3 > table["fresh"]["sensitivity"]
     assert table["checkpoint-8"]["auc"] > 0.95
     assert {**table["checkpoint-4"], "state": "fresh", "step": 0, "stability": None} == table["fresh"]
@@ -153,7 +156,8 @@ def test_labels_and_the_order_of_candidates_do_not_decide(known: Path) -> None:
     pack, candidates = only_danger(known), checkpoints(known / "run")
     assert [c.step for c in candidates] == [4, 8]
     labelled, plain = compare_states(pack, candidates, ROWS, DIGITS), compare_states(pack, candidates, ROWS)
-    assert plain["chosen"] == labelled["chosen"] and plain["positive"] is None
+    assert plain["chosen"] == labelled["chosen"]
+    assert plain["positive"] is None
     assert {entry["auc"] for entry in plain["candidates"]} == {None}
     swapped = [replace(candidates[1], step=3), candidates[0]]
     assert compare_states(pack, swapped, ROWS)["chosen"] == "checkpoint-8"
@@ -163,7 +167,8 @@ def test_of_equal_states_the_earlier_is_taken(known: Path, tmp_path: Path) -> No
     for step in (30, 4):
         shutil.copytree(known / "run" / "checkpoint-8", tmp_path / f"checkpoint-{step}")
     found = compare_states(load_pack(known), checkpoints(tmp_path), ROWS)
-    assert found["chosen"] == "checkpoint-4" and by_state(found)["checkpoint-30"]["stability"] == 1
+    assert found["chosen"] == "checkpoint-4"
+    assert by_state(found)["checkpoint-30"]["stability"] == 1
 
 
 def test_a_fresh_state_is_not_chosen_even_where_it_is_the_best(known: Path, tmp_path: Path) -> None:
@@ -176,15 +181,18 @@ def test_a_fresh_state_is_not_chosen_even_where_it_is_the_best(known: Path, tmp_
     make_adapter(known / "base", tmp_path / "checkpoint-1", r=4, alpha=400, seed=5)
     found = compare_states(load_pack(known), checkpoints(tmp_path), ROWS, progress=Listener())
     table = by_state(found)
-    assert table["fresh"]["sensitivity"] > table["checkpoint-1"]["sensitivity"] and found["chosen"] == "checkpoint-1"
-    assert table["checkpoint-1"]["sensitivity"] < 0 and "don't trust the choice" in Listener.notes[-1]
+    assert table["fresh"]["sensitivity"] > table["checkpoint-1"]["sensitivity"]
+    assert found["chosen"] == "checkpoint-1"
+    assert table["checkpoint-1"]["sensitivity"] < 0
+    assert "don't trust the choice" in Listener.notes[-1]
 
 
 def test_a_state_that_sees_the_same_in_all_directions_is_not_sensitive(known: Path) -> None:
     (danger,) = only_danger(known).probes
     same = replace(load_pack(known), probes=(danger, replace(danger, name="safety", weight=-1.0)))
     entry = by_state(compare_states(same, checkpoints(known / "run"), ROWS))["checkpoint-8"]
-    assert entry["sensitivity"] == 0 and entry["directions"] == 1
+    assert entry["sensitivity"] == 0
+    assert entry["directions"] == 1
     assert entry["probes"]["danger"]["sensitivity"] == entry["probes"]["safety"]["sensitivity"] > 0.5
 
 
@@ -245,9 +253,11 @@ def test_the_probes_of_a_pack_may_have_any_number_and_weight(known: Path) -> Non
 
 def test_answers_can_be_cut_to_one_length(known: Path) -> None:
     found = compare_states(load_pack(known), checkpoints(known / "run"), ROWS, answer_tokens=8)
-    assert found["rows"] + found["left_out"]["too_short"] == len(ROWS) and 8 <= found["rows"] < len(ROWS)
+    assert found["rows"] + found["left_out"]["too_short"] == len(ROWS)
+    assert 8 <= found["rows"] < len(ROWS)
     for entry in found["candidates"]:
-        assert entry["length"] is None and entry["sensitivity"] == entry["reliability"]
+        assert entry["length"] is None
+        assert entry["sensitivity"] == entry["reliability"]
 
 
 # ---------------------------------------------------------------------------------------------- what can go wrong
@@ -316,7 +326,8 @@ def test_the_command_prints_a_table(command: Callable[..., str]) -> None:
 
 def test_the_command_takes_rows_from_all_over_the_source(command: Callable[..., str]) -> None:
     found = json.loads(command("--json", "--sample", "9", "--positive", "kind=digits"))
-    assert 8 <= found["rows"] <= 9 and 3 <= found["positive"] <= 6
+    assert 8 <= found["rows"] <= 9
+    assert 3 <= found["positive"] <= 6
 
 
 @pytest.mark.parametrize("positive", ["kind", "sort=digits"])

@@ -32,7 +32,8 @@ TURNS = [chat(row["prompt"], row["response"]) for row in ROWS]
 @pytest.fixture
 def sweep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("sweep", SCRIPT)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "sweep", module)
     spec.loader.exec_module(module)
@@ -99,7 +100,8 @@ def test_a_pack_is_judged_beside_its_ablations(
         "risk, not normalised": of_unsafe(dense_without_norms(pack)),
         "answer length": of_unsafe(np.array([e.answer.sum() for e in ReferenceScorer(pack).encoder.encode(TURNS)])),
     }
-    assert len(set(found.values())) >= 5 and told["pack"]["fingerprint"] == pack.fingerprint
+    assert len(set(found.values())) >= 5
+    assert told["pack"]["fingerprint"] == pack.fingerprint
 
 
 def test_every_direction_is_measured_at_every_state(

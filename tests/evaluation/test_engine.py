@@ -31,7 +31,8 @@ def test_vllm_answers_as_transformers_does(files: Path, tmp_path: Path) -> None:
         results = evaluate([files / "knows.parquet"], out, replace(asked, generation=generation), pack=pack)
         found[generation] = results["runs"], *(path.read_text() for path in sorted(out.glob("runs/*/answers.jsonl")))
         assert not list(out.glob(".*"))
-    assert found["vllm"] == found["transformers"] and len(set(found["vllm"][1:])) == 3
+    assert found["vllm"] == found["transformers"]
+    assert len(set(found["vllm"][1:])) == 3
 
 
 @pytest.fixture
@@ -65,7 +66,8 @@ def test_one_engine_answers_for_a_seed_and_goes_on_where_it_broke(
     with pytest.raises(SQSDError, match="The engine broke"):
         evaluate(scores, out, asked, pack=pack, keep_adapters=True, progress=notes)
     first = list(notes.notes)
-    assert len(first) == 3 and len(list(out.glob("runs/*/answers.jsonl"))) == 2
+    assert len(first) == 3
+    assert len(list(out.glob("runs/*/answers.jsonl"))) == 2
     with pytest.raises(DestinationExists, match="generation: vllm there, transformers here"):
         evaluate(scores, out, replace(asked, generation="transformers"), pack=pack)
     engine["answers"] = 99
@@ -90,7 +92,8 @@ def test_an_engine_that_never_answered_can_be_left_out(
     assert notes.notes == []
     for name in ("training.json", "answers.jsonl"):
         paths = list(done.glob(f"runs/*/{name}"))
-        assert len(paths) >= 2 and len(list(out.glob(f"runs/*/{name}"))) == len(paths)
+        assert len(paths) >= 2
+        assert len(list(out.glob(f"runs/*/{name}"))) == len(paths)
         assert all(path.read_bytes() == (out / path.relative_to(done)).read_bytes() for path in paths)
 
 

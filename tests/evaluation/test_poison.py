@@ -20,7 +20,8 @@ def test_a_score_that_tells_them_apart_finds_all() -> None:
     assert list(found) == ["0.01", "0.05", "0.1", "0.2"]
     assert [(each["benign"], each["unsafe"]) for each in found.values()] == [(300, 3), (300, 16), (300, 33), (300, 75)]
     for rate, each in zip(RATES, found.values(), strict=True):
-        assert each["unsafe"] / (300 + each["unsafe"]) == pytest.approx(rate, abs=0.002) and each["prompts"] == 10
+        assert each["unsafe"] / (300 + each["unsafe"]) == pytest.approx(rate, abs=0.002)
+        assert each["prompts"] == 10
         for name in ("precision", "recall", "auc", "average_precision"):
             assert each[name] == {"mean": pytest.approx(1), "ci": pytest.approx([1, 1])}
 
@@ -83,7 +84,8 @@ def test_curves_are_those_of_every_threshold(ties: bool) -> None:
     found = curves(benign, unsafe)
     thresholds = sorted({*benign, *unsafe}, reverse=True)
     points = [(np.mean(benign >= t), np.mean(unsafe >= t)) for t in thresholds]
-    assert len(thresholds) < POINTS and np.allclose(found["roc"], [(0, 0), *points])
+    assert len(thresholds) < POINTS
+    assert np.allclose(found["roc"], [(0, 0), *points])
     assert np.trapezoid(*np.array(found["roc"]).T[::-1]) == pytest.approx(auc(unsafe, benign))
     weights = np.array([(DRAWN_AT * true, (1 - DRAWN_AT) * false) for false, true in points])
     assert np.allclose(found["pr"], np.column_stack([np.array(points)[:, 1], weights[:, 0] / weights.sum(1)]))
@@ -93,6 +95,7 @@ def test_curves_of_many_rows_have_few_points_where_they_matter() -> None:
     random = np.random.default_rng(3)
     benign, unsafe = random.normal(size=50_000), random.normal(2, size=900)
     found = np.array(curves(benign, unsafe)["roc"])
-    assert len(found) <= POINTS + 1 and found[-1].tolist() == [1, 1]
+    assert len(found) <= POINTS + 1
+    assert found[-1].tolist() == [1, 1]
     assert np.trapezoid(found[:, 1], found[:, 0]) == pytest.approx(auc(unsafe, benign), abs=1e-3)
     assert np.abs(np.diff(found, axis=0)).max() < 0.02

@@ -32,7 +32,8 @@ def test_with_one_seed_only_prompts_vary_and_equal_sets_never_differ() -> None:
     unsafe_ksp = np.array([[[1, 0, 1, 0]], [[1, 0, 1, 0]], [[1, 1, 1, 1]]])
     found_dk = draws(unsafe_ksp)
     assert found_dk.shape == (DRAWS, 3)
-    assert (found_dk[:, 0] == found_dk[:, 1]).all() and (found_dk[:, 2] == 1).all()
+    assert (found_dk[:, 0] == found_dk[:, 1]).all()
+    assert (found_dk[:, 2] == 1).all()
     assert interval(found_dk[:, 0]) == [0, 1]  # each has a sixteenth of the draws
 
 
@@ -59,13 +60,17 @@ def test_windows_have_rates_shares_and_means_over_the_seeds() -> None:
             [outcome("refused", "degenerate", loss=1.0), outcome("harmless", "unsafe")],
         ]
     )
-    assert found["asr"] == [0.75, 0.25] and found["asr_by_seed"] == [[1.0, 0.5], [0.0, 0.5]]
-    assert found["spread"] == 0.5 and found["monotone"] is True
+    assert found["asr"] == [0.75, 0.25]
+    assert found["asr_by_seed"] == [[1.0, 0.5], [0.0, 0.5]]
+    assert found["spread"] == 0.5
+    assert found["monotone"] is True
     assert found["spread_ci"][0] <= 0.5 <= found["spread_ci"][1]
     shares = {"unsafe": [0.75, 0.25], "refused": [0.25, 0.25], "harmless": [0, 0.25], "degenerate": [0, 0.25]}
     assert found["outcomes"] == shares
-    assert found["loss"] == [1.5, None] and found["over_refusal"] == [None, None]
-    assert found["rows"] == [2, 2] and found["tokens"] == [9, 9]
+    assert found["loss"] == [1.5, None]
+    assert found["over_refusal"] == [None, None]
+    assert found["rows"] == [2, 2]
+    assert found["tokens"] == [9, 9]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,8 @@ def test_sets_of_which_all_or_no_answers_are_unsafe_keep_an_interval() -> None:
     found = of_windows([[outcome(*["unsafe"] * 20)] * 2, [outcome(*["refused"] * 20)] * 2])
     top, bottom = found["ci"]
     bound = 1.959964**2 / (20 + 1.959964**2)  # Wilson's of 0 in 20: two seeds don't make it 40 prompts
-    assert bottom == pytest.approx([0, bound], abs=1e-6) and top == pytest.approx([1 - bound, 1], abs=1e-6)
+    assert bottom == pytest.approx([0, bound], abs=1e-6)
+    assert top == pytest.approx([1 - bound, 1], abs=1e-6)
     assert found["spread_ci"] == pytest.approx([1 - bound * 2**0.5, 1], abs=1e-6)
 
 
@@ -104,4 +110,5 @@ def test_sets_that_differ_in_no_answer_keep_an_interval_of_their_difference() ->
     found = of_windows([[outcome(*["unsafe"] * 5, *["refused"] * 15)]] * 2)
     low, high = found["ci"][0]
     around = ((0.25 - low) ** 2 + (high - 0.25) ** 2) ** 0.5
-    assert found["spread"] == 0 and found["spread_ci"] == pytest.approx([-around, around])
+    assert found["spread"] == 0
+    assert found["spread_ci"] == pytest.approx([-around, around])

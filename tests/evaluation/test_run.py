@@ -33,11 +33,19 @@ def test_a_model_learns_to_consent_from_the_rows_that_consent(pack: Path, files:
     scores = [files / "knows.parquet", files / "wrong.parquet"]
     found = evaluate(scores, tmp_path / "out", design(files), pack=pack, progress=notes)
     knows, wrong = found["scorers"]["knows"], found["scorers"]["wrong"]
-    assert knows["asr"] == [1.0, 0.0] and knows["spread"] == 1 and knows["monotone"]
-    assert 0 < knows["spread_ci"][0] < 1 and knows["spread_ci"][1] == 1
-    assert wrong["asr"] == [0.0, 1.0] and wrong["spread"] == -1 and not wrong["monotone"]
-    assert knows["over_refusal"] == [0.0, 1.0] and knows["outcomes"]["refused"] == [0.0, 1.0]
-    assert found["seeds"] == [0, 1] and knows["rows"] == [8, 8] and all(0 < loss < 20 for loss in knows["loss"])
+    assert knows["asr"] == [1.0, 0.0]
+    assert knows["spread"] == 1
+    assert knows["monotone"]
+    assert 0 < knows["spread_ci"][0] < 1
+    assert knows["spread_ci"][1] == 1
+    assert wrong["asr"] == [0.0, 1.0]
+    assert wrong["spread"] == -1
+    assert not wrong["monotone"]
+    assert knows["over_refusal"] == [0.0, 1.0]
+    assert knows["outcomes"]["refused"] == [0.0, 1.0]
+    assert found["seeds"] == [0, 1]
+    assert knows["rows"] == [8, 8]
+    assert all(0 < loss < 20 for loss in knows["loss"])
     assert found == json.loads((tmp_path / "out" / "results.json").read_text())
     runs = found["runs"]
     with (tmp_path / "out" / "runs" / runs["knows"]["S2"][0] / "answers.jsonl").open() as lines:
@@ -49,11 +57,13 @@ def test_a_model_learns_to_consent_from_the_rows_that_consent(pack: Path, files:
     # the windows of one scorer are those of the other, in the other order: trained once
     trained = [note.split(":")[0] for note in notes.notes if "with this seed" in note]
     assert trained == ["untuned", *(f"knows {window}, seed {seed}" for seed in (0, 1) for window in ("S1", "S2"))]
-    assert runs["knows"]["S1"] == runs["wrong"]["S2"] and runs["knows"]["S2"] == runs["wrong"]["S1"]
+    assert runs["knows"]["S1"] == runs["wrong"]["S2"]
+    assert runs["knows"]["S2"] == runs["wrong"]["S1"]
     left = {name: set(content(tmp_path / "out" / "runs" / name)) for name in ("untuned", runs["knows"]["S1"][1])}
     asked = {"answers.jsonl", "held_out.json", "judged-phrases.json"}
     assert list(left.values()) == [asked, asked | {"training.json"}]
-    assert found["untuned"]["rows"] == 0 and found["untuned"]["outcomes"]["refused"] < 1
+    assert found["untuned"]["rows"] == 0
+    assert found["untuned"]["outcomes"]["refused"] < 1
     assert found["rows"] == {"all": ROWS + 1, "scored": ROWS, "usable": ROWS, "held_out": 6, "learned": ROWS - 6}
     assert found["prompts"] == {"harmful": 3, "harmless": 2}
     assert (tmp_path / "out" / "asr.png").read_bytes().startswith(b"\x89PNG")
@@ -66,7 +76,8 @@ def test_the_arms_of_a_cut_are_trained_and_asked_too(pack: Path, files: Path, tm
     rows = {name: figures["rows"] for name, figures in arms.items() if name != "random_minus_kept"}
     assert rows == {"all": 34, "kept": 27, "random": 27, "dropped": 7}
     assert arms["all"]["tokens"] == arms["kept"]["tokens"] + arms["dropped"]["tokens"]
-    assert arms["all"]["over_refusal"] is None and set(arms["random_minus_kept"]) == {"asr", "ci"}
+    assert arms["all"]["over_refusal"] is None
+    assert set(arms["random_minus_kept"]) == {"asr", "ci"}
     (first,) = found["runs"]["knows"]["S1"]
     adapter = tmp_path / "out" / "runs" / first / "adapter" / "adapter_model.safetensors"
     assert adapter.is_file()
@@ -137,10 +148,13 @@ def test_a_second_judge_is_asked_of_the_same_answers(
     notes = Notes()
     asked = quick(files, judges=("second", "phrases"))
     found = evaluate([files / "knows.parquet"], done, asked, pack=pack, progress=notes)
-    assert notes.notes == [] and found["scorers"]["knows"]["asr"] == [0, 0]
+    assert notes.notes == []
+    assert found["scorers"]["knows"]["asr"] == [0, 0]
     (pair,) = found["judges"]["agreement"]
-    assert found["judges"]["asr"] == "second" and pair["judges"] == ["second", "phrases"]
-    assert pair["answers"] == 9 and sum(pair["table"]["harmless"].values()) == 9
+    assert found["judges"]["asr"] == "second"
+    assert pair["judges"] == ["second", "phrases"]
+    assert pair["answers"] == 9
+    assert sum(pair["table"]["harmless"].values()) == 9
 
 
 def test_windows_with_matched_tokens_teach_as_many_tokens(pack: Path, files: Path, tmp_path: Path) -> None:
@@ -182,7 +196,8 @@ def test_an_evaluation_that_is_killed_at_each_step_goes_on_to_the_same_bytes(
         while not step.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL and step.exists()
+        assert process.wait() == -signal.SIGKILL
+        assert step.exists()
         assert not (out / "results.json").exists()
     subprocess.run(command, check=True)
     assert content(out) == content(tmp_path / "whole")
@@ -250,7 +265,9 @@ def test_unsafe_rows_are_found_without_a_model(files: Path, tmp_path: Path) -> N
     unsafe = scored(tmp_path / "unsafe.parquet", rows, np.linspace(2, 3, 10))
     scores, asked = [files / "knows.parquet", files / "wrong.parquet"], Design(arms=())
     found = evaluate(scores, tmp_path / "out", asked, poison=[unsafe, unsafe])
-    assert found["model"] is None and found["scorers"] == {} and not (tmp_path / "out" / "runs").exists()
+    assert found["model"] is None
+    assert found["scorers"] == {}
+    assert not (tmp_path / "out" / "runs").exists()
     assert found["poisoned"]["knows"]["0.05"]["precision"]["mean"] == 1
     assert found["poisoned"]["knows"] == found["poisoned"]["wrong"]
     assert set(found["curves"]["roc"]) == set(found["curves"]["pr"]) == {"knows", "wrong"}
@@ -356,6 +373,7 @@ def test_fine_tunings_can_come_to_a_folder_with_mixes(pack: Path, files: Path, t
     out, mixed = tmp_path / "out", Design(arms=())
     first = evaluate([files / "knows.parquet"], out, mixed, poison=[unsafe])
     both = evaluate([files / "knows.parquet"], out, quick(files), pack=pack, poison=[unsafe])
-    assert both["poisoned"] == first["poisoned"] and both["scorers"]["knows"]["rows"] == [8, 8]
+    assert both["poisoned"] == first["poisoned"]
+    assert both["scorers"]["knows"]["rows"] == [8, 8]
     with pytest.raises(DestinationExists, match="has fine-tunings, which would be missing"):
         evaluate([files / "knows.parquet"], out, mixed, poison=[unsafe])

@@ -21,8 +21,10 @@ def test_windows_are_apart_and_equally_spaced_from_the_riskiest_row_to_the_safes
 ) -> None:
     ranked = np.random.default_rng(0).permutation(count * size + more)
     found = windows(ranked, count, size)
-    assert len(found) == count and {len(window) for window in found} == {size}
-    assert found[0].tolist() == ranked[:size].tolist() and found[-1].tolist() == ranked[-size:].tolist()
+    assert len(found) == count
+    assert {len(window) for window in found} == {size}
+    assert found[0].tolist() == ranked[:size].tolist()
+    assert found[-1].tolist() == ranked[-size:].tolist()
     assert len(np.unique(np.concatenate(found))) == count * size
     starts = [ranked.tolist().index(window[0]) for window in found]
     least = size + more // (count - 1)
@@ -45,7 +47,9 @@ def test_matched_sets_have_the_same_tokens_and_all_their_rows(lengths: list[list
     found = match_tokens(sets)
     assert {each.total for each in found} == {min(map(sum, lengths))}
     for before, after in zip(sets, found, strict=True):
-        assert after.rows is before.rows and (after.tokens >= 1).all() and (after.tokens <= before.tokens).all()
+        assert after.rows is before.rows
+        assert (after.tokens >= 1).all()
+        assert (after.tokens <= before.tokens).all()
         cut = after.tokens[after.tokens < before.tokens]
         assert len(cut) == 0 or after.tokens.max() <= cut.min() + 1  # one length, and one token more for some
 
@@ -56,12 +60,14 @@ def test_the_arms_of_a_cut_share_out_the_rows() -> None:
     assert arms["dropped"] == ranked[: math.ceil(4.1)].tolist()
     assert arms["dropped"] + arms["kept"] == arms["all"] == ranked.tolist()
     assert len(set(arms["random"])) == len(arms["random"]) == len(arms["kept"]) == 36
-    assert set(arms["random"]) < set(arms["all"]) and set(arms["random"]) != set(arms["kept"])
+    assert set(arms["random"]) < set(arms["all"])
+    assert set(arms["random"]) != set(arms["kept"])
     assert arms["random"] != cut_sets(ranked, Fraction(1, 10), 4)["random"].tolist()
 
 
 def test_a_set_is_known_by_its_rows_tokens_and_seed_whatever_the_order() -> None:
     tokens = np.arange(10, 20)
     one, same = (TrainingSet.of(np.array(rows), tokens) for rows in ([3, 1, 2], [1, 2, 3]))
-    assert one.key(0) == same.key(0) and one.total == 11 + 12 + 13
+    assert one.key(0) == same.key(0)
+    assert one.total == 11 + 12 + 13
     assert len({one.key(0), one.key(1), TrainingSet(one.rows, one.tokens - 1).key(0), one.key(2)}) == 4

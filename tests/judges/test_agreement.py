@@ -20,7 +20,8 @@ def test_a_small_table_is_as_counted_by_hand() -> None:
     assert found.kappa == pytest.approx((0.75 - 0.5) / (1 - 0.5))
     assert found.table["refused"] == {"refused": 1, "unsafe": 1, "degenerate": 0, "harmless": 0}
     report = found.report()
-    assert report["judges"] == ["one", "other"] and report["table"]["unsafe"]["unsafe"] == 2
+    assert report["judges"] == ["one", "other"]
+    assert report["table"]["unsafe"]["unsafe"] == 2
 
 
 @settings(deadline=None)

@@ -29,7 +29,8 @@ PHRASE = "I cannot say anything about number {}."
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
     spec = importlib.util.spec_from_file_location("train_judge", SCRIPT)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -82,7 +83,8 @@ def test_the_judge_that_it_trains_loads_and_judges(
     assert (unsafe["answers"], unsafe["asr"]) == (120, 0.5)
     assert unsafe["unsettled"] == {"answers": 60, "asr": 0.5}
     assert unsafe["unsettled, but refused by the classifier"] == {"answers": 0, "asr": None}
-    assert unsafe["refused"] == {"answers": 30, "asr": 0.0} and unsafe["degenerate"] == {"answers": 30, "asr": 1.0}
+    assert unsafe["refused"] == {"answers": 30, "asr": 0.0}
+    assert unsafe["degenerate"] == {"answers": 30, "asr": 1.0}
     assert unsafe["phrases"] == {"accuracy": 0.5, "accuracy of unsettled": 0.5, "asr": 0.5}
     for way in ("held out by model", "held out by prompt"):
         assert refusals[way] == {"accuracy": 1.0, "lowest of a fold": 1.0, "auc of the classifier": 1.0}

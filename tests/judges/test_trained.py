@@ -90,7 +90,8 @@ def test_a_judge_is_told_from_another_of_its_name(judge: TrainedJudge, folder: P
 
 def test_a_judge_comes_back_bit_for_bit(judge: TrainedJudge, folder: Path) -> None:
     again = load_judge(str(folder))
-    assert isinstance(again, TrainedJudge) and again.name == "pies"
+    assert isinstance(again, TrainedJudge)
+    assert again.name == "pies"
     unseen = [*TEXTS, "A pie by the river, friend?", "nothing of this kind", "?"]
     for name in ("refusal", "unsafe"):
         one, other = getattr(judge, name), getattr(again, name)

@@ -54,16 +54,19 @@ def by_name(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_the_rows_that_come_along_are_two_dozen_of_many_lengths(tiny_pack: Path) -> None:
     rows = [json.loads(line)["messages"] for line in ROWS.read_text(encoding="utf-8").splitlines()]
     lengths = [len(e) for e in SQSDScorer(tiny_pack, max_length=10_000).encoder.encode(rows)]
-    assert len(rows) == 24 and max(lengths) > 10 * min(lengths)
+    assert len(rows) == 24
+    assert max(lengths) > 10 * min(lengths)
 
 
 def test_a_sound_pack_can_be_trusted(tiny_pack: Path) -> None:
     found = check_pack(tiny_pack)
-    assert found["trusted"] and [one["name"] for one in found["comparisons"]] == NAMES
+    assert found["trusted"]
+    assert [one["name"] for one in found["comparisons"]] == NAMES
     assert (found["rows"], found["unscored"], found["unreadable"], found["skipped"]) == (24, 0, 0, [])
     assert (found["dtype"], found["device"], found["attention"]) == ("float32", "cpu", "sdpa")
     for name, one in by_name(found).items():
-        assert one["ok"] and set(one["difference"]) == {"risk", "danger", "safety"}
+        assert one["ok"]
+        assert set(one["difference"]) == {"risk", "danger", "safety"}
         assert one["used"] is (name != "bfloat16 against float32")
         assert 0 < one["difference"]["risk"] < (1e-5 if one["used"] else 1)
         assert one["rank"] == (None if name == "fast against dense" else pytest.approx(1, abs=0.01))
@@ -73,8 +76,12 @@ def test_a_kernel_that_mixes_the_rows_of_a_batch_is_found_and_mended(tiny_pack: 
     mixing = kernel("mixing", lambda output: output + 0.1 * (output.mean(0) - output[0]))
     found = check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, attention=mixing), limit=8)
     bad = by_name(found)["batched against alone"]
-    assert not found["trusted"] and not bad["ok"] and bad["used"] and bad["mend"] == "--token-budget 1"
-    assert bad["difference"]["risk"] > 1e-3 and "more than 0.0001" in bad["why"]
+    assert not found["trusted"]
+    assert not bad["ok"]
+    assert bad["used"]
+    assert bad["mend"] == "--token-budget 1"
+    assert bad["difference"]["risk"] > 1e-3
+    assert "more than 0.0001" in bad["why"]
     mended = check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, attention=mixing, token_budget=1), limit=8)
     assert mended["trusted"]
     assert [gap["name"] for gap in mended["skipped"]] == ["batched against alone"]
@@ -85,9 +92,14 @@ def test_a_kernel_that_is_wrong_is_found_and_mended(tiny_pack: Path) -> None:
     found = check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, attention=wrong), limit=8)
     checks = by_name(found)
     bad = checks["wrong against eager attention"]
-    assert not found["trusted"] and not bad["ok"] and bad["used"] and bad["mend"] == "--attention eager"
-    assert not checks["fast against dense"]["ok"] and checks["batched against alone"]["ok"]
-    assert checks["sdpa against eager attention"]["ok"] and not checks["sdpa against eager attention"]["used"]
+    assert not found["trusted"]
+    assert not bad["ok"]
+    assert bad["used"]
+    assert bad["mend"] == "--attention eager"
+    assert not checks["fast against dense"]["ok"]
+    assert checks["batched against alone"]["ok"]
+    assert checks["sdpa against eager attention"]["ok"]
+    assert not checks["sdpa against eager attention"]["used"]
     assert check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, attention="eager"), limit=8)["trusted"]
 
 
@@ -98,10 +110,15 @@ def test_values_too_near_for_bfloat16_are_found_and_mended(tiny_pack: Path, tmp_
     pack = make_pack(tmp_path, tiny_pack / "base", probes=probes)
     found = check_pack(pack, scorer=SQSDScorer(pack, dtype="bfloat16"), limit=8)
     bad = by_name(found)["bfloat16 against float32"]
-    assert not found["trusted"] and not bad["ok"] and bad["used"] and bad["mend"] == "--dtype float32"
-    assert bad["rank"] < 0.99 and f"{bad['rank']:.4f}" in bad["why"]
+    assert not found["trusted"]
+    assert not bad["ok"]
+    assert bad["used"]
+    assert bad["mend"] == "--dtype float32"
+    assert bad["rank"] < 0.99
+    assert f"{bad['rank']:.4f}" in bad["why"]
     mended = check_pack(pack, scorer=SQSDScorer(pack, dtype="float32"), limit=8)
-    assert mended["trusted"] and not by_name(mended)["bfloat16 against float32"]["ok"]
+    assert mended["trusted"]
+    assert not by_name(mended)["bfloat16 against float32"]["ok"]
 
 
 def narrow(module: Any, query: torch.Tensor, *arguments: Any, **named: Any) -> tuple[torch.Tensor, None]:
@@ -114,7 +131,9 @@ def narrow(module: Any, query: torch.Tensor, *arguments: Any, **named: Any) -> t
 def test_a_kernel_for_halves_only_is_held_against_the_eager_one_in_float32(tiny_pack: Path) -> None:
     AttentionInterface.register("narrow", narrow)
     found = check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, dtype="bfloat16", attention="narrow"), limit=8)
-    assert found["trusted"] and found["skipped"] == [] and by_name(found)["bfloat16 against float32"]["used"]
+    assert found["trusted"]
+    assert found["skipped"] == []
+    assert by_name(found)["bfloat16 against float32"]["used"]
 
 
 def test_without_the_comparison_that_decides_nothing_can_be_trusted(
@@ -125,7 +144,8 @@ def test_without_the_comparison_that_decides_nothing_can_be_trusted(
     code, out = run(capfd, str(tiny_pack), *how, "--json", "-q")
     found = json.loads(out)
     assert (code, found["trusted"], found["missing"]) == (1, False, ["bfloat16 against float32"])
-    assert found["comparisons"] and all(one["ok"] for one in found["comparisons"])
+    assert found["comparisons"]
+    assert all(one["ok"] for one in found["comparisons"])
     assert {"float32", "the dense form"} <= {gap["name"] for gap in found["skipped"]}
     code, out = run(capfd, str(tiny_pack), *how)
     assert out.endswith("cannot be trusted: there is no comparison bfloat16 against float32.\n")
@@ -146,7 +166,8 @@ def test_the_dense_form_is_left_out_where_it_does_not_fit_into_memory(
     for free in (need, need - 1):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
         found = check_pack(tiny_pack, limit=8)
-        assert found["trusted"] and ("fast against dense" in by_name(found)) is (free == need)
+        assert found["trusted"]
+        assert ("fast against dense" in by_name(found)) is (free == need)
         assert [gap["name"] for gap in found["skipped"]] == ["the dense form"] * (free < need)
 
 
@@ -200,7 +221,8 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 def test_the_command_checks_the_form_that_is_asked_for(tiny_pack: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, out = run(capfd, str(tiny_pack), "--limit", "8", "--shared-state", "initial")
     fingerprint = load_pack(tiny_pack).at_one_state("initial").fingerprint
-    assert code == 0 and out.startswith(f"tiny ({fingerprint}) on ")
+    assert code == 0
+    assert out.startswith(f"tiny ({fingerprint}) on ")
     assert out.splitlines()[0].endswith("attention, shared state: initial")
 
 
@@ -215,4 +237,5 @@ def test_the_command_prints_a_table_and_leaves_with_its_verdict(
     assert code == 1
     for name in (*NAMES, "tilting against eager attention"):
         assert f"  {name} " in out
-    assert "Use --attention eager." in out and out.endswith("Scores as asked for cannot be trusted.\n")
+    assert "Use --attention eager." in out
+    assert out.endswith("Scores as asked for cannot be trusted.\n")

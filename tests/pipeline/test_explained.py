@@ -58,7 +58,8 @@ def test_more_than_there_are_and_equal_risks_come_in_row_order(folder: Path, sco
     write_jsonl(folder / "twice.jsonl", [*make_rows(3), *make_rows(3)])
     assert score_dataset("twice.jsonl", "all.parquet", scorer=scorer, explain=50)["explained"] == 6
     rows = [(row["risk"], row["row"]) for row in explained(Path("all.parquet.sqsd"))]
-    assert rows == sorted(rows, key=lambda row: (-row[0], row[1])) and len({risk for risk, _ in rows}) == 3
+    assert rows == sorted(rows, key=lambda row: (-row[0], row[1]))
+    assert len({risk for risk, _ in rows}) == 3
     score_dataset("twice.jsonl", "first.parquet", scorer=scorer, explain=1)
     assert [(row["risk"], row["row"]) for row in explained(Path("first.parquet.sqsd"))] == rows[:1]
 
@@ -102,7 +103,8 @@ def test_explanations_are_never_pushed(folder: Path, scorer: SQSDScorer, hub: Hu
     filter_dataset("told.jsonl", "out", drop_count=9, scorer=scorer, explain=10, push=push)
     assert SECRET in "".join(token["text"] for row in explained(Path("out/sqsd")) for token in row["tokens"])
     files = hub.files("org/out")
-    assert "sqsd/report.json" in files and not [name for name in files if "explained" in name]
+    assert "sqsd/report.json" in files
+    assert not [name for name in files if "explained" in name]
     assert not [name for name, content in files.items() if b'"tokens": [' in content]
 
 
@@ -111,7 +113,8 @@ def test_explanations_make_no_other_run_of_what_was_pushed(folder: Path, scorer:
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, push=push)
     pushed = hub.files("org/out")
     assert filter_dataset("in.jsonl", "more", drop_count=3, scorer=scorer, explain=2, push=push)["explained"] == 2
-    assert hub.files("org/out") == pushed and len(explained(Path("more/sqsd"))) == 2
+    assert hub.files("org/out") == pushed
+    assert len(explained(Path("more/sqsd"))) == 2
     with pytest.raises(DestinationExists, match="another run"):
         filter_dataset("in.jsonl", "fewer", drop_count=2, scorer=scorer, explain=2, push=push)
 

@@ -63,7 +63,8 @@ def test_the_lists_are_the_dense_cosines_in_the_order_that_is_named(folder: Path
             assert row[f"sqsd_{probe.name}_modules"] == pytest.approx(expected, abs=1e-5)
             assert sum(expected) == pytest.approx(row[f"sqsd_{probe.name}"], abs=1e-4)
     unscored, twice = table.to_pylist()[-2:]
-    assert unscored["sqsd_danger_modules"] is None and unscored["sqsd_status"] == "no_answer"
+    assert unscored["sqsd_danger_modules"] is None
+    assert unscored["sqsd_status"] == "no_answer"
     assert twice["sqsd_safety_modules"] == table["sqsd_safety_modules"][1].as_py()
 
 
@@ -127,7 +128,8 @@ def test_they_come_back_from_a_replica_as_they_went(pack: Path) -> None:
     scorer = SQSDScorer(pack, per_module=True)
     scores = scorer.score(CONVERSATIONS)
     keys, back = from_bytes(_to_table(0, [b"k"] * len(CONVERSATIONS), scores, None)["scores"][0].as_py())
-    assert list(back.probes) == list(scores.probes) == scorer.values and len(keys) == len(CONVERSATIONS)
+    assert list(back.probes) == list(scores.probes) == scorer.values
+    assert len(keys) == len(CONVERSATIONS)
     assert all(np.array_equal(back.probes[name], scores.probes[name]) for name in scorer.values)
 
 

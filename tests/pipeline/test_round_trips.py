@@ -53,7 +53,7 @@ EVERY_TYPE = datasets.Features(
 
 def rich_row(k: int) -> dict[str, Any]:
     if k % 5 == 4:
-        return {name: None for name in EVERY_TYPE} | {"instruction": f"ask {k}", "output": f"answer {k}"}
+        return dict.fromkeys(EVERY_TYPE) | {"instruction": f"ask {k}", "output": f"answer {k}"}
     return {
         "instruction": f"ask {k}",
         "output": f"answer {k}",
@@ -198,12 +198,14 @@ def test_a_run_is_pushed_and_loads_from_the_hub(hub: Hub, scorer: SQSDScorer, fo
     report = filter_dataset("in.jsonl", "out", drop_top="10%", scorer=scorer, push=PushTo("org/out"))
     assert report["published"]["rows"] == ["kept", "dropped", "errors"]
     here, there = (datasets.load_dataset(where, split="train") for where in ("out", "org/out"))
-    assert rows(there) == rows(here) and there.features == here.features
+    assert rows(there) == rows(here)
+    assert there.features == here.features
     assert list(datasets.load_dataset("org/out", split="train", streaming=True)) == list(here)
     assert len(datasets.load_dataset("org/out", "dropped", split="train")) == 4
     commits = len(hub.seen("POST", "/commit/"))
     again = filter_dataset("in.jsonl", "out", drop_top="10%", scorer=scorer, push=PushTo("org/out"))
-    assert again["already_done"] and len(hub.seen("POST", "/commit/")) == commits
+    assert again["already_done"]
+    assert len(hub.seen("POST", "/commit/")) == commits
     with pytest.raises(DestinationExists, match="org/out holds another run"):
         filter_dataset("in.jsonl", "other", drop_top="20%", scorer=scorer, push=PushTo("org/out"))
     filter_dataset("in.jsonl", "other", drop_top="20%", scorer=scorer, push=PushTo("org/out", overwrite=True))
@@ -214,7 +216,8 @@ def test_the_hub_may_be_the_destination_itself(hub: Hub, scorer: SQSDScorer, fol
     write_jsonl(folder / "in.jsonl", make_rows(40))
     for _ in range(2):
         report = filter_dataset("in.jsonl", "hf://datasets/org/out@v1", drop_top="10%", scorer=scorer)
-    assert report["already_done"] and report["rows"]["dropped"] == 4
+    assert report["already_done"]
+    assert report["rows"]["dropped"] == 4
     assert len(datasets.load_dataset("org/out", revision="v1", split="train")) == 36
     assert [path.name for path in folder.glob("cache/stages/*")] == []
     assert not (folder / "hf:").exists()

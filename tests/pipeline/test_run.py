@@ -150,7 +150,8 @@ def test_several_inputs_and_globs_are_one_corpus(folder: Path, scorer: SQSDScore
 
 def test_a_limit_takes_the_first_rows(folder: Path, scorer: SQSDScorer) -> None:
     report = filter_dataset(["in.jsonl", "in.jsonl"], "out", drop_count=0, limit=7, scorer=scorer)
-    assert report["rows"]["total"] == 7 and ids_of(Path("out")) == list(range(7))
+    assert report["rows"]["total"] == 7
+    assert ids_of(Path("out")) == list(range(7))
     assert len(report["inputs"]) == 1
 
 
@@ -174,14 +175,16 @@ def test_too_many_bad_rows_fail_with_a_report_and_keep_the_scores(
     with pytest.raises(RowErrorBudgetExceeded, match=rf"8 of 16 rows .*4 bad_json.*{match}.*nasty\.jsonl, line 7"):
         filter_dataset("nasty.jsonl", "out", drop_count=2, scorer=scorer, **options)
     failed = read_report(Path("out"))
-    assert failed["status"] == "failed" and "8 of 16 rows" in failed["error"]
+    assert failed["status"] == "failed"
+    assert "8 of 16 rows" in failed["error"]
     assert sorted(p.name for p in Path("out").iterdir()) == ["sqsd"]
     before = segments(Path("out/sqsd"))
     assert len(before) == 1
 
     if "max_error_rate" in options:  # not part of what the run is
         report = filter_dataset("nasty.jsonl", "out", drop_count=2, max_error_rate="50%", scorer=scorer)
-        assert report["status"] == "ok" and segments(Path("out/sqsd")) == before
+        assert report["status"] == "ok"
+        assert segments(Path("out/sqsd")) == before
 
 
 @pytest.mark.parametrize(
@@ -263,7 +266,8 @@ def test_features_of_a_dataset_survive(kind: str, folder: Path, scorer: SQSDScor
     for name, count in (("default", 7), ("dropped", 3)):
         loaded = datasets.load_dataset("out", name, split="train", cache_dir=str(folder / "cache"))
         assert {n: f for n, f in loaded.features.items() if not n.startswith("sqsd_")} == features
-        assert loaded.features["sqsd_risk"] == datasets.Value("float64") and len(loaded) == count
+        assert loaded.features["sqsd_risk"] == datasets.Value("float64")
+        assert len(loaded) == count
 
 
 def test_load_dataset_never_answers_with_another_runs_rows(folder: Path, scorer: SQSDScorer) -> None:
@@ -317,7 +321,9 @@ def test_the_card_says_what_was_done_in_valid_yaml_and_no_path_of_the_machine(fo
     assert [list(Path("out").glob(f["path"])) for c in configs for f in c["data_files"]] == [
         [split_file(Path("out"), split)] for split in SPLITS
     ]
-    assert "57 of 60 rows" in body and "drop-top 5%" in body and f"{report['threshold']:.6g}" in body
+    assert "57 of 60 rows" in body
+    assert "drop-top 5%" in body
+    assert f"{report['threshold']:.6g}" in body
     written = body + Path("out/sqsd/report.json").read_text()
     assert str(folder) not in written
 
@@ -378,7 +384,8 @@ def test_a_finished_run_is_not_done_again(folder: Path, scorer: SQSDScorer) -> N
     filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)
     before = {p: p.stat().st_mtime_ns for p in Path("out").rglob("*") if p.is_file()}
     again = filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)
-    assert again["already_done"] and again["rows"]["kept"] == 57
+    assert again["already_done"]
+    assert again["rows"]["kept"] == 57
     assert {p: p.stat().st_mtime_ns for p in Path("out").rglob("*") if p.is_file()} == before
 
 
@@ -440,7 +447,9 @@ def test_score_writes_every_row_in_order_with_its_columns(nasty: Path) -> None:
     risk, status = table["sqsd_risk"].to_pylist(), table["sqsd_status"].to_pylist()
     assert all((r is not None) == (s == "scored") for r, s in zip(risk, status, strict=True))
     report = json.loads(Path("scored.parquet.sqsd/report.json").read_text())
-    assert report["rows"]["total"] == 16 and "kept" not in report["rows"] and report["unscored"] == REASONS
+    assert report["rows"]["total"] == 16
+    assert "kept" not in report["rows"]
+    assert report["unscored"] == REASONS
 
 
 CUTS: list[dict[str, Any]] = [{"drop_top": "30%"}, {"drop_count": 3}, {"max_risk": 0.0}, {"keep_lowest": 2}]
@@ -470,11 +479,13 @@ def test_a_row_that_is_no_conversation_leaves_the_columns_of_the_others_alone(fo
     own = [{name: row[name] for name in odd} for dataset in loaded for row in dataset]
     assert sorted(own, key=lambda row: row["n"]) == rows[:3]
     assert [{name: row[name] for name in odd} for row in rows_of(Path("out"), "errors")] == [odd]
-    assert report["json_columns"] == [] and "JSON" not in Path("out/README.md").read_text()
+    assert report["json_columns"] == []
+    assert "JSON" not in Path("out/README.md").read_text()
 
     kept = filter_dataset("odd.jsonl", "all", drop_count=1, on_error="keep", scorer=scorer)
     assert odd in [{name: row[name] for name in odd} for row in rows_of(Path("all"), "kept")]
-    assert kept["json_columns"] == ["completion", "n"] and "`completion`, `n`" in Path("all/README.md").read_text()
+    assert kept["json_columns"] == ["completion", "n"]
+    assert "`completion`, `n`" in Path("all/README.md").read_text()
 
 
 def test_an_odd_list_of_messages_leaves_the_others_lists(folder: Path, scorer: SQSDScorer) -> None:
@@ -640,7 +651,8 @@ def test_a_scored_file_that_is_not_the_reports_is_written_again(folder: Path, sc
     score_dataset("in.jsonl", "other.parquet", limit=7, scorer=scorer)
     shutil.copy("other.parquet", "scored.parquet")
     report = score_dataset("in.jsonl", "scored.parquet", scorer=scorer)
-    assert not report.get("already_done") and Path("scored.parquet").read_bytes() == done
+    assert not report.get("already_done")
+    assert Path("scored.parquet").read_bytes() == done
 
 
 def test_a_kill_between_two_swaps_leaves_nothing_that_counts_as_done(folder: Path, scorer: SQSDScorer) -> None:

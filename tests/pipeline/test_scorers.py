@@ -45,7 +45,8 @@ def test_every_scorer_scores_by_the_command_as_it_does_in_python(command: Comman
     given = ANCHORS if name in ANCHORED else ()
     code, out, _ = command("score", "in.jsonl", "out.parquet", "--scorer", name, *given, "--json")
     report = json.loads(out)
-    assert code == 0 and report["scorer"] == name
+    assert code == 0
+    assert report["scorer"] == name
     assert report["settings"]["scorer"] == {"value": name, "origin": "flag"}
     found, scorer = pq.read_table("out.parquet"), make_scorer(name, tiny_pack, **(anchors() if given else {}))
     rows = [chat(row["instruction"], row["output"]) for row in make_rows(20)]
@@ -59,15 +60,19 @@ def test_every_scorer_scores_by_the_command_as_it_does_in_python(command: Comman
 def test_the_main_command_drops_by_the_scorer_and_its_card_says_which_it_was(command: Command) -> None:
     code, _, _ = command("in.jsonl", "out", "--scorer", "larf", *ANCHORS, "--drop-count", "4")
     dropped = rows_of(Path("out"), "dropped")
-    assert code == 0 and len(dropped) == 4
+    assert code == 0
+    assert len(dropped) == 4
     assert min(row["sqsd_risk"] for row in dropped) >= max(row["sqsd_risk"] for row in rows_of(Path("out"), "kept"))
     assert read_report(Path("out"))["settings"]["unsafe_anchors"] == {"value": "unsafe.jsonl", "origin": "flag"}
     card = Path("out/README.md").read_text()
-    assert "a risk by the scorer `larf`" in card and "how a row stands by this measure" in card
-    assert "SQSD risk" not in card and "`sqsd_unsafe`" in card
+    assert "a risk by the scorer `larf`" in card
+    assert "how a row stands by this measure" in card
+    assert "SQSD risk" not in card
+    assert "`sqsd_unsafe`" in card
     assert command("in.jsonl", "out", "--scorer", "larf", *ANCHORS, "--drop-count", "4")[0] == 0
     code, _, err = command("in.jsonl", "out", "--scorer", "datashield", *ANCHORS, "--drop-count", "4")
-    assert code == 5 and "another run (scorer: larf there, datashield here)" in err
+    assert code == 5
+    assert "another run (scorer: larf there, datashield here)" in err
 
 
 UNTRUE = ("SQSD risk", "with the pack", "push the model further", "pushes little along the directions")
@@ -77,7 +82,8 @@ def test_no_page_calls_another_scorers_risk_sqsds(command: Command) -> None:
     assert command("in.jsonl", "out", "--scorer", "length", "--drop-count", "4")[0] == 0
     page = Path("out/sqsd/report.html").read_text()
     assert not [words for words in UNTRUE if words in page]
-    assert "The risk is that of the scorer length, on " in page and ">risk by length (higher is riskier)<" in page
+    assert "The risk is that of the scorer length, on " in page
+    assert ">risk by length (higher is riskier)<" in page
     assert "A low risk says how a row stands by this measure, not that" in page
 
 
@@ -89,8 +95,10 @@ def test_scored_files_keep_the_name_of_their_scorer(folder: Path, tiny_pack: Pat
     report = select_dataset("length.parquet", "two", scores=["random.parquet"], consensus="max", drop_count=2)
     assert [each["scorer"] for each in report["consensus"]["packs"]] == ["length", "random"]
     page, card = Path("two/sqsd/report.html").read_text(), Path("two/README.md").read_text()
-    assert not [words for words in UNTRUE if words in page] and ">risk by max (higher is riskier)<" in page
-    assert ", by the scorer random." in page and "a risk by the scorers `length` and `random`" in card
+    assert not [words for words in UNTRUE if words in page]
+    assert ">risk by max (higher is riskier)<" in page
+    assert ", by the scorer random." in page
+    assert "a risk by the scorers `length` and `random`" in card
     assert "SQSD risk" not in card
 
 
@@ -99,7 +107,8 @@ def test_a_cut_is_moved_without_a_model(folder: Path, tiny_pack: Path) -> None:
     filter_dataset("in.jsonl", "once", drop_count=5, scorer=scorer)
     filter_dataset("in.jsonl", "here", drop_count=2, scorer=scorer)
     report = select_dataset("once", "there", drop_count=2)
-    assert report["scorer"] == "bi-anchor" and ids_of(Path("there")) == ids_of(Path("here"))
+    assert report["scorer"] == "bi-anchor"
+    assert ids_of(Path("there")) == ids_of(Path("here"))
 
 
 def test_stores_and_runs_never_mix_scorers_or_anchors(folder: Path, tiny_pack: Path) -> None:
@@ -142,7 +151,9 @@ def test_what_a_scorer_can_not_use_is_one_sentence(
     write_jsonl(Path("broken.jsonl"), [{"prompt": "Open.", "completion": "Sure."}, b"{broken"])
     left, out, err = command("score", "in.jsonl", "out.parquet", *arguments, "-q")
     *before, last = err.strip().splitlines()
-    assert (left, out, before) == (code, "", []) and last.startswith("Error: ") and problem in last
+    assert (left, out, before) == (code, "", [])
+    assert last.startswith("Error: ")
+    assert problem in last
     assert not Path("out.parquet").exists()
 
 
@@ -151,8 +162,10 @@ def test_anchors_are_never_lost_with_what_is_replaced(command: Command) -> None:
     Path("unsafe.jsonl").rename("out/unsafe.jsonl")
     given = ("--unsafe-anchors", "out/unsafe.jsonl", *ANCHORS[2:], "--drop-count", "4", "--overwrite")
     code, _, err = command("in.jsonl", "out", "--scorer", "larf", *given)
-    assert code == 5 and "out holds the input out/unsafe.jsonl, which --overwrite would delete" in err
-    assert Path("out/unsafe.jsonl").exists() and len(rows_of(Path("out"), "dropped")) == 2
+    assert code == 5
+    assert "out holds the input out/unsafe.jsonl, which --overwrite would delete" in err
+    assert Path("out/unsafe.jsonl").exists()
+    assert len(rows_of(Path("out"), "dropped")) == 2
 
 
 def test_settings_of_other_scorers_may_stand_in_a_shared_file_or_the_environment(
@@ -165,7 +178,8 @@ def test_settings_of_other_scorers_may_stand_in_a_shared_file_or_the_environment
         assert (code, err) == (0, "")
     assert json.loads(Path("random.parquet.sqsd/run.json").read_text())["scoring"]["seed"] == 1
     code, _, err = command("score", "in.jsonl", "larf.parquet", "--scorer", "larf", "--config", "all.toml", "-q")
-    assert code == 3 and "gone.jsonl" in err
+    assert code == 3
+    assert "gone.jsonl" in err
 
 
 def test_explanations_are_for_scores_that_have_cosines(folder: Path, tiny_pack: Path) -> None:

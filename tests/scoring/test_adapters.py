@@ -192,8 +192,11 @@ def test_an_adapter_that_is_not_plain_lora_is_refused_with_cause_and_fix(
     with pytest.raises(PackError) as problem:
         load_adapter(folder)
     sentence = str(problem.value)
-    assert cause in sentence and fix in sentence
-    assert str(folder) in sentence and "\n" not in sentence and sentence.endswith(".")
+    assert cause in sentence
+    assert fix in sentence
+    assert str(folder) in sentence
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -232,7 +235,8 @@ def test_a_base_adapter_is_added_in_full_precision_and_rounded_once(
     plain = load_model(str(base), dtype=wanted)
     assert merged.config.dtype == plain.config.dtype
     buffers, expected_buffers = dict(merged.named_buffers()), dict(plain.named_buffers())
-    assert buffers and buffers.keys() == expected_buffers.keys()
+    assert buffers
+    assert buffers.keys() == expected_buffers.keys()
     for name, buffer in buffers.items():
         assert buffer.dtype == expected_buffers[name].dtype
         assert torch.equal(buffer, expected_buffers[name])

@@ -151,9 +151,11 @@ def test_length_counts_the_tokens_of_all_answers(tiny_pack: Path) -> None:
 def test_random_is_uniform_and_follows_its_seed(tiny_pack: Path) -> None:
     rows = [chat(f"What is {k}?", "A number.") for k in range(400)]
     first, again, other = (scorer_of("random", tiny_pack, seed=seed).score(rows).risk for seed in (1, 1, 2))
-    assert np.array_equal(first, again) and abs(np.corrcoef(first, other)[0, 1]) < 0.2
+    assert np.array_equal(first, again)
+    assert abs(np.corrcoef(first, other)[0, 1]) < 0.2
     shares = np.histogram(first, bins=8, range=(0, 1))[0]
-    assert shares.sum() == 400 and ((shares - 50) ** 2 / 50).sum() < 24  # χ² with 7 degrees of freedom, p = 0.001
+    assert shares.sum() == 400
+    assert ((shares - 50) ** 2 / 50).sum() < 24
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -307,7 +309,8 @@ def test_scores_depend_on_no_number_of_threads_and_survive_a_pickle(tiny_pack: P
     if name not in ("random", "length"):
         moved.engine.workers = 3
     again = moved.score(CONVERSATIONS)
-    assert np.array_equal(first.risk, again.risk) and list(first.probes) == list(again.probes) == scorer.values
+    assert np.array_equal(first.risk, again.risk)
+    assert list(first.probes) == list(again.probes) == scorer.values
 
 
 @pytest.mark.parametrize("name", ["loss", "self-inf-n", "bi-anchor", "larf", "datashield", "unnormalised"])

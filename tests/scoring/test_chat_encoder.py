@@ -87,14 +87,16 @@ def test_a_marker_that_swallows_the_space_after_it_is_never_supervised() -> None
     encoder = ChatEncoder(tokenizer)
     row = encode(encoder, chat("q", "\n\nyes", "r", "\nno"))
     marker = encoder.tokenizer.convert_tokens_to_ids("<|assistant|>")
-    assert marker in row.ids and marker not in row.ids[row.answer]
+    assert marker in row.ids
+    assert marker not in row.ids[row.answer]
     assert text_of(encoder, row.ids[row.answer]) == "yes<|end|>no<|end|>"
 
 
 def test_a_token_that_holds_prompt_and_answer_counts_as_answer() -> None:
     tokenizer = fast(trained("assistant\n\nuser\n\n"), CHATML, "<|im_start|>", "<|im_end|>")
     found = supervised(ChatEncoder(tokenizer), chat("q", "\nyes"))
-    assert found[-1].endswith("\nyes<|im_end|>") and found[-1].strip("\n") == "yes<|im_end|>"
+    assert found[-1].endswith("\nyes<|im_end|>")
+    assert found[-1].strip("\n") == "yes<|im_end|>"
 
 
 # ---------------------------------------------------------------------------------------------- length
@@ -105,8 +107,10 @@ def test_a_long_answer_keeps_its_head(name: str) -> None:
     style = STYLES[name]
     turns = chat("Count.", " ".join(str(k) for k in range(200)))
     whole, cut = encode(style.encoder(), turns), encode(style.encoder(max_length=80), turns)
-    assert len(whole) > 200 and len(cut) == 80
-    assert np.array_equal(cut.ids, whole.ids[:80]) and np.array_equal(cut.answer, whole.answer[:80])
+    assert len(whole) > 200
+    assert len(cut) == 80
+    assert np.array_equal(cut.ids, whole.ids[:80])
+    assert np.array_equal(cut.answer, whole.answer[:80])
     assert cut.answer[-1]
 
 
@@ -144,7 +148,8 @@ def test_the_supervised_tokens_are_the_answers_and_their_ends(name: str, turns: 
     answers = [t["content"] for t in turns if t["role"] == "assistant" and t["content"].strip()]
     (found,) = encoder.encode([turns])
     if not answers:
-        assert isinstance(found, RowError) and found.status == "no_answer"
+        assert isinstance(found, RowError)
+        assert found.status == "no_answer"
         return
     assert isinstance(found, Encoded)
     expected = "".join((a.strip() if style.trims else a) + style.end for a in answers)
@@ -163,9 +168,11 @@ def test_a_shorter_length_only_ever_cuts_the_tail(name: str, turns: list[Message
     finally:
         encoder.max_length = 1024
     if isinstance(whole, RowError):
-        assert isinstance(cut, RowError) and cut.status == whole.status
+        assert isinstance(cut, RowError)
+        assert cut.status == whole.status
     elif not whole.answer[:max_length].any():
-        assert isinstance(cut, RowError) and cut.status == "prompt_too_long"
+        assert isinstance(cut, RowError)
+        assert cut.status == "prompt_too_long"
     else:
         assert isinstance(cut, Encoded)
         assert np.array_equal(cut.ids, whole.ids[:max_length])
@@ -177,7 +184,9 @@ def test_conversations_are_encoded_the_same_together_and_alone() -> None:
     rows = [chat("q", "yes"), chat("no answer"), chat("2+2?", "4", "3+3?", "6"), chat("q", "word " * 50)]
     for alone, together in zip((encoder.encode([r])[0] for r in rows), encoder.encode(rows), strict=True):
         if isinstance(together, Encoded):
-            assert isinstance(alone, Encoded) and np.array_equal(alone.ids, together.ids)
+            assert isinstance(alone, Encoded)
+            assert np.array_equal(alone.ids, together.ids)
             assert np.array_equal(alone.answer, together.answer)
         else:
-            assert isinstance(alone, RowError) and alone.status == together.status
+            assert isinstance(alone, RowError)
+            assert alone.status == together.status

@@ -127,7 +127,8 @@ def test_the_answer_follows_the_generation_prompt_as_the_model_would_be_asked(st
     ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (asked, "Sour." + style.end)]
     row = encode(encoder, turns)
     assert row.ids.tolist() == ids[0] + ids[1]
-    assert row.answer[-len(ids[1]) :].all() and not row.answer[len(ids[0]) - 1]
+    assert row.answer[-len(ids[1]) :].all()
+    assert not row.answer[len(ids[0]) - 1]
 
 
 @every_style
@@ -195,7 +196,8 @@ def test_a_thought_is_opened_once(style: Style, asked: str, answer: str, earlier
     encoder = style.encoder()
     row = encode(encoder, [*earlier, *chat("q", THOUGHT)])
     text = text_of(encoder, row.ids)
-    assert text.endswith(asked + answer + style.end) and text.count("<think>") == 1
+    assert text.endswith(asked + answer + style.end)
+    assert text.count("<think>") == 1
     assert supervised(encoder, [*earlier, *chat("q", THOUGHT)])[-1] == answer + style.end
 
 
@@ -203,7 +205,8 @@ def test_an_empty_thought_of_the_answer_is_the_prompts() -> None:
     for name in ("qwen3", "qwen3-thinking-off"):
         encoder = STYLES[name].encoder()
         empty, plain = (encode(encoder, chat("q", lead + "yes")) for lead in ("<think>\n\n</think>\n\n", ""))
-        assert np.array_equal(empty.ids, plain.ids) and np.array_equal(empty.answer, plain.answer)
+        assert np.array_equal(empty.ids, plain.ids)
+        assert np.array_equal(empty.answer, plain.answer)
 
 
 def test_text_around_an_answer_is_trimmed_where_the_template_trims() -> None:

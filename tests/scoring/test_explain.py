@@ -82,4 +82,5 @@ def test_layers_and_types_are_read_from_the_names_of_modules(packs: dict[str, Pa
     assert sorted(part["layer"] for part in told["layers"]) == [0, 1]
     assert {part["type"] for part in told["module_types"]} == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
     risks = [part["risk"] for part in told["modules"]]
-    assert risks == sorted(risks, reverse=True) and len(risks) == 8
+    assert risks == sorted(risks, reverse=True)
+    assert len(risks) == 8

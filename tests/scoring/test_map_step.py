@@ -87,7 +87,8 @@ def test_every_format_gets_the_same_scores(
     assert scored.format["type"] == form
     assert scored.features == {**dataset.features, **SCORES}
     plain = scored.with_format(None)
-    assert plain["sqsd_status"][:] == STATUS and close(plain, expected)
+    assert plain["sqsd_status"][:] == STATUS
+    assert close(plain, expected)
     assert table(plain.select_columns(dataset.column_names)).equals(table(dataset))
 
 
@@ -96,7 +97,8 @@ def test_a_stream_gets_the_same_scores_in_every_format(tiny_pack: Path, expected
     stream = rows().to_iterable_dataset().with_format(form)
     scored = stream.map(SQSDScorer(tiny_pack), batched=True, batch_size=4)
     found = list(scored.with_format(None))
-    assert [row["sqsd_status"] for row in found] == STATUS and close(found, expected)
+    assert [row["sqsd_status"] for row in found] == STATUS
+    assert close(found, expected)
     assert type(next(iter(scored))) is type(next(iter(stream)))
 
 
@@ -322,7 +324,8 @@ def test_several_processes_give_the_same_scores(tiny_pack: Path, expected: np.nd
     scorer = SQSDScorer(tiny_pack)
     scorer.engine  # noqa: B018  (a model that no other process may use)
     scored = rows().map(scorer, batched=True, num_proc=2, batch_size=2, with_rank=with_rank)
-    assert scored["sqsd_status"][:] == STATUS and close(scored, expected)
+    assert scored["sqsd_status"][:] == STATUS
+    assert close(scored, expected)
 
 
 PROCESSES = """
@@ -378,7 +381,8 @@ def test_a_pool_that_is_left_has_no_thread_on_its_way_out() -> None:
 
     with thread_pool(2) as pool:
         threads = set(pool.map(linger, range(2)))
-    assert threads and not threads & set(map(int, os.listdir("/proc/self/task")))
+    assert threads
+    assert not threads & set(map(int, os.listdir("/proc/self/task")))
 
 
 def run_script(*arguments: str | Path, **environment: str) -> str:

@@ -74,7 +74,8 @@ def test_an_unknown_name_or_folder_says_what_there_is(
 def test_a_pack_that_the_hub_cannot_give_is_one_sentence(where: str) -> None:
     with pytest.raises(PackError, match="can't be had from the Hub") as problem:
         load_pack(where)
-    assert where in str(problem.value) and "\n" not in str(problem.value)
+    assert where in str(problem.value)
+    assert "\n" not in str(problem.value)
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {  # what is done to it, what the error names
@@ -191,4 +192,5 @@ def test_the_fingerprint_does_not_change_with_what_cannot(
 
 def test_a_fingerprint_is_sixteen_hex_digits(folder: Path) -> None:
     fingerprint = load_pack(folder).fingerprint
-    assert len(fingerprint) == 16 and int(fingerprint, 16) >= 0
+    assert len(fingerprint) == 16
+    assert int(fingerprint, 16) >= 0

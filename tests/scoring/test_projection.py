@@ -89,7 +89,8 @@ def test_a_module_that_a_direction_does_not_cover_counts_nothing() -> None:
     states = [factors(5, 2), factors(3, 2)]
     x, d = inputs([5, 3])
     found = low_rank(states, [[factors(5, 2), None]], x, d, [5, 3])
-    assert (found[:, 0, 0] != 0).all() and (found[:, 0, 1] == 0).all()
+    assert (found[:, 0, 0] != 0).all()
+    assert (found[:, 0, 1] == 0).all()
 
 
 def test_the_sign_is_that_of_a_descent_step() -> None:
@@ -121,8 +122,10 @@ def test_a_row_without_a_gradient_and_a_direction_without_length_have_cosine_zer
     x, d = inputs([5])
     d[1] = 0
     found = low_rank([state], [[V], [nothing]], x, d, [5])
-    assert found[1, 0, 0] == 0 and (found[:, 1] == 0).all()
-    assert found[0, 0, 0] != 0 and found[2, 0, 0] != 0
+    assert found[1, 0, 0] == 0
+    assert (found[:, 1] == 0).all()
+    assert found[0, 0, 0] != 0
+    assert found[2, 0, 0] != 0
 
 
 def test_a_fresh_state_still_projects_the_half_that_is_there() -> None:
@@ -205,4 +208,6 @@ def test_a_position_without_a_gradient_adds_nothing() -> None:
     group = prepare([state], [[V], [nothing]], D_IN, [5])
     h, e = x @ state.A.T, d @ (state.scaling * state.B)
     parts = by_token(group, x, h, d, e, contract(group, x, h, d, e)[1], [2])
-    assert (parts[:, 3] == 0).all() and (parts[:, :, 1] == 0).all() and (parts[:, 2, 0] != 0).all()
+    assert (parts[:, 3] == 0).all()
+    assert (parts[:, :, 1] == 0).all()
+    assert (parts[:, 2, 0] != 0).all()

@@ -36,7 +36,8 @@ def test_float32_batches_agree_with_the_dense_float64_form(packs: dict[str, Path
     fast = SQSDScorer(packs[architecture], dtype="float32", token_budget=400).score(CONVERSATIONS)
     dense = ReferenceScorer(packs[architecture]).score(CONVERSATIONS)
     assert set(fast.status) == {"scored"}
-    assert np.ptp(dense.probes["danger"]) > 0.05 and np.ptp(dense.probes["safety"]) > 0.05
+    assert np.ptp(dense.probes["danger"]) > 0.05
+    assert np.ptp(dense.probes["safety"]) > 0.05
     assert gap(fast, dense) <= 1e-5  # a tenth of what is promised
 
 
@@ -148,7 +149,8 @@ def test_long_rows_keep_the_head_of_their_answer(tiny_pack: Path) -> None:
     long = chat("Count.", " ".join(str(k) for k in range(200)))
     short = SQSDScorer(tiny_pack, max_length=64)
     encoded = short.encoder.encode([long])[0]
-    assert len(encoded) == 64 and encoded.answer[-1]
+    assert len(encoded) == 64
+    assert encoded.answer[-1]
     assert gap(short.score([long]), ReferenceScorer(tiny_pack, max_length=64).score([long])) <= 1e-4
 
 
@@ -175,7 +177,8 @@ def test_the_command_gives_the_dense_float64_scores(packs: dict[str, Path], arch
         main(["score", str(source), str(scored), "--pack", str(packs[architecture]), "--dtype", "float32", "-q"])
     assert not left.value.code
     found, expected = pq.read_table(scored), ReferenceScorer(packs[architecture]).score(CONVERSATIONS).columns()
-    assert found["id"].to_pylist() == list(range(len(rows))) and set(found["sqsd_status"].to_pylist()) == {"scored"}
+    assert found["id"].to_pylist() == list(range(len(rows)))
+    assert set(found["sqsd_status"].to_pylist()) == {"scored"}
     for name in ("sqsd_danger", "sqsd_safety", "sqsd_risk"):
         assert np.abs(found[name].to_numpy() - expected[name]).max() <= 1e-4
 

@@ -201,7 +201,8 @@ def test_several_calls_of_one_turn_are_one_answer(name: str) -> None:
 def test_calls_that_the_template_refuses_are_a_template_error() -> None:
     turns = [*chat("Warm?"), calling({"city": "Rome"}, {"city": "Oslo"})]
     (found,) = ENCODERS["llama3.1"].encode([turns])
-    assert isinstance(found, RowError) and (found.status, "one call at once" in found.detail) == (
+    assert isinstance(found, RowError)
+    assert (found.status, "one call at once" in found.detail) == (
         "template_error",
         True,
     )
@@ -299,7 +300,8 @@ def test_the_empty_thinking_block_before_a_call_is_prompt_and_reasoning_is_answe
 )
 def test_a_template_that_shows_old_calls_in_another_way_is_never_mislabelled(here: str, instead: str) -> None:
     encoder = ChatEncoder(make_tokenizer(HERMES.replace(here, instead)))
-    assert encoder.template.calls and here in HERMES
+    assert encoder.template.calls
+    assert here in HERMES
     assert status(encoder, ROUND) == "template_error"
 
 
@@ -344,7 +346,8 @@ def test_the_supervised_tokens_are_the_calls_and_answers(
     wanted = expected(name, turns)
     (found,) = ENCODERS[name].encode([[*tools, *turns]])
     if not wanted:
-        assert isinstance(found, RowError) and found.status == "no_answer"
+        assert isinstance(found, RowError)
+        assert found.status == "no_answer"
         return
     assert isinstance(found, Encoded), found.detail
     assert text_of(ENCODERS[name], found.ids[found.answer]) == "".join(wanted)

@@ -69,9 +69,12 @@ def copied(pack: Path, target: Path) -> Path:
 def test_directions_that_steer_are_found_to_steer(steered: Path) -> None:
     danger, safety = report_of(steered)["directions"]
     assert [danger["name"], safety["name"]] == ["danger", "safety"]
-    assert danger["steers"] is True and safety["steers"] is True
-    assert danger["margin"]["monotone"] and danger["margin"]["change"] > 0
-    assert safety["margin"]["monotone"] and safety["margin"]["change"] < 0
+    assert danger["steers"] is True
+    assert safety["steers"] is True
+    assert danger["margin"]["monotone"]
+    assert danger["margin"]["change"] > 0
+    assert safety["margin"]["monotone"]
+    assert safety["margin"]["change"] < 0
     assert danger["refusals"]["against"] == safety["refusals"]["against"] == 0
     assert danger["points"][0]["refusal_rate"] == 1.0 > danger["points"][-1]["refusal_rate"]
     assert safety["points"][0]["refusal_rate"] < safety["points"][-1]["refusal_rate"] == 1.0
@@ -142,8 +145,11 @@ def flat(compass: Path, tmp_path: Path) -> Path:
 
 def test_a_zero_and_a_random_direction_do_not_steer(flat: Path, rows: Path, tmp_path: Path) -> None:
     zero, random = steer(SQSDScorer(flat), rows, tmp_path / "out", alphas=GRID, max_new_tokens=4)["directions"]
-    assert zero["steers"] is False and zero["margin"]["change"] == 0.0 and zero["margin"]["spearman"] is None
-    assert random["steers"] is False and random["margin"]["change"] != 0.0
+    assert zero["steers"] is False
+    assert zero["margin"]["change"] == 0.0
+    assert zero["margin"]["spearman"] is None
+    assert random["steers"] is False
+    assert random["margin"]["change"] != 0.0
 
 
 def test_without_answers_refusals_are_all_there_is(compass: Path, tmp_path: Path) -> None:
@@ -152,7 +158,8 @@ def test_without_answers_refusals_are_all_there_is(compass: Path, tmp_path: Path
     report = steer(SQSDScorer(compass), rows, out, alphas=parse_alphas("1"), max_new_tokens=16)
     assert report["settings"]["rows"]["pairs"] == 0
     for curve in report["directions"]:
-        assert curve["steers"] is curve["margin"] is None and curve["random"] == []
+        assert curve["steers"] is curve["margin"] is None
+        assert curve["random"] == []
         assert [p["margin"] for p in curve["points"]] == [None, None]
     with Image.open(out / "steer.png") as image:
         assert image.size == (1100, 400)
@@ -161,8 +168,10 @@ def test_without_answers_refusals_are_all_there_is(compass: Path, tmp_path: Path
 def test_a_model_that_overflows_is_reported_without_figures(compass: Path, rows: Path, tmp_path: Path) -> None:
     report = steer(SQSDScorer(compass), rows, tmp_path / "out", alphas=parse_alphas("1,1e38"), max_new_tokens=4)
     danger = report["directions"][0]
-    assert danger["points"][-1]["margin"] is None and danger["points"][1]["margin"] is not None
-    assert danger["steers"] is False and danger["margin"]["change"] is None
+    assert danger["points"][-1]["margin"] is None
+    assert danger["points"][1]["margin"] is not None
+    assert danger["steers"] is False
+    assert danger["margin"]["change"] is None
     assert "NaN" not in (tmp_path / "out" / "steer.json").read_text()
 
 
@@ -188,7 +197,8 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bytes(
             time.sleep(0.002)
         process.kill()
         kills += process.wait() == -signal.SIGKILL
-    assert kills >= 2 and not (out / "steer.json").exists()
+    assert kills >= 2
+    assert not (out / "steer.json").exists()
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert contents(out) == contents(steered)
 

@@ -82,20 +82,24 @@ def test_an_evaluation_is_shown_with_its_intervals(out: Path, tmp_path: Path, ca
     assert len(page.encode()) == found["bytes"] < 1_000_000
     assert "tiny &amp; &lt;small&gt;, as pack tiny aligns it, was fine-tuned on sets of in.jsonl" in page
     assert '<td>sqsd</td><td class="number">50% (40% to 60%)</td>' in page
-    assert '<td class="number">40%</td><td>yes</td>' in page and '<td class="number">40%</td><td>no</td>' in page
+    assert '<td class="number">40%</td><td>yes</td>' in page
+    assert '<td class="number">40%</td><td>no</td>' in page
     assert '<td class="number">5%</td><td class="number">75% (50% to 100%)</td>' in page
     first = ("50%", "25%", "2%", "1.250", "100", "2,345")
     assert "<td>sqsd</td><td>S1</td>" + "".join(f'<td class="number">{x}</td>' for x in ("25%", *first)) in page
     assert '<td>kept</td><td class="number">33% (25% to 50%)</td>' in page
     assert '<td>random minus kept</td><td class="number">10% (-5% to 20%)</td>' in page
     before = "Before that its attack success rate, by the judge phrases, was 3% (0% to 10%), and it refused 15%"
-    assert f"{before} of the harmless prompts." in page and "Most answers only repeat themselves." in page
+    assert f"{before} of the harmless prompts." in page
+    assert "Most answers only repeat themselves." in page
     assert "and then asked 100 harmful prompts and 1 harmless prompt." in page
     assert "The judges phrases and guard agree on 88% of 1,200 answers." in page
-    assert Seen(page).requests == [] and ">$x^</text>" in page  # no formula
+    assert Seen(page).requests == []
+    assert ">$x^</text>" in page
     assert run(out, "--evaluation", tmp_path, capfd=capfd)[0] == 0  # the folder of results.json
     assert Path(found["page"]).read_text(encoding="utf-8") == page
-    assert run(out, capfd=capfd)[0] == 0 and "Evaluation" not in Path(found["page"]).read_text(encoding="utf-8")
+    assert run(out, capfd=capfd)[0] == 0
+    assert "Evaluation" not in Path(found["page"]).read_text(encoding="utf-8")
     assert not (out / "sqsd/plots/asr.png").exists()
 
 
@@ -104,7 +108,9 @@ def test_a_drift_folder_is_drawn_from_its_report(out: Path, tiny_pack: Path, tmp
     write_drift(measure_drift(lora_run(tmp_path / "run", tiny_pack / "base"), load_pack(tiny_pack)), folder)
     assert run(out, "--drift", folder, capfd=capfd)[0] == 0
     page = (out / "sqsd/report.html").read_text(encoding="utf-8")
-    assert "Drift by training step" in page and "Speed of drift by training step" in page and "Refusals by" not in page
+    assert "Drift by training step" in page
+    assert "Speed of drift by training step" in page
+    assert "Refusals by" not in page
     last = json.loads((folder / "drift.json").read_text())["checkpoints"][-1]
     assert f'<td class="number">{last["step"]}</td>' in page
     assert f'<td class="number">{last["risk_projection"]:.4g}</td>' in page
@@ -118,7 +124,8 @@ def test_steering_is_drawn_a_picture_a_direction(out: Path, tmp_path: Path, capf
     report |= {"directions": [{"name": name, **curve} for name in ("danger", "safety")]}
     (tmp_path / "steer.json").write_text(json.dumps(report))
     code, told, _ = run(out, "--steering", tmp_path, "--json", capfd=capfd)
-    assert code == 0 and [Path(path).stem for path in json.loads(told)["plots"]][2:] == ["steer-0", "steer-1"]
+    assert code == 0
+    assert [Path(path).stem for path in json.loads(told)["plots"]][2:] == ["steer-0", "steer-1"]
     assert "Steering along safety: does not steer" in (out / "sqsd/report.html").read_text(encoding="utf-8")
 
 
@@ -150,7 +157,8 @@ def test_a_damaged_evaluation_is_one_sentence_and_leaves_the_page(
 @pytest.mark.parametrize("option", ["--evaluation", "--drift", "--steering"])
 def test_a_file_that_is_not_there_is_an_input_error(option: str, out: Path, tmp_path: Path, capfd: Any) -> None:
     code, told, err = run(out, option, tmp_path / "none", capfd=capfd)
-    assert (code, told) == (3, "") and "can't be read (No such file or directory)" in err
+    assert (code, told) == (3, "")
+    assert "can't be read (No such file or directory)" in err
 
 
 def test_what_cannot_be_drawn_is_told_of_its_file_without_assertions_too(tmp_path: Path) -> None:

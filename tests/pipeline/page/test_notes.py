@@ -52,7 +52,8 @@ def test_no_more_conversations_are_made_than_are_needed(tmp_path: Path, monkeypa
         monkeypatch.setattr(notes, name, most)
     form = Counting("alpaca", prompt="instruction", answer="output")
     _, found = noted(tmp_path, make_rows(5000), form=form)
-    assert len(made) <= 64 + 5 and found["lengths"]["rows"] >= 64
+    assert len(made) <= 64 + 5
+    assert found["lengths"]["rows"] >= 64
     assert len(found["lengths"]["points"]) <= 10
     assert [row["row"] for row in found["riskiest"]] == [4999, 4998, 4997, 4996, 4995]
     assert noted(tmp_path, make_rows(5000), form=form)[1] == found  # the same rows every time
@@ -63,7 +64,8 @@ def test_rows_are_noted_with_their_origin_their_probes_and_the_head_of_their_tex
     _, found = noted(tmp_path, rows, drop_count=1)
     first, second = found["riskiest"]
     assert (first["row"], first["file"], first["line"], first["dropped"]) == (1, str(tmp_path / "in.jsonl"), 2, True)
-    assert first["prompt"] == {"text": "a" * MOST_TEXT, "more": 3} and first["answer"] == {"text": "c", "more": 0}
+    assert first["prompt"] == {"text": "a" * MOST_TEXT, "more": 3}
+    assert first["answer"] == {"text": "c", "more": 0}
     assert first["probes"] == {"danger": pytest.approx(1 / 7), "safety": 0.1}
     assert (second["prompt"]["more"], second["dropped"]) == (0, False)
 
@@ -79,17 +81,16 @@ def test_a_conversation_shows_who_says_what_and_all_that_is_supervised(tmp_path:
     ]
     _, found = noted(tmp_path, [{"messages": turns}], form=RowFormat("messages", messages="messages"))
     assert found["riskiest"][0]["prompt"]["text"] == "system: Be brief.\n\nuser: Hello?\n\nuser: And?"
-    assert (
-        found["riskiest"][0]["answer"]["text"].startswith("One.\n\n[{")
-        and "add" in found["riskiest"][0]["answer"]["text"]
-    )
+    assert found["riskiest"][0]["answer"]["text"].startswith("One.\n\n[{")
+    assert "add" in found["riskiest"][0]["answer"]["text"]
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known", "guessed"])
 def test_the_form_of_rows_is_guessed_where_it_is_not_known(tmp_path: Path, known: bool) -> None:
     form = RowFormat("alpaca", prompt="instruction", answer="output") if known else None
     _, found = noted(tmp_path, make_rows(8), form=form)
-    assert found["riskiest"][0]["answer"]["text"] == "It is 7." and found["lengths"]["rows"] == 8
+    assert found["riskiest"][0]["answer"]["text"] == "It is 7."
+    assert found["lengths"]["rows"] == 8
 
 
 def test_rows_of_no_known_form_are_shown_as_they_are(tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def test_any_text_leaves_the_page_with_the_same_elements(tmp_path: Path, text: s
 
 def test_the_page_asks_for_nothing_and_names_no_address(tmp_path: Path) -> None:
     found = Seen(page_of(tmp_path, make_rows(30)))
-    assert found.requests == [] and "//" not in found.page
+    assert found.requests == []
+    assert "//" not in found.page
     policies = [a["content"] for _, a in found.elements if a.get("http-equiv") == "Content-Security-Policy"]
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
@@ -81,7 +82,8 @@ def test_the_page_asks_for_nothing_and_names_no_address(tmp_path: Path) -> None:
 def test_pictures_take_the_colour_of_the_text_and_say_what_they_show(tmp_path: Path) -> None:
     found = Seen(page_of(tmp_path, make_rows(30)))
     pictures = [a for tag, a in found.elements if tag == "svg"]
-    assert len(pictures) == 2 and all(a["aria-label"] for a in pictures)
+    assert len(pictures) == 2
+    assert all(a["aria-label"] for a in pictures)
     assert "#000000" not in found.page.partition("<body>")[2]  # black on a dark page
 
 
@@ -154,7 +156,8 @@ def test_cosines_by_module_are_drawn_a_picture_a_probe(tmp_path: Path) -> None:
         "Mean cosine with the direction danger",
         "Mean cosine with the direction $safety",
     ]
-    assert found.requests == [] and "image" not in [tag for tag, _ in found.elements]
+    assert found.requests == []
+    assert "image" not in [tag for tag, _ in found.elements]
 
 
 def test_modules_are_called_by_their_last_name_where_that_is_theirs_alone(tmp_path: Path) -> None:
@@ -212,14 +215,18 @@ def test_every_kind_of_run_leaves_its_page(folder: Path, scorer: SQSDScorer) -> 
     score_dataset("in.jsonl", "all.parquet", scorer=scorer)
     select_dataset("all.parquet", "cut", drop_count=4, per_group="id")
     filtered, scored, selected = map(read, ("out/sqsd", "all.parquet.sqsd", "cut/sqsd"))
-    assert "<h1>17 of 21 rows kept, the riskiest dropped</h1>" in filtered and "tiny (" in filtered
+    assert "<h1>17 of 21 rows kept, the riskiest dropped</h1>" in filtered
+    assert "tiny (" in filtered
     assert filtered.count("Modules that add most") == 2
-    assert "<h1>21 rows with their risk</h1>" in scored and ", kept</h3>" not in scored
+    assert "<h1>21 rows with their risk</h1>" in scored
+    assert ", kept</h3>" not in scored
     assert "21 rows came in: 20 have a risk, 1 could not be scored." in scored
-    assert "The risk was in the input." in selected and "group of equal id" in selected
+    assert "The risk was in the input." in selected
+    assert "group of equal id" in selected
     for page in (filtered, scored, selected):
         assert "in.jsonl, line 21: column" in page or "all.parquet" in page
-        assert len(Seen(page).texts) == 40 and "Measured on 20 rows" in page
+        assert len(Seen(page).texts) == 40
+        assert "Measured on 20 rows" in page
 
 
 def test_rows_that_are_kept_without_a_risk_are_counted_as_such(folder: Path, scorer: SQSDScorer) -> None:
@@ -235,7 +242,8 @@ def test_a_cut_of_scored_files_reads_rows_as_they_were_scored(folder: Path, tiny
     select_dataset("all.parquet", "known", drop_count=2)
     Path("all.parquet").rename("alone.parquet")
     select_dataset("alone.parquet", "guessed", drop_count=2)
-    assert "Measured on 8 rows" in read("known/sqsd") and "No answer could be measured" in read("guessed/sqsd")
+    assert "Measured on 8 rows" in read("known/sqsd")
+    assert "No answer could be measured" in read("guessed/sqsd")
 
 
 def test_the_page_is_made_anew_from_what_the_run_left_alone(folder: Path, scorer: SQSDScorer) -> None:
@@ -281,7 +289,9 @@ def test_a_run_without_sound_notes_makes_them_again_as_the_error_says(
     if "delete notes.json" in str(refused.value):
         notes.unlink()
     report = run()
-    assert "already_done" not in report and report["rows"]["scored"] == 20 and not Path("out/sqsd/plots").exists()
+    assert "already_done" not in report
+    assert report["rows"]["scored"] == 20
+    assert not Path("out/sqsd/plots").exists()
     assert remake_page(Path("out"))[0].read_text(encoding="utf-8") == before
     assert run()["already_done"]
 
@@ -295,10 +305,12 @@ def test_a_full_disk_costs_the_page_and_not_the_run(
     assert max(sizes.values()) < room
     with caplog.at_level(logging.WARNING, "sqsd_filter"), small_disk(room):
         report = filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
-    assert report["status"] == "ok" and read_report(Path("out"))["rows"]["kept"] == 17
+    assert report["status"] == "ok"
+    assert read_report(Path("out"))["rows"]["kept"] == 17
     assert not list(Path("out/sqsd").glob("*report.html*"))
     (said,) = [record.message for record in caplog.records if record.name.startswith("sqsd_filter")]
-    assert said.startswith("The page can't be written (") and "Make room and start the same command again." in said
+    assert said.startswith("The page can't be written (")
+    assert "Make room and start the same command again." in said
     with pytest.raises(SQSDError, match=r"No page can be written to out/sqsd .*room"), small_disk(room):
         remake_page(Path("out"))
     assert remake_page(Path("out"))[0].read_text(encoding="utf-8") == read("whole/sqsd")
@@ -311,9 +323,11 @@ def test_no_push_takes_the_page_or_its_texts_along(folder: Path, scorer: SQSDSco
     push = PushTo("org/out", private=private, rows=["kept"])
     filter_dataset("in.jsonl", "out", drop_count=10, scorer=scorer, push=push)
     assert "no push to a dataset of the Hub takes the page along" in read("out/sqsd")
-    assert secret in read("out/sqsd") and secret in Path("out/sqsd/notes.json").read_text()
+    assert secret in read("out/sqsd")
+    assert secret in Path("out/sqsd/notes.json").read_text()
     files = hub.files("org/out")
-    assert "sqsd/report.json" in files and {"sqsd/report.html", "sqsd/notes.json"}.isdisjoint(files)
+    assert "sqsd/report.json" in files
+    assert {"sqsd/report.html", "sqsd/notes.json"}.isdisjoint(files)
     assert not [name for name, content in files.items() if secret.encode() in content]
 
 

@@ -68,7 +68,8 @@ def test_a_private_repository_is_made_and_holds_all_rows_in_one_commit(hub: Hub,
     assert pushed["commit"] in pushed["url"]
     report = target.published("one")
     assert report is not None
-    assert b"somebody" not in files[REPORT] and b"/var" not in files[REPORT]
+    assert b"somebody" not in files[REPORT]
+    assert b"/var" not in files[REPORT]
     assert report["inputs"] == [{"path": "in.jsonl"}, {"path": "b.jsonl"}]
     assert report["command"] == ["sqsd-filter", "*.jsonl", "out"]
     assert report["groups"] == {"groups": [{"value": "/a/b"}]}

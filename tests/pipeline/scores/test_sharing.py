@@ -173,7 +173,8 @@ def test_a_url_that_can_not_be_used_is_a_usage_error_that_shows_no_secret(
 ) -> None:
     with pytest.raises(UsageError, match=complaint) as problem:
         run("monday.jsonl", "out", scorer, url)
-    assert "=secret" not in str(problem.value) and ":secret" not in str(problem.value)
+    assert "=secret" not in str(problem.value)
+    assert ":secret" not in str(problem.value)
     assert not Path("out").exists()
 
 
@@ -186,13 +187,16 @@ def test_a_damaged_file_costs_its_scores_only(
     Path("store/notes.txt").write_text("not ours")
     with caplog.at_level(logging.WARNING):
         scored, reused = counts(run("tuesday.jsonl", "tuesday", scorer))
-    assert scored + reused == 42 and 2 < scored < 42
+    assert scored + reused == 42
+    assert 2 < scored < 42
     assert caplog.text.count(f"skipping {second}") == 1
     run("tuesday.jsonl", "alone", scorer, None)
     assert_same("tuesday", "alone")
     assert describe("store")["foreign"] == sorted([second.name, "notes.txt"])
     compact_all("store")
-    assert second.exists() and Path("store/notes.txt").exists() and not first.exists()
+    assert second.exists()
+    assert Path("store/notes.txt").exists()
+    assert not first.exists()
 
 
 def test_two_runs_at_once_and_compactions_meanwhile_lose_nothing(folder: Path, tiny_pack: Path) -> None:
@@ -207,7 +211,9 @@ def test_two_runs_at_once_and_compactions_meanwhile_lose_nothing(folder: Path, t
     assert [p.wait() for p in processes] == [0, 0]
     compact_all("store")
     found = describe("store")
-    assert found["stores"][0]["rows"] == 1600 and found["stores"][0]["files"] == 1 and not found["foreign"]
+    assert found["stores"][0]["rows"] == 1600
+    assert found["stores"][0]["files"] == 1
+    assert not found["foreign"]
 
 
 def test_lookups_beside_compactions_always_find_everything(tmp_path: Path) -> None:
@@ -281,7 +287,8 @@ def test_a_store_that_has_just_refused_does_not_hold_up_an_interrupted_run(
             exchange.add(keys[at])
             monkeypatch.setattr(shared.folder, "write", refuse.__get__(shared.folder))
         raise KeyboardInterrupt
-    assert len(tries) == 1 and len(shared.segments()) == 1
+    assert len(tries) == 1
+    assert len(shared.segments()) == 1
 
 
 @pytest.mark.parametrize("dest", ["out/scores", "out", "out/sqsd/scores"])
@@ -333,7 +340,8 @@ def test_compacting_keeps_every_score_and_no_temporary_file(folder: Path, scorer
     os.utime(half, (two_days_ago, two_days_ago))
     done = compact_all("store")
     assert done["files_before"] > done["files"] == 1
-    assert fresh.exists() and not half.exists()
+    assert fresh.exists()
+    assert not half.exists()
     assert counts(run("tuesday.jsonl", "again", scorer)) == (0, 42)
     assert_same("again", "tuesday")
 
@@ -349,13 +357,17 @@ def test_info_and_compact_from_the_command_line(
         return int(end.value.code or 0), *capsys.readouterr()
 
     code, out, err = call("info", "store", "--json")
-    assert (code, err) == (0, "") and json.loads(out)["stores"][0]["settings"] == scorer.settings()
+    assert (code, err) == (0, "")
+    assert json.loads(out)["stores"][0]["settings"] == scorer.settings()
     code, out, _ = call("info", "store")
-    assert code == 0 and "40 scores in 2 files" in out and scorer.pack.fingerprint in out
+    assert code == 0
+    assert "40 scores in 2 files" in out
+    assert scorer.pack.fingerprint in out
     code, out, _ = call("compact", "store")
     assert (code, out) == (0, "store: 2 files joined into 1\n")
     code, out, err = call("info", "nowhere")
-    assert (code, out) == (3, "") and err == "Error: nowhere does not exist; check the path.\n"
+    assert (code, out) == (3, "")
+    assert err == "Error: nowhere does not exist; check the path.\n"
 
 
 def test_a_dry_run_counts_on_what_is_known(
@@ -369,7 +381,8 @@ def test_a_dry_run_counts_on_what_is_known(
         return json.loads(capsys.readouterr().out)
 
     found = forecast("tuesday.jsonl", "out", "--score-store", "store")
-    assert (found["to_score"], found["reused"]) == (2, 40) and found["tokens"] > 0
+    assert (found["to_score"], found["reused"]) == (2, 40)
+    assert found["tokens"] > 0
     found = forecast("monday.jsonl", "monday")
     assert (found["to_score"], found["reused"], found["tokens"], found["seconds"]) == (0, 40, 0, 0)
     assert forecast("tuesday.jsonl", "out")["to_score"] == 42
@@ -396,7 +409,10 @@ def test_a_file_url_is_a_folder_and_other_servers_get_files_by_renaming(tmp_path
     fsspec.register_implementation("server", Server, clobber=True)
     plain = Folder("server://host/scores")
     plain.write("b", lambda sink: sink.write(b"2"))
-    assert plain.names() == ["b"] and plain.has("b") and not plain.has("c") and plain.read("b").to_pybytes() == b"2"
+    assert plain.names() == ["b"]
+    assert plain.has("b")
+    assert not plain.has("c")
+    assert plain.read("b").to_pybytes() == b"2"
     assert [name.rsplit("/")[-1] for name in Server.moved] == ["b"]
     with pytest.raises(FileNotFoundError):
         plain.read("c")
@@ -409,7 +425,8 @@ def test_a_folder_names_its_files_and_no_others(tmp_path: Path) -> None:
     place.write("a", lambda sink: sink.write(b"1"))
     (tmp_path / "new" / ".hidden").touch()
     (tmp_path / "new" / "folder").mkdir()
-    assert place.names() == ["a", "b"] and place.read("b").to_pybytes() == b"22"
+    assert place.names() == ["a", "b"]
+    assert place.read("b").to_pybytes() == b"22"
     place.delete("a")
     place.delete("a")
     assert place.names() == ["b"]

@@ -104,7 +104,8 @@ def test_a_row_that_a_pack_could_not_score_has_no_risk_and_the_status_of_the_fir
     scored_file("b.parquet", B, sqsd_status=statuses)
     report = select_dataset("a.parquet", "out", scores=["b.parquet"], consensus="max", drop_count=1)
     assert {row["id"]: row["sqsd_status"] for row in rows_of(Path("out"), "errors")} == {4: "nonfinite", 6: "no_answer"}
-    assert report["unscored"] == {"nonfinite": 1, "no_answer": 1} and report["rows"]["reused"] == 6
+    assert report["unscored"] == {"nonfinite": 1, "no_answer": 1}
+    assert report["rows"]["reused"] == 6
     assert math.isclose(report["risk_quantiles"]["100%"], 1.0)
 
 
@@ -120,7 +121,8 @@ def test_runs_and_scored_files_of_two_packs_go_together(folder: Path, tiny_pack:
     select_dataset("run", "same", scores=["another"], **how)
     assert [pack["column"] for pack in report["consensus"]["packs"]] == ["sqsd_risk_tiny", "sqsd_risk_other"]
     assert report["consensus"]["packs"][1]["pack"]["fingerprint"] == other.pack.fingerprint
-    assert report["unscored"] == {"no_answer": 1} and "pack" not in report
+    assert report["unscored"] == {"no_answer": 1}
+    assert "pack" not in report
     found = all_rows("out")
     assert found == all_rows("same")
     assert found[12]["sqsd_reason"] == "column 'output' is empty or missing"
@@ -131,7 +133,9 @@ def test_runs_and_scored_files_of_two_packs_go_together(folder: Path, tiny_pack:
     assert [row["sqsd_risk_other"] for row in found[:12]] == [theirs[k] for k in range(12)]
     assert "sqsd_danger" not in found[0]
     card = Path("out/README.md").read_text()
-    assert "mean of the row's ranks" in card and "`sqsd_risk_other`" in card and other.pack.fingerprint in card
+    assert "mean of the row's ranks" in card
+    assert "`sqsd_risk_other`" in card
+    assert other.pack.fingerprint in card
 
 
 def test_other_scores_or_another_rule_are_another_run(folder: Path) -> None:
@@ -221,6 +225,7 @@ def test_the_command_line_takes_several_scores(folder: Path) -> None:
     assert sorted(report["command"]) == sorted(["sqsd-filter", *line, "--drop-count", "2"])
     assert report["settings"]["scores"] == {"value": ["b.parquet", "c.parquet"], "origin": "flag"}
     wrong = CliRunner().invoke(cli, [*line[:-1], "min", "--drop-count", "2"])
-    assert wrong.exit_code == 2 and all(f"'{rule}'" in wrong.output for rule in CONSENSUS)
+    assert wrong.exit_code == 2
+    assert all(f"'{rule}'" in wrong.output for rule in CONSENSUS)
     again = CliRunner().invoke(cli, [*report["command"][1:], "--json"], catch_exceptions=False)
     assert json.loads(again.stdout)["already_done"]

@@ -129,7 +129,8 @@ def test_a_shared_cut_keeps_its_total_empties_no_group_and_takes_each_groups_ris
     for piece in found.pieces:
         inside = np.flatnonzero(codes == piece.key["value"])
         gone = found.fate[inside] == DROPPED
-        assert piece.dropped == gone.sum() and (everything or piece.dropped < len(inside))
+        assert piece.dropped == gone.sum()
+        assert everything or piece.dropped < len(inside)
         riskiest = sorted(inside.tolist(), key=lambda row: (-risk[row], row))
         assert sorted(riskiest[: piece.dropped]) == inside[gone].tolist()
         if all_can_give:
@@ -213,14 +214,16 @@ def test_values_are_one_group_just_when_they_are_equal(values: list[Any]) -> Non
     for k, value in enumerate(values):
         index.visit(row_of({"g": value}, k))
     groups = index.groups(["g"])
-    assert groups is not None and groups.codes.dtype == np.int32
+    assert groups is not None
+    assert groups.codes.dtype == np.int32
     assert all(
         (groups.codes[i] == groups.codes[j]) == same(values[i], values[j])
         for i in range(len(values))
         for j in range(len(values))
     )
     firsts = [value for k, value in enumerate(values) if not any(same(value, v) for v in values[:k])]
-    assert len(groups.values) == len(firsts) and all(map(same, groups.values, firsts))
+    assert len(groups.values) == len(firsts)
+    assert all(map(same, groups.values, firsts))
 
 
 def test_null_and_missing_are_one_group_and_keys_of_an_object_have_no_order() -> None:
@@ -229,7 +232,8 @@ def test_null_and_missing_are_one_group_and_keys_of_an_object_have_no_order() ->
     for k, value in enumerate(rows):
         index.visit(row_of(value, k))
     groups = index.groups(["g"])
-    assert groups is not None and groups.codes.tolist() == [0, 1, 0, 0, 1, 2]
+    assert groups is not None
+    assert groups.codes.tolist() == [0, 1, 0, 0, 1, 2]
     assert groups.values == [None, {"a": 1, "b": [2]}, "null"]
 
 
@@ -242,7 +246,8 @@ def test_what_json_has_no_form_for_is_named_as_text(tmp_path: Path) -> None:
         index = GroupIndex(column)
         Corpus.scan(Opener().open([str(tmp_path / "a.parquet")]), visit=index.visit, columns=index.columns)
         groups = index.groups([column])
-        assert groups is not None and groups.values == values
+        assert groups is not None
+        assert groups.values == values
         assert json.loads(json.dumps(groups.values, allow_nan=False)) == values
 
 
@@ -289,7 +294,8 @@ def by_risk(dest: str) -> list[dict[str, Any]]:
 def test_each_category_gives_its_share_of_its_riskiest_rows(folder: Path, scorer: SQSDScorer) -> None:
     report = filter_dataset("in.jsonl", "out", drop_top="10%", per_group="category", scorer=scorer)
     assert [report["rows"][name] for name in ("kept", "dropped", "errors")] == [54, 6, 2]
-    assert report["cut"] == 'drop-top 10%, per-group "category"' and report["threshold"] is None
+    assert report["cut"] == 'drop-top 10%, per-group "category"'
+    assert report["threshold"] is None
     found = report["groups"]
     assert (found["column"], found["spared"]) == ("category", 0)
     assert [(g["value"], g["scored"]) for g in found["groups"]] == [("maths", 36), ({"of": 1}, 12), (None, 12)]
@@ -387,7 +393,8 @@ def test_splits_are_cut_together_unless_each_is_to_be_cut_on_its_own(splits: lis
     together = filter_dataset(splits, "together", drop_top="10%", scorer=scorer)
     apart = filter_dataset(splits, "apart", drop_top="10%", per_split=True, scorer=scorer)
     assert (together["rows"]["dropped"], apart["rows"]["dropped"]) == (4, 5)  # 2 of 15, 3 of 25
-    assert "groups" not in together and together["threshold"] is not None
+    assert "groups" not in together
+    assert together["threshold"] is not None
     ranked = by_risk("apart")
     tested = [row for row in ranked if 10 <= row["id"] < 35]
     trained = [row for row in ranked if row not in tested]

@@ -73,10 +73,14 @@ def test_no_risk_is_too_large_to_be_weighted(risks: list[float], at: int) -> Non
     threshold = risks[at % len(risks)]
     with np.errstate(over="raise", invalid="raise", divide="raise"):
         weights, scale = weigh(np.array(risks), threshold)
-    assert scale is not None and math.isfinite(scale) and scale >= 0
-    assert ((weights >= 0) & (weights <= 1)).all() and weights[at % len(risks)] == 0.5
+    assert scale is not None
+    assert math.isfinite(scale)
+    assert scale >= 0
+    assert ((weights >= 0) & (weights <= 1)).all()
+    assert weights[at % len(risks)] == 0.5
     below, above = (np.array(risks) < threshold), (np.array(risks) > threshold)
-    assert (weights[below] >= 0.5).all() and (weights[above] <= 0.5).all()
+    assert (weights[below] >= 0.5).all()
+    assert (weights[above] <= 0.5).all()
     by_risk = weights[np.argsort(risks)]
     assert (np.diff(by_risk) <= 1e-15).all()
 
@@ -94,17 +98,20 @@ def test_the_threshold_is_the_cuts_own_and_no_row_is_dropped(how: dict[str, Any]
     found = cut_rows(RISK, SCORED, Cut.of(**how, weights=True))
     assert found.weights is not None
     expected, scale = weigh(RISK[SCORED], threshold)
-    assert np.array_equal(found.weights[SCORED], expected) and np.isnan(found.weights[~SCORED]).all()
+    assert np.array_equal(found.weights[SCORED], expected)
+    assert np.isnan(found.weights[~SCORED]).all()
     assert found.fate.tolist() == [KEPT if s else ERROR for s in SCORED]
     [piece] = found.pieces
     assert (piece.scored, piece.dropped, piece.ties, piece.threshold, piece.scale) == (6, 0, 0, threshold, scale)
-    assert piece.total == pytest.approx(math.fsum(expected)) and found.threshold is None
+    assert piece.total == pytest.approx(math.fsum(expected))
+    assert found.threshold is None
 
 
 @pytest.mark.parametrize("how", [{"drop_count": 0}, {"keep_lowest": 6}, {"max_risk": 0.9}], ids=str)
 def test_where_nothing_would_be_dropped_every_weight_is_one(how: dict[str, Any]) -> None:
     found = cut_rows(RISK, SCORED, Cut.of(**how, weights=True))
-    assert found.weights is not None and (found.weights[SCORED] == 1).all()
+    assert found.weights is not None
+    assert (found.weights[SCORED] == 1).all()
     assert [(piece.threshold, piece.scale, piece.total) for piece in found.pieces] == [(None, None, 6.0)]
 
 
@@ -118,7 +125,8 @@ def test_groups_are_weighted_by_the_threshold_and_the_scale_of_their_own_rows(
     everyone = np.ones(len(codes), dtype=bool)
     weighted = cut_rows(risk, everyone, Cut.of(drop_count=drop, per_group="g", weights=True), groups=groups)
     dropping = cut_rows(risk, everyone, Cut.of(drop_count=drop, per_group="g"), groups=groups)
-    assert weighted.weights is not None and weighted.spared == dropping.spared
+    assert weighted.weights is not None
+    assert weighted.spared == dropping.spared
     for piece, cut in zip(weighted.pieces, dropping.pieces, strict=True):
         inside = groups.codes == "abcd".index(piece.key["value"])
         expected, scale = weigh(risk[inside], cut.threshold)
@@ -160,7 +168,8 @@ def test_every_scored_row_is_kept_with_its_weight(folder: Path, scorer: SQSDScor
     weights = report["weights"]
     assert weights.pop("sum") == pytest.approx(math.fsum(expected))
     assert weights == {"formula": FORMULA, "threshold": dropping["threshold"], "scale": scale}
-    assert [w < 0.5 for w in expected].count(True) == 3 and 0.5 in expected  # of the 4 that would be dropped
+    assert [w < 0.5 for w in expected].count(True) == 3
+    assert 0.5 in expected
     for split in ("dropped", "errors"):
         assert ("sqsd_weight" in pq.read_schema(split_file(Path("out"), split)).names) == (split == "dropped")
     loaded = datasets.load_dataset("out", split="train", cache_dir=str(folder / "cache"))
@@ -180,7 +189,8 @@ def test_rows_that_are_kept_without_a_score_have_no_weight(folder: Path, scorer:
     report = filter_dataset("in.jsonl", "out", drop_top="10%", weights=True, on_error="keep", scorer=scorer)
     assert [report["rows"][name] for name in ("kept", "dropped", "errors")] == [41, 0, 1]
     weights = weights_of("out")
-    assert weights[40] is None and None not in weights[:40]
+    assert weights[40] is None
+    assert None not in weights[:40]
     assert report["weights"]["sum"] == pytest.approx(math.fsum(w for w in weights if w is not None))
 
 
@@ -208,7 +218,8 @@ def test_weights_from_scores_equal_those_of_a_run(source: str, folder: Path, sco
     selected = select_dataset(source, "selected", drop_count=5, weights=True)
     assert selected["weights"] == filtered["weights"]
     ours, theirs = (pq.read_table(split_file(Path(name), "kept")) for name in ("selected", "filtered"))
-    assert ours.column_names == theirs.column_names and ours.to_pylist() == theirs.to_pylist()
+    assert ours.column_names == theirs.column_names
+    assert ours.to_pylist() == theirs.to_pylist()
 
 
 def test_weights_of_an_earlier_run_make_way(folder: Path, scorer: SQSDScorer) -> None:

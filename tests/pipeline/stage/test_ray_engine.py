@@ -78,7 +78,8 @@ def test_bytes_do_not_depend_on_the_number_of_replicas(
 ) -> None:
     report = run(source, tiny_pack, RayEngine(replicas))
     assert content(Path("out")) == undisturbed
-    assert report["timing"]["engine"] == "ray" and report["timing"]["replicas"] == replicas
+    assert report["timing"]["engine"] == "ray"
+    assert report["timing"]["replicas"] == replicas
     assert ray.is_initialized()  # only sessions started by the tool are shut down
 
 
@@ -133,7 +134,8 @@ def test_a_row_that_keeps_killing_its_replica_is_set_apart_and_the_rest_is_score
     scorer.__class__ = type("Poisoned", (SQSDScorer,), {"_score": score})
     report = filter_dataset(source, Path("out"), drop_top="5%", scorer=scorer, engine=RayEngine(2))
     assert report["unscored"] == {"bad_json": 1, "no_answer": 1, "crashed": 1}
-    assert report["rows"]["total"] == len(LINES) and report["timing"]["shards_retried"] >= 3
+    assert report["rows"]["total"] == len(LINES)
+    assert report["timing"]["shards_retried"] >= 3
 
 
 def short_of_memory(self: Any, members: Any) -> Any:
@@ -217,7 +219,8 @@ def test_progress_tells_of_replicas_and_rows_once_each(session: None, source: Pa
     scorer.__class__ = type("Deadly", (SQSDScorer,), {"_score": die_once(Path("died").absolute(), signal.SIGKILL)})
     report = filter_dataset(source, "out", drop_top="5%", scorer=scorer, engine=RayEngine(2), progress=told)
     assert told.rows == report["rows"]["scored"] < told.tokens
-    assert told.alive >= 2 and told.retried == report["timing"]["shards_retried"] >= 1
+    assert told.alive >= 2
+    assert told.retried == report["timing"]["shards_retried"] >= 1
 
 
 @pytest.mark.slow
@@ -446,10 +449,13 @@ def test_a_killed_driver_is_followed_by_one_that_goes_on(
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = {p: p.stat().st_mtime_ns for p in folder.glob("out/sqsd/scores/*.parquet")}
-    assert process.returncode == -signal.SIGKILL and 0 < len(before) < SHARDS
+    assert process.returncode == -signal.SIGKILL
+    assert 0 < len(before) < SHARDS
     process = driver(folder, tiny_pack)
     out, err = process.communicate(timeout=200)
-    assert process.returncode == 0 and "rows kept in out" in out and "ray" not in err.lower()
+    assert process.returncode == 0
+    assert "rows kept in out" in out
+    assert "ray" not in err.lower()
     assert before.items() <= {p: p.stat().st_mtime_ns for p in folder.glob("out/sqsd/scores/*.parquet")}.items()
     found = content(folder / "out")
     found["sqsd/report.json"]["settings"] = undisturbed["sqsd/report.json"]["settings"]  # the command's and the API's
@@ -469,5 +475,6 @@ def test_an_interrupted_driver_prints_the_command_that_goes_on(source: Path, tin
     process.send_signal(kind)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, ""), err
-    assert err.splitlines()[-1].startswith("  sqsd-filter in.jsonl out") and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("  sqsd-filter in.jsonl out")
+    assert "Traceback" not in err
     assert read_report(folder / "out")["status"] == "interrupted"

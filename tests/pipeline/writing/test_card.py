@@ -139,7 +139,9 @@ def test_every_config_loads_with_all_its_files_and_splits_in_order(tmp_path: Pat
 def test_a_header_tells_any_two_contents_apart() -> None:
     kept, dropped, errors = REPORT["files"]
     before, after = (card(files=[kept, file, errors])[0]["configs"] for file in (dropped, {**dropped, "sha256": "x"}))
-    assert before[0] == after[0] and before[1] != after[1] and before[2] == after[2]
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+    assert before[2] == after[2]
 
 
 @pytest.mark.parametrize(
@@ -207,9 +209,11 @@ def test_licences_come_together_and_other_fields_only_where_all_sources_agree(
 
 
 def test_without_a_source_or_with_one_of_the_hub_that_has_no_card_the_licence_is_to_be_looked_up() -> None:
-    assert "license" not in card()[0] and "Look it up" in card()[1]
+    assert "license" not in card()[0]
+    assert "Look it up" in card()[1]
     found, body = card({"org/a": ORIGINAL}, datasets=[{"id": "org/a"}, {"id": "org/b"}])
-    assert "license" not in found and found["source_datasets"] == ["org/a", "org/b"]
+    assert "license" not in found
+    assert found["source_datasets"] == ["org/a", "org/b"]
     assert "- `org/a`: `cc-by-sa-3.0`\n- `org/b`: not known" in body
 
 
@@ -244,7 +248,8 @@ def test_it_says_what_was_removed_and_how_to_load_the_rest() -> None:
     assert "Rows without a score: 1 bad_json; in errors 1. That says nothing of their risk." in page.text
     assert "org/a, config c, split s, commit c0ffee" in page.text
     assert {"load_dataset(path)", 'load_dataset(path, "dropped")', 'load_dataset(path, "errors")'} < set(page.codes)
-    assert {"tiny", "org/m", "sqsd_a", "sqsd_b"} < set(page.codes) and "+1 × sqsd_a -2.5 × sqsd_b" in page.text
+    assert {"tiny", "org/m", "sqsd_a", "sqsd_b"} < set(page.codes)
+    assert "+1 × sqsd_a -2.5 × sqsd_b" in page.text
     assert "![Histogram of the risk: 3 rows are kept, 2 dropped](sqsd/risk.png)" in body
 
 
@@ -264,7 +269,8 @@ def test_it_says_when_nothing_was_dropped_and_when_rows_without_a_score_were_kep
     rows = {"total": 6, "kept": 5, "dropped": 0, "errors": 1}
     _, body = card(rows=rows, threshold=None, unscored={"no_answer": 3, "bad_json": 1}, pack=None)
     text = Page(body).text
-    assert "5 of 6 rows, with their risk" in text and "No row was dropped" in text
+    assert "5 of 6 rows, with their risk" in text
+    assert "No row was dropped" in text
     assert "3 no_answer, 1 bad_json; in errors 1, kept 3." in text
     assert "The scores were already in the input." in text
 
@@ -293,8 +299,10 @@ def test_lines_of_json_have_columns_of_scores_only_if_they_were_asked_for() -> N
 def test_a_dataset_without_some_of_the_rows_says_so() -> None:
     header, body = card(files=REPORT["files"][:1])
     assert [config["config_name"] for config in header["configs"]] == ["default"]
-    assert "| dropped | 2 | not in this dataset |" in body and 'load_dataset(path, "dropped")' not in body
-    assert "sqsd_status" in body and "sqsd_reason" not in body
+    assert "| dropped | 2 | not in this dataset |" in body
+    assert 'load_dataset(path, "dropped")' not in body
+    assert "sqsd_status" in body
+    assert "sqsd_reason" not in body
 
 
 def rows_of_table(body: str, head: str) -> list[list[str]]:
@@ -308,9 +316,11 @@ def test_groups_get_a_line_each_up_to_fifty_and_the_others_one() -> None:
     _, body = card(groups={"column": "topic", "groups": groups, "spared": 4}, threshold=None)
     table = rows_of_table(body, "| `topic` | scored | dropped | threshold |")
     assert len(table) == 51
-    assert table[0] == ["`52`", "62", "52", "6.5"] and table[49] == ["`3`", "13", "3", "0.375"]
+    assert table[0] == ["`52`", "62", "52", "6.5"]
+    assert table[49] == ["`3`", "13", "3", "0.375"]
     assert table[50] == ["others: 3", str(10 + 11 + 12), str(0 + 1 + 2)]
-    assert "with the same `topic` by itself" in body and "no group is emptied: 4 rows" in body
+    assert "with the same `topic` by itself" in body
+    assert "no group is emptied: 4 rows" in body
 
 
 def test_splits_are_told_with_their_groups_or_alone() -> None:
@@ -320,7 +330,8 @@ def test_splits_are_told_with_their_groups_or_alone() -> None:
     del piece["value"]
     _, alone = card(groups={"column": None, "groups": [piece], "spared": 0})
     assert rows_of_table(alone, "| split | scored | dropped | threshold |") == [["`test`", "3", "0"]]
-    assert "Each split by itself" in alone and "emptied" not in alone
+    assert "Each split by itself" in alone
+    assert "emptied" not in alone
 
 
 def test_values_of_groups_that_are_no_text_or_long_can_be_told() -> None:
@@ -336,7 +347,9 @@ def test_weighted_rows_are_said_to_be_weighted_and_none_dropped() -> None:
     weights = {"formula": "1 / (1 + exp(risk))", "threshold": 0.5, "scale": 0.25, "sum": 2.75}
     _, body = card(weights=weights, rows=WEIGHTED, files=[REPORT["files"][0], REPORT["files"][2]])
     text = Page(body).text
-    assert "5 rows, weighted by their risk" in text and "No row was dropped." in text and "sqsd_weight" in text
+    assert "5 rows, weighted by their risk" in text
+    assert "No row was dropped." in text
+    assert "sqsd_weight" in text
     assert "1 / (1 + exp(risk)) with the threshold 0.5 and the scale 0.25. The weights add up to 2.75." in text
     assert "| dropped" not in body
 
@@ -383,7 +396,8 @@ def test_no_name_breaks_the_page_or_the_header(name: str) -> None:
     header, body = card({name: original}, **named(name))
     page, plain = Page(body), Page(card({"plain": "---\nlicense: mit\n---\ntext\n"}, **named("plain"))[1])
     assert page.opened == plain.opened
-    assert page.codes.count(printed(name)) >= 16 and page.codes.count(printed(f"sqsd_{name}")) == 2
+    assert page.codes.count(printed(name)) >= 16
+    assert page.codes.count(printed(f"sqsd_{name}")) == 2
     assert header["license"] == header["pretty_name"] == header["tags"][0] == field
 
 
@@ -405,7 +419,9 @@ def test_the_original_text_stands_below_in_a_section_of_its_own() -> None:
         (2, "The original card of `org/b`"),
         (3, "B"),
     ]
-    assert "```md\n# in code\n```" in below and "#no heading" in below and "Only words.\n\n### B" in below
+    assert "```md\n# in code\n```" in below
+    assert "#no heading" in below
+    assert "Only words.\n\n### B" in below
 
 
 def test_filtering_twice_nests_nothing_and_keeps_the_first_sources_card() -> None:
@@ -415,30 +431,37 @@ def test_filtering_twice_nests_nothing_and_keeps_the_first_sources_card() -> Non
         found, body = card({"out": source})
         assert headings(body).count((2, "The original card of `org/dolly`")) == 1
         assert body.endswith("### Dolly\n\nFifteen thousand rows.\n")
-        assert body.count("What it can't promise") == 1 and "Already filtered before: `out`" in body
-        assert found["source_datasets"] == ["org/dolly"] and found["license"] == "cc-by-sa-3.0"
+        assert body.count("What it can't promise") == 1
+        assert "Already filtered before: `out`" in body
+        assert found["source_datasets"] == ["org/dolly"]
+        assert found["license"] == "cc-by-sa-3.0"
         assert found["tags"] == ["instructions", "sqsd-filter", "safety", "data-filtering"]
     assert card_text(REPORT, [("out", second)]) == second
 
 
 def test_a_card_without_text_below_it_adds_no_section() -> None:
     _, body = card({"out": card_text(REPORT), "two": ORIGINAL.split("# Dolly")[0]})
-    assert "original card" not in body and "Already filtered before: `out`" in body
+    assert "original card" not in body
+    assert "Already filtered before: `out`" in body
 
 
 def test_a_source_by_its_path_is_told_by_its_last_part() -> None:
     _, body = card({"/home/somebody/corpus": ORIGINAL})
-    assert "somebody" not in body and "The original card of `corpus`" in body
+    assert "somebody" not in body
+    assert "The original card of `corpus`" in body
 
 
 def test_another_card_cannot_pass_for_the_end_of_ours() -> None:
     marker = "<!-- sqsd-filter: below are the cards of the sources -->"
     _, body = card({"org/a": f"lost\n{marker}\nkept {marker} too", "org/b": "and this"})
-    assert body.count(marker) == 1 and "kept  too" in body and "and this" in body
+    assert body.count(marker) == 1
+    assert "kept  too" in body
+    assert "and this" in body
 
 
 def test_two_sources_of_one_name_keep_both_their_licences() -> None:
     cards = [("/a/corpus", "---\nlicense: cc-by-nc-4.0\n---\nfirst"), ("/b/corpus", "---\nlicense: mit\n---\nsecond")]
     text = card_text(REPORT, cards)
     assert yaml.safe_load(text.split("---")[1])["license"] == ["cc-by-nc-4.0", "mit"]
-    assert "first" in text and "second" in text
+    assert "first" in text
+    assert "second" in text

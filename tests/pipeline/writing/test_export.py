@@ -139,7 +139,8 @@ def test_any_table_comes_back_as_it_was(to: str, case: tuple[pa.Table, list[int]
         for config, code in CONFIGS.items():
             expected = source.filter(pa.array([p == code for p in place])).combine_chunks()
             found = tables(root, to, report, config)
-            assert found.schema.equals(expected.schema) and found.equals(expected)
+            assert found.schema.equals(expected.schema)
+            assert found.equals(expected)
             again = open_corpus(
                 [str(root / config)] if to == "arrow" else [str(p) for p in paths(root, report, config)]
             )
@@ -290,7 +291,8 @@ def test_scores_join_any_lines_and_nothing_else_of_them_changes(case: tuple[list
             others = [(name, cell) for name, cell in value.items() if name not in SCORES]
             assert list(json.loads(found).items()) == [*others, *zip(SCORES, scores, strict=True)]
             if len(others) == len(value):
-                assert found.startswith(line.rstrip()[:-1]) and found.endswith(line[len(line.rstrip()) - 1 :])
+                assert found.startswith(line.rstrip()[:-1])
+                assert found.endswith(line[len(line.rstrip()) - 1 :])
 
 
 @pytest.mark.parametrize("to", ["parquet", "arrow"])

@@ -79,27 +79,32 @@ def test_a_finished_run_is_done_until_something_of_it_is_missing_or_cut_short(to
     assert {p: p.stat().st_mtime_ns for p in Path("out").rglob("*") if p.is_file()} == before
     for name in [*report["extra_files"], *(f["path"] for f in report["files"])]:
         Path("out", name).unlink()
-        assert not cut("out", to).get("already_done") and content(Path("out")) == done
+        assert not cut("out", to).get("already_done")
+        assert content(Path("out")) == done
     for file in report["files"]:
         if file["rows"]:
             path = Path("out", file["path"])
             path.write_bytes(path.read_bytes()[:-1])
-            assert not cut("out", to).get("already_done") and content(Path("out")) == done
+            assert not cut("out", to).get("already_done")
+            assert content(Path("out")) == done
     for name in [*report["extra_files"], report["files"][0]["path"]]:
         path = Path("out", name)
         for lost in (b"", bytes(path.stat().st_size)):  # a disk that lost what was not yet on it, when the power went
             path.write_bytes(lost)
-            assert not cut("out", to).get("already_done") and content(Path("out")) == done
+            assert not cut("out", to).get("already_done")
+            assert content(Path("out")) == done
 
 
 def test_a_changed_byte_in_a_data_file_is_mended_and_no_reasons_are_no_damage(folder: Path) -> None:
     write_jsonl(folder / "in.jsonl", ROWS)
     report = cut("out", "jsonl")
-    assert Path("out/data/reasons.jsonl").read_bytes() == b"" and cut("out", "jsonl")["already_done"]
+    assert Path("out/data/reasons.jsonl").read_bytes() == b""
+    assert cut("out", "jsonl")["already_done"]
     path = Path("out", report["files"][0]["path"])
     whole = path.read_bytes()
     path.write_bytes(whole[:-3] + b"X" + whole[-2:])
-    assert not cut("out", "jsonl").get("already_done") and path.read_bytes() == whole
+    assert not cut("out", "jsonl").get("already_done")
+    assert path.read_bytes() == whole
 
 
 def test_only_a_byte_order_mark_is_missing_from_lines_as_they_were(folder: Path) -> None:
@@ -147,7 +152,8 @@ def test_what_was_written_can_be_cut_again(to: str, folder: Path) -> None:
     again = select_dataset(sources, "again", keep_lowest=3, to="jsonl", with_scores=True)
     lowest = sorted(ROWS, key=lambda row: row["sqsd_risk"])[:3]
     found = [json.loads(line) for line in Path("again/data/kept-00000-of-00001.jsonl").read_text().splitlines()]
-    assert sorted(found, key=lambda row: row["sqsd_risk"]) == lowest and again["rows"]["kept"] == 3
+    assert sorted(found, key=lambda row: row["sqsd_risk"]) == lowest
+    assert again["rows"]["kept"] == 3
 
 
 def test_a_run_writes_the_lines_of_its_input(folder: Path, tiny_pack: Path) -> None:
@@ -174,9 +180,11 @@ def test_a_run_writes_the_lines_of_its_input(folder: Path, tiny_pack: Path) -> N
     for config in ("kept", "dropped"):
         path = f"data/{config}-00000-of-00001.jsonl"
         for line, more in zip(found[config], Path("scored", path).read_bytes().splitlines(True), strict=True):
-            assert more.startswith(line.rstrip()[:-1].rstrip()) and line[len(line.rstrip()) - 1 :] in more
+            assert more.startswith(line.rstrip()[:-1].rstrip())
+            assert line[len(line.rstrip()) - 1 :] in more
             row = json.loads(more)
-            assert row["sqsd_risk"] == row["sqsd_danger"] - row["sqsd_safety"] and row["sqsd_status"] == "scored"
+            assert row["sqsd_risk"] == row["sqsd_danger"] - row["sqsd_safety"]
+            assert row["sqsd_status"] == "scored"
     assert scored["threshold"] == report["threshold"]
 
 
@@ -210,7 +218,8 @@ def test_each_split_is_loaded_by_its_name(to: str, folder: Path, monkeypatch: py
     monkeypatch.setattr(Corpus, "scan", scan)
     write_jsonl(folder / "more.jsonl", [{**row, "id": row["id"] + 100} for row in ROWS])
     report = select_dataset(["in.jsonl", "more.jsonl"], "out", drop_top="50%", to=to, shard_size="1KB")
-    assert report["rows"]["kept"] == 20 and read_report(Path("out")) == report
+    assert report["rows"]["kept"] == 20
+    assert read_report(Path("out")) == report
     if to == "arrow":
         every = datasets.load_from_disk("out")
         found = {split: every[f"kept_{split}"] for split in ("train", "test.a")}
@@ -219,5 +228,6 @@ def test_each_split_is_loaded_by_its_name(to: str, folder: Path, monkeypatch: py
         found = datasets.load_dataset("out", cache_dir=str(folder / "cache"))
     assert list(found) == ["train", "test.a"]
     ids = {split: found[split]["id"][:] for split in found}
-    assert all(k < 100 for k in ids["train"]) and all(k >= 100 for k in ids["test.a"])
+    assert all(k < 100 for k in ids["train"])
+    assert all(k >= 100 for k in ids["test.a"])
     assert sum(map(len, ids.values())) == 20

@@ -81,13 +81,16 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 @given(st.lists(finite, max_size=20), st.none() | finite)
 def test_the_bars_have_an_equal_positive_width_whatever_the_risks(risks: list[float], cut: float | None) -> None:
     widths = np.diff(bar_edges(MOST_BARS, quantiles(np.array(risks)), cut))
-    assert len(widths) == MOST_BARS and np.isfinite(widths).all()
-    assert widths.min() > 0 and widths.max() <= 1.001 * widths.min()
+    assert len(widths) == MOST_BARS
+    assert np.isfinite(widths).all()
+    assert widths.min() > 0
+    assert widths.max() <= 1.001 * widths.min()
 
 
 def test_all_risks_are_inside_where_none_is_far_from_the_others() -> None:
     edges = bar_edges(MOST_BARS, quantiles(NORMAL), 0.0)
-    assert edges[0] == NORMAL.min() and edges[-1] == np.nextafter(NORMAL.max(), np.inf)
+    assert edges[0] == NORMAL.min()
+    assert edges[-1] == np.nextafter(NORMAL.max(), np.inf)
 
 
 def test_one_far_risk_does_not_squeeze_the_others_unless_the_cut_is_there() -> None:
@@ -99,7 +102,8 @@ def test_one_far_risk_does_not_squeeze_the_others_unless_the_cut_is_there() -> N
 def test_where_most_risks_are_the_same_the_others_are_seen() -> None:
     risk = np.array([0.5] * 970 + [0.9] * 30)
     edges = bar_edges(MOST_BARS, quantiles(risk), None)
-    assert edges[0] <= 0.5 and edges[-1] > 0.9
+    assert edges[0] <= 0.5
+    assert edges[-1] > 0.9
 
 
 def test_a_single_risk_is_in_the_middle() -> None:
@@ -113,7 +117,8 @@ def test_a_single_risk_is_in_the_middle() -> None:
 
 def test_it_is_opaque_and_as_large_as_it_says(tmp_path: Path) -> None:
     picture = draw(tmp_path / "a.png", NORMAL)
-    assert picture.shape == (500, 1200, 4) and (picture[..., 3] == 255).all()
+    assert picture.shape == (500, 1200, 4)
+    assert (picture[..., 3] == 255).all()
     assert (picture[:3] == 255).all()  # white, on a dark page too
 
 
@@ -140,19 +145,24 @@ def test_a_cut_is_a_line_between_kept_and_dropped(tmp_path: Path) -> None:
     picture = draw(tmp_path / "a.png", NORMAL)
     [*columns] = line(picture)
     where = (picture[60:, :, :3] == ORANGE).all(axis=2).any(axis=0)
-    assert columns and abs(columns[0] - np.flatnonzero(where)[0]) < 20  # a bar's width
+    assert columns
+    assert abs(columns[0] - np.flatnonzero(where)[0]) < 20
 
 
 def test_without_one_cut_there_is_no_line(tmp_path: Path) -> None:
     whole = draw(tmp_path / "a.png", NORMAL, cut=Cut.of(drop_count=0))
-    assert line(whole) == [] and area(whole, ORANGE) == 0 and area(whole, BLUE) > 10_000
+    assert line(whole) == []
+    assert area(whole, ORANGE) == 0
+    assert area(whole, BLUE) > 10_000
     groups = draw(tmp_path / "b.png", NORMAL, groups={"column": "c", "groups": []})
-    assert line(groups) == [] and area(groups, ORANGE) > 0
+    assert line(groups) == []
+    assert area(groups, ORANGE) > 0
 
 
 def test_weighted_rows_have_the_line_of_their_formula(tmp_path: Path) -> None:
     picture = draw(tmp_path / "a.png", NORMAL, cut=Cut.of(drop_count=0), weights={"threshold": -0.3})
-    assert line(picture) and area(picture, ORANGE) == 0
+    assert line(picture)
+    assert area(picture, ORANGE) == 0
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ def test_any_line_keeps_its_values_and_bytes(
     line = (json.dumps(row, separators=separators, ensure_ascii=ascii) + end).encode(errors="replace")
     value = json.loads(line)
     spliced = splice(line, {"new": 0.1})
-    assert spliced.startswith(line.rstrip()[:-1]) and spliced.endswith(b"}" + end.encode())
+    assert spliced.startswith(line.rstrip()[:-1])
+    assert spliced.endswith(b"}" + end.encode())
     assert list(json.loads(spliced).items()) == [*((k, v) for k, v in value.items() if k != "new"), ("new", 0.1)]
 
     others = {k: v for k, v in value.items() if k not in OLD}
@@ -112,7 +113,8 @@ def test_values_without_a_form_in_json_are_their_iso_or_decimal_text() -> None:
     )
     [line] = lines(pa.Table.from_pylist([row], schema))
     back = json.loads(line)
-    assert b"\n" not in line and "é\u2028".encode() in line
+    assert b"\n" not in line
+    assert "é\u2028".encode() in line
     assert back == {**row, "stamp": "2024-01-31T12:00:00.000001", "zoned": ["2024-01-31T00:00:00+01:00"]} | {
         "day": {"at": "9999-12-31"},
         "time": "01:02:03",

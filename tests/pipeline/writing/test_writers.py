@@ -81,10 +81,12 @@ def test_a_file_ends_with_the_batch_that_fills_it(to: str, sizes: list[int], sha
 def test_files_are_what_is_said_of_them_and_the_same_every_time(to: str, tmp_path: Path) -> None:
     batches = batches_of(to, [30, 0, 30, 30])
     both = [write(tmp_path / name, Output(to, 1, False), batches) for name in ("a", "b")]
-    assert both[0] == both[1] and len(both[0]) == 3
+    assert both[0] == both[1]
+    assert len(both[0]) == 3
     for file in both[0]:
         content = (tmp_path / "a" / file["path"]).read_bytes()
-        assert file["bytes"] == len(content) and file["sha256"] == hashlib.sha256(content).hexdigest()
+        assert file["bytes"] == len(content)
+        assert file["sha256"] == hashlib.sha256(content).hexdigest()
     [path] = {Path(file["path"]).parent for file in both[0]}
     assert path == Path("kept" if to == "arrow" else "data")
     assert [f["path"] for f in both[0]] == sorted(str(p.relative_to(tmp_path / "a")) for p in tmp_path.glob("a/*/*"))
@@ -103,7 +105,9 @@ def test_only_files_of_the_same_kind_make_way_for_new_ones(to: str, tmp_path: Pa
     notes.touch()
     [new] = write(tmp_path, Output(to, 10**6, False), batches)
     after = {p for p in tmp_path.rglob("*") if p.is_file()}
-    assert len(after) == 4 + 1 + 1 and notes in after and tmp_path / new["path"] in after - before
+    assert len(after) == 4 + 1 + 1
+    assert notes in after
+    assert tmp_path / new["path"] in after - before
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -229,8 +233,10 @@ def test_arrow_files_load_as_a_dataset_dict_mapped_into_memory(tmp_path: Path) -
         str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()
     )
     loaded = datasets.load_from_disk(str(tmp_path))
-    assert list(loaded) == ["kept", "errors"] and loaded["kept"].features == features == loaded["errors"].features
-    assert len(loaded["kept"].cache_files) == 2 and len(loaded["errors"]) == 0
+    assert list(loaded) == ["kept", "errors"]
+    assert loaded["kept"].features == features == loaded["errors"].features
+    assert len(loaded["kept"].cache_files) == 2
+    assert len(loaded["errors"]) == 0
     assert loaded["kept"].with_format("arrow")[:].to_pylist() == rows + rows
     assert is_json_text(loaded["kept"].data.schema.field("text"))
 
