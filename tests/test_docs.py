@@ -1,4 +1,4 @@
-"""The README tells of every command and option, and its commands are the ones that are tested."""
+"""The README and docs/ have every command and option, and what they show is what the code does."""
 
 from __future__ import annotations
 
@@ -14,13 +14,26 @@ import pytest
 
 from sqsd_filter import SQSDScorer, select
 from sqsd_filter.cli.main import cli
-from sqsd_filter.corpus.conversation import ROLES
+from sqsd_filter.corpus.conversation import (
+    BAD_JSON,
+    BAD_ROW,
+    NO_ANSWER,
+    NONFINITE,
+    PROMPT_TOO_LONG,
+    ROLES,
+    SCORED,
+    TEMPLATE_ERROR,
+)
 from sqsd_filter.corpus.row_formats import FORMATS
+from sqsd_filter.scoring.scorer import TRANSIENT
 from tests.commands import parse
 from tests.corpora import make_rows, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+EVERYTHING = "\n".join(DOCS.values())
 
 
 def commands(group: click.Group, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], click.Command]:
@@ -35,16 +48,17 @@ COMMANDS = commands(cli)
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
-def test_the_readme_tells_of_every_command_and_option(path: tuple[str, ...]) -> None:
+def test_the_docs_have_every_command_and_option(path: tuple[str, ...]) -> None:
     if path != ("filter",):  # goes without its name
-        assert f"sqsd-filter {' '.join(path)} " in README
+        assert f"sqsd-filter {' '.join(path)} " in EVERYTHING
     options = [p for p in COMMANDS[path].params if isinstance(p, click.Option)]
     longest = [max(p.opts, key=len) for p in options]
-    assert [o for o in longest if not re.search(rf"{o}\b", README)] == []
+    assert [o for o in longest if not re.search(rf"{o}\b", EVERYTHING)] == []
 
 
-def test_the_readme_tells_of_every_row_format_and_role() -> None:
-    assert [name for name in (*FORMATS, *ROLES) if f"`{name}`" not in README] == []
+def test_the_page_on_rows_has_every_row_format_and_role_and_status() -> None:
+    reasons = (SCORED, NO_ANSWER, PROMPT_TOO_LONG, NONFINITE, BAD_JSON, BAD_ROW, TEMPLATE_ERROR, *TRANSIENT)
+    assert [name for name in (*FORMATS, *ROLES, *reasons) if f"`{name}`" not in DOCS["docs/rows.md"]] == []
     formats = next(p for p in COMMANDS[("score",)].params if p.name == "row_format")
     assert [name for name in FORMATS if name not in formats.help] == []
 
@@ -56,13 +70,13 @@ def test_every_option_explains_itself() -> None:
 
 
 def shown() -> list[list[str]]:
-    """Every command line of the README that can be run as it is: no alternatives, no ellipsis."""
-    lines = re.findall(r"^    (?:.*&& )?(?:\S*/)?(sqsd-filter .*?)(?:\s+#.*)?$", README, re.MULTILINE)
-    return [shlex.split(line) for line in lines if not re.search(r"\.\.\.|[(|]", line)]
+    """Every command line of README and docs that can be run as it is: no alternatives, no ellipsis."""
+    lines = re.findall(r"^    (?:.*&& )?(?:\S*/)?(sqsd-filter .*?)(?:\s+#.*)?$", EVERYTHING, re.MULTILINE)
+    return [shlex.split(line) for line in dict.fromkeys(lines) if not re.search(r"\.\.\.|[(|]", line)]
 
 
 @pytest.mark.parametrize("line", shown(), ids=" ".join)
-def test_the_command_lines_of_the_readme_parse(line: list[str]) -> None:
+def test_the_command_lines_of_the_docs_parse(line: list[str]) -> None:
     assert parse(line[1:]).params
 
 

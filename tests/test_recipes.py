@@ -326,11 +326,11 @@ def test_rows_of_the_small_study_have_an_answer_and_are_there_once(study: Module
     assert study.asked({"question": "What is 2 + 2?"}) == "what is 2 2"
 
 
-def test_the_readme_has_the_results_of_the_small_study(
+def test_the_page_of_evidence_has_the_results_of_the_small_study(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script("tables", monkeypatch).main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    readme = (RECIPES_ROOT.parent / "README.md").read_text(encoding="utf-8").splitlines()
+    page = (RECIPES_ROOT.parent / "docs" / "evidence.md").read_text(encoding="utf-8").splitlines()
     assert len(rows) > 10
-    assert [line for line in rows if line not in readme] == []
+    assert [line for line in rows if line not in page] == []

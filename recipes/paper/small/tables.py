@@ -1,4 +1,4 @@
-"""The tables of the README, from the results that the study left beside this script: python tables.py"""
+"""The tables of docs/evidence.md, from the results that the study left beside this script: python tables.py"""
 
 from __future__ import annotations
 
