@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -82,3 +83,30 @@ def command(folder: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tu
         return int(left.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """The destination of a finished run, for the command `report`."""
+    from tests.pages import finished_run
+
+    return finished_run(tmp_path)
+
+
+@pytest.fixture
+def report(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """Runs `sqsd-filter report` in this process: exit code, stdout, stderr."""
+    from tests.commands import exit_code
+
+    logger = logging.getLogger("sqsd_filter")
+    level = logger.level
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = exit_code("report", *words)
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    yield run
+    logger.setLevel(level)  # the command set another

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,8 +17,9 @@ from sqsd_filter.pipeline.page.notes import Notes
 from sqsd_filter.pipeline.page.page import write_page
 from sqsd_filter.pipeline.report import summarise
 from sqsd_filter.pipeline.selecting.selection import KEPT, Cut, cut_rows
-from tests.corpora import by_hand, open_corpus, write_jsonl
+from tests.corpora import by_hand, make_rows, open_corpus, write_jsonl
 
+Command = Callable[..., tuple[int, str, str]]  # its words to its exit code, stdout and stderr
 ALPACA = RowFormat("alpaca", prompt="instruction", answer="output")
 
 
@@ -39,6 +41,16 @@ def noted(
 
 def page_of(folder: Path, rows: Sequence[Any], **how: Any) -> str:
     return write_page(folder, *noted(folder, rows, **how)).read_text(encoding="utf-8")
+
+
+def finished_run(folder: Path) -> Path:
+    """The destination of a finished run, as far as `report` looks at it."""
+    home = folder / "out" / "sqsd"
+    home.mkdir(parents=True)
+    report, notes = noted(folder, make_rows(30))
+    write_page(home, report, notes)
+    (home / "report.json").write_text(json.dumps({"status": "ok", **report}))
+    return home.parent
 
 
 @dataclass

@@ -19,10 +19,14 @@ from sqsd_filter.cli import options, output
 @click.pass_context
 def report(context: click.Context, out: Path, **params: Any) -> None:
     """Make report.html of the run in OUT (a folder, or a file of scores) anew, and its plots as PNG files."""
+    from sqsd_filter.directions.drift_section import drift_section
+    from sqsd_filter.directions.steering.section import steering_section
+    from sqsd_filter.evaluation.section import evaluation_section
     from sqsd_filter.pipeline.page.page import remake_page
 
     output.begin(context)
-    page, *plots = remake_page(out, evaluated=params["evaluation"], drifted=params["drift"], steered=params["steering"])
+    draw = {"evaluation": evaluation_section, "drift": drift_section, "steering": steering_section}
+    page, *plots = remake_page(out, (draw[name](params[name]) for name in draw if params[name] is not None))
     found = {"page": str(page), "bytes": page.stat().st_size, "plots": [str(path) for path in plots]}
     output.show(found, as_json=params["json_output"], quiet=params["quiet"], text=_text)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sqsd_filter.pipeline.page.findings import evaluation
+from sqsd_filter.evaluation.section import evaluation_section
 from tests.commands import exit_code
 from tests.corpora import write_jsonl
 from tests.evaluation.studies import REFUSAL, scored
@@ -50,7 +50,7 @@ def test_the_table_and_the_json_say_what_results_json_does(
     assert "little safety to lose" in warnings[0]
     first = ["1% 1 of 21", "5% 1 of 21", "10% 2 of 22", "20% 5 of 25"]
     assert [" ".join(line.removeprefix("mine").split()[:4]) for line in mixes[1:]] == first
-    section = evaluation(Path("out/results.json"))  # of the page, which reads what is written here
+    section = evaluation_section(Path("out/results.json"))  # of the page, which reads what is written here
     assert [plot.name for plot in section.plots] == ["asr", "roc", "pr"]
     assert [len(table.rows) for table in section.tables] == [1, 2, 5, 4]
     assert called(*words, "-q") == 0

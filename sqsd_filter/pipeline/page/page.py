@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from markupsafe import Markup
 from sqsd_filter.errors import InputError, SQSDError
 from sqsd_filter.pictures import picture
 from sqsd_filter.pipeline.page import run_parts
-from sqsd_filter.pipeline.page.findings import drift, evaluation, steering
 from sqsd_filter.pipeline.page.parts import Section, sensible
 from sqsd_filter.pipeline.report import low_risk
 from sqsd_filter.pipeline.writing.destination import (
@@ -55,14 +54,13 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def remake_page(
-    out: Path, *, evaluated: Path | None = None, drifted: Path | None = None, steered: Path | None = None
-) -> list[Path]:
-    """Make the page of the run in `out`, a folder or a file of scores, anew, with sections on the folders that
-    `evaluate`, `drift` and `steer` left; and all its pictures as PNG files beside it.
+def remake_page(out: Path, sections: Iterable[Section] = ()) -> list[Path]:
+    """Make the page of the run in `out` (a folder, or a file of scores) again, with these sections after the run's own
+    ones, and write all its pictures as PNG files beside it.
 
-    Returns what was written. Raises `InputError` where there is no finished run, or one of the others is not what it
-    should be, `DestinationExists` where a run is at work there, `SQSDError` where the disk refuses.
+    The sections are taken one by one once the run is known to be finished. Returns the paths that were written. Raises
+    `InputError` where there is no finished run, `DestinationExists` where a run is at work there, and `SQSDError` where
+    the files can't be written.
     """
     home = out / "sqsd" if out.is_dir() else out.with_name(out.name + ".sqsd")
     refuse_running(home, out)
@@ -73,13 +71,12 @@ def remake_page(
         raise InputError(
             f"{out} has no {NOTES_FILE} to make a page from: start the same run again; its scores are kept."
         )
-    given = ((evaluation, evaluated), (drift, drifted), (steering, steered))
-    more = [read(path) for read, path in given if path is not None]
+    more = list(sections)
     with sensible(f"{home} is damaged", f"delete {NOTES_FILE} there and start the same run again; its scores are kept"):
-        sections = [*_sections(report, notes), *more]
-        page = _render(report, notes, _explained(home), sections)
+        shown = [*_sections(report, notes), *more]
+        page = _render(report, notes, _explained(home), shown)
     try:
-        return [_write(home / PAGE_FILE, page), *_write_plots(home / PLOTS, sections)]
+        return [_write(home / PAGE_FILE, page), *_write_plots(home / PLOTS, shown)]
     except OSError as problem:
         raise SQSDError(f"No page can be written to {home} ({problem}): see to room and rights there.") from problem
 

@@ -1,12 +1,14 @@
-"""What a page is made of."""
+"""What a page is made of: sections with plots and tables. Every room draws its own sections with these."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import UndefinedError
 
@@ -52,6 +54,25 @@ class Section:
     warning: str = ""
     plots: Sequence[Plot] = ()
     tables: Sequence[Table] = ()
+
+    def drawn(self) -> Section:
+        """This section, with its plots drawn now: an error in them is then one of the data that they show."""
+        for plot in self.plots:
+            _ = plot.svg
+        return self
+
+
+@contextmanager
+def read_left(path: Path, command: str) -> Iterator[Any]:
+    """The JSON file that `command` left, for the body to look into.
+
+    Raises `InputError` when the file can't be read, or when the body finds that it is not such a file.
+    """
+    try:
+        with sensible(f"{path} is damaged, or not what '{command}' left", "make it again, or name another"):
+            yield json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise InputError(f"{path} can't be read ({problem.strerror}): name what '{command}' left.") from problem
 
 
 @contextmanager

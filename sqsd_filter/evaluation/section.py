@@ -1,34 +1,16 @@
-"""The sections on what other commands found: fine-tuning on windows of the rows, drift of a run, and steering."""
+"""The section of a run's page on an evaluation: the attack success rates after each fine-tuning, with intervals."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.page.parts import Plot, Section, Table, sensible
+from sqsd_filter.evaluation.folder import RESULTS
+from sqsd_filter.evaluation.plot import CURVES, draw_curves, draw_windows
+from sqsd_filter.pipeline.page.parts import Plot, Section, Table, read_left
 from sqsd_filter.wording import many
-
-
-@contextmanager
-def _as_left_by(path: Path, command: str) -> Iterator[None]:
-    """Raise `InputError` where the file turns out to be none that the command leaves."""
-    try:
-        with sensible(f"{path} is damaged, or not what '{command}' left", "make it again, or name another"):
-            yield
-    except OSError as problem:
-        raise InputError(f"{path} can't be read ({problem.strerror}): name what '{command}' left.") from problem
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-# ---------------------------------------------------------------------------------------------- evaluation
 
 FALLING = (
     "The attack success rate is the share of harmful prompts whose answers the judge called unsafe: it should fall "
@@ -47,15 +29,11 @@ FIGURES = {
 }
 
 
-def evaluation(folder: Path) -> Section:
-    """The section on a folder that `evaluate` left, or its results.json. Raises `InputError`."""
-    from sqsd_filter.evaluation.folder import RESULTS
-    from sqsd_filter.evaluation.plot import CURVES, draw_curves, draw_windows
-
+def evaluation_section(folder: Path) -> Section:
+    """The section on a folder that `evaluate` left, or on its results.json. Raises `InputError`."""
     path = folder / RESULTS if folder.is_dir() else folder
-    with _as_left_by(path, "sqsd-filter evaluate"):
-        found = _read(path)
-        scorers, arms, poisoned, curves = (found.get(key, {}) for key in ("scorers", "arms", "poisoned", "curves"))
+    with read_left(path, "sqsd-filter evaluate") as results:
+        scorers, arms, poisoned, curves = (results.get(key, {}) for key in ("scorers", "arms", "poisoned", "curves"))
         if not scorers and not arms and not poisoned:
             raise ValueError("there is no scorer in it")
         plots: list[Plot] = []
@@ -65,12 +43,12 @@ def evaluation(folder: Path) -> Section:
             asr = "Attack success rate by window"
             plots.append(Plot("asr", asr, partial(draw_windows, scorers=scorers), height=4.8))
             tables += [_windows(scorers), _sets(scorers)]
-            words = [_trained(found, "equally spaced windows of its rows, S1 the riskiest"), FALLING]
+            words = [_trained(results, "equally spaced windows of its rows, S1 the riskiest"), FALLING]
         if arms:
             tables.append(_arms(arms))
-            words += [_trained(found, "what a cut drops, what it keeps, as many random rows, and all"), CUTTING]
+            words += [_trained(results, "what a cut drops, what it keeps, as many random rows, and all"), CUTTING]
         if scorers or arms:
-            words += [*_before(found["untuned"], found["judges"]), *found.get("warnings", ())]
+            words += [*_before(results["untuned"], results["judges"]), *results.get("warnings", ())]
         if poisoned:
             tables.append(_mixes(poisoned))
             words.append(
@@ -81,15 +59,15 @@ def evaluation(folder: Path) -> Section:
             if curves.get(kind):
                 _check_shares(share for points in curves[kind].values() for x, y in points for share in (x, y))
                 plots.append(Plot(kind, title, partial(draw_curves, kind=kind, curves=curves[kind])))
-        return _drawn(Section("evaluation", "Evaluation", words, plots=plots, tables=tables))
+        return Section("evaluation", "Evaluation", words, plots=plots, tables=tables).drawn()
 
 
-def _trained(found: Mapping[str, Any], sets: str) -> str:
-    asked = [many(count, f"{kind} prompt") for kind, count in found["prompts"].items() if count]
-    names = ", ".join(each["name"] for each in found["corpus"])
+def _trained(results: Mapping[str, Any], sets: str) -> str:
+    asked = [many(count, f"{kind} prompt") for kind, count in results["prompts"].items() if count]
+    names = ", ".join(each["name"] for each in results["corpus"])
     return (
-        f"{found['model']['name']}, as pack {found['model']['pack']} aligns it, was fine-tuned on sets of {names}: "
-        f"{sets} (seeds: {', '.join(map(str, found['seeds']))}), and then asked {' and '.join(asked)}."
+        f"{results['model']['name']}, as pack {results['model']['pack']} aligns it, was fine-tuned on sets of {names}: "
+        f"{sets} (seeds: {', '.join(map(str, results['seeds']))}), and then asked {' and '.join(asked)}."
     )
 
 
@@ -128,9 +106,9 @@ def _windows(scorers: Mapping[str, Any]) -> Table:
 
 def _sets(scorers: Mapping[str, Any]) -> Table:
     rows = []
-    for name, found in scorers.items():
-        for k, words in enumerate(zip(*found["outcomes"].values(), strict=True)):
-            figures = [found[key][k] for key in FIGURES]
+    for name, scorer in scorers.items():
+        for k, words in enumerate(zip(*scorer["outcomes"].values(), strict=True)):
+            figures = [scorer[key][k] for key in FIGURES]
             rows.append([name, f"S{k + 1}", *(f"{share:.0%}" for share in words), *_figures(*figures)])
     outcomes = next(iter(scorers.values()))["outcomes"]
     return Table(["scorer", "set", *(f":{word}" for word in outcomes), *FIGURES.values()], rows)
@@ -138,8 +116,8 @@ def _sets(scorers: Mapping[str, Any]) -> Table:
 
 def _arms(arms: Mapping[str, Any]) -> Table:
     rows = []
-    for name, found in arms.items():
-        for arm, figures in found.items():
+    for name, cut in arms.items():
+        for arm, figures in cut.items():
             if arm == "random_minus_kept":
                 rows.append([name, "random minus kept", _between(figures["asr"], figures["ci"]), *[""] * len(FIGURES)])
             else:
@@ -165,61 +143,3 @@ def _mixes(poisoned: Mapping[str, Any]) -> Table:
 def _between(share: float, interval: Sequence[float]) -> str:
     low, high = interval
     return f"{share:.0%} ({low:.0%} to {high:.0%})"
-
-
-# ---------------------------------------------------------------------------------------------- drift and steering
-
-
-def drift(folder: Path) -> Section:
-    """The section on a folder that `drift --out` left. Raises `InputError`."""
-    from sqsd_filter.directions.drift_files import REPORT, draw, panels
-
-    path = folder / REPORT
-    with _as_left_by(path, "sqsd-filter drift --out"):
-        found = _read(path)
-        shown = {"drift": "Drift", "speed": "Speed of drift", "drift-refusals": "Refusals"}
-        plots = [
-            Plot(name, f"{what} by training step", partial(draw, report=found, shown=[panel]), height=4.6)
-            for (name, what), panel in zip(shown.items(), panels(found), strict=False)
-        ]
-        names = list(found["checkpoints"][0]["directions"])
-        rows = [
-            [
-                str(point["step"]),
-                *(f"{point['directions'][name]['projection']:.4g}" for name in names),
-                f"{point['risk_projection']:.4g}",
-            ]
-            for point in found["checkpoints"]
-        ]
-        words = [f"What the fine-tuning run {found['run']} changed, along the directions of {found['pack']['name']}."]
-        table = Table([":step", *(f":{name}" for name in names), ":risk"], rows)
-        return _drawn(Section("drift", "Drift", words, plots=plots, tables=[table]))
-
-
-def steering(folder: Path) -> Section:
-    """The section on a folder that `steer --out` left. Raises `InputError`."""
-    from sqsd_filter.directions.steering.folder import REPORT
-    from sqsd_filter.directions.steering.plot import VERDICTS, draw
-
-    path = folder / REPORT
-    with _as_left_by(path, "sqsd-filter steer"):
-        found = _read(path)
-        pairs, curves = found["settings"]["rows"]["pairs"] > 0, found["directions"]
-        height = 10 if pairs else 4
-        plots = [
-            Plot(
-                f"steer-{k}",
-                f"Steering along {curve['name']}: {VERDICTS[curve['steers']]}",
-                partial(draw, curves=[curve], likelihoods=pairs),
-                height=height,
-            )
-            for k, curve in enumerate(curves)
-        ]
-        words = [f"What the model of {found['pack']} does when it is moved along each direction V, to θ0 + αV."]
-        return _drawn(Section("steering", "Steering", words, plots=plots))
-
-
-def _drawn(section: Section) -> Section:
-    """The section with its pictures drawn, so that what can't be drawn is told of the file that it is from."""
-    _ = [plot.svg for plot in section.plots]
-    return section
