@@ -12,6 +12,11 @@ def option(name: str) -> str:
     return f"{name} (--{name.replace('_', '-')})"
 
 
+def first_line(problem: BaseException) -> str:
+    """The first line of an error's message, or the name of its class where it has none."""
+    return next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+
+
 class ModelError(SQSDError):
     """The model or its tokenizer can't be had, or isn't one that can be scored with."""
 

@@ -32,7 +32,7 @@ from sqsd_filter.corpus.table_formats import DatasetTable, SavedDataset
 from sqsd_filter.corpus.text_formats import JsonLines, TextFile
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.storage.folder import connect
-from sqsd_filter.storage.retries import patiently
+from sqsd_filter.storage.retries import with_retries
 
 SPLIT = "train"  # of rows that have no split of their own
 STDIN = "-"
@@ -229,7 +229,7 @@ def _expand_url(url: str) -> list[RemoteFile]:
     folder = base + mark + query
     try:
         with plainly():
-            infos = patiently(lambda: there.get_file_info(fs.FileSelector(root, recursive=True)))
+            infos = with_retries(lambda: there.get_file_info(fs.FileSelector(root, recursive=True)))
     except OSError as problem:
         raise InputError(
             f"{base} can't be listed ({problem.strerror}): check the address and your rights."

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from sqsd_filter.errors import InputError
-from sqsd_filter.storage.folder import connect, first_line
+from sqsd_filter.errors import InputError, first_line
+from sqsd_filter.storage.folder import connect
 from sqsd_filter.storage.hub_errors import hub_errors
-from sqsd_filter.storage.retries import patiently
+from sqsd_filter.storage.retries import with_retries
 
 BUFFER = 1 << 20
 
@@ -83,7 +83,7 @@ class RemoteFile(File):
     def size(self) -> int:
         there, path = self._place()
         with plainly():
-            found = patiently(lambda: there.get_file_info(path))
+            found = with_retries(lambda: there.get_file_info(path))
         if not found.is_file:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name)
         return int(found.size)
@@ -117,7 +117,7 @@ class HubFile(File):
             return hf_hub_download(self._repo, self._path, repo_type="dataset", revision=self._commit)
 
         with hub_errors(self._repo, self._commit):
-            return Path(patiently(fetch))
+            return Path(with_retries(fetch))
 
 
 class _Patient(io.RawIOBase):
@@ -128,7 +128,7 @@ class _Patient(io.RawIOBase):
         self._file: Any = None
         self._at = 0
         with plainly():
-            self._size = patiently(lambda: self._open().size())
+            self._size = with_retries(lambda: self._open().size())
 
     def _open(self) -> Any:
         if self._file is None:
@@ -150,7 +150,7 @@ class _Patient(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         with plainly():
-            data = patiently(lambda: self._read(len(buffer)))
+            data = with_retries(lambda: self._read(len(buffer)))
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)

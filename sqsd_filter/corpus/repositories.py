@@ -18,10 +18,9 @@ from typing import Any
 from sqsd_filter.corpus.files import File, HubFile, LocalFile, RemoteFile
 from sqsd_filter.corpus.formats import Reader, kind, open_file
 from sqsd_filter.corpus.table_formats import DatasetTable, FileTable, Recast
-from sqsd_filter.errors import InputError
-from sqsd_filter.storage.folder import first_line
+from sqsd_filter.errors import InputError, first_line
 from sqsd_filter.storage.hub_errors import hub_errors
-from sqsd_filter.storage.retries import patiently
+from sqsd_filter.storage.retries import with_retries
 
 HUB = "hf://datasets/"
 _OURS = ("json", "csv", "parquet", "arrow")  # of datasets' own modules, those whose files are read here
@@ -42,7 +41,7 @@ class Repository:
         from huggingface_hub import HfApi
 
         with hub_errors(name, revision):
-            commit = patiently(lambda: HfApi().dataset_info(name, revision=revision)).sha
+            commit = with_retries(lambda: HfApi().dataset_info(name, revision=revision)).sha
         return cls(name, commit, streaming)
 
     @property
@@ -74,7 +73,7 @@ class Repository:
 
         with hub_errors(self.where, self.commit):
             where: Any = {"revision": self.commit, "repo_type": "dataset"}
-            return sorted(patiently(lambda: HfApi().list_repo_files(self.where, **where)))
+            return sorted(with_retries(lambda: HfApi().list_repo_files(self.where, **where)))
 
     def readers(self, part: str) -> Iterator[tuple[str, str, Reader]]:
         """Configuration, split and reader of each data file; `part` is "", "config", "split" or "config/split", where
@@ -120,7 +119,7 @@ class Repository:
             try:
                 return self._declared(config), splits
             except ValueError as problem:
-                names = patiently(lambda: get_dataset_config_names(self._place, revision=self.commit))
+                names = with_retries(lambda: get_dataset_config_names(self._place, revision=self.commit))
                 if config in names:
                     raise InputError(
                         f"{self.where} can't be opened ({first_line(problem)}): check its files."
@@ -143,7 +142,7 @@ class Repository:
         """The builder of this configuration, or with "" of the default one. Raises `ValueError` if there is none."""
         from datasets import load_dataset_builder
 
-        return patiently(
+        return with_retries(
             lambda: load_dataset_builder(self._place, name=config or None, revision=self.commit, cache_dir=cache)
         )
 
@@ -194,7 +193,7 @@ class Repository:
             )
         with hub_errors(self.where, self.commit):
             builder = self._load(config)
-            patiently(builder.download_and_prepare)
+            with_retries(builder.download_and_prepare)
             for name in splits:
                 yield name, DatasetTable(f"{self.spec}:{config}/{name}", builder.as_dataset(split=name))
 

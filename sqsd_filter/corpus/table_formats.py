@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 
 from sqsd_filter.corpus.files import File, LocalFile, unreadable
 from sqsd_filter.corpus.json_schema import bare_rows, to_rows, with_marks
-from sqsd_filter.errors import InputError
-from sqsd_filter.storage.folder import first_line
+from sqsd_filter.errors import InputError, first_line
 
 BATCH_BYTES = 1 << 26
 UNDECODABLE = (pa.ArrowException, OverflowError, ValueError)  # the year 10000, an unknown time zone, text not in UTF-8

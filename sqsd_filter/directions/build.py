@@ -28,7 +28,7 @@ from sqsd_filter.errors import DestinationExists, SQSDError
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.pack import FORMAT, PACK_FILE, Pack, load_pack
 from sqsd_filter.scoring.scorer import SQSDScorer
-from sqsd_filter.storage.folder import write_json, write_whole
+from sqsd_filter.storage.folder import write_json, write_text
 
 
 def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None = None) -> Pack:
@@ -71,7 +71,7 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
     processes.wait()  # all have seen what was there
     if processes.is_first():
         work.mkdir(parents=True, exist_ok=True)
-        write_whole(begun, lambda sink: sink.write(plan.encode()))
+        write_text(begun, plan)
         (target / PACK_FILE).unlink(missing_ok=True)  # of a recipe that chose otherwise among the same checkpoints
 
     for name in sorted(data, key=lambda name: name != recipe.base_adapter):

@@ -6,15 +6,14 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sqsd_filter.errors import DestinationExists
 from sqsd_filter.pictures import COLOURS, MARKERS, picture
-from sqsd_filter.storage.folder import write_whole
+from sqsd_filter.storage.folder import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,14 +53,10 @@ def write_drift(drift: Drift, out: Path) -> None:
         REPORT: json.dumps(report, indent=1) + "\n",
     }
     for name, text in texts.items():
-        write_whole(out / name, partial(_write_text, text))
+        write_text(out / name, text)
     shown = panels(report)
     with picture(out / "drift.png", 6 * len(shown), 5) as figure:
         draw(figure, report, shown)
-
-
-def _write_text(text: str, sink: IO[bytes]) -> None:
-    sink.write(text.encode())
 
 
 def rows(drift: Drift) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from sqsd_filter.scoring.pack import (
     from_hub,
     load_pack,
 )
-from sqsd_filter.storage.retries import patiently
+from sqsd_filter.storage.retries import with_retries
 
 BOTH = "both"
 INITIAL, SAFETY = "initial-state/dolly_ckpt_5850", "Direction/PKURLHF-10K_Safety"
@@ -115,11 +115,11 @@ def _look(source: str) -> _Source:
 
     repo, _, revision = source.partition("@")
     with from_hub(f"repository '{source}'"):
-        info = patiently(lambda: HfApi().model_info(repo, revision=revision or None))
+        info = with_retries(lambda: HfApi().model_info(repo, revision=revision or None))
 
     def fetch(paths: Iterable[str]) -> Path:
         with from_hub(f"repository '{source}'"):
-            return Path(patiently(lambda: snapshot_download(repo, revision=info.sha, allow_patterns=list(paths))))
+            return Path(with_retries(lambda: snapshot_download(repo, revision=info.sha, allow_patterns=list(paths))))
 
     paths = frozenset(file.rfilename for file in info.siblings or [])
     licence = getattr(info.card_data, "license", None)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqsd_filter.errors import UsageError
 from sqsd_filter.scoring.pack import PACK_FILE, embedded_packs
-from sqsd_filter.storage.folder import write_whole
+from sqsd_filter.storage.folder import write_json
 
 STEERING = "steering"
 
@@ -41,8 +41,7 @@ def record(folder: Path, key: str, found: Mapping[str, Any]) -> bool:
     if key == STEERING and earlier and verdicts({key: found}) == (on, {}):
         return False
     page["validation"] = {**known, key: found}
-    text = json.dumps(page, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda sink: sink.write(text.encode()))
+    write_json(path, page)
     return True
 
 

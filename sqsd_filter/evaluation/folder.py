@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sqsd_filter.errors import DestinationExists, InputError, option
-from sqsd_filter.pipeline.writing.destination import difference, read_json, take_lock
+from sqsd_filter.pipeline.writing.destination import difference, lock_run, read_json
 from sqsd_filter.storage.folder import sweep, write_json, write_text
 
 RESULTS, PICTURE, SETTINGS, RUNS, LOCK = "results.json", "asr.png", "settings.json", "runs", "lock"
@@ -61,7 +61,7 @@ def claimed(dest: Path, settings: Mapping[str, Any]) -> Iterator[None]:
             f"{dest} holds another evaluation ({difference(fixed, asked)}): choose another folder or remove it."
         )
     dest.mkdir(exist_ok=True)
-    with take_lock(dest / LOCK, dest):
+    with lock_run(dest / LOCK, dest):
         sweep(dest)
         shutil.rmtree(dest / ALIGNED, ignore_errors=True)  # what a killed one left
         if not fixed:

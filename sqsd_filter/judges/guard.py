@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from sqsd_filter.errors import JudgeError
+from sqsd_filter.errors import JudgeError, first_line
 from sqsd_filter.judges.generation import reply
 from sqsd_filter.judges.outcomes import DEGENERATE, HARMLESS, UNSAFE
 from sqsd_filter.judges.phrases import without_compliance
 from sqsd_filter.scoring.models import content_id, load_model, load_tokenizer
 from sqsd_filter.scoring.placement import check_device, choose_device
-from sqsd_filter.storage.folder import first_line
 
 VERDICT_TOKENS = 8  # room for line breaks before the first word, and for one that is split into tokens
 _FIRST_WORD = re.compile(r"\W*(safe|unsafe)\b", re.IGNORECASE)

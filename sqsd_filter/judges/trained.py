@@ -12,12 +12,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from sqsd_filter.errors import JudgeError
+from sqsd_filter.errors import JudgeError, first_line
 from sqsd_filter.judges.classifier import TextClassifier
 from sqsd_filter.judges.loading import SETTINGS
 from sqsd_filter.judges.outcomes import HARMLESS, REFUSED, UNSAFE
 from sqsd_filter.judges.phrases import without_compliance
-from sqsd_filter.storage.folder import first_line, write_whole
+from sqsd_filter.storage.folder import write_bytes
 
 WEIGHTS = "judge.safetensors"
 _FORMAT = 1
@@ -52,8 +52,8 @@ class TrainedJudge:
         """Two files, the settings with the terms as JSON and the numbers as safetensors. Raises `OSError`."""
         folder.mkdir(parents=True, exist_ok=True)
         settings, numbers = self._content()
-        write_whole(folder / WEIGHTS, lambda file: file.write(numbers))
-        write_whole(folder / SETTINGS, lambda file: file.write(settings))
+        write_bytes(folder / WEIGHTS, numbers)
+        write_bytes(folder / SETTINGS, settings)
 
     def _content(self) -> tuple[bytes, bytes]:
         """Those of the files with the settings and the numbers."""

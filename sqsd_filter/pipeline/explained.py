@@ -12,7 +12,7 @@ from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.explain import explain
 from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
-from sqsd_filter.storage.folder import write_whole
+from sqsd_filter.storage.folder import write_text
 
 MOST = 1000  # rows: all that is told of them is held in memory
 
@@ -53,7 +53,7 @@ def write_explained(path: Path, scored: Scored, scorer: SQSDScorer, count: int, 
         found[row.index] = about | _explained(scorer, row.index, scored.form.conversation(row.value))
         progress.advance(1)
     content = {"pack": scorer.pack.fingerprint, "dtype": scorer.dtype, "rows": list(found.values())}
-    write_whole(path, lambda sink: sink.write((json.dumps(content, indent=1) + "\n").encode()))
+    write_text(path, json.dumps(content, indent=1) + "\n")
     return len(rows)
 
 

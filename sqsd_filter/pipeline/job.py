@@ -29,8 +29,8 @@ from sqsd_filter.pipeline.writing.destination import (
     REPORT_FILE,
     RUN_FILE,
     Destination,
+    lock_run,
     read_json,
-    take_lock,
 )
 from sqsd_filter.progress import Meter
 from sqsd_filter.scoring.models import cache_dir
@@ -48,7 +48,7 @@ class Outlet:
     destination: Destination
     target: Target | None = None
     stage: Path | None = None
-    lock: IO[str] | None = None  # on the stage
+    lock: IO[bytes] | None = None  # on the stage
     has_card: bool = True
 
     @classmethod
@@ -68,7 +68,7 @@ class Outlet:
             target.check()
         if stage is not None:
             stage.mkdir(parents=True, exist_ok=True)
-            lock = take_lock(stage / LOCK_FILE, dest)
+            lock = lock_run(stage / LOCK_FILE, dest)
         folder = Path(dest) if stage is None else stage / "out"
         destination = Destination(folder, lambda root: root / "sqsd", overwrite=overwrite or stage is not None)
         return cls(destination, target, stage, lock)

@@ -15,7 +15,7 @@ from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.pipeline.selecting.selection import FORMULA, Cut, Selection
 from sqsd_filter.pipeline.writing.export import CONFIGS
 from sqsd_filter.scoring.scorer import SQSD
-from sqsd_filter.storage.folder import write_whole
+from sqsd_filter.storage.folder import write_text
 
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 
@@ -103,7 +103,7 @@ def low_risk(report: Mapping[str, Any]) -> str:
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda sink: sink.write((json.dumps(report, indent=2) + "\n").encode()))
+    write_text(path, json.dumps(report, indent=2) + "\n")
 
 
 def load_calls(report: Mapping[str, Any], where: str) -> dict[str, str]:

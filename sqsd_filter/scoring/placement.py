@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-from sqsd_filter.errors import UsageError
+from sqsd_filter.errors import UsageError, first_line
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as problem:
-        first = next(iter(str(problem).splitlines()), type(problem).__name__).split(". ")[0].rstrip(".")
+        first = first_line(problem).split(". ")[0].rstrip(".")
         fix = (
             "call multiprocess.set_start_method('spawn') before anything else"
             if "forked subprocess" in first

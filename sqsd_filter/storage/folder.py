@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.errors import InputError, UsageError, first_line
 
 TEMPORARY = ".tmp"
 # Where an object appears at once, when all of it is there; elsewhere a file is written under another name first.
@@ -153,8 +153,8 @@ def _unreachable(url: str, problem: BaseException) -> InputError:
     return InputError(f"{url} can't be reached ({first_line(problem)}): check the address and your rights.")
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Call `write(file)` on a temporary neighbour, sync it and give it its name: the file is whole or not there."""
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call `write(file)` on a temporary file beside `path`, sync it and rename it: the file is whole or not there."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         with temporary.open("wb") as sink:
@@ -165,30 +165,38 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    _sync_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file at once, as `write_whole` does."""
+    write_whole(path, lambda sink: sink.write(content))
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `write_whole`. A model may stop in the middle of a character; what stands for half of one is written as ?."""
-    write_whole(path, lambda sink: sink.write(text.encode(errors="replace")))
+    """Write a whole UTF-8 file at once. Half a character, as a model that was cut off may leave, is written as "?"."""
+    write_bytes(path, text.encode(errors="replace"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """As `write_text`, a value as indented JSON."""
+def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON, as `write_text` does."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def sweep(folder: Path, older_than: float = 0.0) -> None:
-    """Remove what killed processes were writing here, if nothing was added to it for so many seconds."""
+    """Remove the temporary files of killed processes here, if their last change is `older_than` seconds ago."""
     for path in folder.glob(f".*{TEMPORARY}"):
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime >= older_than:
                 path.unlink()
 
 
-def first_line(problem: BaseException) -> str:
-    return next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a crash of the machine."""
+    if os.name == "nt":
+        return  # Windows opens no folders
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqsd_filter.errors import InputError
-from sqsd_filter.storage.folder import first_line
+from sqsd_filter.errors import InputError, first_line
 
 
 @contextmanager
@@ -40,6 +39,7 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
         raise InputError(f"{name} can't be fetched, since HF_HUB_OFFLINE is set: unset it.") from problem
     except (InputError, hub.RemoteEntryNotFoundError):
         raise
+    # the error class of the HTTP client that huggingface_hub imports, whichever that is
     except (hub.HTTPError, hub.HFValidationError, DatasetGenerationError, OSError, ValueError) as problem:
         status = getattr(getattr(problem, "response", None), "status_code", None)
         if status == 429:

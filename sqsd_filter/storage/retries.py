@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
-from sqsd_filter.errors import SQSDError
-from sqsd_filter.storage.folder import first_line
+from sqsd_filter.errors import SQSDError, first_line
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,7 +33,7 @@ _AWS = re.compile(r"AWS Error (\w+|\[code \d+\])(?: \(HTTP status (\d+)\))?")
 _AWS_BUSY = ("REQUEST_TIMEOUT", "SLOW_DOWN", "THROTTLING", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE")
 
 
-def patiently(call: Callable[[], T], also: tuple[int, ...] = ()) -> T:
+def with_retries(call: Callable[[], T], transient_statuses: tuple[int, ...] = ()) -> T:
     """What `call` returns at the first try that succeeds; the last try's error goes through.
 
     Tried again is what may pass: a connection that broke, a server that was busy; not a missing file or right, a full
@@ -47,7 +46,7 @@ def patiently(call: Callable[[], T], also: tuple[int, ...] = ()) -> T:
         try:
             return call()
         except Exception as problem:
-            wait = _wait(problem, number, also)
+            wait = _wait(problem, number, transient_statuses)
             if wait is None or wait > left or number == TRIES:
                 raise
             log.info("%s; trying again in %.0f s", first_line(problem), wait)
@@ -56,7 +55,7 @@ def patiently(call: Callable[[], T], also: tuple[int, ...] = ()) -> T:
     raise AssertionError
 
 
-def _wait(problem: Exception, number: int, also: tuple[int, ...]) -> float | None:
+def _wait(problem: Exception, number: int, transient_statuses: tuple[int, ...]) -> float | None:
     """Seconds until the next try; None where none would help."""
     backoff = FIRST_WAIT * 2 ** (number - 1)
     for cause in _causes(problem):
@@ -65,7 +64,7 @@ def _wait(problem: Exception, number: int, also: tuple[int, ...]) -> float | Non
         status, asked = _answer(cause)
         if status is not None:
             wait = float(asked) if asked.isdecimal() else backoff
-            return wait if status in (*_BUSY, *also) else None
+            return wait if status in (*_BUSY, *transient_statuses) else None
         if _transient(cause):
             return backoff
     return None

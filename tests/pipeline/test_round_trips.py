@@ -21,7 +21,7 @@ from sqsd_filter.cli.main import main
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.forecast import estimate
 from sqsd_filter.pipeline.job import stage_of
-from sqsd_filter.pipeline.writing.destination import take_lock
+from sqsd_filter.pipeline.writing.destination import lock_run
 from tests.corpora import make_rows, write_jsonl
 from tests.hub import Hub
 
@@ -322,7 +322,7 @@ def test_one_stage_and_one_place_have_one_run_at_a_time(scorer: SQSDScorer, fold
     for dest, more in (("memory://bucket/x", {}), ("out", {"overwrite": True})):
         lock = stage_of(dest) / "lock" if "://" in dest else Path("out/sqsd/lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
-        held = take_lock(lock, dest)
+        held = lock_run(lock, dest)
         with pytest.raises(DestinationExists, match="right now: wait for it"):
             filter_dataset("in.jsonl", dest, drop_top="10%", scorer=scorer, **more)
         held.close()

@@ -21,7 +21,7 @@ from pyarrow import fs
 
 from sqsd_filter.errors import InputError
 from sqsd_filter.storage import retries
-from sqsd_filter.storage.retries import patiently
+from sqsd_filter.storage.retries import with_retries
 from tests.hub import Hub, Rule
 from tests.hub_routes import Answer
 
@@ -32,7 +32,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tries(call: Callable[[], Any], error: type[Exception], said: str | None = None, **how: Any) -> int:
-    """How often `patiently` calls what ends in this error."""
+    """How often `with_retries` calls what ends in this error."""
     count = 0
 
     def counted() -> Any:
@@ -41,7 +41,7 @@ def tries(call: Callable[[], Any], error: type[Exception], said: str | None = No
         return call()
 
     with pytest.raises(error, match=said):
-        patiently(counted, **how)
+        with_retries(counted, **how)
     return count
 
 
@@ -143,12 +143,12 @@ def test_a_request_that_can_never_succeed_is_made_once(ask: Callable[[], Any], e
     assert tries(ask, error) == 1
 
 
-def test_what_was_tried_patiently_is_not_tried_again_around_it(hub: Hub) -> None:
+def test_what_was_tried_with_retries_is_not_tried_again_around_it(hub: Hub) -> None:
     hub.fail("GET", "/bucket/file", status=503, times=math.inf)
 
     def ask() -> None:
         try:
-            patiently(lambda: httpx2.get(f"{hub.url}/bucket/file").raise_for_status())
+            with_retries(lambda: httpx2.get(f"{hub.url}/bucket/file").raise_for_status())
         except httpx2.HTTPError as problem:
             raise InputError("The file can't be had.") from problem
 
@@ -183,13 +183,13 @@ def test_other_statuses_may_pass_where_the_caller_says_so(hub: Hub) -> None:
         httpx2.get(f"{hub.url}/file").raise_for_status()
 
     assert tries(ask, httpx2.HTTPStatusError) == 1
-    assert tries(ask, httpx2.HTTPStatusError, also=(412,)) == 5
+    assert tries(ask, httpx2.HTTPStatusError, transient_statuses=(412,)) == 5
 
 
 def test_each_further_try_is_told_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger=retries.__name__)
     left = [ConnectionResetError("reset\nby peer"), EOFError("ended")]
-    assert patiently(lambda: raising(left.pop(0))() if left else "done") == "done"
+    assert with_retries(lambda: raising(left.pop(0))() if left else "done") == "done"
     assert [record.getMessage() for record in caplog.records] == [
         "reset; trying again in 0 s",
         "ended; trying again in 0 s",

@@ -28,7 +28,7 @@ from sqsd_filter.pipeline.writing.destination import (
     read_json,
     refuse_running,
 )
-from sqsd_filter.storage.folder import sweep, write_whole
+from sqsd_filter.storage.folder import sweep, write_text
 
 PLOTS = "plots"
 TOP = 5  # modules and tokens of an explained row
@@ -50,7 +50,7 @@ def write_page(home: Path, report: Mapping[str, Any], notes: Mapping[str, Any]) 
 
 
 def _write(path: Path, text: str) -> Path:
-    write_whole(path, lambda sink: sink.write(text.encode()))
+    write_text(path, text)
     return path
 
 

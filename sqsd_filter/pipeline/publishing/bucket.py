@@ -9,10 +9,10 @@ from typing import Any
 
 from pyarrow import fs
 
-from sqsd_filter.errors import DestinationExists, SQSDError
+from sqsd_filter.errors import DestinationExists, SQSDError, first_line
 from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished, judge, marker
-from sqsd_filter.storage.folder import connect, first_line
-from sqsd_filter.storage.retries import patiently
+from sqsd_filter.storage.folder import connect
+from sqsd_filter.storage.retries import with_retries
 
 
 class Bucket:
@@ -96,7 +96,7 @@ class Bucket:
 
     def _patiently(self, call: Any) -> Any:
         try:
-            return patiently(call)
+            return with_retries(call)
         except Exception as problem:
             raise SQSDError(
                 f"{self.url} can't be written ({first_line(problem)}): mend that and run the same command again; what "

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sqsd_filter.corpus.repositories import HUB
-from sqsd_filter.errors import SQSDError, UsageError
+from sqsd_filter.errors import SQSDError, UsageError, first_line
 from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished, judge, marker
 from sqsd_filter.pipeline.writing.export import CONFIGS, REASONS
-from sqsd_filter.storage.folder import first_line
-from sqsd_filter.storage.retries import patiently
+from sqsd_filter.storage.retries import with_retries
 
 _MOVED_ON = (409, 412)  # somebody else committed in between
 _GITS_OWN = ".gitattributes"
@@ -74,7 +73,7 @@ class PushTo:
         from huggingface_hub import HfApi
 
         with self._told():
-            patiently(HfApi().whoami)
+            with_retries(HfApi().whoami)
         self._look(None)
 
     def spare(self, given: str) -> None:
@@ -95,7 +94,7 @@ class PushTo:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
-        refs = patiently(lambda: HfApi().list_repo_refs(self.repo, repo_type="dataset", include_pull_requests=True))
+        refs = with_retries(lambda: HfApi().list_repo_refs(self.repo, repo_type="dataset", include_pull_requests=True))
         found: list[tuple[Mapping[str, Any], str]] = []
         for ref in (refs.pull_requests or [])[-_PROPOSALS:]:
             with suppress(RemoteEntryNotFoundError):
@@ -112,12 +111,12 @@ class PushTo:
         disable_progress_bars()
         try:
             with self._told():
-                patiently(lambda: HfApi().create_repo(self.repo, private=there.private, **new))
+                with_retries(lambda: HfApi().create_repo(self.repo, private=there.private, **new))
                 if self.revision is not None:
-                    patiently(lambda: HfApi().create_branch(self.repo, branch=str(self.revision), **new))
+                    with_retries(lambda: HfApi().create_branch(self.repo, branch=str(self.revision), **new))
                 # what a new branch has of the one it was made from is not to be kept
                 at = self if there.has_branch else replace(self, overwrite=True)
-                return patiently(lambda: at._commit(finished, at._look(finished.run)), also=_MOVED_ON)
+                return with_retries(lambda: at._commit(finished, at._look(finished.run)), transient_statuses=_MOVED_ON)
         finally:
             if shown:
                 enable_progress_bars()
@@ -127,7 +126,7 @@ class PushTo:
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
         def look(revision: str | None) -> Any:
-            return patiently(lambda: HfApi().dataset_info(self.repo, revision=revision))
+            return with_retries(lambda: HfApi().dataset_info(self.repo, revision=revision))
 
         with self._told():
             has_branch = True
@@ -153,7 +152,7 @@ class PushTo:
         from huggingface_hub import hf_hub_download
 
         where: Any = {"repo_type": "dataset", "revision": commit}
-        return Path(patiently(lambda: hf_hub_download(self.repo, name, **where))).read_bytes()
+        return Path(with_retries(lambda: hf_hub_download(self.repo, name, **where))).read_bytes()
 
     def _rows(self, there: _There) -> list[str]:
         if self.rows is not None:

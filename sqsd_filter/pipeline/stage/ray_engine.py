@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sqsd_filter.corpus.row_formats import RowFormat
 from sqsd_filter.corpus.sources import Corpus
-from sqsd_filter.errors import SQSDError
+from sqsd_filter.errors import SQSDError, first_line
 from sqsd_filter.pipeline.stage.engines import ScoredShard
 from sqsd_filter.pipeline.stage.replica import Ledger, Replica, as_data, from_bytes, pack_files_of, raise_from
 from sqsd_filter.pipeline.stage.shards import Shard, conversations
@@ -257,9 +257,8 @@ def _connect(address: str | None) -> None:
                 logging_level=logging.INFO if verbose else logging.ERROR,
             )
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, TimeoutError) as problem:
-        first = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
         where = f"The Ray cluster at {address} can't be joined" if address else "Ray can't be started here"
-        raise SQSDError(f"{where} ({first}): check it, or use --engine local.") from problem
+        raise SQSDError(f"{where} ({first_line(problem)}): check it, or use --engine local.") from problem
     if outside is not None:
         signal.signal(signal.SIGTERM, outside)  # Ray puts its own there
     if not verbose:

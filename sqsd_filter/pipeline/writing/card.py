@@ -20,7 +20,7 @@ from sqsd_filter.pipeline.writing.export import REASONS
 from sqsd_filter.pipeline.writing.markdown import code, fenced, table
 from sqsd_filter.pipeline.writing.originals import MARKER, Original, carried_over
 from sqsd_filter.scoring.scorer import SQSD
-from sqsd_filter.storage.folder import write_whole
+from sqsd_filter.storage.folder import write_text
 
 CARD_FILE = "README.md"
 PICTURE_FILE = "sqsd/risk.png"
@@ -54,7 +54,7 @@ RULES = {
 def write_card(root: Path, report: Mapping[str, Any], originals: Sequence[tuple[str, str]] = ()) -> None:
     """Write the card into the output folder `root`; the rest is as in `card_text`."""
     text = card_text(report, originals)
-    write_whole(root / CARD_FILE, lambda sink: sink.write(text.encode()))
+    write_text(root / CARD_FILE, text)
 
 
 def card_text(report: Mapping[str, Any], originals: Sequence[tuple[str, str]] = (), name: str | None = None) -> str:

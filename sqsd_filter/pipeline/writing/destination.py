@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +13,8 @@ from typing import IO, Any
 
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.writing.export import REASONS
-from sqsd_filter.storage.folder import TEMPORARY, sweep, write_whole
+from sqsd_filter.storage.folder import TEMPORARY, sweep, write_text
+from sqsd_filter.storage.locks import take_lock
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
@@ -35,7 +35,7 @@ class Destination:
         self.target, self._home_of = target, home_of
         self._overwrite, self.replaces = overwrite, False
         self.root, self.home = target, home_of(target)
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
         with self._access():
             if not target.parent.is_dir():
                 raise InputError(f"The folder {target.parent} does not exist: create it first.")
@@ -91,7 +91,7 @@ class Destination:
             for folder in (self.root, self.home, self.home / "scores"):
                 sweep(folder)
             content = json.dumps({**asked, BASE: os.path.relpath(".", self.home.resolve())}, indent=1, sort_keys=True)
-            write_whole(self.home / RUN_FILE, lambda sink: sink.write(content.encode()))
+            write_text(self.home / RUN_FILE, content)
         return False
 
     def others(self, given: Sequence[Any]) -> list[Any]:
@@ -120,7 +120,7 @@ class Destination:
 
     def _take_lock(self) -> None:
         self.home.mkdir(parents=True, exist_ok=True)
-        self._lock = take_lock(self.home / LOCK_FILE, self.target)
+        self._lock = lock_run(self.home / LOCK_FILE, self.target)
 
     def _clear(self) -> None:
         """Remove what another run left here, but not the lock on it."""
@@ -187,17 +187,12 @@ class Destination:
         return not starting.issuperset(found) or (self.root.exists() and not self.root.is_dir())
 
 
-def take_lock(path: Path, target: object) -> IO[str]:
+def lock_run(path: Path, target: object) -> IO[bytes]:
     """The open file of a lock that lasts until it is closed. Raises `DestinationExists` where another run has it."""
-    lock = path.open("a")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return take_lock(path)
     except BlockingIOError:
-        lock.close()
         raise DestinationExists(f"Another run is writing to {target} right now: wait for it.") from None
-    except OSError:
-        pass  # a file system without locks
-    return lock
 
 
 def spare(target: Path, given: Iterable[Any]) -> None:
@@ -212,7 +207,7 @@ def spare(target: Path, given: Iterable[Any]) -> None:
 def refuse_running(home: Path, target: object) -> None:
     """Raise `DestinationExists` where a run is at work in this home."""
     if (home / LOCK_FILE).exists():
-        take_lock(home / LOCK_FILE, target).close()
+        lock_run(home / LOCK_FILE, target).close()
 
 
 def without(target: Path, homes: Iterable[Path], given: Sequence[Any]) -> list[Any]:

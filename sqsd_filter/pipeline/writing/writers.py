@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from sqsd_filter.corpus.json_schema import with_marks
 from sqsd_filter.errors import InputError, SQSDError, UsageError, option
 from sqsd_filter.pipeline.writing.json_lines import has_form
-from sqsd_filter.storage.folder import TEMPORARY, write_whole
+from sqsd_filter.storage.folder import TEMPORARY, write_text
 
 SHARD_SIZE = "500MB"
 
@@ -285,4 +285,4 @@ def describe(root: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> l
 
 
 def _write_json(path: Path, value: Any) -> None:
-    write_whole(path, lambda sink: sink.write(json.dumps(value, indent=2).encode()))
+    write_text(path, json.dumps(value, indent=2))

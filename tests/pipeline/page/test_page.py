@@ -21,7 +21,7 @@ from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.errors import DestinationExists, InputError, SQSDError
 from sqsd_filter.pipeline.page.page import remake_page, write_page
 from sqsd_filter.pipeline.publishing.hub import PushTo
-from sqsd_filter.pipeline.writing.destination import take_lock
+from sqsd_filter.pipeline.writing.destination import lock_run
 from tests.corpora import make_rows, read_report, write_jsonl
 from tests.disks import small_disk
 from tests.hub import Hub
@@ -267,7 +267,7 @@ def test_what_is_no_finished_run_is_one_sentence(folder: Path, scorer: SQSDScore
 def test_a_run_at_work_is_waited_for(folder: Path) -> None:
     Path("out/sqsd").mkdir(parents=True)
     with (
-        take_lock(Path("out/sqsd/lock"), "out"),
+        lock_run(Path("out/sqsd/lock"), "out"),
         pytest.raises(DestinationExists, match="Another run is writing to out right now: wait for it"),
     ):
         remake_page(Path("out"))
