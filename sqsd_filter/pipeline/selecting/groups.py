@@ -1,4 +1,4 @@
-"""Rows in groups, of equal values in a column or of one split, and what each group gives when a cut is shared."""
+"""Rows in groups, by their value in a column or by their split, and how many rows each group drops in a shared cut."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,9 +23,9 @@ class Groups:
     """n rows in groups: `codes` (n,) int32 into `values`."""
 
     codes: np.ndarray
-    values: list[Any]
+    values: Sequence[object]
 
-    def within(self, rows: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
+    def within(self, rows: np.ndarray) -> Iterator[tuple[object, np.ndarray]]:
         """The groups among these `rows` (r,), ascending: value and rows of each, in the order of their first rows."""
         codes = self.codes[rows]
         by_code = np.argsort(codes, kind="stable")
@@ -36,11 +36,14 @@ class Groups:
 
 
 class GroupIndex:
-    """Visits a corpus and notes each row's value in a column, null where it has none; without a column, nothing."""
+    """Visits a corpus and notes each row's value in a column, null where it has none; without a column, nothing.
+
+    `columns` are those that it needs to read.
+    """
 
     def __init__(self, column: str | None) -> None:
         self.column = column
-        self.columns = [] if column is None else [column]  # to be read
+        self.columns = [] if column is None else [column]
         self._codes = array("i")
         self._known: dict[str, int] = {}  # code by canonical JSON
 
@@ -53,12 +56,13 @@ class GroupIndex:
         if code == MOST_GROUPS:
             raise InputError(
                 f"Column '{self.column}' has more than {MOST_GROUPS:,} different values ({row.file}, line {row.line}), "
-                f"so it names no groups: give {option('per_group')} a column of categories."
+                f"too many for groups: give {option('per_group')} a column of categories."
             )
         self._codes.append(code)
 
     def groups(self, columns: Sequence[str]) -> Groups | None:
-        """What was found in a corpus with these columns. Raises `InputError` where the one asked for is not there."""
+        """The groups of the rows, visited in a corpus with these columns. Raises `InputError` where the groups' column
+        is not among them."""
         if self.column is None:
             return None
         if self.column not in columns:
@@ -77,12 +81,12 @@ def by_split(parts: Sequence[Part]) -> Groups:
     return Groups(np.repeat(codes, [part.rows for part in parts]), names)
 
 
-def canonical(value: Any) -> str:
-    """JSON that equal values share: keys sorted, 1.0 as 1, what JSON has no form for (a date, say) as text."""
+def canonical(value: object) -> str:
+    """JSON that is the same for equal values: keys sorted, 1.0 as 1, and a value that JSON lacks (a date) as text."""
     return json.dumps(_plain(value), sort_keys=True, default=str)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, dict):
@@ -93,26 +97,26 @@ def _plain(value: Any) -> Any:
 
 
 def apportion(k: int, risks: Sequence[np.ndarray], leave: int) -> list[int]:
-    """How many of k rows to drop each group gives; `risks` has those of its n_g rows, (n_g,).
+    """How many of the k rows to drop each group drops; `risks` holds the risks (n_g,) of each group's n_g rows.
 
-    Each gives k·n_g/n, by largest remainders, but `leave` of its rows stay. A group whose share is more than
-    n_g - leave gives just these, and the others share what is left as if it were not there. Where all groups give as
-    much as they can and it is not enough, the sum is less than k. Of equal remainders the first is that of the group
-    whose next row is riskier, then that of the group that stands first. All is counted in integers.
+    Each group drops k·n_g/n rows, by largest remainders, but keeps at least `leave`. A group whose share is above
+    n_g - leave drops just these, and the other groups share the rest as if it were not there. If all groups drop as
+    many as they can and that is still too few, the sum is less than k. Between equal remainders, the group whose next
+    row is riskier comes first, then the group that comes first in `risks`. All of it is counted in integers.
     """
     if not k:
         return [0] * len(risks)
     sizes = [len(risk) for risk in risks]
     given = [size - leave for size in sizes]
-    left, among = k, sum(sizes)  # rows still to be given, by groups that have so many
+    left, among = k, sum(sizes)  # rows still to drop, and the number of rows in the groups that still share them
     sharing = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
-    while sharing and left * sizes[sharing[-1]] > given[sharing[-1]] * among:  # else no larger one gives too much
+    while sharing and left * sizes[sharing[-1]] > given[sharing[-1]] * among:  # else no larger group's share is too big
         smallest = sharing.pop()
         left, among = left - given[smallest], among - sizes[smallest]
     quotas = {g: divmod(left * sizes[g], among) for g in sharing}
     for g, (whole, _) in quotas.items():
         given[g] = whole
-    # fewer are left over than groups have a remainder, and these have room: no quota is above n_g - leave
+    # fewer rows are over than groups have a remainder, and these groups can drop one more: no quota is > n_g - leave
     if over := left - sum(whole for whole, _ in quotas.values()):
         ranked = sorted(quotas, key=lambda g: (-quotas[g][1], -nth_riskiest(risks[g], given[g]), g))
         for g in ranked[:over]:
@@ -121,6 +125,6 @@ def apportion(k: int, risks: Sequence[np.ndarray], leave: int) -> list[int]:
 
 
 def nth_riskiest(risk: np.ndarray, n: int) -> float:
-    """The risk (m,) that stands at place n, from 0, when the highest comes first."""
+    """The n-th highest, from 0, of these risks (m,)."""
     at = len(risk) - 1 - n
     return float(np.partition(risk, at)[at])

@@ -1,4 +1,4 @@
-"""What becomes of rows that can't be scored, and how many there may be."""
+"""What happens to rows that can't be scored, and how many of them a run allows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Policy:
         return cls(on_error, parse_share(max_error_rate, "max_error_rate", ""))
 
     def check(self, scored: Scored) -> None:
-        """Raise `RowErrorBudgetExceeded` when more rows have no score than may be."""
+        """Raise `RowErrorBudgetExceeded` when more rows have no score than the policy allows."""
         errors, total = int((~scored.scored).sum()), scored.corpus.n_rows
         allowed = 0 if self.on_error == "fail" else self.max_error_rate * total
         if errors <= allowed:
@@ -42,14 +42,15 @@ class Policy:
         columns = scored.form.columns if scored.form else ["sqsd_status"]
         row = next(iter(scored.corpus.read(first, first + 1, columns)))
         why = f" ({scored.details[first]})" if scored.details.get(first) else ""
+        fix = f"choose another {option('on_error')}" if self.on_error == "fail" else f"raise {option('max_error_rate')}"
         raise RowErrorBudgetExceeded(
             f"{errors} of {total} rows could not be scored ({reasons}), more than {budget} allows; the first is "
-            f"{row.file}, line {row.line}{why}. Mend the rows, name the right columns, or allow more; the scores are "
+            f"{row.file}, line {row.line}{why}. Fix the rows, name the right columns, or {fix}. Computed scores are "
             "kept."
         )
 
     def apply(self, scored: Scored, selection: Selection) -> Selection:
-        """The selection with rows that have no score where they are to go."""
+        """The selection in which rows without a score have the fate that the policy says."""
         if self.on_error != "keep":
             return selection
         fate = selection.fate.copy()

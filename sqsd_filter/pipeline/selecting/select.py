@@ -1,4 +1,4 @@
-"""`select`: what `datasets` has of scored rows, stored or streamed, cut into kept, dropped and errors."""
+"""`select`: a scored dataset of the `datasets` library, stored or streamed, cut into kept, dropped and errors."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def select(
     >>> kept["sqsd_risk"][:], dropped["sqsd_risk"][:], errors["sqsd_status"][:]
     ([0.2], [0.9], ['no_answer'])
 
-    Of a dict, each split is cut on its own, or all of them `together` at one risk. A stream that is cut at `max_risk`
-    stays one, and each of the three parts reads it anew. Any other cut depends on all risks: then the stream is read
-    here, once, into a file in the cache of `datasets` that goes when this process ends.
+    Each split of a dict is cut on its own, or all of them `together` at one risk. A stream that is cut at `max_risk`
+    stays a stream, which each of the three parts reads again. Any other cut depends on all risks: then the stream is
+    read here, once, into a file in the cache of `datasets`, which is deleted when this process ends.
 
-    Raises `InputError` where the score columns are missing or hold no scores, `UsageError` unless exactly one cut is
-    given, and makes sense.
+    Raises `InputError` where the score columns are missing or hold no scores, and `UsageError` unless exactly one valid
+    cut is given.
     """
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
     if not isinstance(dataset, dict):
@@ -66,18 +66,18 @@ def _cut(splits: Sequence[Any], cut: Cut) -> list[tuple[Any, Any, Any]]:
         if not isinstance(split, Dataset | IterableDataset):
             raise UsageError(f"select cuts what datasets has loaded, not {type(split).__name__}.")
     if cut.kind == "max_risk" and all(isinstance(split, IterableDataset) for split in splits):
-        return [_sieved(split, cut) for split in splits]  # each row's fate is its own
+        return [_cut_stream(split, cut) for split in splits]  # a row's fate depends on no other row
     tables = [stored(split, _check) if isinstance(split, IterableDataset) else split for split in splits]
     risks = [_risks_of(table) for table in tables]
-    places = cut_rows(
+    fates = cut_rows(
         np.concatenate([np.zeros(0), *(risk for risk, _ in risks)]),
         np.concatenate([np.zeros(0, dtype=bool), *(scored for _, scored in risks)]),
         cut,
     ).fate
     parts, start = [], 0
     for split, table in zip(splits, tables, strict=True):
-        here = places[start : start + len(table)]
-        kept, dropped, errors = (table.select(np.flatnonzero(here == fate)) for fate in FATES)
+        own = fates[start : start + len(table)]
+        kept, dropped, errors = (table.select(np.flatnonzero(own == fate)) for fate in FATES)
         if table is not split:
             kept, dropped, errors = (_streamed(part, format_of(split)) for part in (kept, dropped, errors))
         parts.append((kept, dropped, errors))
@@ -85,19 +85,18 @@ def _cut(splits: Sequence[Any], cut: Cut) -> list[tuple[Any, Any, Any]]:
     return parts
 
 
-def _sieved(stream: IterableDataset, cut: Cut) -> tuple[Any, Any, Any]:
+def _cut_stream(stream: IterableDataset, cut: Cut) -> tuple[Any, Any, Any]:
     """The parts of a stream as streams."""
-    bare = as_it_is(stream).cast(None)  # `filter` would encode and decode what has types; a tensor's risk is rounded
-    parts = [bare.filter(partial(_falls, fate, cut), batched=True) for fate in FATES]
+    bare = as_it_is(stream).cast(None)  # with types, `filter` would encode and decode values, and round tensors' risks
+    parts = [bare.filter(partial(_have_fate, fate, cut), batched=True) for fate in FATES]
     kept, dropped, errors = (with_types_of(stream, part) for part in parts)
     return kept, dropped, errors
 
 
-def _falls(fate: int, cut: Cut, batch: pa.Table | Mapping[str, list[Any]]) -> list[bool]:
-    names = batch.column_names if isinstance(batch, pa.Table) else batch
-    _check(names)
-    falls: list[bool] = (cut_rows(*_risks(batch), cut).fate == fate).tolist()
-    return falls
+def _have_fate(fate: int, cut: Cut, batch: pa.Table | Mapping[str, list[Any]]) -> list[bool]:
+    _check(batch.column_names if isinstance(batch, pa.Table) else batch)
+    mask: list[bool] = (cut_rows(*_risks(batch), cut).fate == fate).tolist()
+    return mask
 
 
 def _streamed(part: Dataset, form: str | None) -> IterableDataset:
@@ -105,7 +104,7 @@ def _streamed(part: Dataset, form: str | None) -> IterableDataset:
 
 
 def _risks_of(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    if not len(dataset):  # `map` adds no columns to nothing
+    if not len(dataset):  # `map` adds no columns to an empty dataset
         return np.zeros(0), np.zeros(0, dtype=bool)
     _check(dataset.column_names)
     return _risks(dataset.select_columns(list(COLUMNS)).with_format("arrow")[:])

@@ -1,8 +1,8 @@
 """Where to cut: which of the scored rows are dropped, decided on the risk column alone and exactly.
 
 Rows are ordered by risk, highest first, equal risks in row order; the first k are dropped. A share p drops
-k = ceil(p·n) of the n rows that have a score. Rows without one are nobody's: they go to the errors. Splits may be cut
-each on its own, and groups of rows may share what is dropped. Instead of being dropped, rows may be weighted.
+k = ceil(p·n) of the n rows that have a score. Rows without one take no part in the cut: they are errors. Splits may be
+cut one by one, and groups of rows may share a cut. Instead of being dropped, rows may be weighted.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def parse_share(value: str | float | Fraction, name: str = "drop_top", rows_name
     return share
 
 
-def _risk(given: Any) -> float:
+def _risk(given: str | float) -> float:
     with suppress(TypeError, ValueError, ArithmeticError):
         if math.isfinite(risk := float(given)):
             return risk
     raise UsageError(f"{option('max_risk')} must be a finite number, not {given!r}.")
 
 
-def _count(name: str, given: Any) -> int:
+def _count(name: str, given: str | float) -> int:
     with suppress(TypeError, ValueError, ArithmeticError):
         count = Fraction(given)
         if count >= 0 and count.denominator == 1:
@@ -112,7 +112,7 @@ class Cut:
         return cls(kind, value, per_group, per_split, weights)
 
     def __str__(self) -> str:
-        """Tells any two cuts apart: it is part of what makes two runs the same."""
+        """Different for any two cuts: it is part of a run's identity."""
         number = float(self.value * 100) if self.kind == "drop_top" else self.value
         sign = "%" if self.kind == "drop_top" else ""
         text = f"{self.kind.replace('_', '-')} {str(number).removesuffix('.0')}{sign}"
@@ -131,11 +131,11 @@ class Cut:
         return int((risk > self.value).sum())
 
     def takes_all(self, k: int, n: int) -> bool:
-        """Was it asked that all of n scored rows be dropped? A share below 100% that k = n rounds up to does not."""
+        """Does the cut ask to drop all of n scored rows? A share below 100% does not, even if it rounds up to k = n."""
         return self.value == 1 if self.kind == "drop_top" else k == n
 
     def threshold(self, risk: np.ndarray, k: int) -> float | None:
-        """Where the k riskiest rows begin; None for k = 0."""
+        """The lowest risk among the k riskiest rows; None for k = 0."""
         if k == 0:
             return None
         return float(self.value) if self.kind == "max_risk" else nth_riskiest(risk, k - 1)
@@ -160,13 +160,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Selection:
-    """`fate` (n,) is KEPT, DROPPED or ERROR for each row, and `weights` (n,) in [0, 1], NaN for a row without score,
-    if they were asked for; `spared` of the rows that the cut would drop are not, since a group would be emptied."""
+    """`fate` (n,) is KEPT, DROPPED or ERROR for each row.
+
+    `row_weights` (n,) are in [0, 1], NaN for a row without a score; None unless the cut asked for weights. `spared` is
+    the number of rows that the cut would drop and that are kept, so that no group is emptied.
+    """
 
     fate: np.ndarray
     pieces: list[Piece]
     spared: int = 0
-    weights: np.ndarray | None = None
+    row_weights: np.ndarray | None = None
 
     def count(self, fate: int) -> int:
         return int((self.fate == fate).sum())
@@ -174,7 +177,7 @@ class Selection:
     @property
     def threshold(self) -> float | None:
         """The lowest risk that was dropped; None when nothing was, or when rows were cut apart."""
-        whole = self.weights is None and [piece.key for piece in self.pieces] == [{}]
+        whole = self.row_weights is None and [piece.key for piece in self.pieces] == [{}]
         return self.pieces[0].threshold if whole else None
 
     @property
@@ -185,14 +188,14 @@ class Selection:
 def cut_rows(
     risk: np.ndarray, scored: np.ndarray, cut: Cut, splits: Groups | None = None, groups: Groups | None = None
 ) -> Selection:
-    """Place every row: `risk` (n,) float, `scored` (n,) bool, true where the risk is to be believed.
+    """Decide the fate of every row: `risk` (n,) float, `scored` (n,) bool, true where the risk is valid.
 
-    Each of `splits` is cut on its own. `groups` share a cut as `apportion` says, and each keeps a row unless all rows
-    are to be dropped.
+    Each of `splits` is cut on its own. `groups` share a cut as `apportion` says, and each keeps at least one row unless
+    the cut asks to drop all rows.
     """
     fate = np.full(len(risk), ERROR, dtype=np.uint8)
     fate[scored] = KEPT
-    weights = np.full(len(risk), np.nan) if cut.weights else None
+    row_weights = np.full(len(risk), np.nan) if cut.weights else None
     pieces, spared = [], 0
     for within, inside in _apart("split", splits, np.flatnonzero(scored)):
         k = cut.count(risk[inside])
@@ -201,13 +204,13 @@ def cut_rows(
         shares = apportion(k, [values for _, _, values in parts], leave=int(keeps_one))
         spared += k - sum(shares)
         for (key, rows, values), share in zip(parts, shares, strict=True):
-            if weights is None:
+            if row_weights is None:
                 pieces.append(_drop(fate, key, rows, values, share))
             else:
                 threshold = cut.threshold(values, share)
-                weights[rows], scale = weigh(values, threshold)
-                pieces.append(Piece(key, len(rows), 0, threshold, 0, scale, float(weights[rows].sum())))
-    return Selection(fate, pieces, spared, weights)
+                row_weights[rows], scale = weigh(values, threshold)
+                pieces.append(Piece(key, len(rows), 0, threshold, 0, scale, float(row_weights[rows].sum())))
+    return Selection(fate, pieces, spared, row_weights)
 
 
 def _apart(name: str, groups: Groups | None, rows: np.ndarray) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
@@ -236,16 +239,17 @@ def weigh(risk: np.ndarray, threshold: float | None) -> tuple[np.ndarray, float 
     """Weights (n,) of rows with these risks (n,), and their scale: `FORMULA`, with a quarter of the risks'
     interquartile range as the scale.
 
-    Where that is 0, weights are 1 below the threshold, 0.5 at it and 0 above. Without a threshold all are 1.
+    Where the scale is 0, also because it is too small for a float, weights are 1 below the threshold, 0.5 at it and 0
+    above. Without a threshold all weights are 1.
     """
     if threshold is None:
         return np.ones(len(risk)), None
-    quarters = risk / 4  # whose differences are no larger than a float can be
+    quarters = risk / 4  # the difference of two of these never overflows
     low, high = np.quantile(quarters, [0.25, 0.75])
-    scale, distance = float(high - low), quarters - threshold / 4
+    scale = float(high - low)
     if scale == 0:
-        return np.heaviside(-distance, 0.5), scale
-    with np.errstate(over="ignore"):  # infinitely many scales away the weight is 0 or 1
-        z = 4 * (distance / scale)
+        return np.where(risk == threshold, 0.5, (risk < threshold).astype(np.float64)), scale
+    with np.errstate(over="ignore"):  # at a distance of infinitely many scales the weight is 0 or 1
+        z = 4 * ((quarters - threshold / 4) / scale)
     small = np.exp(-np.abs(z))  # at most 1
     return np.where(z > 0, small, 1.0) / (1.0 + small), scale

@@ -69,11 +69,11 @@ def export_splits(
             fate = selection.fate[chunk.start : chunk.start + chunk.table.num_rows]
             rows: Lines | Tables
             if output.to == "jsonl":
-                rows = Lines(scored, chunk, selection.weights, output.with_scores)
+                rows = Lines(scored, chunk, selection.row_weights, output.with_scores)
                 reasons.write(rows.reasons(np.flatnonzero(fate == ERROR)))
             else:
                 table = chunk.scorable if schema is corpus.scorable_schema else chunk.table
-                rows = Tables(scored, chunk, table, selection.weights)
+                rows = Tables(scored, chunk, table, selection.row_weights)
             for config, code in CONFIGS.items():
                 where = np.flatnonzero(fate == code)
                 files[config, chunk.split].write(rows.bad(where) if code == ERROR else rows.good(where))

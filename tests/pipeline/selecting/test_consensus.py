@@ -45,18 +45,19 @@ def scored_file(name: str, risks: Risks, **columns: list[Any]) -> str:
 
 
 def textbook_rank(values: list[float], value: float) -> float:
-    """Its mean place in the ascending order, from 1, counted by hand."""
+    """Its mean rank in ascending order, from 1, counted by hand."""
     below, level = sum(v < value for v in values), sum(v == value for v in values)
     return below + (level + 1) / 2
 
 
 def textbook(packs: list[Risks], rule: str) -> Risks:
     whole = [k for k in range(len(packs[0])) if all(pack[k] is not None for pack in packs)]
-    found: Risks = [None] * len(packs[0])
+    combined: Risks = [None] * len(packs[0])
+    scores = [{k: risk for k, risk in enumerate(pack) if k in whole and risk is not None} for pack in packs]
     for k in whole:
-        ranks = [Fraction(textbook_rank([pack[j] for j in whole], pack[k])) / len(whole) for pack in packs]
-        found[k] = float(max(ranks) if rule == "max" else sum(ranks) / len(ranks))
-    return found
+        ranks = [Fraction(textbook_rank(list(risks.values()), risks[k])) / len(whole) for risks in scores]
+        combined[k] = float(max(ranks) if rule == "max" else sum(ranks) / len(ranks))
+    return combined
 
 
 def all_rows(dest: str) -> list[dict[str, Any]]:
@@ -72,16 +73,16 @@ C: Risks = [-1.0, -1.0, -3.0, -2.0, -1.0, -5.0, -4.0, -2.0]
 def test_the_risk_is_what_the_rule_says_whatever_the_order_of_the_packs(rule: str, folder: Path) -> None:
     packs = {scored_file(f"{name}.parquet", risks): risks for name, risks in (("1", A), ("2", B), ("3", C))}
     expected = textbook([A, B, C], rule)
-    found = []
+    combined = []
     for number, (first, *others) in enumerate(permutations(packs)):
         select_dataset(first, f"out{number}", scores=others, consensus=rule, drop_count=2, on_error="keep")
         rows = all_rows(f"out{number}")
-        found.append([row["sqsd_risk"] for row in rows])
+        combined.append([row["sqsd_risk"] for row in rows])
         for letter, name in zip("abc", (first, *others), strict=True):
             assert [row[f"sqsd_risk_{letter}"] for row in rows] == packs[name]
-    assert all(other == expected for other in found)
-    riskiest = sorted((k for k, risk in enumerate(expected) if risk is not None), key=lambda k: (-expected[k], k))[:2]
-    assert ids_of(Path("out0"), "dropped") == sorted(riskiest)
+    assert all(risks == expected for risks in combined)
+    riskiest = sorted((-risk, k) for k, risk in enumerate(expected) if risk is not None)[:2]
+    assert ids_of(Path("out0"), "dropped") == sorted(k for _, k in riskiest)
 
 
 @pytest.mark.parametrize("rule", CONSENSUS)
@@ -123,15 +124,15 @@ def test_runs_and_scored_files_of_two_packs_go_together(folder: Path, tiny_pack:
     assert report["consensus"]["packs"][1]["pack"]["fingerprint"] == other.pack.fingerprint
     assert report["unscored"] == {"no_answer": 1}
     assert "pack" not in report
-    found = all_rows("out")
-    assert found == all_rows("same")
-    assert found[12]["sqsd_reason"] == "column 'output' is empty or missing"
+    rows = all_rows("out")
+    assert rows == all_rows("same")
+    assert rows[12]["sqsd_reason"] == "column 'output' is empty or missing"
     theirs = {row["id"]: row["sqsd_risk"] for row in pq.read_table("other.parquet").to_pylist()}
     mine = {row["id"]: row["sqsd_risk"] for row in all_rows("run") if "sqsd_risk" in row}
     expected = textbook([[mine[k] for k in range(12)], [theirs[k] for k in range(12)]], "mean-rank")
-    assert [row["sqsd_risk"] for row in found[:12]] == pytest.approx(expected)
-    assert [row["sqsd_risk_other"] for row in found[:12]] == [theirs[k] for k in range(12)]
-    assert "sqsd_danger" not in found[0]
+    assert [row["sqsd_risk"] for row in rows[:12]] == pytest.approx(expected)
+    assert [row["sqsd_risk_other"] for row in rows[:12]] == [theirs[k] for k in range(12)]
+    assert "sqsd_danger" not in rows[0]
     card = Path("out/README.md").read_text()
     assert "mean of the row's ranks" in card
     assert "`sqsd_risk_other`" in card

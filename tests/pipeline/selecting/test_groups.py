@@ -89,14 +89,14 @@ def test_groups_within_splits_are_cut_as_sorting_each_and_counting_in_fractions_
     splits, groups = coded([split for _, split, _ in rows]), coded([value for _, _, value in rows])
     how: dict[str, Any] = {"drop_count": count} if share is None else {"drop_top": share if share < 1 else "100%"}
     cut = Cut.of(**how, per_group="g", per_split=True)
-    found = cut_rows(risk, np.isfinite(risk), cut, splits, groups)
+    selection = cut_rows(risk, np.isfinite(risk), cut, splits, groups)
 
     dropped, pieces = naive_pieces(rows, share, count)
-    assert set(np.flatnonzero(found.fate == DROPPED).tolist()) == dropped
-    assert [(*p.key.values(), p.scored, p.dropped, p.threshold) for p in found.pieces] == pieces
-    assert found.threshold is None
+    assert set(np.flatnonzero(selection.fate == DROPPED).tolist()) == dropped
+    assert [(*p.key.values(), p.scored, p.dropped, p.threshold) for p in selection.pieces] == pieces
+    assert selection.threshold is None
     kept = [row for k, row in enumerate(rows) if k not in dropped]
-    assert found.ties == sum(row[1:] == piece[:2] and row[0] == piece[4] for piece in pieces for row in kept)
+    assert selection.ties == sum(row[1:] == piece[:2] and row[0] == piece[4] for piece in pieces for row in kept)
 
 
 CUTS = st.one_of(
@@ -121,14 +121,14 @@ def test_a_shared_cut_keeps_its_total_empties_no_group_and_takes_each_groups_ris
     risk = random.integers(0, levels, len(codes)) / 8
     cut = Cut.of(**how, per_group="g")
     n, k = len(codes), cut.count(risk)
-    found = cut_rows(risk, np.ones(n, dtype=bool), cut, groups=Groups(codes, list(range(len(sizes)))))
+    selection = cut_rows(risk, np.ones(n, dtype=bool), cut, groups=Groups(codes, list(range(len(sizes)))))
 
     everything = k == n and cut.kind != "drop_top"
-    assert found.count(DROPPED) == k - found.spared == (n if everything else min(k, n - len(sizes)))
+    assert selection.count(DROPPED) == k - selection.spared == (n if everything else min(k, n - len(sizes)))
     all_can_give = all(k * size <= (size - 1) * n for size in sizes)
-    for piece in found.pieces:
+    for piece in selection.pieces:
         inside = np.flatnonzero(codes == piece.key["value"])
-        gone = found.fate[inside] == DROPPED
+        gone = selection.fate[inside] == DROPPED
         assert piece.dropped == gone.sum()
         assert everything or piece.dropped < len(inside)
         riskiest = sorted(inside.tolist(), key=lambda row: (-risk[row], row))
@@ -151,9 +151,9 @@ def test_splits_cut_apart_fare_as_if_each_were_alone(
     for name in ("train", "test"):
         here = np.flatnonzero(split == name)
         alone = risk[here], np.isfinite(risk[here]), Cut.of(**how)
-        found = cut_rows(*alone, groups=coded([values[k] for k in here]) if per_group else None)
-        assert np.array_equal(found.fate, together.fate[here])
-        pieces = [replace(p, key={"split": name, **p.key}) for p in found.pieces if p.scored]
+        selection = cut_rows(*alone, groups=coded([values[k] for k in here]) if per_group else None)
+        assert np.array_equal(selection.fate, together.fate[here])
+        pieces = [replace(p, key={"split": name, **p.key}) for p in selection.pieces if p.scored]
         assert pieces == [p for p in together.pieces if p.key["split"] == name]
 
 
@@ -174,9 +174,9 @@ def test_what_is_left_over_goes_where_it_can(groups: list[list[int]], drop: int,
     codes = np.repeat(np.arange(len(groups), dtype=np.int32), [len(g) for g in groups])
     risk = np.array([r for g in groups for r in g], dtype=np.float64)
     cut = Cut.of(drop_count=drop, per_group="g")
-    found = cut_rows(risk, np.ones(len(risk), dtype=bool), cut, groups=Groups(codes, list("abcd")))
-    assert [piece.dropped for piece in found.pieces] == gives
-    assert found.spared == spared
+    selection = cut_rows(risk, np.ones(len(risk), dtype=bool), cut, groups=Groups(codes, list("abcd")))
+    assert [piece.dropped for piece in selection.pieces] == gives
+    assert selection.spared == spared
 
 
 # ---------------------------------------------------------------------------------------------- values
@@ -296,12 +296,12 @@ def test_each_category_gives_its_share_of_its_riskiest_rows(folder: Path, scorer
     assert [report["rows"][name] for name in ("kept", "dropped", "errors")] == [54, 6, 2]
     assert report["cut"] == 'drop-top 10%, per-group "category"'
     assert report["threshold"] is None
-    found = report["groups"]
-    assert (found["column"], found["spared"]) == ("category", 0)
-    assert [(g["value"], g["scored"]) for g in found["groups"]] == [("maths", 36), ({"of": 1}, 12), (None, 12)]
+    groups = report["groups"]
+    assert (groups["column"], groups["spared"]) == ("category", 0)
+    assert [(g["value"], g["scored"]) for g in groups["groups"]] == [("maths", 36), ({"of": 1}, 12), (None, 12)]
     ranked = by_risk("out")
     gone = set(ids_of(Path("out"), "dropped"))
-    for group, most in zip(found["groups"], (4, 2, 2), strict=True):
+    for group, most in zip(groups["groups"], (4, 2, 2), strict=True):
         inside = [row for row in ranked if row["category"] == group["value"]]
         assert group["dropped"] in (most - 1, most)  # 3.6 and 1.2 each
         assert [row["id"] in gone for row in inside] == [k < group["dropped"] for k in range(len(inside))]
@@ -413,7 +413,7 @@ def test_splits_are_cut_together_unless_each_is_to_be_cut_on_its_own(splits: lis
 
 def test_groups_share_the_cut_of_their_split(splits: list[str], scorer: SQSDScorer) -> None:
     report = filter_dataset(splits, "out", drop_count=6, per_split=True, per_group="kind", scorer=scorer)
-    found = [(g["split"], g["value"], g["scored"], g["dropped"]) for g in report["groups"]["groups"]]
-    assert found[:3] == [("train", "x", 6, 2), ("train", "y", 4, 2), ("train", "z", 5, 2)]  # of 2.4, 1.6 and 2
-    assert found[3:] == [("test", "y", 9, 2), ("test", "z", 8, 2), ("test", "x", 8, 2)]
+    figures = [(g["split"], g["value"], g["scored"], g["dropped"]) for g in report["groups"]["groups"]]
+    assert figures[:3] == [("train", "x", 6, 2), ("train", "y", 4, 2), ("train", "z", 5, 2)]  # of 2.4, 1.6 and 2
+    assert figures[3:] == [("test", "y", 9, 2), ("test", "z", 8, 2), ("test", "x", 8, 2)]
     assert report["rows"]["dropped"] == 12

@@ -79,17 +79,21 @@ def ids(part: Any) -> list[int]:
 
 @every_kind
 @every_cut
-def test_each_kind_of_dataset_is_cut_in_three_in_row_order(kind: Kind, cut: dict[str, Any], parts: list) -> None:
+def test_each_kind_of_dataset_is_cut_in_three_in_row_order(
+    kind: Kind, cut: dict[str, Any], parts: list[list[int]]
+) -> None:
     dataset = kind(scored())
-    found = select(dataset, **cut)
-    assert {type(part) for part in found} == {type(dataset)}
-    assert [ids(part) for part in found] == parts
+    cut_apart = select(dataset, **cut)
+    assert {type(part) for part in cut_apart} == {type(dataset)}
+    assert [ids(part) for part in cut_apart] == parts
 
 
 @every_kind
 @pytest.mark.parametrize(("cut", "parts"), CUTS[::3], ids=[str(cut) for cut, _ in CUTS[::3]])
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_format_of_the_rows_stays(kind: Kind, cut: dict[str, Any], parts: list, form: str | None) -> None:
+def test_the_format_of_the_rows_stays(
+    kind: Kind, cut: dict[str, Any], parts: list[list[int]], form: str | None
+) -> None:
     dataset = kind(scored()).with_format(form)
     for part, expected in zip(select(dataset, **cut), parts, strict=True):
         assert (part.format["type"] if isinstance(part, Dataset) else spool.format_of(part)) == form
@@ -99,7 +103,7 @@ def test_the_format_of_the_rows_stays(kind: Kind, cut: dict[str, Any], parts: li
 
 @every_kind
 @pytest.mark.parametrize("cut", [{"drop_count": 1}, {"max_risk": 0.1}], ids=str)
-def test_risks_that_differ_in_their_last_bits_are_told_apart(kind: Kind, cut: dict[str, Any]) -> None:
+def test_risks_that_differ_in_their_last_bits_are_not_equal(kind: Kind, cut: dict[str, Any]) -> None:
     dataset = kind(scored([0.1, 0.1 + 1e-12, 0.1])).with_format("torch")  # whose floats have 32 bits
     assert ids(select(dataset, **cut)[1]) == [1]
 
@@ -152,7 +156,7 @@ def test_a_dataset_without_scores_is_refused(kind: Kind, cut: dict[str, Any]) ->
 @every_kind
 @pytest.mark.parametrize("cut", [{"drop_count": 1}, {"max_risk": 0.1}], ids=str)
 @pytest.mark.parametrize("column", [{"sqsd_risk": ["low", "high"]}, {"sqsd_status": [["scored"], []]}], ids=str)
-def test_columns_that_hold_no_scores_are_refused(kind: Kind, cut: dict[str, Any], column: dict[str, list]) -> None:
+def test_columns_that_hold_no_scores_are_refused(kind: Kind, cut: dict[str, Any], column: dict[str, list[Any]]) -> None:
     rows = {"id": [0, 1], "sqsd_risk": [0.1, 0.2], "sqsd_status": ["scored", "scored"], **column}
     with pytest.raises(InputError, match="sqsd_risk and sqsd_status hold no scores"):
         next(iter(select(kind(Dataset.from_dict(rows)), **cut)[0]))
@@ -160,7 +164,7 @@ def test_columns_that_hold_no_scores_are_refused(kind: Kind, cut: dict[str, Any]
 
 def test_what_datasets_has_not_loaded_is_refused() -> None:
     with pytest.raises(UsageError, match="not str"):
-        select("in.jsonl", drop_count=1)  # type: ignore[type-var]
+        select("in.jsonl", drop_count=1)
 
 
 # ---------------------------------------------------------------------------------------------- several splits

@@ -100,15 +100,15 @@ def test_each_cut_drops_the_riskiest_and_of_equals_the_earlier(
 @pytest.mark.parametrize("apart", [{}, {"per_group": "g"}, {"per_split": True}, {"weights": True}], ids=str)
 def test_where_no_row_has_a_score_nothing_is_cut(apart: dict[str, Any]) -> None:
     groups = Groups(np.zeros(3, dtype=np.int32), ["a"])
-    found = cut_rows(
+    selection = cut_rows(
         np.full(3, np.nan),
         np.zeros(3, dtype=bool),
         Cut.of(drop_top="50%", **apart),
         groups if "per_split" in apart else None,
         groups if "per_group" in apart else None,
     )
-    assert found.fate.tolist() == [ERROR] * 3
-    assert (found.threshold, found.ties, found.spared) == (None, 0, 0)
+    assert selection.fate.tolist() == [ERROR] * 3
+    assert (selection.threshold, selection.ties, selection.spared) == (None, 0, 0)
 
 
 @pytest.mark.parametrize(

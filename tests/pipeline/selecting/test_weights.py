@@ -35,17 +35,21 @@ def quantile(ordered: list[Decimal], share: Decimal) -> Decimal:
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
-def exact(risks: list[float], threshold: float) -> tuple[list[Decimal], Decimal]:
+def steps(risks: list[float], threshold: float) -> list[float]:
+    """The weights at a scale of 0."""
+    return [{-1: 1.0, 0: 0.5, 1: 0.0}[(risk > threshold) - (risk < threshold)] for risk in risks]
+
+
+def exact(risks: list[float], threshold: float) -> tuple[list[float], float]:
     """Weights and scale in 60 digits."""
     with localcontext() as context:
         context.prec, context.Emin, context.Emax = 60, -(10**12), 10**12
         ordered = sorted(map(Decimal, risks))
         scale = (quantile(ordered, Decimal("0.75")) - quantile(ordered, Decimal("0.25"))) / 4
         if not scale:
-            steps = {-1: Decimal(1), 0: Decimal("0.5"), 1: Decimal(0)}
-            return [steps[(risk > threshold) - (risk < threshold)] for risk in risks], scale
+            return steps(risks, threshold), 0.0
         z = [(Decimal(risk) - Decimal(threshold)) / scale for risk in risks]
-        return [Decimal(int(x < 0)) if abs(x) > 10**6 else 1 / (1 + x.exp()) for x in z], scale
+        return [float(x < 0) if abs(x) > 10**6 else float(1 / (1 + x.exp())) for x in z], float(scale)
 
 
 @settings(deadline=None)
@@ -55,13 +59,18 @@ def exact(risks: list[float], threshold: float) -> tuple[list[Decimal], Decimal]
 )
 @example(risks=[0.25] * 9 + [1.0], at=0)
 @example(risks=[0.25] * 9 + [1.0], at=9)
+@example(risks=[0.0, 5e-324], at=0)  # a scale that no float is small enough for
+@example(risks=[0.0, 5e-324], at=1)
+@example(risks=[1.0, 1 + 2**-52, 1 + 2**-51], at=1)  # a scale of half a rounding step
 def test_weights_follow_the_formula_as_in_sixty_digits(risks: list[float], at: int) -> None:
     threshold = risks[at % len(risks)]
     weights, scale = weigh(np.array(risks), threshold)
     expected, exact_scale = exact(risks, threshold)
-    assert scale == pytest.approx(float(exact_scale), rel=1e-12, abs=1e-17)
-    if not scale or scale > 1e-3:  # between, the rounding of the risks themselves decides
-        assert weights == pytest.approx([float(w) for w in expected], rel=1e-9, abs=1e-300)
+    assert scale == pytest.approx(exact_scale, rel=1e-12, abs=1e-16)
+    if scale == 0:
+        assert weights.tolist() == steps(risks, threshold)
+    elif scale > 1e-3:  # below, the rounding of the risks themselves decides
+        assert weights == pytest.approx(expected, rel=1e-9, abs=1e-300)
     assert weights[at % len(risks)] == 0.5
 
 
@@ -95,24 +104,24 @@ SCORED = np.isfinite(RISK)
     ids=str,
 )
 def test_the_threshold_is_the_cuts_own_and_no_row_is_dropped(how: dict[str, Any], threshold: float) -> None:
-    found = cut_rows(RISK, SCORED, Cut.of(**how, weights=True))
-    assert found.weights is not None
+    selection = cut_rows(RISK, SCORED, Cut.of(**how, weights=True))
+    assert selection.row_weights is not None
     expected, scale = weigh(RISK[SCORED], threshold)
-    assert np.array_equal(found.weights[SCORED], expected)
-    assert np.isnan(found.weights[~SCORED]).all()
-    assert found.fate.tolist() == [KEPT if s else ERROR for s in SCORED]
-    [piece] = found.pieces
+    assert np.array_equal(selection.row_weights[SCORED], expected)
+    assert np.isnan(selection.row_weights[~SCORED]).all()
+    assert selection.fate.tolist() == [KEPT if s else ERROR for s in SCORED]
+    [piece] = selection.pieces
     assert (piece.scored, piece.dropped, piece.ties, piece.threshold, piece.scale) == (6, 0, 0, threshold, scale)
     assert piece.total == pytest.approx(math.fsum(expected))
-    assert found.threshold is None
+    assert selection.threshold is None
 
 
 @pytest.mark.parametrize("how", [{"drop_count": 0}, {"keep_lowest": 6}, {"max_risk": 0.9}], ids=str)
 def test_where_nothing_would_be_dropped_every_weight_is_one(how: dict[str, Any]) -> None:
-    found = cut_rows(RISK, SCORED, Cut.of(**how, weights=True))
-    assert found.weights is not None
-    assert (found.weights[SCORED] == 1).all()
-    assert [(piece.threshold, piece.scale, piece.total) for piece in found.pieces] == [(None, None, 6.0)]
+    selection = cut_rows(RISK, SCORED, Cut.of(**how, weights=True))
+    assert selection.row_weights is not None
+    assert (selection.row_weights[SCORED] == 1).all()
+    assert [(piece.threshold, piece.scale, piece.total) for piece in selection.pieces] == [(None, None, 6.0)]
 
 
 @settings(deadline=None)
@@ -125,12 +134,12 @@ def test_groups_are_weighted_by_the_threshold_and_the_scale_of_their_own_rows(
     everyone = np.ones(len(codes), dtype=bool)
     weighted = cut_rows(risk, everyone, Cut.of(drop_count=drop, per_group="g", weights=True), groups=groups)
     dropping = cut_rows(risk, everyone, Cut.of(drop_count=drop, per_group="g"), groups=groups)
-    assert weighted.weights is not None
+    assert weighted.row_weights is not None
     assert weighted.spared == dropping.spared
     for piece, cut in zip(weighted.pieces, dropping.pieces, strict=True):
         inside = groups.codes == "abcd".index(piece.key["value"])
         expected, scale = weigh(risk[inside], cut.threshold)
-        assert np.array_equal(weighted.weights[inside], expected)
+        assert np.array_equal(weighted.row_weights[inside], expected)
         assert (piece.key, piece.threshold, piece.scale) == (cut.key, cut.threshold, scale)
 
 
@@ -197,8 +206,8 @@ def test_rows_that_are_kept_without_a_score_have_no_weight(folder: Path, scorer:
 def test_groups_report_their_own_weights(folder: Path, scorer: SQSDScorer) -> None:
     report = filter_dataset("in.jsonl", "out", drop_top="10%", weights=True, per_group="kind", scorer=scorer)
     assert report["cut"] == 'drop-top 10%, per-group "kind", weights'
-    kept, found = rows_of(Path("out"), "kept"), report["groups"]["groups"]
-    for group in found:
+    kept = rows_of(Path("out"), "kept")
+    for group in report["groups"]["groups"]:
         inside = [row for row in kept if row["kind"] == group["value"]]
         risks = sorted(row["sqsd_risk"] for row in inside)
         expected, scale = weigh(np.array([row["sqsd_risk"] for row in inside]), risks[-2])
@@ -206,7 +215,7 @@ def test_groups_report_their_own_weights(folder: Path, scorer: SQSDScorer) -> No
         assert group.pop("sum") == pytest.approx(math.fsum(expected))
         figures = {"scored": 20, "dropped": 0, "threshold": risks[-2], "scale": scale}
         assert group == {"value": inside[0]["kind"], **figures}
-    total = pytest.approx(math.fsum(weights_of("out")))
+    total = pytest.approx(math.fsum(w for w in weights_of("out") if w is not None))
     assert report["weights"] == {"formula": FORMULA, "threshold": None, "scale": None, "sum": total}
 
 
