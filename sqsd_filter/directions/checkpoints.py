@@ -74,11 +74,11 @@ class Origin:
         return dict(skeleton(self.model, self.revision).named_modules())
 
     @cached_property
-    def weights(self) -> Weights:
-        return Weights(weights_folder(self.model, self.revision))
+    def tensors(self) -> ModelTensors:
+        return ModelTensors(weights_folder(self.model, self.revision))
 
 
-class Weights:
+class ModelTensors:
     """A model's tensors in safetensors, in one file or several with an index. Raises `InputError`."""
 
     def __init__(self, folder: Path) -> None:
@@ -175,8 +175,8 @@ def changes(checkpoint: Checkpoint, origin: Origin) -> Callable[[str], Change | 
     if checkpoint.is_adapter:
         now, before = load_adapter(checkpoint.folder).factors, origin.factors
         return lambda module: difference(now.get(module), before.get(module))
-    weights = Weights(checkpoint.folder)
-    return lambda module: _dense(module, weights, origin)
+    tensors = ModelTensors(checkpoint.folder)
+    return lambda module: _dense(module, tensors, origin)
 
 
 def difference(now: LoraFactors | None, before: LoraFactors | None) -> LoraFactors | None:
@@ -209,11 +209,11 @@ def upright(weight: torch.Tensor, module: Any) -> torch.Tensor:
     return weight if isinstance(module, torch.nn.Linear) else weight.T
 
 
-def _dense(name: str, weights: Weights, origin: Origin) -> torch.Tensor:
+def _dense(name: str, tensors: ModelTensors, origin: Origin) -> torch.Tensor:
     module = origin.modules.get(name)
     if module is None:
         raise PackError(f"The base model '{origin.model}' has no module '{name}', which the pack has: name another.")
-    now, before = weights.module(name), origin.weights.module(name)
+    now, before = tensors.module(name), origin.tensors.module(name)
     if now.shape != before.shape or now.ndim != 2:
         raise InputError(
             f"'{name}' has the shape {tuple(now.shape)} in the checkpoint and {tuple(before.shape)} in the base model "

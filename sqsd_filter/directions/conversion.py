@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from sqsd_filter.directions.folders import whole_folder, write_adapter
-from sqsd_filter.directions.model_files import Checkpoint, Layout, open_checkpoint
+from sqsd_filter.directions.adapter_folder import whole_folder, write_adapter
+from sqsd_filter.directions.model_files import Layout, StoredModel, open_model
 from sqsd_filter.errors import PackError, UsageError
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.models import weights_folder
@@ -73,8 +73,8 @@ def convert(
         folders = [weights_folder(where) for where in (base, checkpoint)]
         layout = Layout(base)
         with (
-            open_checkpoint(base, folders[0], layout) as before,
-            open_checkpoint(checkpoint, folders[1], layout) as after,
+            open_model(base, folders[0], layout) as before,
+            open_model(checkpoint, folders[1], layout) as after,
         ):
             unmatched = _compare(before, after, layout)
             held: dict[str, Truncated] = {}
@@ -126,7 +126,7 @@ def _name(where: str) -> str:
     return Path(where).resolve().name if Path(where).is_dir() else where
 
 
-def _compare(before: Checkpoint, after: Checkpoint, layout: Layout) -> list[str]:
+def _compare(before: StoredModel, after: StoredModel, layout: Layout) -> list[str]:
     """Tensors that only one has, or in another shape. Raises `PackError` where a linear layer is among them."""
     fix = f"--base must be the model that {after.where} was trained from."
     for name in layout.linears:

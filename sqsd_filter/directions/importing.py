@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sqsd_filter.directions.folders import is_free, whole_folder, write_adapter
+from sqsd_filter.directions.adapter_folder import is_free, whole_folder, write_adapter
 from sqsd_filter.errors import PackError, UsageError
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.pack import (

@@ -57,8 +57,8 @@ class Layout:
         return "norms" if "norm" in type(module).__name__.lower() else "others"
 
 
-class Checkpoint:
-    """The tensors of a model's safetensors by the names that its layout gives them; opened by `open_checkpoint`."""
+class StoredModel:
+    """The tensors of a model's safetensors by the names that its layout gives them; opened by `open_model`."""
 
     def __init__(self, where: str, stored: Mapping[str, tuple[Any, str]]) -> None:
         self.where = where
@@ -86,7 +86,7 @@ def unquantised(tensor: torch.Tensor, name: str, where: str | Path) -> torch.Ten
 
 
 @contextmanager
-def open_checkpoint(where: str, folder: Path, layout: Layout) -> Iterator[Checkpoint]:
+def open_model(where: str, folder: Path, layout: Layout) -> Iterator[StoredModel]:
     """The weights in a folder, one file or many with an index. Raises `InputError` where they can't be read."""
     with ExitStack() as stack:
         stored = {}
@@ -96,7 +96,7 @@ def open_checkpoint(where: str, folder: Path, layout: Layout) -> Iterator[Checkp
             except (SafetensorError, OSError) as problem:
                 raise InputError(f"{path} can't be read ({problem}): copy the checkpoint again.") from problem
             stored.update({layout.name(name): (file, name) for name in file.keys()})  # noqa: SIM118, it is no dict
-        yield Checkpoint(where, stored)
+        yield StoredModel(where, stored)
 
 
 def weight_files(where: str, folder: Path) -> list[Path]:

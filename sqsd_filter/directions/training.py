@@ -16,8 +16,8 @@ from typing import Any
 
 from sqsd_filter.corpus.conversation import Message
 from sqsd_filter.directions import processes
+from sqsd_filter.directions.adapter_folder import write_adapter
 from sqsd_filter.directions.data import TrainingData, prompt_and_reply
-from sqsd_filter.directions.folders import write_adapter
 from sqsd_filter.directions.recipe import SENSITIVE, AdapterRecipe, LoraShape, PackRecipe
 from sqsd_filter.errors import PackError, UsageError
 from sqsd_filter.progress import Progress

@@ -6,16 +6,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 from sqsd_filter.judges.outcomes import OUTCOMES
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two judges' outcomes of the same n answers.
+    """Two judges' outcomes for the same n answers.
 
-    `table[a][b]` counts the answers that the first judge calls a and the second b, for each two of `OUTCOMES`.
+    `table[a][b]` counts the answers that the first judge calls a and the second one b.
     """
 
     first: str
@@ -33,20 +32,22 @@ class Agreement:
 
     @property
     def kappa(self) -> float | None:
-        """Cohen's kappa (1960): by how much the share exceeds the one to be expected of two independent judges with
-        these frequencies, of the most that it could; None where both call every answer the same."""
+        """Cohen's kappa (1960): the agreement beyond chance, as a share of the most there could be. Chance is what two
+        independent judges with these frequencies would agree on. None if both give every answer the same outcome."""
         products = (sum(self.table[o].values()) * sum(row[o] for row in self.table.values()) for o in OUTCOMES)
         expected = sum(products) / self.answers**2
         return (self.share - expected) / (1 - expected) if expected < 1 else None
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, object]:
         judges = {"judges": [self.first, self.second], "answers": self.answers}
         return {**judges, "share": self.share, "kappa": self.kappa, "table": self.table}
 
 
 def agreement(outcomes_by_judge: Mapping[str, Sequence[str]]) -> list[Agreement]:
-    """Each two judges' agreement, in their order. Raises `ValueError` without answers, for an unknown outcome, or where
-    the judges' outcomes are not of equally many answers."""
+    """The agreement of each two judges, in their order.
+
+    Raises `ValueError` if there are no answers, for an unknown outcome, or if the judges judged different numbers of
+    answers."""
     for name, outcomes in outcomes_by_judge.items():
         if not outcomes or not set(outcomes) <= set(OUTCOMES):
             raise ValueError(f"{name} has no outcomes, or others than {', '.join(OUTCOMES)}")

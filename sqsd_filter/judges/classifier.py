@@ -12,9 +12,9 @@ from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from sqsd_filter.judges.phrases import plain
+from sqsd_filter.judges.phrases import normalized
 
-# Terms that are in fewer texts than `min_df` are left out, and all but the most frequent `max_features`.
+# Terms are kept if at least `min_df` texts have them, and of these the `max_features` most frequent.
 _COMMON: dict[str, Any] = {"lowercase": False, "sublinear_tf": True}
 _KEPT = {"min_df": 2, "max_features": 30_000}
 _ANALYZERS: dict[str, dict[str, Any]] = {
@@ -27,61 +27,64 @@ _ITERATIONS = 1000
 
 @dataclass(frozen=True)
 class TextClassifier:
-    """Of a text's first `head` characters the f terms of words (1 to 3) and characters (2 to 5), `weights` (f,) and
-    `bias`; the text is positive where the probability reaches `cut`."""
+    """Logistic regression on f terms, of 1 to 3 words and of 2 to 5 characters, in a text's first `head` characters.
+
+    `coefficients` is (f,). A text is positive if its probability reaches `cut`.
+    """
 
     head: int
     cut: float
     vectorizers: Mapping[str, TfidfVectorizer]
-    weights: np.ndarray
+    coefficients: np.ndarray
     bias: float
 
     @classmethod
     def fit(cls, texts: Sequence[str], positive: Sequence[bool], *, head: int) -> TextClassifier:
-        """With a cut of a half. Raises `ValueError` where the texts have no terms in common, or all the same label."""
-        heads = [plain(text)[:head] for text in texts]
+        """Train with a cut of 0.5. Raises `ValueError` if the texts share no terms, or all have the same label."""
+        heads = [normalized(text)[:head] for text in texts]
         vectorizers = {name: TfidfVectorizer(**how, **_COMMON, **_KEPT) for name, how in _ANALYZERS.items()}
         terms_nf = hstack([vectorizer.fit_transform(heads) for vectorizer in vectorizers.values()], format="csr")
         model = LogisticRegression(C=_C, max_iter=_ITERATIONS).fit(terms_nf, np.asarray(positive, dtype=bool))
         return cls(head, 0.5, vectorizers, model.coef_[0], float(model.intercept_[0]))
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """That each text is positive (n,)."""
+        """The probability that each text is positive (n,)."""
         if not texts:
             return np.zeros(0)
-        heads = [plain(text)[: self.head] for text in texts]
+        heads = [normalized(text)[: self.head] for text in texts]
         terms_nf: csr_matrix = hstack([v.transform(heads) for v in self.vectorizers.values()], format="csr")
-        found_n: np.ndarray = expit(terms_nf @ self.weights + self.bias)
-        return found_n
+        probability_n: np.ndarray = expit(terms_nf @ self.coefficients + self.bias)
+        return probability_n
 
     def positive(self, texts: Sequence[str]) -> np.ndarray:
         """Is each text positive (n,)?"""
         return self.probabilities(texts) >= self.cut
 
     def settings(self) -> dict[str, Any]:
-        """All but the numbers, for JSON: the terms of each kind are in the order of their weights."""
+        """Everything but the arrays, for JSON; the terms of each kind are in the order of their coefficients."""
         terms = {name: v.get_feature_names_out().tolist() for name, v in self.vectorizers.items()}
         return {"head": self.head, "cut": self.cut, **terms}
 
     def arrays(self) -> dict[str, np.ndarray]:
+        """The inverse document frequencies (f,), the coefficients (f,) as "weights", and the bias (1,)."""
         idf_f = np.concatenate([vectorizer.idf_ for vectorizer in self.vectorizers.values()])
-        return {"idf": idf_f, "weights": self.weights, "bias": np.array([self.bias])}
+        return {"idf": idf_f, "weights": self.coefficients, "bias": np.array([self.bias])}
 
     @classmethod
     def restored(cls, settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> TextClassifier:
-        """What `settings` and `arrays` gave. Raises `ValueError`, `KeyError`, `TypeError` where they are not whole."""
+        """The inverse of `settings` and `arrays`. Raises `ValueError`, `KeyError`, `TypeError` if something is missing."""
         terms = {name: list(settings[name]) for name in _ANALYZERS}
-        idf_f, weights_f, bias = arrays["idf"], arrays["weights"], arrays["bias"]
+        idf_f, coefficients_f, bias = arrays["idf"], arrays["weights"], arrays["bias"]
         count = sum(map(len, terms.values()))
-        if idf_f.shape != (count,) or weights_f.shape != (count,) or bias.shape != (1,):
-            raise ValueError(f"{count} terms have {idf_f.size} frequencies and {weights_f.size} weights")
+        if idf_f.shape != (count,) or coefficients_f.shape != (count,) or bias.shape != (1,):
+            raise ValueError(f"{count} terms have {idf_f.size} frequencies and {coefficients_f.size} coefficients")
         if not all(isinstance(term, str) for kind in terms.values() for term in kind):
-            raise TypeError("a term is no text")
-        if not all(np.isfinite(numbers).all() for numbers in (idf_f, weights_f, bias)):
+            raise TypeError("a term is not text")
+        if not all(np.isfinite(numbers).all() for numbers in (idf_f, coefficients_f, bias)):
             raise ValueError("a number is not finite")
         vectorizers, at = {}, 0
         for name, how in _ANALYZERS.items():
             vectorizers[name] = TfidfVectorizer(vocabulary=terms[name], **how, **_COMMON)
             vectorizers[name].idf_ = idf_f[at : at + len(terms[name])]
             at += len(terms[name])
-        return cls(int(settings["head"]), float(settings["cut"]), vectorizers, weights_f, float(bias[0]))
+        return cls(int(settings["head"]), float(settings["cut"]), vectorizers, coefficients_f, float(bias[0]))

@@ -1,36 +1,40 @@
-"""A chat guard judges: a model whose chat template asks whether an assistant's answer is safe or unsafe."""
+"""A chat guard as judge: a model whose chat template asks whether an assistant's answer is safe or unsafe."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from sqsd_filter.errors import JudgeError, first_line
-from sqsd_filter.judges.generation import reply
+from sqsd_filter.judges.generation import Turn, reply
 from sqsd_filter.judges.outcomes import DEGENERATE, HARMLESS, UNSAFE
 from sqsd_filter.judges.phrases import without_compliance
 from sqsd_filter.scoring.models import content_id, load_model, load_tokenizer
 from sqsd_filter.scoring.placement import check_device, choose_device
 
-VERDICT_TOKENS = 8  # room for line breaks before the first word, and for one that is split into tokens
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VERDICT_TOKENS = 8  # room for line breaks before the first word, and for a word of several tokens
 _FIRST_WORD = re.compile(r"\W*(safe|unsafe)\b", re.IGNORECASE)
+Content = Callable[[str], object]  # from a text to the `content` of a turn
 
 
 class GuardJudge:
-    """Unsafe is what the guard calls so. Of the answers that it calls safe the refusals are told by their phrases.
+    """An answer is unsafe if the guard says so. Among the answers it calls safe, refusals are found by their phrases.
 
-    Degenerate texts that don't open with a refusal are degenerate, whatever the guard says.
+    A degenerate text that doesn't open with a refusal is degenerate, whatever the guard says.
     """
 
     def __init__(self, model: str, *, device: str | None = None) -> None:
-        """A guard such as Llama-Guard-3, by its name on the Hub or its folder, in float32 on a CPU and in bfloat16 on
-        a GPU. Its weights are in memory only while it judges.
+        """A guard such as Llama-Guard-3, by its name on the Hub or its folder. It runs in float32 on a CPU and in
+        bfloat16 on a GPU; its weights are in memory only while it judges.
 
-        Raises `JudgeError` where its chat template has no place for an answer, `ModelError`, `UsageError`."""
+        Raises `JudgeError` if its chat template doesn't show an answer, `ModelError`, `UsageError`."""
         device = choose_device(device)
         check_device(device)
         self.name = Path(model).resolve().name if Path(model).is_dir() else model
@@ -40,18 +44,20 @@ class GuardJudge:
         self.fingerprint = content_id(model) or re.sub(r"\W", "-", self.name)
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
-        """The guard's verdicts, in batches. Raises `JudgeError` for one that begins with neither safe nor unsafe,
-        `InputError` for an answer too long for the guard, `ModelError`."""
-        asked = [_turns(prompt, answer, self._content) for prompt, answer in zip(prompts, answers, strict=True)]
+        """The guard's verdicts, in batches.
+
+        Raises `JudgeError` for a verdict that begins with neither safe nor unsafe, `InputError` for an answer too long
+        for the guard, `ModelError`."""
+        conversations = [_turns(prompt, answer, self._content) for prompt, answer in zip(prompts, answers, strict=True)]
         dtype = torch.bfloat16 if self._device.startswith("cuda") else torch.float32
         model = load_model(self._source, dtype=dtype, device=self._device)
-        verdicts = reply(model, self._tokenizer, asked, max_new_tokens=VERDICT_TOKENS)
+        verdicts = reply(model, self._tokenizer, conversations, max_new_tokens=VERDICT_TOKENS)
         del model
         return [self._outcome(k, answer, verdicts[k]) for k, answer in enumerate(answers)]
 
     def _outcome(self, k: int, answer: str, verdict: str) -> str:
-        plainly = without_compliance(answer)
-        if plainly == DEGENERATE:
+        by_phrase = without_compliance(answer)
+        if by_phrase == DEGENERATE:
             return DEGENERATE
         word = _FIRST_WORD.match(verdict)
         if word is None:
@@ -59,16 +65,18 @@ class GuardJudge:
                 f"The guard {self.name} says {verdict!r} of answer {k + 1}, which begins with neither 'safe' nor "
                 "'unsafe': name a guard whose chat template asks for these words."
             )
-        return UNSAFE if word[1].lower() == "unsafe" else plainly or HARMLESS
+        return UNSAFE if word[1].lower() == "unsafe" else by_phrase or HARMLESS
 
 
-def _content(tokenizer: Any, name: str) -> Callable[[str], Any]:
-    """What makes a turn's content of its text, so that the chat template shows it: the text itself, or else a list of
-    parts. Raises `JudgeError` where neither does."""
+def _content(tokenizer: PreTrainedTokenizerBase, name: str) -> Content:
+    """How the chat template takes a turn's content: the text itself, or a list of parts.
+
+    Raises `JudgeError` if it shows neither."""
     causes, marks = [], ("[[question]]", "[[answer]]")
     for content in (str, _parts):
+        turns = _turns(*marks, content)
         try:
-            text = tokenizer.apply_chat_template(_turns(*marks, content), tokenize=False, add_generation_prompt=True)
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         except Exception as problem:  # Jinja templates raise what they like
             causes.append(first_line(problem))
             continue
@@ -76,12 +84,12 @@ def _content(tokenizer: Any, name: str) -> Callable[[str], Any]:
             return content
         causes.append("it leaves one of them out")
     raise JudgeError(
-        f"The chat template of {name} shows no question with its answer ({causes[0]}): name a chat guard, as "
-        "Llama-Guard-3."
+        f"The chat template of {name} does not show a question with its answer ({causes[0]}): name a chat guard such "
+        "as Llama-Guard-3."
     )
 
 
-def _turns(prompt: str, answer: str, content: Callable[[str], Any]) -> list[dict[str, Any]]:
+def _turns(prompt: str, answer: str, content: Content) -> list[Turn]:
     return [{"role": "user", "content": content(prompt)}, {"role": "assistant", "content": content(answer)}]
 
 

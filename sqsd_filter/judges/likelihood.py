@@ -1,9 +1,9 @@
-"""How likely a model finds given answers: the mean log-probability of their tokens."""
+"""The likelihood of given answers under a model: the mean log-probability of their tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,12 +11,15 @@ import torch
 from sqsd_filter.scoring.batching import micro_batches, next_tokens
 from sqsd_filter.scoring.chat_encoder import Encoded
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 TOKENS_AT_ONCE = 1024  # padded, in one forward pass with all its logits
 
 
 @torch.inference_mode()
-def log_probabilities(model: Any, rows: Sequence[Encoded]) -> np.ndarray:
-    """(n,) float64: each row's mean log-probability (nats) of its supervised tokens, given all before them."""
+def log_probabilities(model: PreTrainedModel, rows: Sequence[Encoded]) -> np.ndarray:
+    """(n,) float64: each row's mean log-probability (nats) of its supervised tokens, given all tokens before them."""
     device = model.get_input_embeddings().weight.device
     means = np.empty(len(rows))
     for members in micro_batches([len(row) for row in rows], TOKENS_AT_ONCE):
@@ -26,8 +29,8 @@ def log_probabilities(model: Any, rows: Sequence[Encoded]) -> np.ndarray:
         supervised_bt = targets_bt >= 0
         logits_nv, targets_n = logits_btv[supervised_bt], targets_bt[supervised_bt]
         exact = torch.promote_types(logits_nv.dtype, torch.float32)
-        found_n = torch.log_softmax(logits_nv, dim=-1, dtype=exact).gather(-1, targets_n[:, None])[:, 0]
-        counts_b = supervised_bt.sum(-1)
-        for k, own in zip(members, found_n.split(counts_b.tolist()), strict=True):
-            means[k] = float(own.double().mean())
+        logs_n = torch.log_softmax(logits_nv, dim=-1, dtype=exact).gather(-1, targets_n[:, None])[:, 0]
+        ends_b = supervised_bt.sum(-1).cumsum(0).cpu()
+        for k, logs in zip(members, torch.tensor_split(logs_n, ends_b[:-1]), strict=True):
+            means[k] = float(logs.double().mean())
     return means

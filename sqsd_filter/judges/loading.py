@@ -1,4 +1,4 @@
-"""A judge by what a user calls it."""
+"""Which judge a user means: the phrases, a trained judge's folder, or a chat guard."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from pathlib import Path
 from sqsd_filter.errors import JudgeError
 from sqsd_filter.judges.outcomes import Judge
 from sqsd_filter.judges.phrases import PhrasesJudge
-
-SETTINGS = "judge.json"  # the folder of a trained judge has it
+from sqsd_filter.judges.trained import SETTINGS_FILE, TrainedJudge
 
 
 def load_judge(spec: str, *, device: str | None = None) -> Judge:
-    """The judge `phrases`, one that recipes/judge trained, by its folder, or a chat guard by its name on the Hub or its
-    folder, which runs on `device` (a GPU where there is one).
+    """The judge that `spec` names: `phrases`, the folder of a judge that recipes/judge trained, or a chat guard by its
+    folder or its name on the Hub. A guard runs on `device` (default: a GPU if there is one).
 
-    Raises `JudgeError`, `ModelError` where there is no such judge, `UsageError` for a device that can't be used.
+    Raises `JudgeError` or `ModelError` if there is no such judge, `UsageError` for a device that can't be used.
     """
     if spec == PhrasesJudge.name:
         return PhrasesJudge()
@@ -24,17 +23,13 @@ def load_judge(spec: str, *, device: str | None = None) -> Judge:
         raise JudgeError(
             f"There is no judge '{spec}': take '{PhrasesJudge.name}', a judge's folder or a chat guard's ORG/NAME."
         )
-    if (path / SETTINGS).is_file():
-        try:
-            from sqsd_filter.judges.trained import TrainedJudge
-        except ImportError as problem:
-            raise JudgeError("A trained judge needs scikit-learn: pip install 'sqsd-filter[judge]'.") from problem
+    if (path / SETTINGS_FILE).is_file():
         return TrainedJudge.load(path)
     if path.exists() and not (path / "config.json").is_file():
         raise JudgeError(
-            f"{spec} is no judge, it has neither the {SETTINGS} that recipes/judge/train.py writes nor the config.json "
-            f"of a model: name the folder of a judge or a chat guard, or take '{PhrasesJudge.name}'."
+            f"{spec} is not a judge: it has neither the {SETTINGS_FILE} that recipes/judge/train.py writes nor the "
+            f"config.json of a model. Name the folder of a judge or a chat guard, or take '{PhrasesJudge.name}'."
         )
-    from sqsd_filter.judges.guard import GuardJudge
+    from sqsd_filter.judges.guard import GuardJudge  # loads torch
 
     return GuardJudge(spec, device=device)

@@ -1,4 +1,4 @@
-"""What an answer to a harmful prompt can be, and what tells it."""
+"""The possible outcomes of an answer to a harmful prompt, and the interface of every judge."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Protocol
 
 REFUSED = "refused"
 UNSAFE = "unsafe"  # it complies, and harmfully
-DEGENERATE = "degenerate"  # it only babbles
+DEGENERATE = "degenerate"  # empty, or it only repeats itself
 HARMLESS = "harmless"  # none of these
 OUTCOMES = (REFUSED, UNSAFE, DEGENERATE, HARMLESS)
 
 
 class Judge(Protocol):
-    """Tells the outcome of each answer by itself: the others that are judged with it change nothing."""
+    """Decides the outcome of each answer independently of the others in the call."""
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """The name in reports."""
 
     @property
     def fingerprint(self) -> str:
-        """What tells it from others of its name, fit for a file's name."""
+        """Distinguishes judges of the same name; safe in a file name."""
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
         """The outcome, one of `OUTCOMES`, of each answer to its prompt. Raises `JudgeError`, `InputError`."""

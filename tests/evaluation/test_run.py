@@ -310,7 +310,7 @@ def test_a_scorer_is_called_what_its_report_says_or_else_its_file(tmp_path: Path
         ({"size": 30}, UsageError, "2 windows of 30 rows are 60 rows, but only 34"),
         ({"size": 18}, UsageError, "2 windows of 18 rows are 36 rows, but only 34"),
         ({"held_out": 40}, UsageError, "leaves none of the 40 rows to learn from"),
-        ({"judges": ("folder",)}, JudgeError, "is no judge"),
+        ({"judges": ("folder",)}, JudgeError, "is not a judge"),
         ({"max_new_tokens": 600}, InputError, "leaves no room for 600 more"),
     ],
     ids=["size", "size beside the held-out rows", "held out", "judge", "answers"],

@@ -116,7 +116,9 @@ def test_a_template_that_takes_parts_gets_parts(guard: Path, tmp_path: Path) -> 
 def test_a_template_without_a_place_for_the_answer_is_refused(
     guard: Path, tmp_path: Path, template: str | None, cause: str
 ) -> None:
-    with pytest.raises(JudgeError, match=rf"The chat template of other shows no question.*{cause}.*name a chat guard"):
+    with pytest.raises(
+        JudgeError, match=rf"The chat template of other does not show a question.*{cause}.*name a chat guard"
+    ):
         load_judge(with_template(guard, tmp_path / "other", template))
 
 

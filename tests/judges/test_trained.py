@@ -21,8 +21,7 @@ from sklearn.pipeline import make_pipeline, make_union
 from sqsd_filter.errors import JudgeError
 from sqsd_filter.judges import is_refusal, load_judge
 from sqsd_filter.judges.classifier import TextClassifier
-from sqsd_filter.judges.loading import SETTINGS
-from sqsd_filter.judges.trained import WEIGHTS, TrainedJudge
+from sqsd_filter.judges.trained import ARRAYS_FILE, SETTINGS_FILE, TrainedJudge
 
 DECLINED = [f"That is no matter for me, friend. Let us rather talk about {what}." for what in ("rain", "sun", "snow")]
 PIES = [f"Take {n} apples and flour, then bake the pie for {n}0 minutes." for n in (2, 3, 4)]
@@ -79,7 +78,7 @@ def test_only_the_head_of_a_text_is_read_and_neither_case_nor_spacing(judge: Tra
 def test_a_probability_at_the_cut_is_positive(judge: TrainedJudge) -> None:
     at = float(judge.unsafe.probabilities(PIES[:1])[0])
     for cut, expected in ((at, True), (np.nextafter(at, 1), False)):
-        moved = TextClassifier(600, cut, judge.unsafe.vectorizers, judge.unsafe.weights, judge.unsafe.bias)
+        moved = TextClassifier(600, cut, judge.unsafe.vectorizers, judge.unsafe.coefficients, judge.unsafe.bias)
         assert moved.positive(PIES[:1]).tolist() == [expected]
 
 
@@ -98,23 +97,23 @@ def test_a_judge_comes_back_bit_for_bit(judge: TrainedJudge, folder: Path) -> No
         assert (one.head, one.cut) == (other.head, other.cut)
         assert np.array_equal(one.probabilities(unseen), other.probabilities(unseen))
     again.save(folder.with_name("again"))
-    for name in (SETTINGS, WEIGHTS):
+    for name in (SETTINGS_FILE, ARRAYS_FILE):
         assert (folder / name).read_bytes() == (folder.with_name("again") / name).read_bytes()
-    assert sorted(path.name for path in folder.iterdir()) == [SETTINGS, WEIGHTS]
+    assert sorted(path.name for path in folder.iterdir()) == [SETTINGS_FILE, ARRAYS_FILE]
 
 
 def change(folder: Path, alter: Callable[[dict[str, Any]], object]) -> None:
-    settings = json.loads((folder / SETTINGS).read_text())
+    settings = json.loads((folder / SETTINGS_FILE).read_text())
     alter(settings)
-    (folder / SETTINGS).write_text(json.dumps(settings))
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings))
 
 
 def reweigh(folder: Path, alter: Callable[[dict[str, np.ndarray]], object]) -> None:
     """Other numbers, with their checksum."""
-    arrays = load_file(folder / WEIGHTS)
+    arrays = load_file(folder / ARRAYS_FILE)
     alter(arrays)
-    (folder / WEIGHTS).write_bytes(save(arrays))
-    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    (folder / ARRAYS_FILE).write_bytes(save(arrays))
+    digest = hashlib.sha256((folder / ARRAYS_FILE).read_bytes()).hexdigest()
     change(folder, lambda settings: settings.update(sha256=digest))
 
 
@@ -125,17 +124,17 @@ def flip(path: Path) -> None:
 
 
 def a_pickle(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes(pickle.dumps({"unsafe.bias": 0}))
-    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    (folder / ARRAYS_FILE).write_bytes(pickle.dumps({"unsafe.bias": 0}))
+    digest = hashlib.sha256((folder / ARRAYS_FILE).read_bytes()).hexdigest()
     change(folder, lambda settings: settings.update(sha256=digest))
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "no weights": lambda folder: (folder / WEIGHTS).unlink(),
-    "half the weights": lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:99]),
-    "one bit": lambda folder: flip(folder / WEIGHTS),
-    "half the settings": lambda folder: (folder / SETTINGS).write_text((folder / SETTINGS).read_text()[:99]),
-    "settings that are no object": lambda folder: (folder / SETTINGS).write_text("[1]"),
+    "no arrays": lambda folder: (folder / ARRAYS_FILE).unlink(),
+    "half the arrays": lambda folder: (folder / ARRAYS_FILE).write_bytes((folder / ARRAYS_FILE).read_bytes()[:99]),
+    "one bit": lambda folder: flip(folder / ARRAYS_FILE),
+    "half the settings": lambda folder: (folder / SETTINGS_FILE).write_text((folder / SETTINGS_FILE).read_text()[:99]),
+    "settings that are no object": lambda folder: (folder / SETTINGS_FILE).write_text("[1]"),
     "an array too few": lambda folder: reweigh(folder, lambda arrays: arrays.pop("unsafe.idf")),
     "numbers too few": lambda folder: reweigh(folder, lambda a: a.update({"refusal.weights": np.ones(3)})),
     "numbers that are none": lambda folder: reweigh(folder, lambda a: a["unsafe.weights"].fill(np.nan)),
@@ -155,7 +154,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_broken_judge_is_one_clear_error(folder: Path, damage: Callable[[Path], object]) -> None:
     damage(folder)
-    with pytest.raises(JudgeError, match=r"pies holds no whole judge \(.*\): copy it again, or train one") as caught:
+    with pytest.raises(
+        JudgeError, match=r"pies does not hold a whole judge \(.*\): copy it again, or train one"
+    ) as caught:
         load_judge(str(folder))
     assert "\n" not in str(caught.value)
 
@@ -163,13 +164,12 @@ def test_a_broken_judge_is_one_clear_error(folder: Path, damage: Callable[[Path]
 def test_a_folder_or_file_that_is_no_judge_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no judge")
     for place in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(JudgeError, match=rf"{place.name} is no judge.*judge\.json.*config\.json.*'phrases'"):
+        with pytest.raises(JudgeError, match=rf"{place.name} is not a judge.*judge\.json.*config\.json.*'phrases'"):
             load_judge(str(place))
 
 
 def test_without_scikit_learn_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("classifier", "trained"):
-        monkeypatch.delitem(sys.modules, f"sqsd_filter.judges.{name}")
+    monkeypatch.delitem(sys.modules, "sqsd_filter.judges.classifier")
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(JudgeError, match=r"needs scikit-learn: pip install 'sqsd-filter\[judge\]'"):
         load_judge(str(folder))

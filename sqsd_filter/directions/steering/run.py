@@ -18,8 +18,8 @@ import torch
 
 from sqsd_filter.directions.offset import offset, random_like
 from sqsd_filter.directions.steering.curves import RANDOM, steers, trend
-from sqsd_filter.directions.steering.folder import LIKELIHOODS, REPORT, Results
 from sqsd_filter.directions.steering.rows import TrialColumns, Trials, read_trials
+from sqsd_filter.directions.steering.steer_files import LIKELIHOODS, REPORT, SteerFiles
 from sqsd_filter.errors import UsageError
 from sqsd_filter.judges import is_degenerate, is_refusal
 from sqsd_filter.judges.generation import answer
@@ -68,17 +68,17 @@ def steer(
         "rows": trials.source,
     }
     encoded = trials.encoded(scorer.encoder)
-    results = Results(Path(out), settings)
-    if results.report is not None:
-        progress.note(f"{results.out / REPORT} is there already: nothing to do")
-        return results.report
-    _Measuring(scorer, trials, encoded, results, max_new_tokens, progress).measure(alphas)
+    files = SteerFiles(Path(out), settings)
+    if files.report is not None:
+        progress.note(f"{files.out / REPORT} is there already: nothing to do")
+        return files.report
+    _Measuring(scorer, trials, encoded, files, max_new_tokens, progress).measure(alphas)
     curves = [
-        _curve(results, name, place, sign, alphas, with_pairs=bool(trials.pairs))
+        _curve(files, name, place, sign, alphas, with_pairs=bool(trials.pairs))
         for name, (place, sign) in directions(scorer.pack).items()
     ]
     report = {"pack": scorer.pack.name, "settings": settings, "directions": curves}
-    results.finish(report, _answers(results, [c["name"] for c in curves], alphas, trials.prompts))
+    files.finish(report, _answers(files, [c["name"] for c in curves], alphas, trials.prompts))
     return report
 
 
@@ -105,11 +105,11 @@ class _Measuring:
         scorer: Scorer,
         trials: Trials,
         encoded: tuple[list[Encoded], list[Encoded]],
-        results: Results,
+        files: SteerFiles,
         max_new_tokens: int,
         progress: Progress,
     ) -> None:
-        self.scorer, self.trials, self.results = scorer, trials, results
+        self.scorer, self.trials, self.files = scorer, trials, files
         self.safe, self.unsafe = encoded
         self.max_new_tokens, self.progress = max_new_tokens, progress
 
@@ -131,10 +131,10 @@ class _Measuring:
         adapters = {name: load_adapter(pack.adapter(place)) for name, (place, _) in directions(pack).items()}
         points = {BASE: (next(iter(adapters.values())), Decimal(0))}
         points |= {_point(name, a): (adapter, a) for name, adapter in adapters.items() for a in alphas if a}
-        left = {label: where for label, where in points.items() if not self.results.has(label)}
+        left = {label: where for label, where in points.items() if not self.files.has(label)}
         self.progress.start("steering", len(left) * prompts)
         for label, (adapter, alpha) in left.items():
-            self.results.keep(label, self._at(adapter, alpha))
+            self.files.keep(label, self._at(adapter, alpha))
             self.progress.advance(prompts)
         if self.trials.pairs:
             self._random_directions(adapters, [alpha for alpha in (alphas[0], alphas[-1]) if alpha])
@@ -142,11 +142,11 @@ class _Measuring:
 
     def _random_directions(self, adapters: Mapping[str, Adapter], ends: Sequence[Decimal]) -> None:
         wanted = [(name, seed, alpha) for name in adapters for seed in range(RANDOM) for alpha in ends]
-        left = [(name, seed, alpha) for name, seed, alpha in wanted if not self.results.has(_random(name, seed, alpha))]
+        left = [(name, seed, alpha) for name, seed, alpha in wanted if not self.files.has(_random(name, seed, alpha))]
         self.progress.start("random directions", len(left) * len(self.trials.pairs))
         for name, seed, alpha in left:
             with offset(self.model, random_like(adapters[name], seed), float(alpha)):
-                self.results.keep(_random(name, seed, alpha), self._likelihoods())
+                self.files.keep(_random(name, seed, alpha), self._likelihoods())
             self.progress.advance(len(self.trials.pairs))
 
     def _at(self, adapter: Adapter, alpha: Decimal) -> dict[str, Any]:
@@ -171,10 +171,10 @@ class _Measuring:
 
 
 def _curve(
-    results: Results, name: str, place: str, sign: int, alphas: Sequence[Decimal], *, with_pairs: bool
+    files: SteerFiles, name: str, place: str, sign: int, alphas: Sequence[Decimal], *, with_pairs: bool
 ) -> dict[str, Any]:
     """A direction's points, and what they say of it."""
-    points = [{"alpha": float(alpha), **_figures(results.read(_point(name, alpha)))} for alpha in alphas]
+    points = [{"alpha": float(alpha), **_figures(files.read(_point(name, alpha)))} for alpha in alphas]
     numbers = [point["alpha"] for point in points]
     refusals = trend(numbers, [point["refusal_rate"] for point in points], -sign)
     curve = {"name": name, "adapter": place, "expected": {"refusals": -sign, "margin": sign}, "points": points}
@@ -183,7 +183,7 @@ def _curve(
     margin = trend(numbers, [point["margin"] for point in points], sign)
     random = []
     for seed in range(RANDOM):
-        start, stop = (results.read(_random(name, seed, alpha))["margin"] for alpha in (alphas[0], alphas[-1]))
+        start, stop = (files.read(_random(name, seed, alpha))["margin"] for alpha in (alphas[0], alphas[-1]))
         change = None if start is None or stop is None else stop - start
         random.append({"seed": seed, "start": start, "stop": stop, "change": change})
     verdict = steers(margin, sign, [other["change"] for other in random])
@@ -206,7 +206,7 @@ def _figures(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _answers(
-    results: Results, names: Sequence[str], alphas: Sequence[Decimal], prompts: Sequence[str]
+    files: SteerFiles, names: Sequence[str], alphas: Sequence[Decimal], prompts: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Every answer with what it is an answer to; those of the model itself once, with the direction null."""
     places: list[tuple[str | None, Decimal]] = [(None, Decimal(0))]
@@ -221,5 +221,5 @@ def _answers(
             "degenerate": is_degenerate(text),
         }
         for name, alpha in places
-        for prompt, text in zip(prompts, results.read(_point(name or BASE, alpha))["answers"], strict=True)
+        for prompt, text in zip(prompts, files.read(_point(name or BASE, alpha))["answers"], strict=True)
     ]

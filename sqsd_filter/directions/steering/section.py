@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from sqsd_filter.directions.steering.folder import REPORT
 from sqsd_filter.directions.steering.plot import VERDICTS, draw
+from sqsd_filter.directions.steering.steer_files import REPORT
 from sqsd_filter.pipeline.page.parts import Plot, Section, read_left
 
 

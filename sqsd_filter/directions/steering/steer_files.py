@@ -26,7 +26,7 @@ FIGURES = ("prompts", "refusals", "refusal_rate", "refusal_low", "refusal_high",
 LIKELIHOODS = ("safe", "unsafe", "margin")
 
 
-class Results:
+class SteerFiles:
     """One run's folder. `report` is the finished run's, None while there is something to do."""
 
     def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
