@@ -33,7 +33,7 @@ from sqsd_filter.pipeline.writing.destination import (
     read_json,
 )
 from sqsd_filter.progress import Meter
-from sqsd_filter.scoring.models import cache_dir
+from sqsd_filter.scoring.embedded import cache_dir
 
 log = logging.getLogger(__name__)
 

