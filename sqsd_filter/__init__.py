@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sqsd_filter.corpus.row_formats import Columns
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from sqsd_filter.scoring.baselines import make_scorer
     from sqsd_filter.scoring.pack import Pack, load_pack
     from sqsd_filter.scoring.scorer import SQSDScorer
+
+    __version__: str
 
 _HOMES = {
     "SQSDScorer": "scoring.scorer",
@@ -55,8 +57,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import on first use, so that `--help` pays for nothing it does not show."""
+def __getattr__(name: str) -> object:
+    """Import on first use, so that `--help` and usage errors are quick."""
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'sqsd_filter' has no attribute '{name}'")
     return getattr(import_module(f"sqsd_filter.{_HOMES[name]}"), name)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("sqsd-filter")
+    except PackageNotFoundError:  # a checkout that was not installed
+        return "unknown"

@@ -1,16 +1,21 @@
-"""`sqsd-filter evaluate`: does a score tell which rows strip a model's safety?"""
+"""`sqsd-filter evaluate`: do models that are fine-tuned on riskier rows lose more safety?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sqsd_filter.cli import options, output
+from sqsd_filter.cli.base import Command, complete_files, examples, together
+from sqsd_filter.cli.options import option
 from sqsd_filter.errors import UsageError
 from sqsd_filter.wording import many
+
+if TYPE_CHECKING:
+    from sqsd_filter.evaluation.settings import Design
 
 TUNING = (
     *("r", "alpha", "dropout", "target_modules", "learning_rate", "epochs", "batch_size", "device_batch_size"),
@@ -20,118 +25,255 @@ DESIGN = (
     *("windows", "size", "drop_top", "match_tokens", "held_out"),
     *("harmful", "harmless", "prompts", "max_new_tokens", "generation"),
 )
-at_least_one = click.IntRange(min=1)
+FINE_TUNING, SETS, QUESTIONS = "Fine-tuning", "Sets of rows", "Questions and judges"
 
-sets = options.together(
-    options.option(
+sets = together(
+    option(
+        SETS,
         "--arms",
         default="windows",
         show_default=True,
         metavar="NAMES",
-        help="What to train on: windows, cut, both as windows,cut, or none.",
+        help="Sets of rows to train on: windows, cut, both as windows,cut, or none.",
     ),
-    options.option("--windows", type=int, default=5, show_default=True, metavar="N", help="So many windows."),
-    options.option("--size", type=int, metavar="N", help="Rows a window."),
-    options.option(
-        "--drop-top", default="5%", show_default=True, metavar="SHARE", help="The cut: 5%, 5pct or 0.05 of the rows."
+    option(SETS, "--windows", type=int, default=5, show_default=True, metavar="N", help="Number of windows."),
+    option(SETS, "--size", type=int, metavar="N", help="Rows per window. The windows need it."),
+    option(
+        SETS,
+        "--drop-top",
+        default="5%",
+        show_default=True,
+        metavar="SHARE",
+        help="The cut, as a share of the rows: 5%, 5pct or 0.05.",
     ),
-    options.option("--match-tokens", is_flag=True, help="Cut answers until all windows have as many answer tokens."),
-    options.option("--seeds", default="0,1,2", show_default=True, metavar="LIST", help="Train once with each."),
-    options.option(
+    option(
+        SETS,
+        "--match-tokens",
+        is_flag=True,
+        help="Shorten answers until all windows have the same number of answer tokens.",
+    ),
+    option(
+        SETS,
+        "--seeds",
+        default="0,1,2",
+        show_default=True,
+        metavar="LIST",
+        help="Train once with each of these seeds.",
+    ),
+    option(
+        SETS,
         "--held-out",
         type=int,
         default=100,
         show_default=True,
         metavar="N",
-        help="Rows for the loss, in no set.",
+        help="Rows to measure the loss on. They are in no set.",
+    ),
+    option(
+        SETS,
+        "--poison",
+        multiple=True,
+        metavar="SCORES",
+        help="Scores of known unsafe rows to mix in. Repeat it once for each of SCORES, in their order.",
     ),
 )
-questions = options.together(
-    options.option("--harmful", metavar="FILE.jsonl", help="Harmful prompts, a 'prompt' a line."),
-    options.option("--harmless", metavar="FILE.jsonl", help="Harmless prompts, for over-refusal."),
-    options.option("--prompts", type=int, metavar="N", help="Ask the first N prompts of each file only."),
-    options.option(
+questions = together(
+    option(
+        QUESTIONS,
+        "--harmful",
+        metavar="FILE.jsonl",
+        help="Harmful prompts, one per line as a `prompt`. Training needs them.",
+    ),
+    option(
+        QUESTIONS,
+        "--harmless",
+        metavar="FILE.jsonl",
+        help="Harmless prompts, one per line as a `prompt`, to measure over-refusal.",
+    ),
+    option(
+        QUESTIONS,
+        "--prompts",
+        type=int,
+        show_default="all prompts",
+        metavar="N",
+        help="Ask the first N prompts of each file only.",
+    ),
+    option(
+        QUESTIONS,
         "--judge",
         multiple=True,
         default=["phrases"],
         show_default=True,
         metavar="SPEC",
-        help="Who judges the answers; of several the first decides, and their agreement is told.",
+        help="Judge of the answers: phrases, a folder, or a chat guard of the Hub. Repeat it for several: the first "
+        "decides, and the report has their agreement.",
     ),
-    options.option(
-        "--max-new-tokens", type=int, default=128, show_default=True, metavar="TOKENS", help="Length of the answers."
+    option(
+        QUESTIONS,
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        show_default=True,
+        metavar="TOKENS",
+        help="Longest answer.",
     ),
-    options.option(
+    option(
+        QUESTIONS,
         "--generation",
         type=click.Choice(["transformers", "vllm"]),
         default="transformers",
         show_default=True,
-        help="What gives the answers.",
+        help="Library that generates the answers.",
     ),
 )
-tuning = options.together(
-    options.option("--r", type=int, default=8, show_default=True, metavar="N", help="Rank of the LoRA."),
-    options.option(
-        "--alpha", type=int, default=16, show_default=True, metavar="N", help="The LoRA's scale is alpha / r."
+tuning = together(
+    option(FINE_TUNING, "--r", type=int, default=8, show_default=True, metavar="N", help="Rank of the LoRA."),
+    option(
+        FINE_TUNING,
+        "--alpha",
+        type=int,
+        default=16,
+        show_default=True,
+        metavar="N",
+        help="Numerator of the LoRA's scale, alpha / r.",
     ),
-    options.option("--dropout", type=float, default=0.05, show_default=True, metavar="P", help="In the LoRA."),
-    options.option(
-        "--target-modules", default="all-linear", show_default=True, metavar="NAME", help="Layers with a LoRA."
+    option(
+        FINE_TUNING,
+        "--dropout",
+        type=float,
+        default=0.05,
+        show_default=True,
+        metavar="P",
+        help="Dropout in the LoRA.",
     ),
-    options.option("--learning-rate", type=float, default=5e-5, show_default=True, metavar="X", help="At its highest."),
-    options.option("--epochs", type=float, default=10.0, show_default=True, metavar="X", help="Passes over the rows."),
-    options.option("--batch-size", type=int, default=8, show_default=True, metavar="N", help="Rows an update."),
-    options.option(
-        "--device-batch-size", type=int, default=8, show_default=True, metavar="N", help="Rows in memory at a time."
+    option(
+        FINE_TUNING,
+        "--target-modules",
+        default="all-linear",
+        show_default=True,
+        metavar="NAME",
+        help="Modules that get a LoRA.",
     ),
-    options.option("--schedule", default="cosine", show_default=True, metavar="NAME", help="Of the learning rate."),
-    options.option(
+    option(
+        FINE_TUNING,
+        "--learning-rate",
+        type=float,
+        default=5e-5,
+        show_default=True,
+        metavar="X",
+        help="Highest learning rate.",
+    ),
+    option(
+        FINE_TUNING,
+        "--epochs",
+        type=float,
+        default=10.0,
+        show_default=True,
+        metavar="X",
+        help="Passes over the rows.",
+    ),
+    option(
+        FINE_TUNING,
+        "--batch-size",
+        type=int,
+        default=8,
+        show_default=True,
+        metavar="N",
+        help="Rows per update.",
+    ),
+    option(
+        FINE_TUNING,
+        "--device-batch-size",
+        type=int,
+        default=8,
+        show_default=True,
+        metavar="N",
+        help="Rows per pass: --batch-size must be a multiple of it.",
+    ),
+    option(
+        FINE_TUNING,
+        "--schedule",
+        default="cosine",
+        show_default=True,
+        metavar="NAME",
+        help="Schedule of the learning rate.",
+    ),
+    option(
+        FINE_TUNING,
         "--warmup-ratio",
         type=float,
         default=0.1,
         show_default=True,
         metavar="P",
-        help="Share of updates for it to rise in.",
+        help="Share of the updates in which the learning rate rises.",
     ),
-    options.option(
-        "--max-length", type=int, default=1024, show_default=True, metavar="TOKENS", help="Truncate rows here."
+    option(
+        FINE_TUNING,
+        "--max-length",
+        type=int,
+        default=1024,
+        show_default=True,
+        metavar="TOKENS",
+        help="Truncate rows to this many tokens.",
     ),
-    options.option(
+    option(
+        FINE_TUNING,
         "--dtype",
         type=click.Choice(["float32", "bfloat16"]),
         default="bfloat16",
         show_default=True,
-        help="Of the model's weights; the LoRA's are float32.",
+        help="Number format of the model's weights. The LoRA's are in float32.",
     ),
+    option(
+        FINE_TUNING,
+        "--device",
+        show_default="a GPU if there is one, else cpu",
+        metavar="NAME",
+        help="Device for training and answers: cpu or cuda.",
+    ),
+    options.plain(FINE_TUNING, "--keep-adapters", is_flag=True, help="Keep the LoRA of each run in DEST."),
 )
 
 
-@click.command()
-@click.argument("scores", nargs=-1, metavar="SCORES...")
+@click.command(
+    cls=Command,
+    short_help="Fine-tune on risky and on safe rows, and compare.",
+    epilog=examples(
+        (
+            "Five windows of 500 rows each, 15 fine-tunes",
+            "sqsd-filter evaluate scores.parquet study/ --size 500 --harmful harmful.jsonl",
+        ),
+        (
+            "A quick look: the riskiest and the safest rows, one seed",
+            "sqsd-filter evaluate scores.parquet study/ --size 500 --windows 2 --seeds 0 \\\n"
+            "    --harmful harmful.jsonl",
+        ),
+        (
+            "How many unsafe rows does a cut find? No fine-tune is needed",
+            "sqsd-filter evaluate scores.parquet study/ --arms none --poison unsafe.parquet",
+        ),
+    ),
+)
+@click.argument("scores", nargs=-1, metavar="SCORES...", shell_complete=complete_files)
 @click.argument("dest", type=click.Path(path_type=Path), metavar="DEST")
-@options.option("--pack", default="smollm2-135m", show_default=True, metavar="NAME|DIR|HUB", help="The aligned model.")
+@options.pack
 @sets
 @questions
 @tuning
-@options.option(
-    "--poison", multiple=True, metavar="SCORES", help="Scores of known unsafe rows; once for each of SCORES, in order."
-)
-@click.option("--keep-adapters", is_flag=True, help="Keep the LoRA of each run.")
-@options.option("--device", metavar="NAME", help="cpu or cuda; the default is a GPU if there is one.")
-@options.manners
+@options.common
 @click.pass_context
-def evaluate(context: click.Context, scores: tuple[str, ...], dest: Path, **params: Any) -> None:
-    """Fine-tune the pack's model on the riskiest to the safest rows by SCORES, and ask it harmful prompts.
+def evaluate(context: click.Context, /, scores: tuple[str, ...], dest: Path, **_: object) -> None:
+    """Fine-tune the pack's model on the riskiest to the safest rows by SCORES, and ask each model harmful prompts.
 
-    SCORES are what 'sqsd-filter score' left of the same rows, by one or several scorers. The same command goes on where
-    it was interrupted.
+    SCORES are files that `sqsd-filter score` wrote for the same rows, by one or several scorers. The results go to the
+    folder DEST. The same command resumes an interrupted evaluation.
     """
-    from sqsd_filter.evaluation.run import evaluate as run
-
     if not scores:
         raise UsageError(f"Name one or more SCORES and then DEST, a folder: there is only {dest}.")
-    display = output.begin(context)
-    found = run(
+    from sqsd_filter.evaluation.run import evaluate as run
+
+    params, display = context.params, output.begin(context)
+    results = run(
         scores,
         dest,
         design_of(params),
@@ -141,11 +283,11 @@ def evaluate(context: click.Context, scores: tuple[str, ...], dest: Path, **para
         device=params["device"],
         progress=display,
     )
-    output.show(found, as_json=params["json_output"], quiet=params["quiet"], text=table)
+    output.show(results, as_json=params["json_output"], quiet=params["quiet"], text=table)
 
 
-def design_of(params: Mapping[str, Any]) -> Any:
-    """The evaluation that the options ask for."""
+def design_of(params: Mapping[str, Any]) -> Design:
+    """The evaluation by these options."""
     from sqsd_filter.evaluation.settings import Design, FineTuning
 
     return Design(
@@ -165,31 +307,33 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in _listed(text)]
     except ValueError:
-        raise UsageError(f"--seeds must be whole numbers with commas between them, as 0,1,2, not '{text}'.") from None
+        raise UsageError(
+            f"--seeds must be whole numbers with commas between them, for example 0,1,2, not '{text}'."
+        ) from None
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """A line for each set of rows, then one for each scorer's verdict, then those of the mixes."""
-    blocks = [[_about(found)]]
-    if found["rows"]:
-        lines = [["untuned", "", *_cells(found["untuned"])], *_windows(found["scorers"]), *_arms(found["arms"])]
+def table(results: Mapping[str, Any]) -> str:
+    """One line per set of rows, then one per scorer with its verdict, then the mixes with unsafe rows."""
+    blocks = [[_about(results)]]
+    if results["rows"]:
+        lines = [["untuned", "", *_cells(results["untuned"])], *_windows(results["scorers"]), *_arms(results["arms"])]
         head = ["", "", "rows", "tokens", "ASR (95 % interval)", "refused", "harmless answer", "degenerate"]
         blocks.append(output.aligned([[*head, "over-refusal", "loss"], *lines]))
-        verdicts = [*_spreads(found["scorers"]), *_savings(found["arms"])]
-        blocks.append([*verdicts, *_agreements(found["judges"]["agreement"])])
-        blocks += [found["warnings"]] if found["warnings"] else []
-    if found["poisoned"]:
+        verdicts = [*_spreads(results["scorers"]), *_savings(results["arms"])]
+        blocks.append([*verdicts, *_agreements(results["judges"]["agreement"])])
+        blocks += [results["warnings"]] if results["warnings"] else []
+    if results["poisoned"]:
         head = ["", "unsafe", "rows", "precision = recall", "ROC-AUC", "average precision"]
-        blocks.append(output.aligned([head, *_poisoned(found["poisoned"])]))
+        blocks.append(output.aligned([head, *_poisoned(results["poisoned"])]))
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
-def _about(found: Mapping[str, Any]) -> str:
-    if not found["model"]:
+def _about(results: Mapping[str, Any]) -> str:
+    if not results["model"]:
         return "shares in %"
-    seeds, rows = ", ".join(map(str, found["seeds"])), found["rows"]
-    asked = many(found["prompts"]["harmful"], "harmful prompt")
-    what = f"{found['model']['name']}, {asked}, judged by {found['judges']['asr']}, seeds {seeds}"
+    seeds, rows = ", ".join(map(str, results["seeds"])), results["rows"]
+    asked = many(results["prompts"]["harmful"], "harmful prompt")
+    what = f"{results['model']['name']}, {asked}, judged by {results['judges']['asr']}, seeds {seeds}"
     usable = f"of {rows['all']:,} rows {rows['learned']:,} to learn from, {rows['held_out']:,} held out"
     return f"{what}; {usable}; shares in %, loss in nats a token"
 

@@ -1,10 +1,12 @@
-"""What `pack inspect` and `pack convert` print."""
+"""The tables that `pack inspect` and `pack convert` print."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from sqsd_filter.cli import output
 
 Row = Sequence[str]
 
@@ -19,7 +21,7 @@ def inspection(report: Mapping[str, Any], *, modules: bool) -> str:
     template = report["chat_template_kwargs"]
     lines.append(f"rows      up to {report['max_length']:,} tokens" + (f", {json.dumps(template)}" if template else ""))
     shared = "; shared state" if report["shared_state"] else ""
-    lines.append(f"passes    {passes} a row{shared}: " + "; ".join(_pass(state) for state in report["states"]))
+    lines.append(f"passes    {passes} per row{shared}: " + "; ".join(_pass(state) for state in report["states"]))
     lines += [
         "",
         *_table(("probe", "weight", "direction", "state", "modules", "cos to state", "steers"), _probes(report)),
@@ -40,22 +42,24 @@ def inspection(report: Mapping[str, Any], *, modules: bool) -> str:
 
 
 def conversion(report: Mapping[str, Any]) -> str:
-    """What was kept of a checkpoint's change, by type of module, and what could not be."""
+    """The share of a checkpoint's change that was kept, and the kinds of tensors that an adapter can't hold."""
     rank, modules = report["rank"], report["modules"]
     ranks = f"rank {rank['min']}" if rank["min"] == rank["max"] else f"ranks {rank['min']} to {rank['max']}"
     lines = [
         f"{report['path']}: {report['checkpoint']} minus {report['base']} in {len(modules):,} modules, {ranks}",
         f"  energy kept  {report['energy']:.1%} of ‖D‖² in them, {min(m['energy'] for m in modules.values()):.1%} to "
-        f"{max(m['energy'] for m in modules.values()):.1%} a module; --json has each",
+        f"{max(m['energy'] for m in modules.values()):.1%} per module; --json lists each",
         f"  they are     {report['linear_share']:.1%} of ‖θ - θ0‖², whose root is {report['norm']:.4g}",
     ]
-    for kind, found in report["not_held"].items():
-        count, share = len(found["tensors"]), found["share"]
+    for kind, lost in report["not_held"].items():
+        count, share = len(lost["tensors"]), lost["share"]
         lines.append(f"  not held     {share:.2%} in {kind} ({count:,} tensor{'s' * (count != 1)})")
     if report["unchanged"]:
-        lines.append(f"  unchanged    {len(report['unchanged']):,} modules, which are left out")
+        lines.append(f"  unchanged    {len(report['unchanged']):,} modules, left out")
     if report["unmatched"]:
-        lines.append(f"  not compared, since they are not in both or not alike: {', '.join(report['unmatched'])}")
+        lines.append(
+            f"  not compared, because they are in one model only or differ in shape: {', '.join(report['unmatched'])}"
+        )
     return "\n".join(lines)
 
 
@@ -88,13 +92,13 @@ def _adapter(name: str, a: Mapping[str, Any]) -> Row:
 
 
 def _origin(name: str, a: Mapping[str, Any]) -> Row:
-    told = a["provenance"] or {}
-    counts = (f"{told[what]:,} {what}" for what in ("rows", "steps") if isinstance(told.get(what), int))
-    return name, ", ".join([*_data(told.get("data")), *counts]) or "-", str(told.get("licence") or "-")
+    origin = a["provenance"] or {}
+    counts = (f"{origin[what]:,} {what}" for what in ("rows", "steps") if isinstance(origin.get(what), int))
+    return name, ", ".join([*_data(origin.get("data")), *counts]) or "-", str(origin.get("licence") or "-")
 
 
-def _data(data: Any) -> list[str]:
-    """What an adapter was trained on, in whichever form a pack tells it: a text, a dataset of the Hub, or files."""
+def _data(data: object) -> list[str]:
+    """The training data of an adapter. A pack has it as a text, a dataset of the Hub, or files."""
     if not isinstance(data, dict):
         return [str(data)] if data else []
     match data:
@@ -108,15 +112,15 @@ def _data(data: Any) -> list[str]:
 
 
 def _norms(what: str, adapters: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Minimum, median and maximum of ‖V_m‖, a kind of module in a row and an adapter in a column."""
+    """Minimum, median and maximum of ‖V_m‖: one row per kind of module, one column per adapter."""
     summaries = [a[f"by_{what}"] for a in adapters.values()]
-    kinds = list(dict.fromkeys(kind for found in summaries for kind in found))
-    rows = [[str(kind), *(_spread(found.get(kind)) for found in summaries)] for kind in kinds]
+    kinds = list(dict.fromkeys(kind for norms in summaries for kind in norms))
+    rows = [[str(kind), *(_spread(norms.get(kind)) for norms in summaries)] for kind in kinds]
     return _table((f"‖V_m‖ by {what}", *(f"{name}: min, median, max" for name in adapters)), rows)
 
 
-def _spread(found: Mapping[str, Any] | None) -> str:
-    return " ".join(f"{_number(found[k], '.4f'):>7}" for k in ("min", "median", "max")) if found else "-"
+def _spread(norms: Mapping[str, Any] | None) -> str:
+    return " ".join(f"{_number(norms[k], '.4f'):>7}" for k in ("min", "median", "max")) if norms else "-"
 
 
 def _modules(adapters: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -130,7 +134,7 @@ def _cosine(pair: Mapping[str, Any]) -> Row:
     return ", ".join(pair["directions"]), f"{pair['modules']:,}", *numbers
 
 
-def _validation(validation: Any) -> list[str]:
+def _validation(validation: object) -> list[str]:
     done = ", ".join(validation) if isinstance(validation, dict) else ""
     return [f"validated {done} (figures with --json)" if done else "validated nothing yet"]
 
@@ -139,15 +143,11 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _table(head: Row, rows: Any) -> list[str]:
-    """Lines with aligned columns, the first to the left and numbers to the right."""
-    cells = [list(head), *map(list, rows)]
-    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [all(_numeric(row[k]) for row in cells[1:]) for k in range(len(head))]
-    return [
-        "  ".join(f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(row, wide, right, strict=True)).rstrip()
-        for row in cells
-    ]
+def _table(head: Row, rows: Iterable[Row]) -> list[str]:
+    """Lines with aligned columns: numbers to the right, texts to the left."""
+    body = list(rows)
+    texts = [k for k in range(len(head)) if not all(_numeric(row[k]) for row in body)]
+    return output.aligned([head, *body], left=texts)
 
 
 def _numeric(cell: str) -> bool:

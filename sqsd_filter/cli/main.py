@@ -1,4 +1,4 @@
-"""The command `sqsd-filter`: without a subcommand it filters. Nothing heavy is imported before it is needed."""
+"""The command `sqsd-filter`: without a command's name it filters. Nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from sqsd_filter.cli import options, output
+import sqsd_filter
+from sqsd_filter.cli import options, output, settings
+from sqsd_filter.cli.base import DEFAULT, FilterFirst, examples
 from sqsd_filter.cli.check import check
 from sqsd_filter.cli.drift import drift
 from sqsd_filter.cli.evaluate import evaluate
@@ -24,16 +26,15 @@ from sqsd_filter.cli.steer import steer
 from sqsd_filter.cli.store import store
 from sqsd_filter.errors import SQSDError, UsageError
 
-DEFAULT = "filter"
+if TYPE_CHECKING:
+    from sqsd_filter.pipeline.publishing.hub import PushTo
+    from sqsd_filter.pipeline.stage.engines import Engine
 
 
-class FilterFirst(click.Group):
-    """A group whose first argument may be a source: then the subcommand is `filter`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
-            args = [DEFAULT, *args]
-        return super().parse_args(ctx, args)
+def _show_version(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not context.resilient_parsing:
+        click.echo(f"sqsd-filter, version {sqsd_filter.__version__}")
+        context.exit()
 
 
 @click.group(
@@ -41,34 +42,42 @@ class FilterFirst(click.Group):
     context_settings={"help_option_names": ["-h", "--help"]},
     subcommand_metavar="SRC... DEST --drop-top 5% | COMMAND ...",
 )
-@click.version_option(package_name="sqsd-filter", prog_name="sqsd-filter")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
 def cli() -> None:
-    """Put a safety-risk column on every row of an instruction corpus, and write it back without its riskiest rows.
+    """Give every row of an instruction dataset a safety risk, and write it back without its riskiest rows.
 
     \b
         sqsd-filter in.jsonl out/ --drop-top 5%
 
-    is short for `sqsd-filter filter ...`; see `sqsd-filter filter --help` for its options.
+    This is short for the command filter, and takes its options: see `sqsd-filter filter --help`.
     """
 
 
 @contextmanager
-def _engine(params: dict[str, Any]) -> Iterator[Any]:
+def _engine(params: dict[str, Any]) -> Iterator[Engine]:
     from sqsd_filter.pipeline.stage.engines import choose_engine
 
     asked = {name: params[name] for name in ("replicas", "gpus_per_replica", "ray_address", "device")}
     engine = choose_engine(params["engine"], **asked)
     with ExitStack() as stack:
-        # Ray's driver prints what its processes complain of to stdout, which belongs to the results.
+        # Ray's driver prints the errors of its processes to stdout, which is for the result only.
         elsewhere = sys.stderr if params["verbose"] else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         stack.enter_context(redirect_stdout(elsewhere))
         stack.callback(engine.close)
         yield engine
 
 
-def _push(params: dict[str, Any]) -> Any:
-    """The repository that gets the result, if there is one besides or instead of a folder."""
-    from sqsd_filter.pipeline.publishing.hub import HUB, PushTo
+def _push(params: dict[str, Any]) -> PushTo | None:
+    """The repository that gets the result, if there is one beside or instead of a folder."""
+    from sqsd_filter.corpus.repositories import HUB
+    from sqsd_filter.pipeline.publishing.hub import PushTo
 
     rows = params["push_rows"] and [name.strip() for name in params["push_rows"].split(",")]
     how = {"rows": rows, **{name: params[name] for name in ("private", "revision", "create_pr")}}
@@ -77,13 +86,13 @@ def _push(params: dict[str, Any]) -> Any:
     if params["dest"].startswith(HUB):
         return PushTo.at(params["dest"], **how)
     if any(value not in (None, False) for value in how.values()) or how["private"] is False:
-        raise UsageError("--private, --public, --revision, --create-pr and --push-rows say how to push: add --push-to.")
+        raise UsageError("--private, --public, --revision, --create-pr and --push-rows need --push-to: add it.")
     return None
 
 
 def _record(context: click.Context) -> dict[str, Any]:
-    """What the report says of how it was asked for."""
-    return {"settings": options.settings(context), "command": options.command(context)}
+    """The settings and the command line, for the report."""
+    return {"settings": settings.origins(context), "command": settings.command_line(context)}
 
 
 def _finish(context: click.Context, report: dict[str, Any]) -> None:
@@ -92,10 +101,10 @@ def _finish(context: click.Context, report: dict[str, Any]) -> None:
     output.show(report, as_json=params["json_output"], quiet=params["quiet"], text=lambda r: output.summary(r, dest))
 
 
-def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]], **more: Any) -> None:
-    """What the commands that score have in common: `run` is the API's function, `more` what only it takes.
+def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]], **more: object) -> None:
+    """The part that `filter` and `score` share: `run` is the function of the API, `more` the arguments of its own.
 
-    With --dry-run, say what it would cost instead of doing it.
+    With --dry-run, print the estimated cost instead.
     """
     from sqsd_filter.pipeline.forecast import estimate
     from sqsd_filter.pipeline.metrics import Metrics
@@ -106,11 +115,11 @@ def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]]
     with Metrics(None if params["dry_run"] else params["metrics_file"], display) as metrics:
         Policy.of(params.get("on_error", "quarantine"), params["max_error_rate"])
         if params["overwrite"]:
-            spare(Path(params["dest"]), options.for_scorer(context).values())
+            spare(Path(params["dest"]), settings.for_scorer(context).values())
         common = {name: params[name] for name in ("limit", "score_store", "streaming")}
         common |= {
-            "columns": options.columns_of(params),
-            "scorer": options.scorer_of(context),
+            "columns": settings.columns(params),
+            "scorer": settings.scorer(context),
             "progress": metrics.meter,
         }
         if params["dry_run"]:
@@ -132,77 +141,122 @@ def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]]
     _finish(context, metrics.report)
 
 
-@cli.command(DEFAULT)
+@cli.command(
+    DEFAULT,
+    short_help="Write rows back without the riskiest ones (the default).",
+    epilog=examples(
+        ("Drop the riskiest 5 % of a file's rows", "sqsd-filter in.jsonl out/ --drop-top 5%"),
+        (
+            "Drop 5 % of a dataset of the Hub, shared among its categories",
+            "sqsd-filter org/corpus out/ --drop-top 5% --per-group category",
+        ),
+        ("Print rows, tokens and time first, and write nothing", "sqsd-filter in.jsonl out/ --drop-top 5% --dry-run"),
+    ),
+)
 @options.sources
 @options.dest
 @options.cuts
 @options.scoring
-@options.engine
-@options.stored
 @options.rows
 @options.errors
 @options.on_error
+@options.engine
 @options.written
-@options.pushed
 @options.explain
 @options.overwrite
+@options.pushed
+@options.metrics_file
 @options.dry_run
-@options.manners
+@options.common
 @click.pass_context
-def filter_command(context: click.Context, **params: Any) -> None:
-    """Score every row of SRC... and write the rows to the folder or URL DEST without the riskiest."""
-    from sqsd_filter.pipeline.run import filter_dataset
+def filter_command(context: click.Context, /, **_: object) -> None:
+    """Score every row of SRC... and write the rows to DEST, a folder or URL, without the riskiest ones.
+
+    SRC is a file, a glob, a folder, a dataset of the Hub (org/name), a URL, or - for standard input. Give exactly one
+    of --drop-top, --drop-count, --max-risk and --keep-lowest. The same command resumes an interrupted run.
+    """
     from sqsd_filter.pipeline.selecting.selection import Cut
+
+    params = context.params
+    cut, how = settings.one_cut(context), {name: params[name] for name in settings.WRITTEN}
+    Cut.of(**cut)
+    from sqsd_filter.pipeline.run import filter_dataset
     from sqsd_filter.pipeline.writing.writers import Output
 
-    cut, how = options.one_cut(context), {name: params[name] for name in options.WRITTEN}
-    Cut.of(**cut)
     Output.of(**how)
     _score_and_report(context, filter_dataset, **cut, **how, on_error=params["on_error"], push=_push(params))
 
 
-@cli.command()
+@cli.command(
+    short_help="Add the scores to all rows; drop none.",
+    epilog=examples(
+        ("Score all rows of a file", "sqsd-filter score in.jsonl scores.parquet"),
+        (
+            "Score with your own pack, on one GPU",
+            "sqsd-filter score in.jsonl scores.parquet --pack my-pack --device cuda",
+        ),
+        ("Score by a baseline, to compare", "sqsd-filter score in.jsonl length.parquet --scorer length"),
+    ),
+)
 @options.sources
 @options.dest
 @options.scoring
-@options.engine
-@options.stored
 @options.rows
 @options.errors
+@options.engine
 @options.per_module
 @options.explain
 @options.overwrite
+@options.metrics_file
 @options.dry_run
-@options.manners
+@options.common
 @click.pass_context
-def score(context: click.Context, **params: Any) -> None:
-    """Write all rows of SRC... to the file DEST.parquet with their score columns; drop none."""
+def score(context: click.Context, /, **_: object) -> None:
+    """Write all rows of SRC... to DEST, a parquet file, with their scores. No row is dropped.
+
+    The same command resumes an interrupted run.
+    """
     from sqsd_filter.pipeline.run import score_dataset
 
     _score_and_report(context, score_dataset)
 
 
-@cli.command()
+@cli.command(
+    short_help="Cut scored rows again, without a model.",
+    epilog=examples(
+        ("Drop 10 % by the scores in a file", "sqsd-filter select scores.parquet out/ --drop-top 10%"),
+        ("Cut the rows of an earlier run elsewhere", "sqsd-filter select out/ other/ --max-risk 30"),
+        (
+            "Cut by the scores of two packs",
+            "sqsd-filter select a.parquet out/ --scores b.parquet --consensus max --drop-top 5%",
+        ),
+    ),
+)
 @options.sources
 @options.dest
 @options.cuts
 @options.combined
 @options.on_error
 @options.written
-@options.pushed
 @options.overwrite
-@options.manners
+@options.pushed
+@options.common
 @click.pass_context
-def select(context: click.Context, **params: Any) -> None:
-    """Cut again, without a model: SRC... are scored files, or the folder of an earlier run."""
+def select(context: click.Context, /, **_: object) -> None:
+    """Cut rows by the scores that they have, without a model, and write them to DEST, a folder or URL.
+
+    SRC... are files that `sqsd-filter score` wrote, or the folder of an earlier run. Give exactly one of --drop-top,
+    --drop-count, --max-risk and --keep-lowest.
+    """
     from sqsd_filter.pipeline.run import select_dataset
 
+    params = context.params
     display = output.begin(context)
     report = select_dataset(
         params["sources"],
         params["dest"],
-        **options.one_cut(context),
-        **{name: params[name] for name in (*options.WRITTEN, "scores", "consensus")},
+        **settings.one_cut(context),
+        **{name: params[name] for name in (*settings.WRITTEN, "scores", "consensus")},
         on_error=params["on_error"],
         push=_push(params),
         overwrite=params["overwrite"],
@@ -212,22 +266,20 @@ def select(context: click.Context, **params: Any) -> None:
     _finish(context, report)
 
 
-cli.add_command(check)
-cli.add_command(pack)
-cli.add_command(steer)
-cli.add_command(store)
-cli.add_command(drift)
-cli.add_command(evaluate)
-cli.add_command(report)
 pack.add_command(states)
+for command in (check, report, evaluate, drift, steer, pack, store):
+    cli.add_command(command)
 
 
 INTERRUPTED = 130  # exit code
 
 
 def run() -> None:
-    """A process of the command's own: once it was interrupted it leaves at once, whatever threads still do, because
-    what native code does at the exit of an interpreter may change the exit code."""
+    """Run the command line in a process of its own.
+
+    After an interruption the process ends at once, whatever its threads do: native code that runs at the exit of an
+    interpreter may change the exit code.
+    """
     try:
         main()
     except SystemExit as leaving:
@@ -243,7 +295,7 @@ def _terminate(*_: object) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and leave with its exit code."""
+    """Run the command line. Raises `SystemExit` with its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -253,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
         problem.show(sys.stderr)
         sys.exit(2 if isinstance(problem, click.UsageError) else problem.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted. What was written is kept; the same command does the rest:", err=True)
+        click.echo("Interrupted. What was written is kept. The same command resumes:", err=True)
         click.echo("  " + shlex.join(["sqsd-filter", *given]), err=True)
         sys.exit(INTERRUPTED)
     except SQSDError as problem:

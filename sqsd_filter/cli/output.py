@@ -1,4 +1,4 @@
-"""What people see: bars on a terminal, lines elsewhere, a summary at the end. Results to stdout, the rest to stderr."""
+"""Progress bars on a terminal, progress lines elsewhere, and summaries. Results go to stdout, all else to stderr."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import click
 
@@ -18,9 +18,11 @@ from sqsd_filter.wording import many
 LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
 SHOWN = 10  # groups in a summary
 
+Report = TypeVar("Report", bound=Mapping[str, Any])
+
 
 class Display:
-    """A `progress.Progress`: rows/s, tokens/s and time left."""
+    """A `progress.Progress` that shows rows per second, tokens per second and the time left."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -88,14 +90,14 @@ class Display:
 
 
 def begin(context: click.Context) -> Display:
-    """Let libraries say as much as was asked for, and show progress to match."""
+    """Set how much libraries log by -q and -v, and return a display to match."""
     quiet = context.params["quiet"]
     listen(verbose=context.params["verbose"], quiet=quiet)
     return Display(quiet=quiet)
 
 
 def listen(*, verbose: bool = False, quiet: bool = False) -> None:
-    """What libraries and this package log: errors of the former, also warnings of the latter, unless told otherwise."""
+    """Set what is logged: by default errors of libraries, and errors and warnings of this package."""
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
     logging.getLogger("sqsd_filter").setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
     if not verbose:
@@ -111,8 +113,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
 
 
-def show(report: Mapping[str, Any], *, as_json: bool, quiet: bool, text: Callable[[Mapping[str, Any]], str]) -> None:
-    """Print a result: the report itself with --json, else `text(report)`, else nothing."""
+def show(report: Report, *, as_json: bool, quiet: bool, text: Callable[[Report], str]) -> None:
+    """Print a result: the report itself with --json, nothing if `quiet`, else `text(report)`."""
     if as_json:
         click.echo(json.dumps(report, indent=2))
     elif not quiet:
@@ -120,7 +122,7 @@ def show(report: Mapping[str, Any], *, as_json: bool, quiet: bool, text: Callabl
 
 
 def summary(report: Mapping[str, Any], dest: object) -> str:
-    """A dozen lines about a finished run, and as many about its groups."""
+    """At most a dozen lines about a finished run, and as many about its groups."""
     from sqsd_filter.pipeline.report import load_calls
 
     rows, q, seconds = report["rows"], report["risk_quantiles"], report["timing"]["seconds"]
@@ -152,13 +154,13 @@ def summary(report: Mapping[str, Any], dest: object) -> str:
         where = f", {report['dtype']} on {report['device']}" if "dtype" in report else ""
         where += f", shared state: {pack['shared_state']}" if pack.get("shared_state") else ""
         lines.append(f"  pack     {pack['name']} ({pack['fingerprint']}) on {pack['base_model']}{where}")
-    if found := report.get("consensus"):
-        packs = ", ".join(pack["scores"] for pack in found["packs"])
-        lines.append(f"  packs    {found['rule']} of the ranks by {packs}")
+    if consensus := report.get("consensus"):
+        packs = ", ".join(pack["scores"] for pack in consensus["packs"])
+        lines.append(f"  packs    {consensus['rule']} of the ranks by {packs}")
     if report.get("already_done"):
         lines.append("  nothing to do: this run was already done")
     else:
-        pace = f", {report['tokens'] / seconds:,.0f} tokens/s over all" if rows["scored"] and seconds else ""
+        pace = f", {report['tokens'] / seconds:,.0f} tokens/s overall" if rows["scored"] and seconds else ""
         lines.append(f"  time     {duration(seconds)} for {report['tokens']:,} tokens{pace}")
     return "\n".join(lines + (_groups(report["groups"]) if "groups" in report else []))
 
@@ -168,22 +170,21 @@ def _weights(weights: Mapping[str, Any]) -> list[str]:
     return [f"  weights  {weights['sum']:>9,.1f}   is the sum of sqsd_weight{half}"]
 
 
-def _groups(found: Mapping[str, Any]) -> list[str]:
-    """What became of the largest groups or splits."""
-    groups = sorted(found["groups"], key=lambda group: -group["scored"])
-    what = "splits" if found["column"] is None else "groups"
-    lines = [f"  {what}   {len(groups):>9,}   " + (f"by {found['column']!r}" if found["column"] is not None else "")]
-    if found["spared"]:
-        lines.append(f"  spared   {found['spared']:>9,}   rows fewer than the cut says, so that no group is emptied")
+def _groups(pieces: Mapping[str, Any]) -> list[str]:
+    """The rows dropped from the largest groups or splits, or the sum of their weights."""
+    groups = sorted(pieces["groups"], key=lambda group: -group["scored"])
+    column, spared = pieces["column"], pieces["spared"]
+    what = "splits" if column is None else "groups"
+    lines = [f"  {what}   {len(groups):>9,}   " + (f"by {column!r}" if column is not None else "")]
+    if spared:
+        lines.append(f"  spared   {spared:>9,}   rows that the cut would drop are kept, so that no group is emptied")
     cells = []
     for group in groups[:SHOWN]:
         weighted, level = "sum" in group, group["threshold"]
         fate = f"weights {group['sum']:,.1f}" if weighted else f"{group['dropped']:,} dropped"
         risk = "" if level is None else f"{'0.5 at' if weighted else 'from'} risk {level:.4f}"
         cells.append((_label(group), f"{group['scored']:,} rows", fate, risk))
-    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for label, rows, fate, risk in cells:
-        lines.append(f"    {label:<{wide[0]}}   {rows:>{wide[1]}}   {fate:>{wide[2]}}   {risk}")
+    lines += [f"    {line}" for line in aligned(cells, left=(0, 3), gap="   ")]
     return [line.rstrip() for line in lines] + [f"    ... and {len(groups) - SHOWN:,} more"] * (len(groups) > SHOWN)
 
 
@@ -196,51 +197,55 @@ def _label(group: Mapping[str, Any]) -> str:
 
 
 def forecast(guess: Mapping[str, Any]) -> str:
-    """What --dry-run says."""
-    took = duration(guess["seconds"])
-    how = {0: "none goes", 1: "each goes once"}.get(guess["passes"], f"each goes {guess['passes']} times")
+    """The text of --dry-run."""
+    expected = duration(guess["seconds"])
+    passes = {0: "no pass", 1: "one pass"}.get(guess["passes"], f"{guess['passes']} passes")
     other = ", ".join(f"{guess[kind]:,} {kind}" for kind in ("reused", "duplicates", "unreadable") if guess[kind])
     lines = [
         f"{many(guess['rows'], 'row')} of {many(len(guess['inputs']), 'file')}, read as {guess['format']}",
         f"  to score  {guess['to_score']:>12,}   {other}".rstrip(),
-        f"  tokens    {guess['tokens']:>12,}   estimated; {how} through the model",
-        f"  time      {took:>12}   estimated from {guess['sampled']} rows, {guess['dtype']} on {guess['device']}",
+        f"  tokens    {guess['tokens']:>12,}   estimated; {passes} through the model",
+        f"  time      {expected:>12}   estimated from {guess['sampled']} rows, {guess['dtype']} on {guess['device']}",
     ]
     return "\n".join([*lines, *(f"  file      {i['path']} ({i['rows']:,} rows)" for i in guess["inputs"])])
 
 
-def stored(found: Mapping[str, Any]) -> str:
-    """What `store info` says."""
-    lines = [f"{found['where']}: {many(sum(s['rows'] for s in found['stores']), 'score')}"]
-    for s in found["stores"]:
+def stored(report: Mapping[str, Any]) -> str:
+    """The text of `store info`."""
+    lines = [f"{report['where']}: {many(sum(s['rows'] for s in report['stores']), 'score')}"]
+    for s in report["stores"]:
         lines.append(f"  {s['id']}  {many(s['rows'], 'score')} in {many(s['files'], 'file')}, {s['bytes']:,} bytes")
         settings = (f"{k} {v}" for k, v in s["settings"].items() if v is not None)
         lines.append(f"      {', '.join(settings)}")
-    return "\n".join([*lines, *(f"  not a score file, never read: {name}" for name in found["foreign"])])
+    return "\n".join([*lines, *(f"  not a score file, never read: {name}" for name in report["foreign"])])
 
 
-def compacted(found: Mapping[str, Any]) -> str:
-    """What `store compact` says."""
-    lines = [f"{found['where']}: {many(found['files_before'], 'file')} joined into {found['files']:,}"]
-    return "\n".join([*lines, *(f"  not a score file, left alone: {name}" for name in found["foreign"])])
+def compacted(report: Mapping[str, Any]) -> str:
+    """The text of `store compact`."""
+    lines = [f"{report['where']}: {many(report['files_before'], 'file')} joined into {report['files']:,}"]
+    return "\n".join([*lines, *(f"  not a score file, left alone: {name}" for name in report["foreign"])])
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A line a row, with the cells of a column one below the other, to the right."""
-    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(text.rjust(w) for text, w in zip(row, wide, strict=True)).rstrip() for row in rows]
-
-
-def states(found: Mapping[str, Any]) -> str:
-    """What `pack states` says: a line for each candidate."""
+def states(comparison: Mapping[str, Any]) -> str:
+    """The text of `pack states`: one line per candidate."""
     columns = ("sensitivity", "reliability", "length", "stability", "directions", "auc")
-    shown = [c for c in columns if any(entry[c] is not None for entry in found["candidates"])]
-    names = [f"{'* ' if e['state'] == found['chosen'] else '  '}{e['state']}" for e in found["candidates"]]
-    wide = max(map(len, names))
-    lines = [" ".join([" " * wide, *(f"{name:>11}" for name in shown)])]
-    for name, entry in zip(names, found["candidates"], strict=True):
-        cells = ("-" if entry[c] is None else f"{entry[c]:.4f}" for c in shown)
-        lines.append(" ".join([f"{name:<{wide}}", *(f"{cell:>11}" for cell in cells)]))
-    left = ", ".join(f"{count:,} {status}" for status, count in found["left_out"].items())
-    lines.append(f"{many(found['rows'], 'row')}{f'; left out: {left}' if left else ''}; chosen: {found['chosen']}")
-    return "\n".join(lines)
+    shown = [c for c in columns if any(entry[c] is not None for entry in comparison["candidates"])]
+    cells = [["", *shown]]
+    for entry in comparison["candidates"]:
+        name = f"{'* ' if entry['state'] == comparison['chosen'] else '  '}{entry['state']}"
+        cells.append([name, *("-" if entry[c] is None else f"{entry[c]:.4f}" for c in shown)])
+    left_out = ", ".join(f"{count:,} {status}" for status, count in comparison["left_out"].items())
+    rows = many(comparison["rows"], "row") + (f"; left out: {left_out}" if left_out else "")
+    return "\n".join([*aligned(cells, left=(0,)), f"{rows}; chosen: {comparison['chosen']}"])
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: Collection[int] = (), gap: str = "  ") -> list[str]:
+    """One line per row. The columns whose numbers are in `left` are aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        gap.join(
+            text.ljust(width) if k in left else text.rjust(width)
+            for k, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

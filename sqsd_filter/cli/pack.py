@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
-from sqsd_filter.cli import output
+from sqsd_filter.cli import options, output
+from sqsd_filter.cli.base import Group, examples
+from sqsd_filter.cli.options import OPTIONS
 
-as_json = click.option("--json", "json_output", is_flag=True, help="Print the result as one JSON object.")
 
-
-@click.group()
+@click.group(cls=Group, short_help="Build, import and inspect direction packs.")
 def pack() -> None:
-    """Make and look at direction packs."""
+    """Build, import and inspect direction packs."""
     output.listen()
 
 
-@pack.command()
+@pack.command(short_help="Train a pack for your own model.")
 @click.argument("recipe", type=click.Path(path_type=Path), metavar="CONFIG.toml")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 def build(recipe: Path, out: Path) -> None:
-    """Train a pack as CONFIG.toml says and write it to the folder OUT; the same command resumes.
+    """Train a pack by the recipe CONFIG.toml and write it to the folder OUT. The same command resumes.
 
     \b
     On several GPUs: torchrun --nproc-per-node N -m sqsd_filter pack build CONFIG.toml OUT
@@ -38,25 +37,38 @@ def build(recipe: Path, out: Path) -> None:
         click.echo(_ready({"pack": built.name, "fingerprint": built.fingerprint, "path": out}))
 
 
-@pack.command("import")
+@pack.command(
+    "import",
+    short_help="Make a pack of the published SQSD directions.",
+    epilog=examples(
+        ("Import the directions that SQSD's authors publish", "sqsd-filter pack import Wxxxx/SQSD --as qwen3-8b")
+    ),
+)
 @click.argument("source", metavar="SRC")
-@click.option("--as", "name", required=True, metavar="NAME", help="The pack's name.")
+@options.plain(OPTIONS, "--as", "name", required=True, metavar="NAME", help="The pack's name.")
 @click.argument("out", required=False, type=click.Path(path_type=Path), metavar="[OUT]")
-@click.option(
+@options.plain(
+    OPTIONS,
     "--danger",
     type=click.Choice(["Beaver-Danger", "Ageis_Danger", "both"]),
     default="Beaver-Danger",
     show_default=True,
-    help="The published danger direction; both make two probes of half the weight.",
+    help="The published danger direction. both makes two probes with half the weight each.",
 )
-@click.option("--base-model", metavar="DIR|HUB", help="Base model, where the adapters don't name one of the Hub.")
-@as_json
+@options.plain(
+    OPTIONS,
+    "--base-model",
+    show_default="as the adapters name it",
+    metavar="DIR|HUB",
+    help="Base model, if the adapters name none on the Hub.",
+)
+@options.as_json
 def import_command(
     source: str, name: str, out: Path | None, danger: str, base_model: str | None, json_output: bool
 ) -> None:
-    """Make a pack of what SQSD's authors publish: SRC is Wxxxx/SQSD, or a folder of that layout.
+    """Make a pack of the adapters that SQSD's authors publish: SRC is Wxxxx/SQSD, or a folder of that layout.
 
-    The folder OUT is called NAME where it is left out.
+    The pack is written to the folder OUT, or to a folder called NAME if OUT is left out.
     """
     from sqsd_filter.directions.importing import import_pack
 
@@ -67,36 +79,77 @@ def import_command(
     output.show(report, as_json=json_output, quiet=False, text=_ready)
 
 
-def _ready(report: Mapping[str, Any]) -> str:
+def _ready(report: Mapping[str, object]) -> str:
     return "pack {pack} ({fingerprint}) in {path}: use it with --pack {path}".format_map(report)
 
 
-@pack.command()
+@pack.command(short_help="Show the contents of a pack, and warn of flaws.")
 @click.argument("where", metavar="PACK")
-@click.option("--modules", is_flag=True, help="List the norm of every module.")
-@as_json
+@options.plain(OPTIONS, "--modules", is_flag=True, help="List the norm of every module.")
+@options.as_json
 def inspect(where: str, modules: bool, json_output: bool) -> None:
-    """Say what is in a pack, and what looks wrong with it; PACK is a name, a folder or a Hub repository."""
+    """Show the contents of PACK and warn of flaws. PACK is a built-in name, a folder or a repository of the Hub."""
     from sqsd_filter.cli.inspection import inspection
     from sqsd_filter.directions.inspection import inspect_pack
     from sqsd_filter.scoring.pack import load_pack
 
     report = inspect_pack(load_pack(where))
-    output.show(report, as_json=json_output, quiet=False, text=lambda found: inspection(found, modules=modules))
+    output.show(report, as_json=json_output, quiet=False, text=lambda shown: inspection(shown, modules=modules))
 
 
-@pack.command()
+@pack.command(
+    short_help="Make a direction of a full fine-tune.",
+    epilog=examples(
+        (
+            "Keep the best approximation of rank 16 in each module",
+            "sqsd-filter pack convert my-checkpoint/ danger/ --base org/model --rank 16",
+        ),
+        (
+            "Keep 90 % of each module's change",
+            "sqsd-filter pack convert my-checkpoint/ danger/ --base org/model --energy 0.9",
+        ),
+    ),
+)
 @click.argument("checkpoint", metavar="CHECKPOINT")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
-@click.option("--base", required=True, metavar="DIR|HUB", help="The model that CHECKPOINT was trained from.")
-@click.option("--rank", type=int, metavar="R", help="Rank of each module, 8 by default; with --energy the highest one.")
-@click.option("--energy", type=float, metavar="SHARE", help="Lowest rank that keeps this share of each module's ‖D‖².")
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; the default is a GPU if there is one.")
-@as_json
-def convert(checkpoint: str, out: Path, json_output: bool, **params: Any) -> None:
-    """Make a direction of a fully fine-tuned model: its change from --base, as a LoRA adapter in the folder OUT."""
+@options.plain(OPTIONS, "--base", required=True, metavar="DIR|HUB", help="Model that CHECKPOINT was trained from.")
+@options.plain(
+    OPTIONS,
+    "--rank",
+    type=int,
+    show_default="8",
+    metavar="R",
+    help="Rank in each module. With --energy it is the highest rank allowed.",
+)
+@options.plain(
+    OPTIONS,
+    "--energy",
+    type=float,
+    metavar="SHARE",
+    help="Take the lowest rank that keeps this share of each module's ‖D‖².",
+)
+@options.plain(
+    OPTIONS,
+    "--device",
+    show_default="a GPU if there is one, else cpu",
+    metavar="NAME",
+    help="Device for the computation: cpu, cuda, cuda:1, ...",
+)
+@options.as_json
+def convert(
+    checkpoint: str,
+    out: Path,
+    base: str,
+    rank: int | None,
+    energy: float | None,
+    device: str | None,
+    json_output: bool,
+) -> None:
+    """Make a direction of a full fine-tune: its change from --base, as a LoRA adapter in the folder OUT."""
     from sqsd_filter.cli.inspection import conversion
-    from sqsd_filter.directions.conversion import convert
+    from sqsd_filter.directions import conversion as converting
 
-    report = {"path": str(out), **convert(checkpoint, out, **params, progress=output.Display())}
-    output.show(report, as_json=json_output, quiet=False, text=conversion)
+    converted = converting.convert(
+        checkpoint, out, base=base, rank=rank, energy=energy, device=device, progress=output.Display()
+    )
+    output.show({"path": str(out), **converted}, as_json=json_output, quiet=False, text=conversion)

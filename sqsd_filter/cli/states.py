@@ -1,4 +1,4 @@
-"""`sqsd-filter pack states`: which checkpoint of a training run a pack's gradients are best taken at."""
+"""`sqsd-filter pack states`: at which checkpoint of a training run should a pack take its gradients?"""
 
 from __future__ import annotations
 
@@ -10,25 +10,62 @@ from typing import Any
 
 import click
 
-from sqsd_filter.cli import output
+from sqsd_filter.cli import options, output
+from sqsd_filter.cli.base import Command, examples
+from sqsd_filter.cli.options import OPTIONS
 from sqsd_filter.errors import UsageError
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Compare a run's checkpoints as states.",
+    epilog=examples(
+        (
+            "Compare the checkpoints of a run on 64 of your rows",
+            "sqsd-filter pack states my-pack --run my-run/ --rows in.jsonl",
+        ),
+    ),
+)
 @click.argument("pack", metavar="PACK")
-@click.option(
+@options.plain(
+    OPTIONS,
     "--run",
     type=click.Path(path_type=Path),
     required=True,
     metavar="DIR",
-    help="Output folder of the training run, with its checkpoint-<step> folders.",
+    help="Output folder of the training run, with folders checkpoint-<step>.",
 )
-@click.option("--rows", required=True, metavar="SRC", help="Rows to measure on; benign ones suffice.")
-@click.option("--sample", type=click.IntRange(min=1), default=64, show_default=True, metavar="N", help="So many rows.")
-@click.option("--positive", metavar="COLUMN=VALUE", help="The rows that should have the higher risk: adds AUCs.")
-@click.option("--answer-tokens", type=click.IntRange(min=1), metavar="N", help="Cut answers to N; leave out shorter.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: as in scoring.")
-@click.option("--json", "json_output", is_flag=True, help="Print the result as one JSON object.")
+@options.plain(OPTIONS, "--rows", required=True, metavar="SRC", help="Rows to measure on. Benign ones suffice.")
+@options.plain(
+    OPTIONS,
+    "--sample",
+    type=options.at_least_one,
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Number of rows to take, spread evenly over SRC.",
+)
+@options.plain(
+    OPTIONS,
+    "--positive",
+    metavar="COLUMN=VALUE",
+    help="Rows that should have the higher risk. This adds an AUC for each checkpoint.",
+)
+@options.plain(
+    OPTIONS,
+    "--answer-tokens",
+    type=options.at_least_one,
+    metavar="N",
+    help="Cut answers to N tokens, and leave out rows with shorter ones.",
+)
+@options.plain(
+    OPTIONS,
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    show_default="bfloat16 on a GPU, else float32",
+    help="Number format of the model's weights.",
+)
+@options.as_json
 def states(
     pack: str,
     run: Path,
@@ -39,13 +76,13 @@ def states(
     dtype: str | None,
     json_output: bool,
 ) -> None:
-    """Compare the checkpoints of a training run as states for PACK's gradients; change nothing."""
+    """Compare the checkpoints of a training run as states at which PACK takes its gradients. Nothing is changed."""
     from sqsd_filter.directions.states import checkpoints, compare_states
     from sqsd_filter.scoring.pack import load_pack
 
     warnings.simplefilter("ignore")
     conversations, marks = _read(rows, sample, positive)
-    found = compare_states(
+    comparison = compare_states(
         load_pack(pack),
         checkpoints(run),
         conversations,
@@ -54,7 +91,7 @@ def states(
         dtype=dtype,
         progress=output.Display(),
     )
-    output.show(found, as_json=json_output, quiet=False, text=output.states)
+    output.show(comparison, as_json=json_output, quiet=False, text=output.states)
 
 
 def _read(source: str, sample: int, positive: str | None) -> tuple[list[Any], list[bool] | None]:

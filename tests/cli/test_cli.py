@@ -136,7 +136,7 @@ def test_the_summary_shows_the_largest_groups_in_aligned_lines(command: Command,
         assert line[44:] == f"   {group['scored']} rows   {group['dropped']} dropped{tail}"
 
     _, out, _ = command("select", "out", "other", "--drop-top", "99%", "--per-group", "kind", "--per-split")
-    assert "\n  spared          13   rows fewer than the cut says" in out
+    assert "\n  spared          13   rows that the cut would drop are kept" in out
     assert "\n    train: maths " in out
     _, out, _ = command("select", "out", "weights", *CUT, "--weights", "--per-split")
     weights = read_report(folder / "weights")["weights"]["sum"]
@@ -215,8 +215,8 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(command: Command, folder: P
     report = json.loads(command("in.jsonl", "real", *CUT, "--json")[1])
     assert guess["tokens"] == report["tokens"]
     assert names(folder) == ["in.jsonl", "real"]
-    for scorer, how in (("length", "none goes"), ("danger", "each goes once"), ("sqsd", "each goes 2 times")):
-        assert f"; {how} through the model" in command("in.jsonl", "out", *CUT, "--scorer", scorer, "--dry-run")[1]
+    for scorer, passes in (("length", "no pass"), ("danger", "one pass"), ("sqsd", "2 passes")):
+        assert f"; {passes} through the model" in command("in.jsonl", "out", *CUT, "--scorer", scorer, "--dry-run")[1]
 
 
 # ---------------------------------------------------------------------------------------------- settings

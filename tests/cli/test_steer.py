@@ -52,7 +52,7 @@ def test_rows_with_prompts_alone_are_said_to_have_no_verdict(
     words = ["--alpha", "1", "--max-new-tokens", "4", "--out", tmp_path / "out", "--prompt-column", "q"]
     assert called(compass, "--rows", rows, *words) == 0
     shown = capsys.readouterr().out
-    assert "danger has no safe and unsafe answers to be judged by; refusals " in shown
+    assert "danger has no verdict without safe and unsafe answers; refusals " in shown
     assert shown.splitlines()[-1].split()[-3:] == ["-", "-", "-"]
 
 

@@ -238,4 +238,4 @@ def test_the_command_prints_a_table_and_leaves_with_its_verdict(
     for name in (*NAMES, "tilting against eager attention"):
         assert f"  {name} " in out
     assert "Use --attention eager." in out
-    assert out.endswith("Scores as asked for cannot be trusted.\n")
+    assert out.endswith("Scores by these options cannot be trusted.\n")
