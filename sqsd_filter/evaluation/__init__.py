@@ -1,1 +1,1 @@
-"""Does a score tell which rows strip a model's safety? Models are trained on its windows and asked harmful prompts."""
+"""Does a score show which rows strip a model's safety? Fine-tunes on ranked rows and asks harmful prompts."""

@@ -1,38 +1,48 @@
-"""The folder of an evaluation, whose runs are done one step after the other and once.
+"""The folder of an evaluation. Its runs are done one step after the other, and each step once.
 
-results.json, asr.png                       what came out, of the seeds that are done so far
-poisoned.json                               what was found of known unsafe rows, by what was looked at
+results.json, asr.png                       the figures of the seeds that are done so far
+poisoned.json                               how known unsafe rows rank among the others, by a hash of the risks
 settings.json                               what the evaluation is
-runs/untuned/                               the model as it is
-runs/<digits>/                              the model after a fine-tuning: results.json says which
-    training.json, adapter/                 how the model was fine-tuned, and the LoRA that came out of it
+runs/untuned/                               the model before any fine-tuning
+runs/<digits>/                              the model after a fine-tuning; results.json says after which
+    training.json, adapter/                 how the model was fine-tuned, and the LoRA
     held_out.json                           the loss on held-out rows
     answers.jsonl                           every answer
-    judged-<judge>.json                     the outcome of each, in their order, by each judge that was asked
+    judged-<judge>.json                     the outcome of each answer, in their order, by each judge asked
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from sqsd_filter.errors import DestinationExists, InputError, option
+from sqsd_filter.judges import Judge
 from sqsd_filter.pipeline.writing.destination import difference, lock_run, read_json
 from sqsd_filter.storage.folder import sweep, write_json, write_text
 
 RESULTS, PICTURE, SETTINGS, RUNS, LOCK = "results.json", "asr.png", "settings.json", "runs", "lock"
 POISONED, UNTUNED = "poisoned.json", "untuned"
 TRAINING, HELD_OUT, ANSWERS = "training.json", "held_out.json", "answers.jsonl"
-ASKED = ("harmful", "harmless", "max_new_tokens", "generation")  # settings that only answers depend on
+ANSWER_SETTINGS = ("harmful", "harmless", "max_new_tokens", "generation")  # settings that change answers only
 ADAPTER, CHECKPOINTS, ALIGNED = "adapter", ".checkpoints", ".aligned"
 
 
-def check_place(dest: Path) -> None:
-    """Raise `DestinationExists` or `InputError` where there can't be a folder."""
+class Answer(TypedDict):
+    """A line of answers.jsonl."""
+
+    harmful: bool
+    prompt: str
+    answer: str
+
+
+def check_destination(dest: Path) -> None:
+    """Raise `DestinationExists` or `InputError` where the folder can't be made."""
     if dest.exists() and not dest.is_dir():
         raise DestinationExists(f"{dest} is a file: name a folder as DEST, which comes last.")
     if not dest.absolute().parent.is_dir():
@@ -40,11 +50,11 @@ def check_place(dest: Path) -> None:
 
 
 @contextmanager
-def claimed(dest: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """The folder is this evaluation's, and no other process's until the end.
+def claimed(dest: Path, settings: Mapping[str, object]) -> Iterator[None]:
+    """Hold the folder for this evaluation; no other process gets it until the end.
 
-    Raises `DestinationExists` where it holds anything else, naming the settings that differ. Until a model is trained
-    all of them may change, and until one has answered, what it is asked and by what it answers.
+    Raises `DestinationExists` where the folder holds anything else, and names the settings that differ. Until a model
+    is trained all settings may change. Until a model has answered, those of the answers may.
     """
     known = read_json(dest / SETTINGS) or {}
     if not known and dest.is_dir() and {path.name for path in dest.iterdir()} - {LOCK}:
@@ -63,7 +73,7 @@ def claimed(dest: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     dest.mkdir(exist_ok=True)
     with lock_run(dest / LOCK, dest):
         sweep(dest)
-        shutil.rmtree(dest / ALIGNED, ignore_errors=True)  # what a killed one left
+        shutil.rmtree(dest / ALIGNED, ignore_errors=True)  # left by a killed process
         if not fixed:
             shutil.rmtree(dest / RUNS, ignore_errors=True)
             (dest / POISONED).unlink(missing_ok=True)
@@ -71,56 +81,80 @@ def claimed(dest: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def _fixed(dest: Path, known: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Those of its settings that what is done there depends on."""
+def _fixed(dest: Path, known: Mapping[str, object]) -> Mapping[str, object]:
+    """The known settings that may no longer change, because files in the folder depend on them."""
     ended = (dest / RESULTS).is_file()
     if not ended and not any((dest / RUNS).glob(f"*/{TRAINING}")):
         return {}
     answered = ended or any((dest / RUNS).glob(f"*/{ANSWERS}"))
-    return known if answered else {name: value for name, value in known.items() if name not in ASKED}
+    return known if answered else {name: value for name, value in known.items() if name not in ANSWER_SETTINGS}
 
 
 class RunFolder:
-    """What the steps of one run leave."""
+    """The files of one run."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._path = path
         path.mkdir(parents=True, exist_ok=True)
         sweep(path)
 
     @property
     def adapter(self) -> Path:
-        return self.path / ADAPTER
+        return self._path / ADAPTER
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS
+        return self._path / CHECKPOINTS
 
     def has(self, name: str) -> bool:
-        return (self.path / name).is_file()
+        return (self._path / name).is_file()
 
-    def read(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
-        return found
-
-    def write(self, name: str, value: Mapping[str, Any]) -> None:
-        write_json(self.path / name, value)
-
-    def write_training(self, record: Mapping[str, Any]) -> None:
-        """Note that the adapter is there, for which no checkpoint is needed any more."""
-        self.write(TRAINING, record)
+    def write_training(self, record: Mapping[str, object], *, keeps_adapter: bool) -> None:
+        """Record that the adapter is complete, and remove its checkpoints."""
+        write_json(self._path / TRAINING, {**record, "keeps_adapter": keeps_adapter})
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-    def answers(self) -> list[dict[str, Any]]:
-        with (self.path / ANSWERS).open(encoding="utf-8") as lines:
+    def write_loss(self, loss: float | None, rows: int) -> None:
+        """Keep the mean loss on so many held-out `rows`."""
+        write_json(self._path / HELD_OUT, {"rows": rows, "loss": loss})
+
+    def loss(self) -> float | None:
+        loss: float | None = self._read(HELD_OUT)["loss"]
+        return loss
+
+    def write_answers(self, answers: Sequence[Answer]) -> None:
+        text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        write_text(self._path / ANSWERS, text)
+
+    def answers(self) -> list[Answer]:
+        with (self._path / ANSWERS).open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
 
-    def write_answers(self, answers: Sequence[Mapping[str, Any]]) -> None:
-        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in answers)
-        write_text(self.path / ANSWERS, text)
+    def write_outcomes(self, judge: Judge, outcomes: Sequence[str]) -> None:
+        write_json(self._path / judged_file(judge), {"judge": judge.name, "outcomes": outcomes})
+
+    def outcomes(self, judge: Judge) -> list[str]:
+        """The outcome of each answer, in their order."""
+        outcomes: list[str] = self._read(judged_file(judge))["outcomes"]
+        return outcomes
 
     def clear(self) -> None:
-        """Remove what a run that has its answers needs no more: the adapter, too, unless it was trained to be kept."""
+        """Remove what a run with all its answers no longer needs: its checkpoints, and the adapter unless it was
+        trained to be kept."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        if not (self.has(TRAINING) and self.read(TRAINING)["keeps_adapter"]):
+        if not (self.has(TRAINING) and self._read(TRAINING)["keeps_adapter"]):
             shutil.rmtree(self.adapter, ignore_errors=True)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self._path / name).read_text(encoding="utf-8"))
+        return content
+
+
+def digest(values: Sequence[object]) -> str:
+    """16 hex digits, a hash of JSON values."""
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
+
+
+def judged_file(judge: Judge) -> str:
+    """The file with a judge's outcomes."""
+    return f"judged-{judge.fingerprint}.json"

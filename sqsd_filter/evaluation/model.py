@@ -1,7 +1,7 @@
-"""The aligned model of a pack: fine-tuned on a set of rows, asked prompts, and its loss on held-out rows.
+"""The aligned model of a pack: fine-tune it on a set of rows, ask it prompts, and measure its loss on held-out rows.
 
-Each step loads the model anew, so that a run does not depend on what was done in the process before it. The trained
-LoRA is a side path there as in training, because merging it into bfloat16 weights would distort it.
+Each step loads the model again, so that a run does not depend on what the process did before. The trained LoRA stays a
+side path, as in training, because merging it into bfloat16 weights would distort it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -31,7 +31,11 @@ from sqsd_filter.scoring.models import load_model, load_tokenizer, longest_input
 from sqsd_filter.scoring.pack import Pack
 from sqsd_filter.scoring.placement import check_device, choose_device
 
-Answering = Callable[[Path | None, Sequence[str], int], list[str]]  # with which LoRA, what is asked, how many tokens
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Answers prompts: (LoRA folder or None for the model without one, prompts, maximum of new tokens) -> answers.
+Answerer = Callable[[Path | None, Sequence[str], int], list[str]]
 KEPT_CHECKPOINTS = 2  # the last one may be half written
 
 
@@ -42,13 +46,13 @@ class Subject:
     pack: Pack
     tuning: FineTuning
     device: str
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     encoder: ChatEncoder
 
     @classmethod
     def of(cls, pack: Pack, tuning: FineTuning, device: str | None) -> Subject:
-        """Raises `UsageError` for a device or schedule that can't be used, `ModelError`, `SQSDError` without the extra
-        `train`."""
+        """Raises `UsageError` for a device or schedule that can't be used, `ModelError`, and `SQSDError` without the
+        extra `train`."""
         if any(find_spec(name) is None for name in ("peft", "trl")):
             raise SQSDError("Evaluating needs trl and peft: pip install 'sqsd-filter[train]'.")
         from transformers import SchedulerType
@@ -57,7 +61,9 @@ class Subject:
             raise UsageError(f"{option('schedule')} must be one of {', '.join(schedules)}, not {tuning.schedule}.")
         device = choose_device(device)
         if device not in ("cpu", "cuda", "cuda:0"):
-            raise UsageError(f"Fine-tuning can't be on '{device}': choose a GPU by CUDA_VISIBLE_DEVICES, or cpu.")
+            raise UsageError(
+                f"Fine-tuning can't run on '{device}': use cpu or cuda, and choose one GPU with CUDA_VISIBLE_DEVICES."
+            )
         check_device(device)
         tokenizer = load_tokenizer(pack.base_model, pack.base_revision)
         encoder = ChatEncoder(tokenizer, tuning.max_length, pack.chat_template_kwargs)
@@ -65,22 +71,22 @@ class Subject:
 
     @property
     def device_name(self) -> str:
-        """What the device is, for a report."""
+        """The device's name, for a report."""
         return self.device if self.device == "cpu" else torch.cuda.get_device_name(self.device)
 
-    def _load(self) -> Any:
-        dtype = getattr(torch, self.tuning.dtype)
-        pack = self.pack
-        return load_model(
+    def _load(self) -> PreTrainedModel:
+        pack, dtype = self.pack, getattr(torch, self.tuning.dtype)
+        model: PreTrainedModel = load_model(
             pack.base_model, pack.base_revision, dtype=dtype, device=self.device, adapter=pack.base_folder
         )
+        return model
 
     def fine_tune(
         self, name: str, rows: Sequence[Encoded], seed: int, checkpoints: Path, target: Path, progress: Progress
-    ) -> dict[str, Any]:
-        """Train a LoRA on the rows' answers and write it to `target`, going on from the last of the `checkpoints`.
+    ) -> dict[str, object]:
+        """Train a LoRA on the rows' answers and write it to `target`. Resumes from the last of the `checkpoints`.
 
-        Returns the record of the training.
+        Returns a record of the training.
         """
         course = Course(name, self.tuning.recipe, self.tuning.lora, seed, checkpoints, KEPT_CHECKPOINTS)
         try:
@@ -89,12 +95,15 @@ class Subject:
             if is_out_of_memory(problem):
                 batch = self.tuning.device_batch_size
                 raise SQSDError(
-                    f"The memory of {self.device_name} is too small for {batch} rows at a time: "
-                    f"start again with a lower {option('device_batch_size')}, which changes no update."
+                    f"The memory of {self.device_name} is too small for {batch} rows at a time: start again with a "
+                    f"smaller {option('device_batch_size')}, which does not change the updates."
                 ) from problem
             if isinstance(problem, ValueError) and "arget module" in str(problem):  # peft, before anything is trained
-                name = self.tuning.target_modules
-                raise UsageError(f"{option('target_modules')} {name} names no layer of the model.") from problem
+                modules = self.tuning.target_modules
+                raise UsageError(
+                    f"{option('target_modules')} {modules} names no layer of the model: name its linear layers, or use "
+                    "all-linear."
+                ) from problem
             raise
         trainer.model.save_pretrained(target)
         record = {"rows": len(rows), "seed": seed, "steps": trainer.state.global_step, "losses": losses(trainer)}
@@ -103,8 +112,8 @@ class Subject:
         return record | {"settings": asdict(self.tuning)}
 
     @contextmanager
-    def tuned(self, adapter: Path | None) -> Iterator[Any]:
-        """The model with this LoRA on it, or as it is."""
+    def tuned(self, adapter: Path | None) -> Iterator[PreTrainedModel]:
+        """The model with this LoRA, or without any."""
         model = self._load()
         with offset(model, load_adapter(adapter), 1.0) if adapter else nullcontext():
             yield model
@@ -115,28 +124,28 @@ class Subject:
         self.tokenizer.save_pretrained(target)
 
     def longest(self, prompts: Sequence[str], max_new_tokens: int) -> int:
-        """How many tokens a prompt and its answer have at most. Raises `InputError` for a prompt that leaves no room
-        for an answer."""
+        """The largest number of tokens of a prompt with its answer. Raises `InputError` for a prompt that leaves no
+        room for an answer."""
         pack = self.pack
         asked = as_asked(self.tokenizer, as_turns(prompts), pack.chat_template_kwargs)
         check_room(asked, longest_input(pack.base_model, pack.base_revision), max_new_tokens)
         return max(map(len, asked)) + max_new_tokens
 
     def answers(self, adapter: Path | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Those of the model with this LoRA on it, or as it is."""
+        """The answers of the model with this LoRA, or without any."""
         template = self.pack.chat_template_kwargs
         with self.tuned(adapter) as model:
             return answer(model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, template=template)
 
 
-def held_out_loss(model: Any, rows: Sequence[Encoded]) -> float | None:
-    """The mean over the rows of their answers' mean loss (nats a token); None where it overflows."""
+def held_out_loss(model: PreTrainedModel, rows: Sequence[Encoded]) -> float | None:
+    """The mean over the rows of each answer's mean loss (nats per token); None where it overflows."""
     loss = -float(log_probabilities(model, rows).mean())
     return loss if math.isfinite(loss) else None
 
 
 def free_memory() -> None:
-    """Give back the memory of a model that nobody uses."""
+    """Give back the memory of a model that is no longer used."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

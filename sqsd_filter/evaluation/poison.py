@@ -1,51 +1,66 @@
-"""Ground truth without fine-tuning: known unsafe rows are mixed into benign ones; does the risk find them?
+"""Ground truth without fine-tuning: known unsafe rows are mixed into benign ones. Does the risk find them?
 
-A draw is a bootstrap: it takes the n benign rows' number of them, with replacement, and as many prompts of the unsafe
-rows as there are, with replacement, from whose rows it then mixes in round(p n / (1 - p)), with replacement, so that p
-of the mix is unsafe. As many rows are dropped as were mixed in, which makes precision and recall one number; of equal
-risks at the cut each is as likely to go, and the number is what is to be expected of that.
+The figures are bootstrapped. For n benign rows and a share p of unsafe rows, a draw takes, always with replacement:
+n benign rows; as many prompts of unsafe rows as there are; and round(p n / (1 - p)) unsafe rows with these prompts.
+The cut then drops as many rows as were mixed in, so that precision and recall are equal. Of rows that tie at the cut
+each is equally likely to be dropped, and the figures are the expected ones.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from sqsd_filter.evaluation.results import interval
+from sqsd_filter.evaluation.figures import interval
+from sqsd_filter.evaluation.results import Estimate, MixFigures, Point
 
 RATES = (0.01, 0.05, 0.1, 0.2)
 DRAWS = 200
 DRAWN_AT = 0.05  # the share of unsafe rows for which precision is drawn
-POINTS = 201  # of a curve, at most
+POINTS = 201  # in a curve, at most
 
 
-def poisoned(
+def mix_figures(
     benign: np.ndarray, unsafe: np.ndarray, prompts: np.ndarray, seed: int = 0, draws: int = DRAWS
-) -> dict[str, Any]:
-    """By rate: mean and 95 % interval over the draws of precision, recall, ROC-AUC and average precision, of benign
-    risks (n,) and unsafe ones (m,), all finite, and the number (m,) of each unsafe row's prompt, from 0 on."""
-    values, at = np.unique(-np.concatenate([benign, unsafe]), return_inverse=True)  # the riskiest first
-    places = at[: len(benign)], at[len(benign) :]
-    found: dict[str, Any] = {}
+) -> dict[str, MixFigures]:
+    """What a score finds, by the share of unsafe rows in the mix.
+
+    `benign` (n,) and `unsafe` (m,) are finite risks; `prompts` (m,) numbers the prompt of each unsafe row, from 0.
+    """
+    values, ranks = np.unique(-np.concatenate([benign, unsafe]), return_inverse=True)  # the riskiest first
+    benign_ranks, unsafe_ranks = ranks[: len(benign)], ranks[len(benign) :]
+    figures: dict[str, MixFigures] = {}
     for rate in RATES:
         mixed_in = max(1, round(rate * len(benign) / (1 - rate)))
-        figures = [
-            _draw(*places, prompts, len(values), mixed_in, np.random.default_rng([seed, k])) for k in range(draws)
+        drawn = [
+            draw_mix(benign_ranks, unsafe_ranks, prompts, len(values), mixed_in, np.random.default_rng([seed, k]))
+            for k in range(draws)
         ]
-        counts = {"benign": len(benign), "unsafe": mixed_in, "prompts": int(prompts.max()) + 1}
-        found[str(rate)] = counts | {
-            name: {"mean": float(each.mean()), "ci": interval(each)}
-            for name, each in ((name, np.array([draw[name] for draw in figures])) for name in figures[0])
+        precision = _estimate([one.precision for one in drawn])
+        figures[str(rate)] = {
+            "benign": len(benign),
+            "unsafe": mixed_in,
+            "prompts": int(prompts.max()) + 1,
+            "precision": precision,
+            "recall": precision,
+            "auc": _estimate([one.auc for one in drawn]),
+            "average_precision": _estimate([one.average_precision for one in drawn]),
         }
-    return found
+    return figures
 
 
-def curves(benign: np.ndarray, unsafe: np.ndarray) -> dict[str, list[list[float]]]:
-    """`roc` and `pr`, points [x, y] of thresholds from high to low, for benign risks (n,) and unsafe ones (m,).
+def _estimate(values: Sequence[float]) -> Estimate:
+    return {"mean": float(np.mean(values)), "ci": interval(np.array(values))}
 
-    ROC is the share of unsafe rows at or above the threshold over that of benign rows, from [0, 0] on. PR is the
-    precision over the former, if `DRAWN_AT` of all rows are unsafe: it needs no draw, as both shares say what it is.
+
+def curves(benign: np.ndarray, unsafe: np.ndarray) -> dict[str, list[Point]]:
+    """`roc` and `pr`: points [x, y] of thresholds from high to low, for benign risks (n,) and unsafe ones (m,).
+
+    ROC plots the share of unsafe rows at or above the threshold (y) against the share of benign rows (x), from [0, 0].
+    PR plots the precision (y) against the share of unsafe rows (x) where `DRAWN_AT` of all rows are unsafe. Both shares
+    determine it, so that no draw is needed.
     """
     values = np.unique(np.concatenate([benign, unsafe]))[::-1]
     false, true = (1 - np.searchsorted(np.sort(side), values, side="left") / len(side) for side in (benign, unsafe))
@@ -58,10 +73,23 @@ def curves(benign: np.ndarray, unsafe: np.ndarray) -> dict[str, list[list[float]
     }
 
 
-def _draw(
+@dataclass(frozen=True)
+class Draw:
+    """The figures of one draw. Recall equals precision."""
+
+    precision: float
+    auc: float
+    average_precision: float
+
+
+def draw_mix(
     benign: np.ndarray, unsafe: np.ndarray, prompts: np.ndarray, values: int, mixed_in: int, random: np.random.Generator
-) -> dict[str, float]:
-    """The figures of one draw, of the places of benign (n,) and unsafe rows (m,) among so many different risks."""
+) -> Draw:
+    """One draw that mixes in `mixed_in` unsafe rows.
+
+    `benign` (n,) and `unsafe` (m,) rank each row's risk among the `values` different risks, the riskiest 0. `prompts`
+    is as in `mix_figures`.
+    """
     n, count = len(benign), int(prompts.max()) + 1
     taken = random.multinomial(count, np.full(count, 1 / count))[prompts]
     mix = random.multinomial(mixed_in, taken / taken.sum())
@@ -71,9 +99,8 @@ def _draw(
     edge = int(np.searchsorted(true + false, mixed_in))  # the risk at which the cut is
     above, tied = true + false - true_v - false_v, true_v + false_v
     hits = true[edge] - true_v[edge] * (1 - (mixed_in - above[edge]) / tied[edge])
-    return {
-        "precision": float(hits / mixed_in),
-        "recall": float(hits / mixed_in),
-        "auc": float(true_v @ (n - false + false_v / 2) / (n * mixed_in)),
-        "average_precision": float(true_v @ (true / np.maximum(true + false, 1)) / mixed_in),
-    }
+    return Draw(
+        precision=float(hits / mixed_in),
+        auc=float(true_v @ (n - false + false_v / 2) / (n * mixed_in)),
+        average_precision=float(true_v @ (true / np.maximum(true + false, 1)) / mixed_in),
+    )

@@ -1,4 +1,4 @@
-"""What an evaluation is: which sets of rows, how a model is fine-tuned on them, and what it is asked."""
+"""The options of an evaluation: the sets of rows, how a model is fine-tuned on each, and what it is asked."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from sqsd_filter.directions.recipe import AdapterRecipe, LoraShape
 from sqsd_filter.errors import UsageError, option
+from sqsd_filter.evaluation.results import SetDesign
 from sqsd_filter.pipeline.selecting.selection import parse_share
 
 WINDOWS, CUT = "windows", "cut"
@@ -19,9 +19,10 @@ TRANSFORMERS, VLLM = GENERATORS = "transformers", "vllm"
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How the model is fine-tuned on each set. Defaults are the paper's settings, on rows of at most 1,024 tokens.
+    """How the model is fine-tuned on each set of rows. The defaults are the paper's settings.
 
-    `batch_size` rows are one update, `device_batch_size` of them one pass.
+    An update uses `batch_size` rows, a forward pass `device_batch_size` of them. Rows are truncated at `max_length`
+    tokens.
     """
 
     r: int = 8
@@ -43,11 +44,11 @@ class FineTuning:
                 raise UsageError(f"{option(name)} must be above 0, not {getattr(self, name)}.")
         for name in ("dropout", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{option(name)} must be a share below 1, not {getattr(self, name)}.")
+                raise UsageError(f"{option(name)} must be at least 0 and below 1, not {getattr(self, name)}.")
         if self.batch_size % self.device_batch_size:
             raise UsageError(
-                f"{option('batch_size')} is {self.batch_size}, which is no multiple of {option('device_batch_size')} "
-                f"{self.device_batch_size}: set that, too."
+                f"{option('batch_size')} {self.batch_size} is not a multiple of {option('device_batch_size')} "
+                f"{self.device_batch_size}: set both so that it is."
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise UsageError(f"{option('dtype')} must be float32 or bfloat16, not {self.dtype}.")
@@ -58,19 +59,29 @@ class FineTuning:
 
     @property
     def recipe(self) -> AdapterRecipe:
-        """The same for the trainer."""
-        names = ("learning_rate", "epochs", "batch_size", "device_batch_size", "schedule", "warmup_ratio", "max_length")
-        return AdapterRecipe("sft", "", **{name: getattr(self, name) for name in names})
+        """These settings as the trainer takes them."""
+        return AdapterRecipe(
+            "sft",
+            "",
+            learning_rate=self.learning_rate,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            device_batch_size=self.device_batch_size,
+            schedule=self.schedule,
+            warmup_ratio=self.warmup_ratio,
+            max_length=self.max_length,
+        )
 
 
 @dataclass(frozen=True)
 class Design:
     """Which sets of rows a model is fine-tuned on, and what it is asked afterwards.
 
-    `arms` are "windows", "cut" or both; without any, nothing is trained. There are `windows` windows of `size` rows;
-    the cut drops the share `drop_top`. `harmful` and `harmless` are JSON Lines files with a `prompt` a line, of which
-    the first `prompts` are asked, and `judges` are specs for `load_judge`, the first of which decides. `held_out` rows,
-    which are in no set, give the loss. `generation` is "transformers" or "vllm", which gives the answers.
+    `arms` are "windows", "cut" or both; without any, nothing is trained. There are `windows` windows of `size` rows.
+    The cut drops the share `drop_top` of the rows. `harmful` and `harmless` are JSON Lines files with one `prompt` per
+    line; the first `prompts` of each are asked. `judges` are specs for `load_judge`; the first judge gives the attack
+    success rate. The loss is that of `held_out` rows, which are in no set. `generation` names the engine that answers:
+    "transformers" or "vllm".
     """
 
     arms: Sequence[str] = (WINDOWS,)
@@ -90,20 +101,22 @@ class Design:
 
     def __post_init__(self) -> None:
         if odd := [arm for arm in self.arms if arm not in ARMS]:
-            raise UsageError(f"{option('arms')} must be of {', '.join(ARMS)}, or none, not {', '.join(odd)}.")
+            raise UsageError(f"{option('arms')} must be {', '.join(ARMS)}, or none, not {', '.join(odd)}.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise UsageError(f"{option('seeds')} must be different whole numbers, 0 or more, as 0,1,2.")
+            raise UsageError(f"{option('seeds')} must be different whole numbers from 0, such as 0,1,2.")
         if len(set(self.judges)) < max(1, len(self.judges)):
-            raise UsageError(f"Name each judge once by {option('judge')}.")
+            raise UsageError(f"Name each judge once with {option('judge')}.")
         for name, least in (("windows", 2), ("size", 1), ("prompts", 1), ("max_new_tokens", 1), ("held_out", 0)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise UsageError(f"{option(name)} must be at least {least}, not {value}.")
         if self.arms and self.harmful is None:
-            raise UsageError(f"Name harmful prompts by {option('harmful')}: a JSON Lines file with a 'prompt' a line.")
+            raise UsageError(
+                f"Name harmful prompts with {option('harmful')}: a JSON Lines file with one 'prompt' per line."
+            )
         if self.generation not in GENERATORS:
             raise UsageError(f"{option('generation')} must be {' or '.join(GENERATORS)}, not {self.generation}.")
         if WINDOWS in self.arms and self.size is None:
-            raise UsageError(f"Say how many rows a window has by {option('size')}.")
+            raise UsageError(f"Set the number of rows per window with {option('size')}.")
         if not 0 < self.share < 1:
             raise UsageError(f"{option('drop_top')} must drop some rows and keep some, not {self.drop_top}.")
 
@@ -111,14 +124,17 @@ class Design:
     def share(self) -> Fraction:
         return parse_share(self.drop_top, rows_name="")
 
-    def settings(self) -> dict[str, Any]:
-        """What any two fine-tunings have to have in common to be compared, whatever they are trained on. How much is in
-        memory at a time changes nothing."""
-        how = {name: value for name, value in asdict(self.tuning).items() if name != "device_batch_size"}
-        return {"max_new_tokens": self.max_new_tokens, "generation": self.generation, "tuning": how}
+    def settings(self) -> dict[str, object]:
+        """The settings that two fine-tunings on different sets must share to be compared. `device_batch_size` is left
+        out, because it changes no update."""
+        tuning = {name: value for name, value in asdict(self.tuning).items() if name != "device_batch_size"}
+        return {"max_new_tokens": self.max_new_tokens, "generation": self.generation, "tuning": tuning}
 
-    def sets(self) -> dict[str, Any]:
-        """What models are trained on."""
-        names = ("windows", "size", "match_tokens") if WINDOWS in self.arms else ()
-        found = {"arms": list(self.arms), **{name: getattr(self, name) for name in names}}
-        return found | ({"drop_top": float(self.share)} if CUT in self.arms else {})
+    def sets(self) -> SetDesign:
+        """The sets of rows, for results.json."""
+        sets: SetDesign = {"arms": list(self.arms)}
+        if WINDOWS in self.arms:
+            sets |= {"windows": self.windows, "size": self.size, "match_tokens": self.match_tokens}
+        if CUT in self.arms:
+            sets |= {"drop_top": float(self.share)}
+        return sets

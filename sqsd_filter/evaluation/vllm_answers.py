@@ -1,4 +1,4 @@
-"""Answers by vLLM, where it is installed: one engine has the aligned model, and takes each run's LoRA on top of it."""
+"""Answers by vLLM, where it is installed: one engine holds the aligned model and applies the LoRA of each run."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from sqsd_filter.errors import SQSDError, UsageError, option
-from sqsd_filter.evaluation.model import Answering, Subject, free_memory
+from sqsd_filter.evaluation.model import Answerer, Subject, free_memory
 from sqsd_filter.judges.generation import as_asked, as_text, as_turns, ends_of
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has room
+if TYPE_CHECKING:
+    from vllm import LLM
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of LoRAs that vLLM can hold
 
 
 def check_vllm(rank: int, device: str) -> None:
-    """Raise `SQSDError` where vLLM isn't there or can't be loaded, `UsageError` for LoRAs of a rank that it has no room
-    for, or for another device than its own."""
+    """Raise `SQSDError` where vLLM can't be imported, `UsageError` for a LoRA rank that it does not support, or for a
+    device that it was not built for."""
     if rank > RANKS[-1]:
         raise UsageError(f"{option('r')} must be at most {RANKS[-1]} for vLLM, not {rank}.")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
@@ -33,15 +36,15 @@ def check_vllm(rank: int, device: str) -> None:
             f"{option('generation')} vllm needs vLLM ({problem}): pip install 'sqsd-filter[vllm]'."
         ) from problem
     if (own := current_platform.device_type) != device.split(":")[0]:
-        raise UsageError(f"vLLM runs on {own or 'nothing'} here: choose that by {option('device')}, not {device}.")
+        raise UsageError(f"vLLM runs on {own or 'no device'} here, not on {device}: set {option('device')} to it.")
 
 
 @contextmanager
-def vllm_answers(subject: Subject, base: Path, room: int) -> Iterator[Answering]:
-    """What answers as `Subject.answers` does, greedily; the folder `base` has its model so long.
+def vllm_answers(subject: Subject, base: Path, room: int) -> Iterator[Answerer]:
+    """Answers greedily, as `Subject.answers` does. The folder `base` holds the model until the end.
 
-    `room` is how many tokens a prompt and its answer may have. Its kernels are not those of transformers: where two
-    tokens are nearly as likely, answers may differ.
+    `room` is the maximum of tokens of a prompt with its answer. vLLM's kernels are not those of transformers: where two
+    tokens are almost equally likely, answers may differ.
     """
     from transformers import GenerationConfig
 
@@ -58,7 +61,7 @@ def vllm_answers(subject: Subject, base: Path, room: int) -> Iterator[Answering]
         shutil.rmtree(base, ignore_errors=True)
 
 
-def _engine(subject: Subject, base: Path, room: int) -> Any:
+def _engine(subject: Subject, base: Path, room: int) -> LLM:
     try:
         from vllm import LLM
 
@@ -74,13 +77,13 @@ def _engine(subject: Subject, base: Path, room: int) -> Any:
         )
     except Exception as problem:
         raise SQSDError(
-            f"vLLM can't load the model ({problem}): mend that and start again; where it has answered nothing yet, you "
-            f"can also leave out {option('generation')}, and transformers answers."
+            f"vLLM can't load the model ({problem}): fix this and start again. If it has not answered anything yet, "
+            f"you can also leave out {option('generation')}; transformers answers then."
         ) from problem
 
 
 def _memory(device: str) -> dict[str, float]:
-    """How much of a GPU it may take: nearly all that nobody else has."""
+    """The share of a GPU that it may take: most of what is free."""
     if device == "cpu":
         return {}
     free, total = torch.cuda.mem_get_info(device)
@@ -88,7 +91,7 @@ def _memory(device: str) -> dict[str, float]:
 
 
 def _answers(
-    engine: Any,
+    engine: LLM,
     subject: Subject,
     ends: set[int],
     loras: dict[Path, int],
@@ -96,16 +99,16 @@ def _answers(
     prompts: Sequence[str],
     max_new_tokens: int,
 ) -> list[str]:
-    """`loras` has the numbers by which the engine tells them apart."""
+    """`loras` numbers the LoRAs by their folder, as the engine needs."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     tokenizer, template = subject.tokenizer, subject.pack.chat_template_kwargs
     asked = [{"prompt_token_ids": list(ids)} for ids in as_asked(tokenizer, as_turns(prompts), template)]
-    how = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=sorted(ends), detokenize=False)
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=sorted(ends), detokenize=False)
     lora = None
     if adapter is not None:
         number = loras.setdefault(adapter, len(loras) + 1)
         lora = LoRARequest(str(number), number, str(adapter))
-    found = engine.generate(asked, how, lora_request=lora, use_tqdm=False)
-    return [as_text(tokenizer, each.outputs[0].token_ids, ends) for each in found]
+    answers = engine.generate(asked, sampling, lora_request=lora, use_tqdm=False)
+    return [as_text(tokenizer, each.outputs[0].token_ids, ends) for each in answers]

@@ -6,8 +6,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TypedDict
 
 from sqsd_filter.judges.outcomes import OUTCOMES
+
+
+class AgreementReport(TypedDict):
+    """An `Agreement` as JSON; `judges` are the first and the second."""
+
+    judges: list[str]
+    answers: int
+    share: float
+    kappa: float | None
+    table: Mapping[str, Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -38,9 +49,14 @@ class Agreement:
         expected = sum(products) / self.answers**2
         return (self.share - expected) / (1 - expected) if expected < 1 else None
 
-    def report(self) -> dict[str, object]:
-        judges = {"judges": [self.first, self.second], "answers": self.answers}
-        return {**judges, "share": self.share, "kappa": self.kappa, "table": self.table}
+    def report(self) -> AgreementReport:
+        return {
+            "judges": [self.first, self.second],
+            "answers": self.answers,
+            "share": self.share,
+            "kappa": self.kappa,
+            "table": self.table,
+        }
 
 
 def agreement(outcomes_by_judge: Mapping[str, Sequence[str]]) -> list[Agreement]:

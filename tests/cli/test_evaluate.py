@@ -39,7 +39,7 @@ def test_the_table_and_the_json_say_what_results_json_does(
     about, sets, verdicts, warnings, mixes = (block.splitlines() for block in shown.rstrip("\n").split("\n\n"))
     learned = "of 21 rows 17 to learn from, 3 held out"
     asked = "2 harmful prompts, judged by phrases, seeds 0"
-    assert about == [f"base, {asked}; {learned}; shares in %, loss in nats a token"]
+    assert about == [f"base, {asked}; {learned}; shares in %, loss in nats per token"]
     named = [next(word for word in line.split() if word != "mine") for line in sets[1:]]
     assert named == ["untuned", "S1", "S2", "all", "kept", "random", "dropped"]
     asr, (low, high) = found["scorers"]["mine"]["asr"][0], found["scorers"]["mine"]["ci"][0]
@@ -75,7 +75,7 @@ def test_the_table_and_the_json_say_what_results_json_does(
             5,
             "name a folder as DEST, which comes last",
         ),
-        (["s.parquet", "out", "--batch-size", "4", "--arms", "none"], 2, "no multiple of device_batch_size"),
+        (["s.parquet", "out", "--batch-size", "4", "--arms", "none"], 2, "is not a multiple of device_batch_size"),
     ],
     ids=["size", "harmful", "nothing", "arms", "seeds", "share", "scores", "no scores", "no folder", "batch"],
 )

@@ -13,8 +13,8 @@ import pytest
 
 from sqsd_filter import evaluate
 from sqsd_filter.errors import DestinationExists, SQSDError
-from sqsd_filter.evaluation import run
-from sqsd_filter.evaluation.model import Answering, Subject
+from sqsd_filter.evaluation import runs, study
+from sqsd_filter.evaluation.model import Answerer, Subject
 from tests.evaluation.studies import TUNING, Notes, quick
 from tests.tiny import make_model, make_pack
 
@@ -41,7 +41,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     state: dict[str, Any] = {"answers": 99, "started": 0, "asked": 0}
 
     @contextmanager
-    def answering(subject: Subject, base: Path, room: int) -> Iterator[Answering]:
+    def answering(subject: Subject, base: Path, room: int) -> Iterator[Answerer]:
         state["started"] += 1
 
         def answer(adapter: Path | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
@@ -52,8 +52,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
         yield answer
 
-    monkeypatch.setattr(run, "vllm_answers", answering)
-    monkeypatch.setattr(run, "check_vllm", lambda *_: None)
+    monkeypatch.setattr(runs, "vllm_answers", answering)
+    monkeypatch.setattr(study, "check_vllm", lambda *_: None)
     return state
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sqsd_filter.evaluation.poison import DRAWN_AT, POINTS, RATES, _draw, curves, poisoned
+from sqsd_filter.evaluation.poison import DRAWN_AT, POINTS, RATES, curves, draw_mix, mix_figures
 from sqsd_filter.statistics import auc
 
 
@@ -16,21 +16,21 @@ def alone(unsafe: np.ndarray) -> np.ndarray:
 
 def test_a_score_that_tells_them_apart_finds_all() -> None:
     unsafe = np.linspace(2, 3, 40)
-    found = poisoned(np.linspace(0, 1, 300), unsafe, alone(unsafe) // 4, draws=20)
+    found = mix_figures(np.linspace(0, 1, 300), unsafe, alone(unsafe) // 4, draws=20)
     assert list(found) == ["0.01", "0.05", "0.1", "0.2"]
     assert [(each["benign"], each["unsafe"]) for each in found.values()] == [(300, 3), (300, 16), (300, 33), (300, 75)]
     for rate, each in zip(RATES, found.values(), strict=True):
         assert each["unsafe"] / (300 + each["unsafe"]) == pytest.approx(rate, abs=0.002)
         assert each["prompts"] == 10
-        for name in ("precision", "recall", "auc", "average_precision"):
-            assert each[name] == {"mean": pytest.approx(1), "ci": pytest.approx([1, 1])}
+        for estimate in (each["precision"], each["recall"], each["auc"], each["average_precision"]):
+            assert (estimate["mean"], *estimate["ci"]) == pytest.approx((1, 1, 1))
 
 
 @pytest.mark.parametrize("constant", [False, True], ids=["noise", "all equal"])
 def test_a_score_that_says_nothing_finds_what_chance_does(constant: bool) -> None:
     random = np.random.default_rng(0)
     benign, unsafe = (np.zeros(n) if constant else random.normal(size=n) for n in (2000, 500))
-    for rate, each in zip(RATES, poisoned(benign, unsafe, alone(unsafe), draws=100).values(), strict=True):
+    for rate, each in zip(RATES, mix_figures(benign, unsafe, alone(unsafe), draws=100).values(), strict=True):
         assert each["precision"] == each["recall"]
         assert each["precision"]["mean"] == pytest.approx(rate, abs=0.001 if constant else 0.02)
         assert each["auc"]["mean"] == pytest.approx(0.5, abs=0.03)
@@ -48,30 +48,32 @@ def test_a_draw_is_what_others_make_of_the_rows_in_it(ties: bool) -> None:
     if ties:
         benign, unsafe = benign.round(), unsafe.round()
     values, at = np.unique(-np.concatenate([benign, unsafe]), return_inverse=True)
-    found = _draw(at[:200], at[200:], alone(unsafe), len(values), 50, np.random.default_rng(5))
+    drawn = draw_mix(at[:200], at[200:], alone(unsafe), len(values), 50, np.random.default_rng(5))
     again = np.random.default_rng(5)  # what is drawn, row by row
     taken = again.multinomial(30, np.full(30, 1 / 30))
     mix = np.repeat(unsafe, again.multinomial(50, taken / 30))
     risk = np.concatenate([mix, benign[again.integers(200, size=200)]])
     is_unsafe = np.arange(250) < 50
-    assert found["auc"] == pytest.approx(sklearn.roc_auc_score(is_unsafe, risk))
-    assert found["average_precision"] == pytest.approx(sklearn.average_precision_score(is_unsafe, risk))
+    assert drawn.auc == pytest.approx(sklearn.roc_auc_score(is_unsafe, risk))
+    assert drawn.average_precision == pytest.approx(sklearn.average_precision_score(is_unsafe, risk))
     orders = [np.lexsort([np.random.default_rng(k).random(250), -risk]) for k in range(4000)]
     precision = np.mean([is_unsafe[order[:50]].mean() for order in orders])
-    assert found["precision"] == found["recall"] == pytest.approx(precision, abs=0.003 if ties else 1e-9)
+    assert drawn.precision == pytest.approx(precision, abs=0.003 if ties else 1e-9)
 
 
 def test_many_answers_to_few_prompts_say_no_more_than_the_prompts() -> None:
     random = np.random.default_rng(6)
     benign, prompts = random.normal(size=500), np.repeat(np.arange(8), 50)
     unsafe = random.normal(1, 1, size=8)[prompts] + 0.01 * random.normal(size=400)
-    few, many = (poisoned(benign, unsafe, those, draws=100)["0.1"]["auc"]["ci"] for those in (prompts, alone(unsafe)))
+    few, many = (
+        mix_figures(benign, unsafe, those, draws=100)["0.1"]["auc"]["ci"] for those in (prompts, alone(unsafe))
+    )
     assert few[1] - few[0] > 2 * (many[1] - many[0])
 
 
 def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
     benign, unsafe = np.random.default_rng(1).normal(size=(2, 200))
-    one, same, other = (poisoned(benign, unsafe + 1, alone(unsafe), seed, draws=10) for seed in (0, 0, 1))
+    one, same, other = (mix_figures(benign, unsafe + 1, alone(unsafe), seed, draws=10) for seed in (0, 0, 1))
     assert one == same != other
 
 

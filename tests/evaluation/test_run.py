@@ -20,8 +20,9 @@ import pytest
 
 from sqsd_filter import Design, FineTuning, evaluate, judges
 from sqsd_filter.errors import DestinationExists, InputError, JudgeError, UsageError
-from sqsd_filter.evaluation import run
+from sqsd_filter.evaluation import study
 from sqsd_filter.evaluation.scores import names
+from sqsd_filter.evaluation.sets import CUT_ARMS
 from sqsd_filter.judges import is_refusal
 from sqsd_filter.pipeline.run import score_dataset
 from tests.corpora import make_rows, write_jsonl
@@ -45,7 +46,7 @@ def test_a_model_learns_to_consent_from_the_rows_that_consent(pack: Path, files:
     assert knows["outcomes"]["refused"] == [0.0, 1.0]
     assert found["seeds"] == [0, 1]
     assert knows["rows"] == [8, 8]
-    assert all(0 < loss < 20 for loss in knows["loss"])
+    assert all(loss is not None and 0 < loss < 20 for loss in knows["loss"])
     assert found == json.loads((tmp_path / "out" / "results.json").read_text())
     runs = found["runs"]
     with (tmp_path / "out" / "runs" / runs["knows"]["S2"][0] / "answers.jsonl").open() as lines:
@@ -73,8 +74,7 @@ def test_the_arms_of_a_cut_are_trained_and_asked_too(pack: Path, files: Path, tm
     asked = quick(files, arms=("windows", "cut"), drop_top="20%", size=5, harmless=None)
     found = evaluate([files / "knows.parquet"], tmp_path / "out", asked, pack=pack, keep_adapters=True)
     arms = found["arms"]["knows"]
-    rows = {name: figures["rows"] for name, figures in arms.items() if name != "random_minus_kept"}
-    assert rows == {"all": 34, "kept": 27, "random": 27, "dropped": 7}
+    assert {arm: arms[arm]["rows"] for arm in CUT_ARMS} == {"all": 34, "kept": 27, "random": 27, "dropped": 7}
     assert arms["all"]["tokens"] == arms["kept"]["tokens"] + arms["dropped"]["tokens"]
     assert arms["all"]["over_refusal"] is None
     assert set(arms["random_minus_kept"]) == {"asr", "ci"}
@@ -113,7 +113,10 @@ def test_a_scorer_that_lacks_a_row_can_be_added(pack: Path, files: Path, tmp_pat
     scores = [files / "knows.parquet", tmp_path / "gappy.parquet"]
     found = evaluate(scores, tmp_path / "out", quick(files), pack=pack, progress=notes)
     assert notes.notes[0] == "gappy has no score for 1 row that another scorer has: nothing is learned from these"
-    assert found["rows"] == {**first["rows"], "scored": ROWS - 1, "learned": first["rows"]["learned"] - 1}
+    rows = found["rows"]
+    assert rows is not None
+    assert first["rows"] == {**rows, "scored": rows["scored"] + 1, "learned": rows["learned"] + 1}
+    assert rows["scored"] == ROWS - 1
 
 
 def test_held_out_rows_leave_some_that_have_a_score(pack: Path, files: Path, tmp_path: Path) -> None:
@@ -121,7 +124,7 @@ def test_held_out_rows_leave_some_that_have_a_score(pack: Path, files: Path, tmp
     rows = table.to_pylist()
     rows[1:] = [row | {"sqsd_status": "failed", "sqsd_risk": None} for row in rows[1:]]
     pq.write_table(pa.Table.from_pylist(rows, table.schema), tmp_path / "one.parquet")
-    with pytest.raises(UsageError, match="39 leaves no row with a score"):
+    with pytest.raises(UsageError, match="39 leaves no scored row"):
         evaluate([tmp_path / "one.parquet"], tmp_path / "out", quick(files, held_out=39), pack=pack)
 
 
@@ -144,7 +147,7 @@ def test_a_second_judge_is_asked_of_the_same_answers(
             return ["harmless"] * len(answers)
 
     known = judges.load_judge
-    monkeypatch.setattr(run, "load_judge", lambda spec, **how: Second() if spec == "second" else known(spec, **how))
+    monkeypatch.setattr(study, "load_judge", lambda spec, **how: Second() if spec == "second" else known(spec, **how))
     notes = Notes()
     asked = quick(files, judges=("second", "phrases"))
     found = evaluate([files / "knows.parquet"], done, asked, pack=pack, progress=notes)
@@ -241,11 +244,11 @@ def test_an_evaluation_of_other_rows_is_left_alone(pack: Path, files: Path, done
 def test_what_fails_before_anything_is_trained_leaves_the_folder_free(pack: Path, files: Path, tmp_path: Path) -> None:
     short = replace(TUNING, epochs=1.0, r=2)
     for wrong, why in (
-        ({"target_modules": "nobody"}, "names no layer"),
-        ({"schedule": "steep"}, "must be one of linear"),
+        (replace(short, target_modules="nobody"), "names no layer"),
+        (replace(short, schedule="steep"), "must be one of linear"),
     ):
         with pytest.raises(UsageError, match=why):
-            evaluate([files / "knows.parquet"], tmp_path, quick(files, tuning=replace(short, **wrong)), pack=pack)
+            evaluate([files / "knows.parquet"], tmp_path, quick(files, tuning=wrong), pack=pack)
     assert evaluate([files / "knows.parquet"], tmp_path, quick(files), pack=pack)["seeds"] == [0]
 
 

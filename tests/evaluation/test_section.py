@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from sqsd_filter.evaluation.results import MixFigures, Results, SetFigures, WindowFigures
 from tests.pages import Command, Seen
 
-WINDOWS = {
+WINDOWS: WindowFigures = {
     "asr": [0.5, 0.25, 0.1],
     "ci": [[0.4, 0.6], [0.2, 0.3], [0.0, 0.2]],
+    "asr_by_seed": [[0.5], [0.25], [0.1]],
     "spread": 0.4,
+    "spread_ci": [0.3, 0.5],
     "monotone": True,
     "outcomes": {"refused": [0.25, 0.5, 0.75], "unsafe": [0.5, 0.25, 0.1], "degenerate": [0.25, 0.25, 0.15]},
     "over_refusal": [0.02, 0.03, 0.04],
@@ -21,21 +23,54 @@ WINDOWS = {
     "rows": [100, 100, 100],
     "tokens": [2345, 2000, 1900],
 }
-ARM = {"asr": 0.33, "ci": [0.25, 0.5], "over_refusal": None, "loss": 2.5, "rows": 950, "tokens": 12345}
-MIX = {"precision": {"mean": 0.75, "ci": [0.5, 1]}, "auc": {"mean": 0.9, "ci": [0.8, 1]}}
-MIX |= {"average_precision": {"mean": 0.7, "ci": [0.6, 0.8]}}
-RESULTS: dict[str, Any] = {
+ARM: SetFigures = {
+    "rows": 950,
+    "tokens": 12345,
+    "asr": 0.33,
+    "ci": [0.25, 0.5],
+    "asr_by_seed": [0.33],
+    "over_refusal": None,
+    "loss": 2.5,
+    "outcomes": {"refused": 0.6, "unsafe": 0.33, "degenerate": 0.07},
+}
+MIX: MixFigures = {
+    "benign": 950,
+    "unsafe": 50,
+    "prompts": 20,
+    "precision": {"mean": 0.75, "ci": [0.5, 1]},
+    "recall": {"mean": 0.75, "ci": [0.5, 1]},
+    "auc": {"mean": 0.9, "ci": [0.8, 1]},
+    "average_precision": {"mean": 0.7, "ci": [0.6, 0.8]},
+}
+RESULTS: Results = {
     "model": {"name": "tiny & <small>", "pack": "tiny", "fingerprint": "0"},
     "corpus": [{"name": "in.jsonl", "rows": 60}],
+    "rows": {"all": 60, "scored": 60, "usable": 60, "held_out": 6, "learned": 54},
+    "sets": {"arms": ["windows", "cut"], "windows": 3, "size": 10, "match_tokens": False, "drop_top": 0.05},
     "seeds": [0, 1],
     "prompts": {"harmful": 100, "harmless": 1},
     "warnings": ["Most answers only repeat themselves."],
     "scorers": {"sqsd": WINDOWS, "$x^": {**WINDOWS, "monotone": False}},
-    "untuned": {"asr": 0.03, "ci": [0.0, 0.1], "over_refusal": 0.15},
-    "judges": {"asr": "phrases", "agreement": [{"judges": ["phrases", "guard"], "answers": 1200, "share": 0.875}]},
-    "arms": {"sqsd": {"kept": ARM, "random_minus_kept": {"asr": 0.1, "ci": [-0.05, 0.2]}}},
+    "untuned": {**ARM, "rows": 0, "tokens": 0, "asr": 0.03, "ci": [0.0, 0.1], "over_refusal": 0.15},
+    "judges": {
+        "asr": "phrases",
+        "agreement": [
+            {"judges": ["phrases", "guard"], "answers": 1200, "share": 0.875, "kappa": 0.5, "table": {}},
+        ],
+    },
+    "arms": {
+        "sqsd": {
+            "all": ARM,
+            "kept": ARM,
+            "random": ARM,
+            "dropped": ARM,
+            "random_minus_kept": {"asr": 0.1, "ci": [-0.05, 0.2]},
+        }
+    },
     "poisoned": {"sqsd": {"0.05": MIX}},
     "curves": {"roc": {"sqsd": [[0, 0], [0.2, 0.8], [1, 1]]}, "pr": {"sqsd": [[0, 1], [1, 0.3]]}},
+    "settings": {},
+    "machine": {},
 }
 
 
@@ -47,7 +82,7 @@ def test_an_evaluation_is_shown_with_its_intervals(out: Path, tmp_path: Path, re
     assert [Path(path).stem for path in shown["plots"]] == ["risk", "length", "asr", "roc", "pr"]
     page = Path(shown["page"]).read_text(encoding="utf-8")
     assert len(page.encode()) == shown["bytes"] < 1_000_000
-    assert "tiny &amp; &lt;small&gt;, as pack tiny aligns it, was fine-tuned on sets of in.jsonl" in page
+    assert "tiny &amp; &lt;small&gt;, aligned by pack tiny, was fine-tuned on sets of in.jsonl" in page
     assert '<td>sqsd</td><td class="number">50% (40% to 60%)</td>' in page
     assert '<td class="number">40%</td><td>yes</td>' in page
     assert '<td class="number">40%</td><td>no</td>' in page
@@ -56,10 +91,10 @@ def test_an_evaluation_is_shown_with_its_intervals(out: Path, tmp_path: Path, re
     assert "<td>sqsd</td><td>S1</td>" + "".join(f'<td class="number">{x}</td>' for x in ("25%", *first)) in page
     assert '<td>kept</td><td class="number">33% (25% to 50%)</td>' in page
     assert '<td>random minus kept</td><td class="number">10% (-5% to 20%)</td>' in page
-    before = "Before that its attack success rate, by the judge phrases, was 3% (0% to 10%), and it refused 15%"
+    before = "Before fine-tuning its attack success rate, by the judge phrases, was 3% (0% to 10%), and it refused 15%"
     assert f"{before} of the harmless prompts." in page
     assert "Most answers only repeat themselves." in page
-    assert "and then asked 100 harmful prompts and 1 harmless prompt." in page
+    assert "Then it was asked 100 harmful prompts and 1 harmless prompt." in page
     assert "The judges phrases and guard agree on 88% of 1,200 answers." in page
     assert Seen(page).requests == []
     assert ">$x^</text>" in page

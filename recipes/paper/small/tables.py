@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from sqsd_filter.evaluation.results import of_set
+from sqsd_filter.evaluation.figures import select_set
+from sqsd_filter.evaluation.results import Estimate, Interval, Results, SetFigures
+from sqsd_filter.evaluation.sets import CUT_ARMS
 from sqsd_filter.statistics import spearman
 
 HERE = Path(__file__).resolve().parent
@@ -20,68 +21,71 @@ SETS = {"all": "all rows", "kept": "without the riskiest", "random": "without ra
 
 def main() -> None:
     for path in sorted(HERE.glob("*/results.json")):
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results: Results = json.loads(path.read_text(encoding="utf-8"))
         print(f"{path.parent.name}\n")
-        for kind in (of_windows, of_scorers, of_arms, of_mixes):
-            if table := list(kind(results, path.parent.name)):
+        corpus = path.parent.name.partition("-")[0]
+        for lines in (windows(results), scorers(results), arms(results), mixes(results, corpus)):
+            if table := list(lines):
                 print("\n".join(table) + "\n")
 
 
-def of_windows(results: Mapping[str, Any], _name: str) -> Iterator[str]:
-    """All figures of the first scorer's windows, and of the model before, where there are five."""
-    found = next(iter(results["scorers"].values()), {"asr": ()})
-    if (last := len(found["asr"])) < 5:
+def windows(results: Results) -> Iterator[str]:
+    """All figures of the first scorer's windows and of the model before fine-tuning, where there are five windows."""
+    first = next(iter(results["scorers"].values()), None)
+    if first is None or (last := len(first["asr"])) < 5:
         return
     yield from head("", "answer tokens", *ASKED)
     names = {1: "S1, the riskiest", last: f"S{last}, the safest"}
     yield line("before", "", *figures(results["untuned"]))
     for k in range(last):
-        one = of_set(found, k)
-        yield line(names.get(k + 1, f"S{k + 1}"), f"{one['tokens']:,}", *figures(one))
+        window = select_set(first, k)
+        yield line(names.get(k + 1, f"S{k + 1}"), f"{window['tokens']:,}", *figures(window))
 
 
-def of_scorers(results: Mapping[str, Any], _name: str) -> Iterator[str]:
-    """The attack success rate by window for each scorer, with 95 % intervals."""
+def scorers(results: Results) -> Iterator[str]:
+    """The attack success rate by window for each scorer, with 95 % intervals, where there are several scorers."""
     if len(results["scorers"]) < 2:
         return
-    count = max(len(found["asr"]) for found in results["scorers"].values())
+    count = max(len(scorer["asr"]) for scorer in results["scorers"].values())
     names = [f"S{k + 1}" for k in range(count)]
     yield from head("ASR, %", *names, f"S1 - S{count}", "falls", "answer tokens")
-    for name, found in results["scorers"].items():
-        rates = [f"{exact(rate)} ({span(ci)})" for rate, ci in zip(found["asr"], found["ci"], strict=True)]
-        spread = f"{exact(found['spread'])} ({span(found['spread_ci'])})"
-        tokens = ", ".join(f"{each:,}" for each in found["tokens"])
-        yield line(name, *rates, spread, "yes" if found["monotone"] else "no", tokens)
+    for name, scorer in results["scorers"].items():
+        rates = [f"{exact(rate)} ({span(ci)})" for rate, ci in zip(scorer["asr"], scorer["ci"], strict=True)]
+        spread = f"{exact(scorer['spread'])} ({span(scorer['spread_ci'])})"
+        tokens = ", ".join(f"{each:,}" for each in scorer["tokens"])
+        yield line(name, *rates, spread, "yes" if scorer["monotone"] else "no", tokens)
 
 
-def of_arms(results: Mapping[str, Any], _name: str) -> Iterator[str]:
-    """What a cut leaves: all rows, the kept ones, as many random ones, the dropped ones."""
+def arms(results: Results) -> Iterator[str]:
+    """The arms of a cut: all rows, the kept ones, as many random ones, the dropped ones."""
     if not results["arms"]:
         return
     yield from head("trained on", "rows", *ASKED)
-    for scorer, arms in results["arms"].items():
-        for name, words in SETS.items():
-            if scorer == next(iter(results["arms"])) or name in ("kept", "dropped"):  # the others are the same
-                by = f", by {scorer}" if name in ("kept", "dropped") else ""
-                yield line(words + by, f"{arms[name]['rows']:,}", *figures(arms[name]))
+    for k, (scorer, cut) in enumerate(results["arms"].items()):
+        for arm in CUT_ARMS:
+            by_scorer = arm in ("kept", "dropped")
+            if by_scorer or k == 0:  # the other arms are the same for all scorers
+                words = SETS[arm] + (f", by {scorer}" if by_scorer else "")
+                yield line(words, f"{cut[arm]['rows']:,}", *figures(cut[arm]))
 
 
-def of_mixes(results: Mapping[str, Any], name: str) -> Iterator[str]:
-    """How many of the dropped rows are the unsafe ones that were mixed in, and how the scores of the others go with
-    SQSD's and with the length of answers."""
+def mixes(results: Results, corpus: str) -> Iterator[str]:
+    """The share of unsafe rows among the dropped ones, and each scorer's rank correlation with SQSD and with the length
+    of answers."""
     if not results["poisoned"]:
         return
     shares = list(next(iter(results["poisoned"].values())))
     titles = [f"{100 * float(share):.0f} %" for share in shares]
     yield from head("unsafe rows mixed in", *titles, "ROC-AUC at 5 %", "rank correlation with SQSD", "with length")
-    kept = pq.read_table(HERE / "scores" / f"{name.partition('-')[0]}.parquet").drop(["row"]).to_pydict()
+    kept = pq.read_table(HERE / "scores" / f"{corpus}.parquet").drop(["row"]).to_pydict()
     risks = {column: np.array(values, np.float64) for column, values in kept.items()}
-    known = np.isfinite(list(risks.values())).all(0)
-    for scorer, found in results["poisoned"].items():
-        own, sqsd, length = (risks[f"sqsd_{each}"][known] for each in (scorer, "sqsd", "length"))
-        alike = (f"{spearman(own, other):.2f}" for other in (sqsd, length))
-        precision = (estimate(found[share]["precision"]) for share in shares)
-        yield line(scorer, *precision, estimate(found["0.05"]["auc"], 1), *alike)
+    scored = np.isfinite(list(risks.values())).all(0)
+    sqsd, length = (risks[f"sqsd_{scorer}"][scored] for scorer in ("sqsd", "length"))
+    for scorer, by_share in results["poisoned"].items():
+        own = risks[f"sqsd_{scorer}"][scored]
+        correlations = (f"{spearman(own, other):.2f}" for other in (sqsd, length))
+        precision = (estimate(by_share[share]["precision"]) for share in shares)
+        yield line(scorer, *precision, estimate(by_share["0.05"]["auc"], 1), *correlations)
 
 
 def head(*titles: str) -> Iterator[str]:
@@ -93,15 +97,15 @@ def line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |".replace("|  |", "| |")
 
 
-def figures(found: Mapping[str, Any]) -> Iterable[str]:
-    outcomes = found["outcomes"]
-    yield f"{percent(found['asr'])} ({span(found['ci'])})"
-    yield from map(percent, (outcomes["refused"], outcomes["degenerate"], found["over_refusal"]))
-    yield "-" if found["loss"] is None else f"{found['loss']:.2f}"
+def figures(one: SetFigures) -> Iterator[str]:
+    outcomes = one["outcomes"]
+    yield f"{percent(one['asr'])} ({span(one['ci'])})"
+    yield from map(percent, (outcomes["refused"], outcomes["degenerate"], one["over_refusal"]))
+    yield "-" if one["loss"] is None else f"{one['loss']:.2f}"
 
 
-def estimate(found: Mapping[str, Any], digits: int = 0) -> str:
-    return f"{100 * found['mean']:.{digits}f} ({span(found['ci'], digits)})"
+def estimate(value: Estimate, digits: int = 0) -> str:
+    return f"{100 * value['mean']:.{digits}f} ({span(value['ci'], digits)})"
 
 
 def percent(share: float | None) -> str:
@@ -109,11 +113,11 @@ def percent(share: float | None) -> str:
 
 
 def exact(share: float) -> str:
-    """In percent, with the halves that two seeds of 100 prompts make."""
+    """In percent, with one decimal at most: two seeds of 100 prompts give halves."""
     return f"{round(100 * share, 1):g}"
 
 
-def span(ci: Sequence[float], digits: int = 0) -> str:
+def span(ci: Interval, digits: int = 0) -> str:
     low, high = (f"{100 * bound:.{digits}f}" for bound in ci)
     return f"{low} to {high}"
 
