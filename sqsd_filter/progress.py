@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import NotRequired, Protocol, TypedDict
 
 
 class Progress(Protocol):
@@ -42,6 +42,17 @@ class Silent:
         pass
 
 
+class PhaseFigures(TypedDict):
+    """What was done in a phase; tokens only where there were any."""
+
+    rows: int
+    expected: int | None
+    seconds: float
+    rows_per_second: float
+    tokens: NotRequired[int]
+    tokens_per_second: NotRequired[float]
+
+
 @dataclass
 class Phase:
     """Rows and tokens done, of `expected` rows if that is known, and the clock's seconds at its start and end."""
@@ -52,13 +63,17 @@ class Phase:
     rows: int = 0
     tokens: int = 0
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> PhaseFigures:
         seconds = max((self.ended or time.monotonic()) - self.began, 1e-9)
-        found = {"rows": self.rows, "expected": self.expected, "seconds": round(seconds, 6)}
-        found["rows_per_second"] = round(self.rows / seconds, 3)
+        figures: PhaseFigures = {
+            "rows": self.rows,
+            "expected": self.expected,
+            "seconds": round(seconds, 6),
+            "rows_per_second": round(self.rows / seconds, 3),
+        }
         if self.tokens:
-            found |= {"tokens": self.tokens, "tokens_per_second": round(self.tokens / seconds, 3)}
-        return found
+            figures |= {"tokens": self.tokens, "tokens_per_second": round(self.tokens / seconds, 3)}
+        return figures
 
 
 class Meter:
@@ -92,7 +107,7 @@ class Meter:
     def note(self, message: str) -> None:
         self._inner.note(message)
 
-    def figures(self) -> dict[str, dict[str, Any]]:
+    def figures(self) -> dict[str, PhaseFigures]:
         """Every phase so far: rows, seconds, rows and tokens a second."""
         return {name: phase.figures() for name, phase in list(self.phases.items())}
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from sqsd_filter.corpus.row_formats import RowFormat
-from sqsd_filter.pipeline.page.notes import Notes
+from sqsd_filter.pipeline.figures import summarise
+from sqsd_filter.pipeline.page.notes import Notes, NoteTaker
 from sqsd_filter.pipeline.page.page import write_page
-from sqsd_filter.pipeline.report import summarise
+from sqsd_filter.pipeline.report import Explained, OutputFacts, Report, RunFacts, Written
 from sqsd_filter.pipeline.selecting.selection import KEPT, Cut, cut_rows
 from tests.corpora import by_hand, make_rows, open_corpus, write_jsonl
 
@@ -25,18 +26,24 @@ ALPACA = RowFormat("alpaca", prompt="instruction", answer="output")
 
 def noted(
     folder: Path, rows: Sequence[Any], risk: Sequence[float] | None = None, form: RowFormat | None = ALPACA, **cut: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Report, Notes]:
     """Report and notes of a run on these rows with these risks; without, a later row has a higher one."""
     corpus = open_corpus([write_jsonl(folder / "in.jsonl", rows)])
     scored, _ = by_hand(corpus, [KEPT] * len(rows), [k for k, row in enumerate(rows) if isinstance(row, bytes)])
     scored = replace(scored, form=form, risk=scored.risk if risk is None else np.array(risk, np.float64))
     how = Cut.of(**(cut or {"drop_count": 2}))
     selection = cut_rows(scored.risk, scored.scored, how)
-    notes = Notes(scored, selection)
+    taker = NoteTaker(scored, selection)
     for chunk in corpus.chunks():
-        notes.see(chunk)
-    report = {"settings": {}, "versions": {"sqsd-filter": "1"}, **summarise(scored, selection, how)}
-    return report, notes.found(report)
+        taker.see(chunk)
+    report: Report = {
+        **RunFacts(settings={}, versions={"sqsd-filter": "1"}),
+        **summarise(scored, selection, how),
+        **OutputFacts(to="parquet"),
+        **Written(files=[], extra_files=[], json_columns=[]),
+        **Explained(),
+    }
+    return report, taker.notes(report)
 
 
 def page_of(folder: Path, rows: Sequence[Any], **how: Any) -> str:

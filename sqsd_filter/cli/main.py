@@ -28,6 +28,7 @@ from sqsd_filter.errors import SQSDError, UsageError
 
 if TYPE_CHECKING:
     from sqsd_filter.pipeline.publishing.hub import PushTo
+    from sqsd_filter.pipeline.report import FinishedReport
     from sqsd_filter.pipeline.stage.engines import Engine
 
 
@@ -95,13 +96,13 @@ def _record(context: click.Context) -> dict[str, Any]:
     return {"settings": settings.origins(context), "command": settings.command_line(context)}
 
 
-def _finish(context: click.Context, report: dict[str, Any]) -> None:
+def _finish(context: click.Context, report: FinishedReport) -> None:
     params = context.params
     dest = params["dest"]
     output.show(report, as_json=params["json_output"], quiet=params["quiet"], text=lambda r: output.summary(r, dest))
 
 
-def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]], **more: object) -> None:
+def _score_and_report(context: click.Context, run: Callable[..., FinishedReport], **more: object) -> None:
     """The part that `filter` and `score` share: `run` is the function of the API, `more` the arguments of its own.
 
     With --dry-run, print the estimated cost instead.
@@ -127,7 +128,7 @@ def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]]
             output.show(guess, as_json=params["json_output"], quiet=False, text=output.forecast)
             return
         with _engine(params) as engine:
-            metrics.report = run(
+            report = metrics.report = run(
                 params["sources"],
                 params["dest"],
                 **common,
@@ -138,7 +139,7 @@ def _score_and_report(context: click.Context, run: Callable[..., dict[str, Any]]
                 record=_record(context),
                 **more,
             )
-    _finish(context, metrics.report)
+    _finish(context, report)
 
 
 @cli.command(

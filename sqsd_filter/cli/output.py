@@ -9,16 +9,19 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from sqsd_filter.wording import many
 
+if TYPE_CHECKING:
+    from sqsd_filter.pipeline.report import FinishedReport, GroupFigures, PieceFigures, RowWeights
+
 LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
 SHOWN = 10  # groups in a summary
 
-Report = TypeVar("Report", bound=Mapping[str, Any])
+Report = TypeVar("Report", bound=Mapping[str, object])
 
 
 class Display:
@@ -121,7 +124,7 @@ def show(report: Report, *, as_json: bool, quiet: bool, text: Callable[[Report],
         click.echo(text(report))
 
 
-def summary(report: Mapping[str, Any], dest: object) -> str:
+def summary(report: FinishedReport, dest: object) -> str:
     """At most a dozen lines about a finished run, and as many about its groups."""
     from sqsd_filter.pipeline.report import load_calls
 
@@ -131,7 +134,7 @@ def summary(report: Mapping[str, Any], dest: object) -> str:
         lines.append(f"{rows['kept']:,} of {rows['total']:,} rows kept in {dest} ({report['cut']})")
         cut = f"   risk {report['threshold']:.4f} and above" if report["threshold"] is not None else ""
         cut += f" ({report['ties']} kept rows tie)" if report["ties"] else ""
-        published = report.get("published", {})
+        published = report.get("published") or {"url": ""}
         name = published.get("repo", dest) if "://" in str(dest) else dest
         load = load_calls(report, json.dumps(str(name), ensure_ascii=False)) if "://" not in str(name) else {}
         load = {what: call for what, call in load.items() if name == dest or what in published["rows"]}
@@ -165,12 +168,12 @@ def summary(report: Mapping[str, Any], dest: object) -> str:
     return "\n".join(lines + (_groups(report["groups"]) if "groups" in report else []))
 
 
-def _weights(weights: Mapping[str, Any]) -> list[str]:
+def _weights(weights: RowWeights) -> list[str]:
     half = f"; 0.5 at risk {weights['threshold']:.4f}" if weights["threshold"] is not None else ""
     return [f"  weights  {weights['sum']:>9,.1f}   is the sum of sqsd_weight{half}"]
 
 
-def _groups(pieces: Mapping[str, Any]) -> list[str]:
+def _groups(pieces: GroupFigures) -> list[str]:
     """The rows dropped from the largest groups or splits, or the sum of their weights."""
     groups = sorted(pieces["groups"], key=lambda group: -group["scored"])
     column, spared = pieces["column"], pieces["spared"]
@@ -188,9 +191,10 @@ def _groups(pieces: Mapping[str, Any]) -> list[str]:
     return [line.rstrip() for line in lines] + [f"    ... and {len(groups) - SHOWN:,} more"] * (len(groups) > SHOWN)
 
 
-def _label(group: Mapping[str, Any]) -> str:
+def _label(group: PieceFigures) -> str:
     """A group's split and value on one line of at most 40 characters."""
-    names = [group[key] for key in ("split", "value") if key in group]
+    names: list[object] = [group["split"]] if "split" in group else []
+    names += [group["value"]] if "value" in group else []
     texts = [name if isinstance(name, str) and name else json.dumps(name, ensure_ascii=False) for name in names]
     label = ": ".join(text if text.isprintable() else json.dumps(text) for text in texts)
     return label if len(label) <= 40 else label[:39] + "…"

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import quote, unquote
 
 from sqsd_filter.corpus.files import LocalFile, RemoteFile, plainly, unreadable
@@ -40,6 +40,15 @@ _READABLE = "/=,+@()"  # characters that a URL may hold as they are
 _ON_HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^:@]+))?(:(?P<part>.+))?")
 
 
+class HubDataset(TypedDict):
+    """A dataset of the Hub as it was read: `revision` is its commit; `config` and `split` are None for single files."""
+
+    id: str
+    revision: str | None
+    config: str | None
+    split: str | None
+
+
 @dataclass(frozen=True)
 class Source:
     """One reader and what its rows belong to."""
@@ -47,7 +56,7 @@ class Source:
     reader: Reader
     spec: str | None  # opens just this again, with the revision fixed; "" where nothing does, None with the one before
     split: str = SPLIT
-    dataset: Mapping[str, Any] | None = None  # of the Hub: {"id", "revision", "config", "split"}
+    dataset: HubDataset | None = None
     card: tuple[str, str] | None = None  # the name of its dataset and the text of that one's README.md
     roots: tuple[str, ...] = ()  # the files, folders and URLs outside the Hub that it reads
 
@@ -133,7 +142,7 @@ class Opener:
             yield from self._on_hub(**there.groupdict())
             return
         repository = Repository.on_hub(there["name"], there["revision"], streaming=self._streaming)
-        about = {"id": repository.where, "revision": repository.commit, "config": None, "split": None}
+        about = HubDataset(id=repository.where, revision=repository.commit, config=None, split=None)
         card = _named(repository.where, repository.card())
         for found in _matching(path, repository.paths(), url):
             yield Source(open_file(repository.file(found)), f"{repository.spec}/{found}", dataset=about, card=card)
@@ -170,7 +179,7 @@ def _of_repository(repository: Repository, part: str) -> Iterator[Source]:
     for number, (config, split, reader) in enumerate(repository.readers(part)):
         if number == 0:
             card = _named(repository.where, repository.card())
-        about = {"id": repository.where, "revision": repository.commit, "config": config, "split": split}
+        about = HubDataset(id=repository.where, revision=repository.commit, config=config, split=split)
         of_hub = repository.commit is not None
         spec = f"{repository.spec}:{config}/{split}"
         roots = () if of_hub else (repository.where,)

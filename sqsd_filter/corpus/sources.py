@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 
@@ -83,6 +83,15 @@ class Part:
         return islice(records, start - skipped * MARK_EVERY, stop - skipped * MARK_EVERY)
 
 
+class InputFile(TypedDict):
+    """One input of a corpus; `blake2b` is the digest of what was read of it, in hexadecimal."""
+
+    path: str
+    bytes: int
+    rows: int
+    blake2b: str
+
+
 @dataclass(frozen=True)
 class Corpus:
     """All inputs as one sequence of rows. Small and picklable: paths, offsets and the schema, no open file."""
@@ -90,7 +99,7 @@ class Corpus:
     n_rows: int
     schema: pa.Schema  # holds every row
     scorable_schema: pa.Schema  # the same columns, with what the rows that have a conversation need
-    inputs: list[dict[str, Any]]  # {"path", "bytes", "rows", "blake2b"} of each
+    inputs: list[InputFile]
     parts: list[Part]
     form: RowFormat | None = None
 
@@ -111,7 +120,7 @@ class Corpus:
         file covers what was read of it.
         """
         parts: list[Part] = []
-        inputs = []
+        inputs: list[InputFile] = []
         shapes = _Shapes(form)
         start = 0
         for opened in sources:

@@ -10,18 +10,30 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, cast
 
 from sqsd_filter.corpus.addresses import Source
 from sqsd_filter.corpus.repositories import HUB
 from sqsd_filter.errors import SQSDError, UsageError
+from sqsd_filter.pipeline.page.notes import Notes
 from sqsd_filter.pipeline.page.page import write_page
 from sqsd_filter.pipeline.publishing.bucket import Bucket
 from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.publishing.target import Finished, Target, run_id
-from sqsd_filter.pipeline.report import versions, write_report
+from sqsd_filter.pipeline.report import (
+    EngineFacts,
+    FinishedReport,
+    Outcome,
+    Report,
+    RunContent,
+    RunFacts,
+    ScoreFacts,
+    Timing,
+    versions,
+    write_report,
+)
 from sqsd_filter.pipeline.stage.engines import Engine
-from sqsd_filter.pipeline.writing.card import card_text, write_card
+from sqsd_filter.pipeline.writing.card import PICTURE_FILE, card_text, write_card
 from sqsd_filter.pipeline.writing.destination import (
     LOCK_FILE,
     NOTES_FILE,
@@ -30,14 +42,15 @@ from sqsd_filter.pipeline.writing.destination import (
     RUN_FILE,
     Destination,
     lock_run,
-    read_json,
+    read_report,
 )
+from sqsd_filter.pipeline.writing.histogram import write_histogram
 from sqsd_filter.progress import Meter
 from sqsd_filter.scoring.embedded import cache_dir
 
 log = logging.getLogger(__name__)
 
-Made = tuple[dict[str, Any], dict[str, Any]]  # what work has to say: for the report, and the notes for the page
+Work = Callable[[], tuple[RunContent, Notes]]  # writes the rows, and returns what report and page say of them
 
 
 @dataclass(frozen=True)
@@ -112,11 +125,11 @@ class Job:
     """
 
     outlet: Outlet
-    identity: dict[str, Any]
+    identity: Mapping[str, object]
     meter: Meter
-    record: Mapping[str, Any]
+    record: Mapping[str, object]
     started: float
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: ScoreFacts = field(default_factory=ScoreFacts)
     engine: Engine | None = None
     originals: Sequence[tuple[str, str]] = ()
 
@@ -125,7 +138,7 @@ class Job:
         """The run as a target knows it: explanations never get there, so they make no other run of it."""
         return run_id({name: value for name, value in self.identity.items() if name != "explain"})
 
-    def carry_out(self, work: Callable[[], Made]) -> dict[str, Any]:
+    def carry_out(self, work: Work) -> FinishedReport:
         """Claim the destination, do the work, leave a report whatever happens, publish. Returns the report.
 
         Raises `SQSDError` where the disk or the target refuses.
@@ -150,16 +163,18 @@ class Job:
             self.meter.finish()
             destination.release()
 
-    def _on_disk(self, work: Callable[[], Made]) -> dict[str, Any]:
+    def _on_disk(self, work: Work) -> FinishedReport:
         destination = self.outlet.destination
         if destination.claim(self.identity):
-            report = {**read_json(destination.home / REPORT_FILE), "already_done": True}
+            report = read_report(destination.home)
+            assert report is not None
+            report["already_done"] = True
         else:
             report = self._carry_out(work)
         destination.publish()
         return report
 
-    def _published(self, target: Target, report: dict[str, Any]) -> dict[str, Any]:
+    def _published(self, target: Target, report: FinishedReport) -> FinishedReport:
         run, root = self.published_run, self.outlet.destination.root
         if target.published(run) is not None:
             return report
@@ -170,28 +185,37 @@ class Job:
         own += [page for name in (PAGE_FILE, NOTES_FILE) if (page := home / name).is_file()]
         files = {name: root / name for name in names} | {str(path.relative_to(root)): path for path in own}
 
-        def card(told: Mapping[str, Any], name: str) -> str:
-            return card_text(told, self.originals, name)
+        def card(report: Report, name: str) -> str:
+            return card_text(report, self.originals, name)
 
         where = target.publish(Finished(run, files, report, card))
         return {**report, "published": where, "already_done": False}
 
-    def _carry_out(self, work: Callable[[], Made]) -> dict[str, Any]:
-        base = {"settings": {}, **self.record, "versions": versions(), **self.facts}
-        found: dict[str, Any] = {}
+    def _carry_out(self, work: Work) -> FinishedReport:
+        # what a caller puts on record is anything, but under these two keys it is what the type says
+        record = cast("RunFacts", {"settings": {}, **self.record})
+        facts: RunFacts = {**record, "versions": versions(), **self.facts}
+        known: RunFacts | Report = facts
         try:
-            found, notes = work()
+            content, notes = work()
+            known = report = Report(**facts, **content)
             if self.outlet.has_card:
-                write_card(self.outlet.destination.root, {**base, **found}, self.originals)
-            self._write_page({**base, **found}, notes)
+                root = self.outlet.destination.root
+                write_histogram(root / PICTURE_FILE, notes["histogram"], report)
+                write_card(root, report, self.originals)
+            self._write_page(report, notes)
         except BaseException as problem:
             status = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
             with suppress(OSError):  # the disk may be what failed
-                self._report({"status": status, **base, **found, "error": str(problem) or status})
+                self._write_report(
+                    {"status": status, **known, "error": str(problem) or status, "timing": self._timing()}
+                )
             raise
-        return self._report({"status": "ok", **base, **found})
+        finished: FinishedReport = {**Outcome(status="ok"), **report, "timing": self._timing()}
+        self._write_report(finished)
+        return finished
 
-    def _write_page(self, report: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    def _write_page(self, report: Report, notes: Notes) -> None:
         """The rows are all written: a page that can't be is no reason to fail."""
         home = self.outlet.destination.home
         try:
@@ -202,10 +226,13 @@ class Job:
                 problem,
             )
 
-    def _report(self, report: dict[str, Any]) -> dict[str, Any]:
-        timing: dict[str, Any] = {"seconds": round(time.time() - self.started, 3), "started": round(self.started, 3)}
-        timing |= self.engine.facts() if self.engine else {}
-        timing |= {"phases": self.meter.figures()}
-        report = {**report, "timing": timing}
+    def _timing(self) -> Timing:
+        return {
+            "seconds": round(time.time() - self.started, 3),
+            "started": round(self.started, 3),
+            **(self.engine.facts() if self.engine else EngineFacts()),
+            "phases": self.meter.figures(),
+        }
+
+    def _write_report(self, report: Mapping[str, object]) -> None:
         write_report(self.outlet.destination.home / REPORT_FILE, report)
-        return report

@@ -11,10 +11,13 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqsd_filter.errors import InputError
 from sqsd_filter.progress import Meter, Progress
+
+if TYPE_CHECKING:
+    from sqsd_filter.pipeline.report import RunFigures
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ class Metrics:
 
     def __init__(self, path: str | Path | None, progress: Progress) -> None:
         self.meter = Meter(progress)
-        self.report: Mapping[str, Any] = {}
+        self.report: RunFigures | None = None
         self._path = Path(path) if path else None
         self._started = time.time()
         self._over = threading.Event()
@@ -76,6 +79,7 @@ class Metrics:
         from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
         assert self._path is not None
+        report = self.report
         registry, now, run = CollectorRegistry(), time.time(), self._path.stem
 
         def gauge(name: str, help: str, values: Mapping[str, float | None], label: str = "") -> None:
@@ -89,12 +93,19 @@ class Metrics:
         gauge("started_seconds", "When the run started, Unix time", {"": self._started})
         gauge("updated_seconds", "When this file was written, Unix time", {"": now})
         gauge("duration_seconds", "How long the run has taken so far", {"": now - self._started})
-        phases = self.meter.figures()
+        phases: Mapping[str, Mapping[str, object]] = self.meter.figures()
         for name, help in PHASE_FIGURES.items():
-            gauge(f"phase_{name}", f"{help}, by phase", {p: f.get(name) for p, f in phases.items()}, "phase")
+            by_phase = {phase: _number(figures.get(name)) for phase, figures in phases.items()}
+            gauge(f"phase_{name}", f"{help}, by phase", by_phase, "phase")
         gauge("replicas_alive", "Models at work on Ray", {"": self.meter.alive})
         gauge("shards_retried", "Shards that had to be started again", {"": self.meter.retried})
-        gauge("rows", "Rows of a finished run, by fate", self.report.get("rows", {}), "fate")
-        gauge("unscored_rows", "Rows without a score, by reason", self.report.get("unscored", {}), "reason")
-        gauge("threshold", "Lowest risk among the dropped rows", {"": self.report.get("threshold")})
+        rows: Mapping[str, object] = report["rows"] if report else {}
+        fates = {fate: _number(count) for fate, count in rows.items()}
+        gauge("rows", "Rows of a finished run, by fate", fates, "fate")
+        gauge("unscored_rows", "Rows without a score, by reason", report["unscored"] if report else {}, "reason")
+        gauge("threshold", "Lowest risk among the dropped rows", {"": report["threshold"] if report else None})
         write_to_textfile(str(self._path), registry)
+
+
+def _number(figure: object) -> float | None:
+    return float(figure) if isinstance(figure, int | float) else None

@@ -1,4 +1,7 @@
-"""What a run says of itself: report.json."""
+"""The report of a run: what report.json holds, and what card, page and summary read from it.
+
+Reports of earlier versions lack some keys that are required here: whoever reads one from disk asks with `get`.
+"""
 
 from __future__ import annotations
 
@@ -7,108 +10,258 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Literal, NotRequired, TypedDict
 
-import numpy as np
-
-from sqsd_filter.pipeline.scores.scored import Scored
-from sqsd_filter.pipeline.selecting.selection import FORMULA, Cut, Selection
-from sqsd_filter.pipeline.writing.export import CONFIGS
+from sqsd_filter.corpus.addresses import HubDataset
+from sqsd_filter.corpus.sources import InputFile
+from sqsd_filter.pipeline.scores.scored import ScoreCounts
+from sqsd_filter.pipeline.selecting.selection import PieceKey
+from sqsd_filter.progress import PhaseFigures
 from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.storage.folder import write_text
 
-QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+Config = Literal["kept", "dropped", "errors"]  # the datasets' word for one of the tables that a run writes
+CONFIGS: tuple[Config, ...] = ("kept", "dropped", "errors")
+
+
+class PackFacts(TypedDict):
+    """The pack that gave the scores, and the base model that they were taken on; `weights` has each probe's."""
+
+    name: str
+    fingerprint: str
+    base_model: str
+    weights: Mapping[str, float]
+    shared_state: str | None
+
+
+class ConsensusPack(TypedDict):
+    """One of the packs whose ranks are combined: the column with its risk, and where its scores were read."""
+
+    column: str
+    scores: str
+    pack: PackFacts | None
+    scorer: str | None
+
+
+class Consensus(TypedDict):
+    rule: str
+    packs: list[ConsensusPack]
+
+
+class ScoreFacts(TypedDict, total=False):
+    """How the scores were made, as far as it is known: scores in the input may come without any of this."""
+
+    pack: PackFacts
+    scorer: str
+    device: str
+    dtype: str
+    max_length: int
+    datasets: list[HubDataset]
+    consensus: Consensus
+
+
+class Setting(TypedDict):
+    value: object
+    origin: str  # flag, environment, config or default
+
+
+class RunFacts(ScoreFacts):
+    """All that is known of a run before its work begins."""
+
+    settings: Mapping[str, Setting]
+    command: NotRequired[list[str]]
+    versions: Mapping[str, str]
+
+
+class Fates(TypedDict, total=False):
+    """Rows by fate, unless all are written to one file, as `score` does."""
+
+    kept: int
+    dropped: int
+
+
+class RowCounts(Fates, ScoreCounts):
+    total: int
+    errors: int
+
+
+class PieceWeights(TypedDict, total=False):
+    """Where rows are weighted: the formula's scale, None where all weights are 1, and the sum of the weights."""
+
+    scale: float | None
+    sum: float
+
+
+class PieceFigures(PieceKey, PieceWeights):
+    """Rows that were cut together."""
+
+    scored: int
+    dropped: int
+    threshold: float | None
+
+
+class GroupFigures(TypedDict):
+    """The groups of equal values in `column`, or the splits where it is None, each with its own share of the cut."""
+
+    column: str | None
+    spared: int
+    groups: list[PieceFigures]
+
+
+class RowWeights(TypedDict):
+    """How rows are weighted; threshold and scale are None where each group has its own."""
+
+    formula: str
+    threshold: float | None
+    scale: float | None
+    sum: float
+
+
+class RunFigures(TypedDict):
+    """What became of the rows, and how risk is spread over them."""
+
+    rows: RowCounts
+    unscored: dict[str, int]
+    format: str | None
+    cut: str | None
+    threshold: float | None
+    ties: int
+    tokens: int
+    risk_quantiles: dict[str, float]
+    inputs: list[InputFile]
+    modules: NotRequired[dict[str, list[str]]]
+    groups: NotRequired[GroupFigures]
+    weights: NotRequired[RowWeights]
+
+
+class WrittenFile(TypedDict):
+    """A file of rows below the destination. Files of `score` have no config and no split."""
+
+    config: NotRequired[Config]
+    split: NotRequired[str]
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class Written(TypedDict):
+    """The files of rows, those that belong to them, and the columns whose values are stored as JSON."""
+
+    files: list[WrittenFile]
+    extra_files: list[str]
+    json_columns: list[str]
+
+
+class OutputFacts(TypedDict):
+    """How rows are written: `to` is the format. `score` writes one file and has no further settings."""
+
+    to: str
+    shard_size: NotRequired[int]
+    with_scores: NotRequired[bool]
+
+
+class Explained(TypedDict, total=False):
+    explained: int  # rows in explained.json
+
+
+class RunContent(RunFigures, OutputFacts, Written, Explained):
+    """What the work of a run gives for its report."""
+
+
+class EngineFacts(TypedDict, total=False):
+    """Who scored the rows; all but the name only on Ray."""
+
+    engine: str
+    replicas: int | None
+    gpus_per_replica: float | None
+    shards_retried: int
+
+
+class Timing(EngineFacts):
+    """In seconds; `started` is Unix time. `select` has no engine."""
+
+    seconds: float
+    started: float
+    phases: dict[str, PhaseFigures]
+
+
+class Published(TypedDict):
+    """Where the run was published; all but the URL only for a dataset of the Hub."""
+
+    url: str
+    repo: NotRequired[str]
+    commit: NotRequired[str]
+    rows: NotRequired[list[Config]]
+
+
+class Report(RunFacts, RunContent):
+    """What card and page are made from."""
+
+
+class Outcome(TypedDict):
+    """How a run ended; `already_done` and `published` are known only afterwards and not on disk."""
+
+    status: str
+    already_done: NotRequired[bool]
+    published: NotRequired[Published]
+
+
+class FinishedReport(Outcome, Report):
+    """All of report.json. A run that failed leaves its status, its error, and as much of the rest as there is."""
+
+    timing: Timing
 
 
 def versions(*more: str) -> dict[str, str]:
     """Versions of everything that can change a score or a byte, and of these packages."""
     names = ("sqsd-filter", "torch", "transformers", "datasets", "pyarrow", "numpy", *more)
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in names:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
+            installed[name] = "not installed as a package"
+    return installed
 
 
-def summarise(scored: Scored, selection: Selection | None, cut: Cut | None) -> dict[str, Any]:
-    """The figures of a finished run: rows by fate, why rows have no score, the cut, and how risk is spread."""
-    risk = scored.risk[scored.scored]
-    quantiles = np.quantile(risk, [q / 100 for q in QUANTILES]) if len(risk) else []
-    rows: dict[str, int] = {"total": scored.corpus.n_rows}
-    if selection is not None:
-        rows |= {config: selection.count(fate) for config, fate in CONFIGS.items()}
+def scorers(facts: ScoreFacts) -> list[str]:
+    """The scorers that gave the risks, or those whose ranks were combined; SQSD where it is not known."""
+    if consensus := facts.get("consensus"):
+        names = [pack.get("scorer") for pack in consensus["packs"]]
     else:
-        rows |= {"errors": int((~scored.scored).sum())}
-    found: dict[str, Any] = {
-        "rows": rows | scored.counts,
-        "unscored": scored.reasons(),
-        "format": str(scored.form) if scored.form else None,
-        "cut": str(cut) if cut else None,
-        "threshold": selection.threshold if selection else None,
-        "ties": selection.ties if selection else 0,
-        "tokens": int(scored.tokens.sum()),
-        "risk_quantiles": {f"{q}%": float(v) for q, v in zip(QUANTILES, quantiles, strict=False)},
-        "inputs": scored.corpus.inputs,
-    }
-    if scored.modules:
-        found["modules"] = {name: list(each.names) for name, each in scored.modules.items()}
-    if selection is not None and cut is not None:
-        found |= _pieces(selection, cut)
-    return found
+        names = [facts.get("scorer")]
+    return list(dict.fromkeys(name or SQSD for name in names))
 
 
-def _pieces(selection: Selection, cut: Cut) -> dict[str, Any]:
-    """The figures of groups and splits where they were cut apart, and of weights where there are any."""
-    found: dict[str, Any] = {}
-    figures: list[dict[str, Any]] = [
-        {**piece.key, "scored": piece.scored, "dropped": piece.dropped, "threshold": piece.threshold}
-        | ({"scale": piece.scale, "sum": piece.total} if cut.weights else {})
-        for piece in selection.pieces
-    ]
-    apart = cut.per_group is not None or cut.per_split
-    if apart:
-        found["groups"] = {"column": cut.per_group, "spared": selection.spared, "groups": figures}
-    if cut.weights:
-        level = {name: None if apart else figures[0][name] for name in ("threshold", "scale")}
-        found["weights"] = {"formula": FORMULA, **level, "sum": sum(piece.total for piece in selection.pieces)}
-    return found
+def is_sqsd(facts: ScoreFacts) -> bool:
+    """Is the risk SQSD's own, neither another scorer's nor a combination of ranks?"""
+    return not facts.get("consensus") and scorers(facts) == [SQSD]
 
 
-def scorers(report: Mapping[str, Any]) -> list[str]:
-    """What gave the risks, or those of which ranks were combined; SQSD where it is not known."""
-    each = report["consensus"]["packs"] if report.get("consensus") else [report]
-    return list(dict.fromkeys(one.get("scorer") or SQSD for one in each))
-
-
-def is_sqsd(report: Mapping[str, Any]) -> bool:
-    """Is the risk SQSD's own: no other scorer's, and no rank?"""
-    return not report.get("consensus") and scorers(report) == [SQSD]
-
-
-def risk_name(report: Mapping[str, Any]) -> str:
-    """What an axis calls the risk."""
-    if is_sqsd(report):
+def risk_name(facts: ScoreFacts) -> str:
+    """The name of the risk on an axis."""
+    if is_sqsd(facts):
         return "SQSD risk"
-    return f"risk by {report['consensus']['rule'] if report.get('consensus') else report['scorer']}"
+    consensus = facts.get("consensus")
+    return f"risk by {consensus['rule'] if consensus else facts['scorer']}"
 
 
-def low_risk(report: Mapping[str, Any]) -> str:
+def low_risk(facts: ScoreFacts) -> str:
     """What a low risk says."""
-    if is_sqsd(report):
+    if is_sqsd(facts):
         return "that a row pushes little along the directions of this pack"
     return "how a row stands by this measure"
 
 
-def write_report(path: Path, report: Mapping[str, Any]) -> None:
+def write_report(path: Path, report: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(report, indent=2) + "\n")
 
 
-def load_calls(report: Mapping[str, Any], where: str) -> dict[str, str]:
+def load_calls(report: RunContent, where: str) -> dict[Config, str]:
     """The Python expression that loads the rows of each config from the destination; `where` is one for its path."""
-    calls = {}
+    calls: dict[Config, str] = {}
     for config in CONFIGS:
         if report["to"] == "arrow":
             keys = dict.fromkeys(file["path"].split("/")[0] for file in report["files"] if file["config"] == config)

@@ -10,15 +10,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sqsd_filter.corpus.addresses import Opener, Source, expand
+from sqsd_filter.corpus.addresses import HubDataset, Opener, Source, expand
 from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import UsageError
 from sqsd_filter.pipeline.explained import check_explain, write_explained
-from sqsd_filter.pipeline.job import Job, Made, Outlet
-from sqsd_filter.pipeline.page.notes import Notes
+from sqsd_filter.pipeline.figures import summarise
+from sqsd_filter.pipeline.job import Job, Outlet
+from sqsd_filter.pipeline.page.notes import Notes, NoteTaker
 from sqsd_filter.pipeline.publishing.hub import PushTo
-from sqsd_filter.pipeline.report import summarise
+from sqsd_filter.pipeline.report import Explained, FinishedReport, OutputFacts, PackFacts, RunContent, ScoreFacts
 from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.pipeline.selecting.consensus import agree, check_rule
 from sqsd_filter.pipeline.selecting.earlier import read_earlier
@@ -30,13 +31,13 @@ from sqsd_filter.pipeline.stage.scan import Scan, as_list
 from sqsd_filter.pipeline.writing.card import CARD_FILE, PICTURE_FILE
 from sqsd_filter.pipeline.writing.destination import EXPLAINED_FILE, Destination
 from sqsd_filter.pipeline.writing.export import check_columns, export_scored, export_splits
-from sqsd_filter.pipeline.writing.histogram import write_histogram
 from sqsd_filter.pipeline.writing.writers import SHARD_SIZE, Output
 from sqsd_filter.progress import Meter, Progress, Silent
 from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
 from sqsd_filter.storage.folder import Folder
 
 PARQUET = Output("parquet", shard_size=1, with_scores=False)
+Made = tuple[RunContent, Notes]  # what report and page say of the rows that were written
 Sources = Any  # a path, URL or Hub id (see `reading.addresses`), a dataset of `datasets`, or a sequence of these
 
 
@@ -52,7 +53,7 @@ class Work:
     score_store: str | Path | None
     streaming: bool
     progress: Progress | None
-    record: Mapping[str, Any] | None
+    record: Mapping[str, object] | None
     explain: int | None
     per_group: str | None = None
 
@@ -65,7 +66,7 @@ class Product:
     policy: Policy
     output: Output
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         return {"cut": str(self.cut), "on_error": self.policy.on_error, **vars(self.output)}
 
     def make(self, scored: Scored, root: Path, progress: Progress) -> Made:
@@ -74,13 +75,16 @@ class Product:
         splits = by_split(scored.corpus.parts) if self.cut.per_split else None
         selection = self.policy.apply(scored, cut_rows(scored.risk, scored.scored, self.cut, splits, scored.groups))
         progress.start("writing", scored.corpus.n_rows)
-        notes = Notes(scored, selection)
-        written = export_splits(scored, selection, root, self.output, progress, notes.see)
+        taker = NoteTaker(scored, selection)
+        written = export_splits(scored, selection, root, self.output, progress, taker.see)
         written["extra_files"] += [PICTURE_FILE, CARD_FILE]
-        report = summarise(scored, selection, self.cut) | vars(self.output) | written
-        found = notes.found(report)
-        write_histogram(root / PICTURE_FILE, found["histogram"], report)
-        return report, found
+        content: RunContent = {
+            **summarise(scored, selection, self.cut),
+            **OutputFacts(to=self.output.to, shard_size=self.output.shard_size, with_scores=self.output.with_scores),
+            **written,
+            **Explained(),
+        }
+        return content, taker.notes(content)
 
 
 def filter_dataset(
@@ -110,8 +114,8 @@ def filter_dataset(
     overwrite: bool = False,
     score_store: str | Path | None = None,
     progress: Progress | None = None,
-    record: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    record: Mapping[str, object] | None = None,
+) -> FinishedReport:
     """Score every row of the sources and write them to the folder or URL `dest` without the riskiest ones.
 
     `sources` is a path, URL or Hub id, a `datasets` dataset of any kind, or a sequence of these. Exactly one cut is
@@ -179,8 +183,8 @@ def score_dataset(
     overwrite: bool = False,
     score_store: str | Path | None = None,
     progress: Progress | None = None,
-    record: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    record: Mapping[str, object] | None = None,
+) -> FinishedReport:
     """Write one parquet file with all rows in order and their score columns; `dest`.sqsd keeps report and scores.
 
     Arguments and errors are those of `filter_dataset`, but for `dest`, a file on this disk. A scorer with `per_module`
@@ -199,10 +203,15 @@ def score_dataset(
     def finish(scored: Scored, meter: Meter) -> Made:
         policy.check(scored)
         meter.start("writing", scored.corpus.n_rows)
-        notes = Notes(scored, None)
-        written = export_scored(scored, destination.root, meter, notes.see)
-        report = summarise(scored, None, None) | {"to": "parquet"} | written
-        return report, notes.found(report)
+        taker = NoteTaker(scored, None)
+        written = export_scored(scored, destination.root, meter, taker.see)
+        content: RunContent = {
+            **summarise(scored, None, None),
+            **OutputFacts(to="parquet"),
+            **written,
+            **Explained(),
+        }
+        return content, taker.notes(content)
 
     return _score_and(
         finish,
@@ -227,10 +236,10 @@ def score_dataset(
 def _score_and(
     finish: Callable[[Scored, Meter], Made],
     outlet: Outlet,
-    identity: Mapping[str, Any],
+    identity: Mapping[str, object],
     look_at: Callable[[Corpus], None],
     work: Work,
-) -> dict[str, Any]:
+) -> FinishedReport:
     """Scan and `look_at` what is to be written, score, then `finish`. Returns the report."""
     started, meter, engine = time.time(), Meter(work.progress or Silent()), work.engine or LocalEngine()
     destination = outlet.destination
@@ -248,17 +257,17 @@ def _score_and(
         explainer = work.scorer.beside(scorer)
         if work.explain is not None:
             explainer.check_device()
-        facts = {**_about(scorer), "datasets": _datasets(sources)}
+        facts: ScoreFacts = {**_about(scorer), "datasets": _datasets(sources)}
         job = Job(outlet, identity, meter, work.record or {}, started, facts, engine, _originals(sources))
 
         def carry_out() -> Made:
             scored = scan.score(destination.home, scorer, engine, old_home=destination.old_home, shared=shared)
-            report, notes = finish(scored, meter)
+            content, notes = finish(scored, meter)
             if work.explain is not None:
                 assert isinstance(explainer, SQSDScorer)
                 path = destination.home / EXPLAINED_FILE
-                report["explained"] = write_explained(path, scored, explainer, work.explain, meter)
-            return report, notes
+                content["explained"] = write_explained(path, scored, explainer, work.explain, meter)
+            return content, notes
 
         return job.carry_out(carry_out)
 
@@ -284,8 +293,8 @@ def select_dataset(
     push: PushTo | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    record: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    record: Mapping[str, object] | None = None,
+) -> FinishedReport:
     """Cut at another place, with the scores that are there: of scored files, or of an earlier run's folder.
 
     `scores` are those that other packs gave the same rows, each as files or a folder, too; by `consensus` they and the
@@ -313,7 +322,7 @@ def select_dataset(
             earlier = agree(packs, consensus)
         outlet.spare(earlier.sources)
         check_columns(earlier.scored.corpus, product.output)
-        facts = {**earlier.facts, "datasets": _datasets(earlier.sources)}
+        facts: ScoreFacts = {**earlier.facts, "datasets": _datasets(earlier.sources)}
         identity = {**earlier.identity, **product.identity()}
         job = Job(outlet, identity, meter, record or {}, started, facts, None, _originals(earlier.sources))
         return job.carry_out(lambda: product.make(earlier.scored, outlet.destination.root, meter))
@@ -326,10 +335,10 @@ def _outlet(dest: str | Path, overwrite: bool, push: PushTo | None, output: Outp
     return outlet
 
 
-def _datasets(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """The Hub's datasets among the sources, each with its commit."""
-    found = [dict(source.dataset) for source in sources if source.dataset is not None]
-    return [about for k, about in enumerate(found) if about not in found[:k]]
+def _datasets(sources: Sequence[Source]) -> list[HubDataset]:
+    """The Hub's datasets among the sources, each once."""
+    datasets = [source.dataset for source in sources if source.dataset is not None]
+    return [dataset for k, dataset in enumerate(datasets) if dataset not in datasets[:k]]
 
 
 def _originals(sources: Sequence[Source]) -> list[tuple[str, str]]:
@@ -339,16 +348,16 @@ def _originals(sources: Sequence[Source]) -> list[tuple[str, str]]:
     return [*cards, ("the other files", "")] if cards and bare else cards
 
 
-def _about(scorer: BatchedScorer) -> dict[str, Any]:
+def _about(scorer: BatchedScorer) -> ScoreFacts:
     pack = scorer.pack
     return {
-        "pack": {
-            "name": pack.name,
-            "fingerprint": pack.fingerprint,
-            "base_model": scorer.base_model,
-            "weights": scorer.weights,
-            "shared_state": pack.shared_state,
-        },
+        "pack": PackFacts(
+            name=pack.name,
+            fingerprint=pack.fingerprint,
+            base_model=scorer.base_model,
+            weights=scorer.weights,
+            shared_state=pack.shared_state,
+        ),
         "scorer": scorer.name,
         "device": scorer.device.split(":")[0],
         "dtype": scorer.dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +14,10 @@ from sqsd_filter.corpus.json_schema import to_rows
 from sqsd_filter.corpus.row_formats import Columns, RowFormat
 from sqsd_filter.corpus.sources import Chunk
 from sqsd_filter.errors import SQSDError
+from sqsd_filter.pipeline.report import RunFigures
 from sqsd_filter.pipeline.scores.scored import SCORE_PREFIX, PerModule, Scored
 from sqsd_filter.pipeline.selecting.selection import DROPPED, KEPT, Selection
-from sqsd_filter.pipeline.writing.histogram import BLOCK, count_bars
+from sqsd_filter.pipeline.writing.histogram import BLOCK, Bars, count_bars
 from sqsd_filter.scoring.explain import layer_and_type
 from sqsd_filter.statistics import spearman
 
@@ -30,7 +31,69 @@ BANDS = 10  # rows by length, each as many
 SAMPLE = 100  # rows to tell their form by
 
 
-class Notes:
+class Excerpt(TypedDict):
+    """The head of a text, and how many characters follow it."""
+
+    text: str
+    more: int
+
+
+class Origin(TypedDict):
+    """A row's index in the corpus, and where it stands in its file."""
+
+    row: int
+    file: str
+    line: int
+
+
+class _ShownRow(Origin):
+    prompt: Excerpt
+    answer: Excerpt
+
+
+class RiskyRow(_ShownRow):
+    """One of the riskiest rows."""
+
+    risk: float
+    dropped: bool
+    probes: dict[str, float]
+
+
+class UnscoredRow(Origin):
+    """A row without a score."""
+
+    why: str
+
+
+class Lengths(TypedDict):
+    """Risk against length: each of the `points` is a row's length, its risk and whether it is dropped; each of the
+    `bands` the median length of its rows and the quartiles of their risk."""
+
+    rows: int
+    spearman: float | None
+    points: list[list[float]]
+    bands: list[list[float]]
+
+
+class ModuleMeans(TypedDict):
+    """Mean cosines at modules, over all scored rows and over the riskiest; `places` has the modules' layers and types."""
+
+    places: list[tuple[int | None, str]]
+    all: list[float]
+    riskiest: list[float]
+
+
+class Notes(TypedDict):
+    """What notes.json holds: `errors` by status, `modules` by probe."""
+
+    histogram: Bars
+    lengths: Lengths | None
+    riskiest: list[RiskyRow]
+    errors: dict[str, list[UnscoredRow]]
+    modules: dict[str, ModuleMeans]
+
+
+class NoteTaker:
     """Sees all chunks of a corpus and takes down its riskiest rows, origins of errors, and lengths of answers."""
 
     def __init__(self, scored: Scored, selection: Selection | None) -> None:
@@ -43,8 +106,8 @@ class Notes:
         self._failed = {status: np.flatnonzero(rows)[:MOST_ORIGINS].tolist() for status, rows in of.items()}
         self._form, self._told = scored.form, scored.form is not None
         self._lengths: dict[int, int] = {}
-        self._shown: dict[int, dict[str, Any]] = {}
-        self._errors: dict[int, dict[str, Any]] = {}
+        self._shown: dict[int, _ShownRow] = {}
+        self._errors: dict[int, UnscoredRow] = {}
 
     def see(self, chunk: Chunk) -> None:
         if not self._told and chunk.table.num_rows:
@@ -60,10 +123,10 @@ class Notes:
             if row in shown:
                 prompt = json.dumps(value, ensure_ascii=False, default=str) if turns is None else _prompt(turns)
                 answer = "" if turns is None else _answer(turns)
-                self._shown[row] = _origin(chunk, row) | {"prompt": _cut(prompt), "answer": _cut(answer)}
+                self._shown[row] = {**_origin(chunk, row), "prompt": _cut(prompt), "answer": _cut(answer)}
         for row in (row for rows in self._failed.values() for row in rows if start <= row < stop):
             why = self.scored.detail(chunk, row - start)[:MOST_DETAIL]
-            self._errors[row] = _origin(chunk, row) | {"why": why}
+            self._errors[row] = {**_origin(chunk, row), "why": why}
 
     def _turns(self, value: Mapping[str, Any]) -> list[Message] | None:
         try:
@@ -71,12 +134,12 @@ class Notes:
         except RowError:  # possible only where the form is a guess
             return None
 
-    def found(self, report: Mapping[str, Any]) -> dict[str, Any]:
-        """All of it, as JSON has it, when every chunk was seen; `report` is the run's."""
+    def notes(self, figures: RunFigures) -> Notes:
+        """All of it, when every chunk was seen; the figures are the run's."""
         scored = self.scored
         probes = {name: values[self._riskiest].tolist() for name, values in scored.probes.items()}
         return {
-            "histogram": count_bars(scored.risk, scored.scored, self.fate, report),
+            "histogram": count_bars(scored.risk, scored.scored, self.fate, figures),
             "lengths": self._by_length(),
             "riskiest": [
                 {
@@ -91,7 +154,7 @@ class Notes:
             "modules": {name: self._means(each) for name, each in scored.modules.items()},
         }
 
-    def _by_length(self) -> dict[str, Any] | None:
+    def _by_length(self) -> Lengths | None:
         """Risk against the length of the answer, of the rows that were measured; None where no answer was."""
         measured = [row for row in self._measured.tolist() if row in self._lengths]
         if not measured:
@@ -108,15 +171,18 @@ class Notes:
             "bands": [[float(np.median(length[b])), *np.quantile(risk[b], [0.25, 0.5, 0.75]).tolist()] for b in bands],
         }
 
-    def _means(self, modules: PerModule) -> dict[str, Any]:
+    def _means(self, modules: PerModule) -> ModuleMeans:
         """A probe's mean cosine at each of its modules, over all scored rows and over the riskiest ones."""
         total, scored = np.zeros(len(modules.names)), self.scored.scored
         for start in range(0, len(scored), BLOCK):
             block = slice(start, start + BLOCK)
             total += modules.cosines[block].sum(axis=0, dtype=np.float64, where=scored[block, None])
-        means = {"all": total / max(1, scored.sum())}
-        means["riskiest"] = modules.cosines[self._riskiest].sum(axis=0, dtype=np.float64) / max(1, len(self._riskiest))
-        return {"places": [layer_and_type(name) for name in modules.names], **{k: m.tolist() for k, m in means.items()}}
+        riskiest = modules.cosines[self._riskiest].sum(axis=0, dtype=np.float64)
+        return {
+            "places": [layer_and_type(name) for name in modules.names],
+            "all": (total / max(1, scored.sum())).tolist(),
+            "riskiest": (riskiest / max(1, len(self._riskiest))).tolist(),
+        }
 
 
 def _some(rows: np.ndarray) -> np.ndarray:
@@ -147,7 +213,7 @@ def _values(chunk: Chunk, rows: Sequence[int], form: RowFormat | None) -> Iterab
     return to_rows(table.take(np.array(rows, np.int64) - chunk.start))
 
 
-def _origin(chunk: Chunk, row: int) -> dict[str, Any]:
+def _origin(chunk: Chunk, row: int) -> Origin:
     k = row - chunk.start
     return {"row": row, "file": chunk.files[k], "line": chunk.lines[k]}
 
@@ -169,6 +235,5 @@ def _said(turn: Message) -> str:
     return "\n".join(part for part in parts if part.strip())
 
 
-def _cut(text: str) -> dict[str, Any]:
-    """The text's head, and how many more characters it has."""
+def _cut(text: str) -> Excerpt:
     return {"text": text[:MOST_TEXT], "more": max(0, len(text) - MOST_TEXT)}

@@ -18,14 +18,15 @@ from markupsafe import Markup
 from sqsd_filter.errors import InputError, SQSDError
 from sqsd_filter.pictures import picture
 from sqsd_filter.pipeline.page import run_parts
+from sqsd_filter.pipeline.page.notes import Notes
 from sqsd_filter.pipeline.page.parts import Section, sensible
-from sqsd_filter.pipeline.report import low_risk
+from sqsd_filter.pipeline.report import Report, low_risk
 from sqsd_filter.pipeline.writing.destination import (
     EXPLAINED_FILE,
     NOTES_FILE,
     PAGE_FILE,
-    REPORT_FILE,
     read_json,
+    read_report,
     refuse_running,
 )
 from sqsd_filter.storage.folder import sweep, write_text
@@ -38,7 +39,7 @@ _SIGNS = {k: 0x2400 + k for k in range(32) if chr(k) not in "\n\t"} | {0x7F: 0x2
 _SIGNS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
-def write_page(home: Path, report: Mapping[str, Any], notes: Mapping[str, Any]) -> Path:
+def write_page(home: Path, report: Report, notes: Notes) -> Path:
     """Write the page on a run, and the notes that it can be made anew from, into the run's `home`, in place of an
     earlier page and its plots. Raises `OSError`.
 
@@ -64,7 +65,7 @@ def remake_page(out: Path, sections: Iterable[Section] = ()) -> list[Path]:
     """
     home = out / "sqsd" if out.is_dir() else out.with_name(out.name + ".sqsd")
     refuse_running(home, out)
-    report, notes = read_json(home / REPORT_FILE), read_json(home / NOTES_FILE)
+    report, notes = read_report(home), read_json(home / NOTES_FILE)
     if not report or report.get("status") != "ok":
         raise InputError(f"{out} holds no finished run: name the destination of one.")
     if not notes:
@@ -94,7 +95,7 @@ def _write_plots(folder: Path, sections: Sequence[Section]) -> list[Path]:
     return list(plots)
 
 
-def _sections(report: Mapping[str, Any], notes: Mapping[str, Any]) -> list[Section]:
+def _sections(report: Report, notes: Notes) -> list[Section]:
     return [
         run_parts.risks(report, notes),
         run_parts.lengths(report, notes),
@@ -110,8 +111,8 @@ def _explained(home: Path) -> dict[int, Mapping[str, Any]]:
 
 
 def _render(
-    report: Mapping[str, Any],
-    notes: Mapping[str, Any],
+    report: Report,
+    notes: Notes,
     explained: Mapping[int, Mapping[str, Any]],
     sections: Sequence[Section],
 ) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from sqsd_filter.pictures import BLUE, ORANGE, plain
+from sqsd_filter.pipeline.page.notes import Lengths, ModuleMeans, Notes, UnscoredRow
 from sqsd_filter.pipeline.page.parts import Plot, Section, Table, number
-from sqsd_filter.pipeline.report import is_sqsd, risk_name
+from sqsd_filter.pipeline.report import ConsensusPack, PackFacts, Report, is_sqsd, risk_name
 from sqsd_filter.pipeline.rules import CONSENSUS
 from sqsd_filter.pipeline.writing.histogram import FAR, draw_histogram
 from sqsd_filter.scoring.scorer import SQSD
@@ -27,7 +28,7 @@ MOST_INPUTS = 20
 LONGEST = 120  # characters of a value in a table
 
 
-def headline(report: Mapping[str, Any]) -> str:
+def headline(report: Report) -> str:
     rows = report["rows"]
     if "kept" not in rows:
         return f"{many(rows['total'], 'row')} with their risk"
@@ -37,7 +38,7 @@ def headline(report: Mapping[str, Any]) -> str:
     return f"{rows['kept']:,} of {many(rows['total'], 'row')} kept, {what}"
 
 
-def summary(report: Mapping[str, Any]) -> list[str]:
+def summary(report: Report) -> list[str]:
     """What was done, in a few sentences."""
     rows, words = report["rows"], []
     unscored = sum(report["unscored"].values())
@@ -62,7 +63,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     return [*words, _measure(report)]
 
 
-def _measure(report: Mapping[str, Any]) -> str:
+def _measure(report: Report) -> str:
     """What gave the risks."""
     if found := report.get("consensus"):
         packs = ", ".join(
@@ -77,17 +78,17 @@ def _measure(report: Mapping[str, Any]) -> str:
     return f"The risk is that of the scorer {report['scorer']}, on {pack['base_model']}{state}."
 
 
-def _other(report: Mapping[str, Any]) -> str:
+def _other(report: Report | ConsensusPack) -> str:
     """The scorer, where it is known to be another than SQSD."""
     name = report.get("scorer") or SQSD
     return "" if name == SQSD else f", by the scorer {name}"
 
 
-def _pack(pack: Mapping[str, Any]) -> str:
+def _pack(pack: PackFacts) -> str:
     return f"{pack['name']} ({pack['fingerprint']}) on {pack['base_model']}"
 
 
-def risks(report: Mapping[str, Any], notes: Mapping[str, Any]) -> Section:
+def risks(report: Report, notes: Notes) -> Section:
     if is_sqsd(report):
         words = ["How risk is spread over the rows. It has no unit; rows with a higher risk push the model further."]
     else:
@@ -99,7 +100,7 @@ def risks(report: Mapping[str, Any], notes: Mapping[str, Any]) -> Section:
     return Section("risk", "Risk", words, plots=[plot], tables=[table] if quantiles else [])
 
 
-def lengths(report: Mapping[str, Any], notes: Mapping[str, Any]) -> Section:
+def lengths(report: Report, notes: Notes) -> Section:
     found, title = notes["lengths"], "Risk and length"
     if found is None:
         why = "No answer could be measured: no row has a risk, or it is not known which columns hold the answers."
@@ -122,7 +123,7 @@ def lengths(report: Mapping[str, Any], notes: Mapping[str, Any]) -> Section:
     return Section("length", title, words, warning, [plot])
 
 
-def _draw_lengths(found: Mapping[str, Any], axis: str, figure: Figure) -> None:
+def _draw_lengths(found: Lengths, axis: str, figure: Figure) -> None:
     """Rows as points, and their quartiles of risk by length."""
     from matplotlib.ticker import StrMethodFormatter
 
@@ -148,7 +149,7 @@ def _draw_lengths(found: Mapping[str, Any], axis: str, figure: Figure) -> None:
     figure.legend(loc="outside upper left", ncols=4, fontsize=13, frameon=False)
 
 
-def modules(notes: Mapping[str, Any]) -> list[Section]:
+def modules(notes: Notes) -> list[Section]:
     """A heat map for each probe whose cosines at each module were kept."""
     if not notes["modules"]:
         return []
@@ -164,19 +165,20 @@ def modules(notes: Mapping[str, Any]) -> list[Section]:
     return [Section("modules", "Modules", words, plots=plots)]
 
 
-def _draw_modules(name: str, found: Mapping[str, Any], figure: Figure) -> None:
+def _draw_modules(name: str, found: ModuleMeans, figure: Figure) -> None:
     """Layers upwards, module types side by side; of all rows and of the riskiest ones in the same colours."""
     import matplotlib
 
     layers, kinds = (list(dict.fromkeys(values)) for values in zip(*found["places"], strict=True))
     layers.sort(key=lambda layer: -1 if layer is None else layer)
     where = tuple(np.array([(layers.index(layer), kinds.index(kind)) for layer, kind in found["places"]]).T)
-    most = max(1e-9, *(abs(value) for side in ("all", "riskiest") for value in found[side]))
+    sides: tuple[Literal["all", "riskiest"], ...] = ("all", "riskiest")
+    most = max(1e-9, *(abs(value) for side in sides for value in found[side]))
     short = [kind.rpartition(".")[2] for kind in kinds]
     names = [plain(kind if short.count(last) > 1 else last) for kind, last in zip(kinds, short, strict=True)]
     colours = matplotlib.colormaps["RdBu_r"].resampled(41)  # with more, the bar beside would be an image
     both = figure.subplots(1, 2, sharey=True)
-    for axes, side in zip(both, ("all", "riskiest"), strict=True):
+    for axes, side in zip(both, sides, strict=True):
         grid = np.full((len(layers), len(kinds)), np.nan)
         grid[where] = found[side]
         image = axes.pcolormesh(grid, cmap=colours, vmin=-most, vmax=most)
@@ -190,7 +192,7 @@ def _draw_modules(name: str, found: Mapping[str, Any], figure: Figure) -> None:
     figure.suptitle(f"mean cosine with {plain(name)} (no unit)", fontsize=13)
 
 
-def errors(report: Mapping[str, Any], notes: Mapping[str, Any]) -> Section:
+def errors(report: Report, notes: Notes) -> Section:
     rows = [
         [status, number(count), "; ".join(f"{_where(each)}: {each['why']}" for each in notes["errors"][status])]
         for status, count in report["unscored"].items()
@@ -202,18 +204,20 @@ def errors(report: Mapping[str, Any], notes: Mapping[str, Any]) -> Section:
     return Section("errors", "Rows without a risk", words, tables=[table])
 
 
-def _where(found: Mapping[str, Any]) -> str:
+def _where(found: UnscoredRow) -> str:
     return f"{found['file']}, line {found['line']}"
 
 
-def groups(report: Mapping[str, Any]) -> list[Section]:
+def groups(report: Report) -> list[Section]:
     """The rows that were cut apart, the largest groups first."""
     if not (found := report.get("groups")):
         return []
     largest = sorted(found["groups"], key=lambda group: -group["scored"])
-    keys = {"split": "split", "value": found["column"]}
+    keys: dict[Literal["split", "value"], str] = {"split": "split", "value": found["column"] or ""}
     keys = {key: head for key, head in keys.items() if largest and key in largest[0]}
-    numbers = ("scored", "threshold", "scale", "sum") if report.get("weights") else ("scored", "dropped", "threshold")
+    numbers: Sequence[Literal["scored", "dropped", "threshold", "scale", "sum"]] = (
+        ("scored", "threshold", "scale", "sum") if report.get("weights") else ("scored", "dropped", "threshold")
+    )
     rows = [
         [*(value(group[key]) for key in keys), *(number(group[name]) for name in numbers)]
         for group in largest[:MOST_GROUPS]
@@ -225,13 +229,13 @@ def groups(report: Mapping[str, Any]) -> list[Section]:
     return [Section("groups", title, words, tables=[Table([*keys.values(), *(f":{name}" for name in numbers)], rows)])]
 
 
-def value(given: Any) -> str:
+def value(given: object) -> str:
     """A text as it is, anything else as JSON; long ones cut short."""
     text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-def settings(report: Mapping[str, Any]) -> Section:
+def settings(report: Report) -> Section:
     """How the run was made: the pack, what was read, every setting and where it is from, and the versions."""
     tables = [Table(["pack", ""], _about(report))]
     inputs = report["inputs"]
@@ -247,7 +251,7 @@ def settings(report: Mapping[str, Any]) -> Section:
     return Section("settings", "Settings", words, tables=tables)
 
 
-def _about(report: Mapping[str, Any]) -> list[Sequence[str]]:
+def _about(report: Report) -> list[Sequence[str]]:
     packs = [each["pack"] for each in report["consensus"]["packs"]] if report.get("consensus") else [report.get("pack")]
     rows: list[Sequence[str]] = []
     for pack in packs:
@@ -257,5 +261,6 @@ def _about(report: Mapping[str, Any]) -> list[Sequence[str]]:
             rows += [("risk", total), ("shared state", pack.get("shared_state") or "none: each direction has its own")]
         else:
             rows.append(("name", "not known: the scores were in the input"))
+    facts: dict[Literal["dtype", "device", "max_length", "format"], str]
     facts = {"dtype": "dtype", "device": "device", "max_length": "tokens a row at most", "format": "rows read as"}
     return rows + [(name, value(report[key])) for key, name in facts.items() if report.get(key) is not None]

@@ -11,6 +11,7 @@ from pyarrow import fs
 
 from sqsd_filter.errors import DestinationExists, SQSDError, first_line
 from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished, judge, marker
+from sqsd_filter.pipeline.report import FinishedReport, Published
 from sqsd_filter.storage.folder import connect
 from sqsd_filter.storage.retries import with_retries
 
@@ -35,14 +36,14 @@ class Bucket:
                 f"{self.url} holds the input {given}, which --overwrite would delete: choose another destination."
             )
 
-    def published(self, run: str) -> dict[str, Any] | None:
+    def published(self, run: str) -> FinishedReport | None:
         known = self._judge(run)
         if known.get("run") != run or not known.get("complete"):
             return None
-        report: dict[str, Any] = json.loads(self._read(REPORT))
+        report: FinishedReport = json.loads(self._read(REPORT))
         return report
 
-    def publish(self, finished: Finished) -> dict[str, Any]:
+    def publish(self, finished: Finished) -> Published:
         known = self._judge(finished.run)
         there = self._sizes()
         begun = known.get("run") == finished.run

@@ -12,7 +12,8 @@ from typing import Any
 from sqsd_filter.corpus.repositories import HUB
 from sqsd_filter.errors import SQSDError, UsageError, first_line
 from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished, judge, marker
-from sqsd_filter.pipeline.writing.export import CONFIGS, REASONS
+from sqsd_filter.pipeline.report import CONFIGS, Config, FinishedReport, Published
+from sqsd_filter.pipeline.writing.export import REASONS
 from sqsd_filter.storage.retries import with_retries
 
 _MOVED_ON = (409, 412)  # somebody else committed in between
@@ -45,7 +46,7 @@ class PushTo:
     private: bool | None = None
     revision: str | None = None
     create_pr: bool = False
-    rows: Sequence[str] | None = None
+    rows: Sequence[Config] | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -79,13 +80,13 @@ class PushTo:
     def spare(self, given: str) -> None:
         """A commit deletes nothing for good, and what is read of the Hub is read at a commit."""
 
-    def published(self, run: str) -> dict[str, Any] | None:
+    def published(self, run: str) -> FinishedReport | None:
         there = self._look(run)
         with self._told():
             proposed = self._proposals() if self.create_pr and there.commit is not None else []
             for known, commit in [(there.known, there.commit), *proposed]:
                 if known.get("run") == run and sorted(self._rows(there)) == known["rows"]:
-                    report: dict[str, Any] = json.loads(self._read(REPORT, commit))
+                    report: FinishedReport = json.loads(self._read(REPORT, commit))
                     return report
         return None
 
@@ -102,7 +103,7 @@ class PushTo:
                 found.append((judge(self.repo, [], stored, None, overwrite=True), ref.target_commit))
         return found
 
-    def publish(self, finished: Finished) -> dict[str, Any]:
+    def publish(self, finished: Finished) -> Published:
         from huggingface_hub import HfApi
         from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -154,12 +155,12 @@ class PushTo:
         where: Any = {"repo_type": "dataset", "revision": commit}
         return Path(with_retries(lambda: hf_hub_download(self.repo, name, **where))).read_bytes()
 
-    def _rows(self, there: _There) -> list[str]:
+    def _rows(self, there: _There) -> list[Config]:
         if self.rows is not None:
             return [split for split in CONFIGS if split in self.rows]
         return list(CONFIGS) if there.private else ["kept"]
 
-    def _commit(self, finished: Finished, there: _There) -> dict[str, Any]:
+    def _commit(self, finished: Finished, there: _There) -> Published:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
         rows = self._rows(there)
@@ -179,7 +180,7 @@ class PushTo:
         )
         return {"repo": self.repo, "commit": made.oid, "url": made.pr_url or made.commit_url, "rows": rows}
 
-    def _content(self, finished: Finished, rows: Sequence[str]) -> dict[str, bytes | Path]:
+    def _content(self, finished: Finished, rows: Sequence[Config]) -> dict[str, bytes | Path]:
         """What the repository is to hold: the rows meant for it, a card and a report that tell of no others' place."""
         withheld = {file["path"] for file in finished.report["files"] if file["config"] not in rows}
         withheld |= set() if "errors" in rows else {REASONS}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sqsd_filter.errors import DestinationExists
+from sqsd_filter.pipeline.report import FinishedReport, Published, Report
 
 MARKER = "sqsd/published.json"  # says which run a place holds, and whether all of it
 REPORT = "sqsd/report.json"
@@ -25,8 +26,8 @@ class Finished:
 
     run: str
     files: Mapping[str, Path]
-    report: Mapping[str, Any]
-    card: Callable[[Mapping[str, Any], str], str]
+    report: FinishedReport
+    card: Callable[[Report, str], str]
 
 
 class Target(Protocol):
@@ -38,10 +39,10 @@ class Target(Protocol):
     def spare(self, given: str) -> None:
         """Raise `DestinationExists` for a source that would be lost there."""
 
-    def published(self, run: str) -> dict[str, Any] | None:
+    def published(self, run: str) -> FinishedReport | None:
         """The report of this run if all of it is there. Raises `DestinationExists` where another one is."""
 
-    def publish(self, finished: Finished) -> dict[str, Any]:
+    def publish(self, finished: Finished) -> Published:
         """Put it there, and say where. Safe to call again after a failure."""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -39,11 +39,20 @@ class PerModule:
         return pa.FixedSizeListArray.from_arrays(cosines.ravel(), len(self.names), mask=missing)
 
 
+class ScoreCounts(TypedDict):
+    """How many rows were scored by the model, how many scores were known before, and how many rows have the
+    conversation of an earlier row."""
+
+    scored: int
+    reused: int
+    duplicates: int
+
+
 @dataclass(frozen=True)
 class Scored:
     """n rows: `codes` (n,) into `statuses`, `probes` and `risk` (n,) NaN where there is no score.
 
-    `counts` says how the scores came about; `tokens` (n,) is 0 where it isn't known.
+    `tokens` (n,) is 0 where it isn't known.
     """
 
     corpus: Corpus
@@ -53,7 +62,7 @@ class Scored:
     probes: Mapping[str, np.ndarray]
     risk: np.ndarray
     tokens: np.ndarray
-    counts: dict[str, int]
+    counts: ScoreCounts
     details: Mapping[int, str]  # of rows that the model's side refused
     groups: Groups | None = None
     modules: Mapping[str, PerModule] = field(default_factory=dict)  # by probe, where they are kept
@@ -138,7 +147,7 @@ def from_store(
             statuses.append(status)
         codes[row] = statuses.index(status)
         details[row] = found.details.get(int(which[at]), "")
-    counts = {
+    counts: ScoreCounts = {
         "scored": int((good & found.own).sum()),
         "reused": int((good & ~found.own).sum()),
         "duplicates": int(good[which].sum() - good.sum()),
@@ -179,6 +188,6 @@ class ColumnIndex:
 
     def scored(self, corpus: Corpus, groups: Groups | None = None, form: RowFormat | None = None) -> Scored:
         codes, risk = np.frombuffer(bytes(self._codes), np.uint8), np.array(self._risk, dtype=np.float64)
-        counts = {"scored": 0, "reused": int(((codes == 0) & np.isfinite(risk)).sum()), "duplicates": 0}
+        counts: ScoreCounts = {"scored": 0, "reused": int(((codes == 0) & np.isfinite(risk)).sum()), "duplicates": 0}
         tokens = np.zeros(len(codes), np.int64)
         return Scored(corpus, form, self._statuses, codes, {}, risk, tokens, counts, self._details, groups)

@@ -12,8 +12,9 @@ import numpy as np
 from sqsd_filter.corpus.conversation import SCORED
 from sqsd_filter.errors import InputError, UsageError, option
 from sqsd_filter.pipeline.publishing.target import run_id
+from sqsd_filter.pipeline.report import ConsensusPack
 from sqsd_filter.pipeline.rules import CONSENSUS
-from sqsd_filter.pipeline.scores.scored import Scored
+from sqsd_filter.pipeline.scores.scored import ScoreCounts, Scored
 from sqsd_filter.pipeline.selecting.earlier import Earlier
 from sqsd_filter.statistics import ranks
 
@@ -41,13 +42,13 @@ def agree(packs: Sequence[Earlier], rule: str) -> Earlier:
     for other in others:
         check_same(first, other)
     names = _names(packs)
-    told = [
+    columns: list[ConsensusPack] = [
         {"column": f"sqsd_risk_{name}", "scores": pack.where, "pack": pack.pack, "scorer": pack.facts.get("scorer")}
         for name, pack in zip(names, packs, strict=True)
     ]
     identity = {**first.identity, "consensus": rule, "scores": [run_id(other.identity) for other in others]}
     scored = combine([pack.scored for pack in packs], names, rule)
-    return replace(first, scored=scored, identity=identity, facts={"consensus": {"rule": rule, "packs": told}})
+    return replace(first, scored=scored, identity=identity, facts={"consensus": {"rule": rule, "packs": columns}})
 
 
 def combine(packs: Sequence[Scored], names: Sequence[str], rule: str) -> Scored:
@@ -77,7 +78,7 @@ def combine(packs: Sequence[Scored], names: Sequence[str], rule: str) -> Scored:
     scale = int(both.sum()) * (len(packs) if rule == "mean-rank" else 1)
     risk[both] /= scale
     own = {f"risk_{name}": np.where(pack.scored, pack.risk, np.nan) for name, pack in zip(names, packs, strict=True)}
-    counts = {"scored": 0, "reused": int(both.sum()), "duplicates": 0}
+    counts: ScoreCounts = {"scored": 0, "reused": int(both.sum()), "duplicates": 0}
     return replace(first, statuses=statuses, codes=codes, probes=own, risk=risk, counts=counts, details=details)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from sqsd_filter.corpus.addresses import Opener, Source, peek
 from sqsd_filter.corpus.row_formats import Columns, RowFormat
 from sqsd_filter.corpus.sources import Row
 from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.report import PackFacts, ScoreFacts
 from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.stage.scan import read_once
 from sqsd_filter.pipeline.stage.shards import Index
-from sqsd_filter.pipeline.writing.destination import REPORT_FILE, RUN_FILE, input_specs, read_json, read_run
+from sqsd_filter.pipeline.writing.destination import RUN_FILE, input_specs, read_report, read_run
 from sqsd_filter.progress import Progress
 
 
@@ -33,9 +34,9 @@ class Earlier:
     sources: list[Source]
     scored: Scored
     identity: dict[str, Any]
-    facts: dict[str, Any]
+    facts: ScoreFacts
     keys: np.ndarray
-    pack: Mapping[str, Any] | None
+    pack: PackFacts | None
     form: RowFormat | None
 
 
@@ -72,15 +73,15 @@ def read_earlier(
 
     columns = [*scores.columns, *(index.form.columns if index is not None else [])]
     corpus, groups = read_once(sources, visit, columns, per_group, progress)
-    report = (read_json(beside / REPORT_FILE) if beside is not None else None) or {}
+    report = read_report(beside) if beside is not None else None
     return Earlier(
         ", ".join(str(each) if isinstance(each, str | Path) else "the dataset" for each in given),
         sources,
         scores.scored(corpus, groups, form),
         {"inputs": corpus.inputs},
-        _scorer(report),
+        _scorer(report) if report else {},
         index.keys if index is not None else np.zeros(0, "S16"),
-        report.get("pack"),
+        report.get("pack") if report else None,
         form,
     )
 
@@ -109,9 +110,9 @@ def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) 
     """The inputs of an earlier run joined with its score store."""
     known = read_run(home)
     assert known is not None
-    report = read_json(home / REPORT_FILE) or {}
-    if not (home / "scores").is_dir() or "pack" not in report:
-        if report.get("status") == "ok":
+    report = read_report(home)
+    if not (home / "scores").is_dir() or not report or "pack" not in report:
+        if report and report.get("status") == "ok":
             raise InputError(f"{home.parent} was itself cut from scores: select from what it was cut from.")
         raise InputError(f"{home.parent} holds a run that was never finished: finish it first.")
     form = RowFormat(**known["row_format"])
@@ -128,10 +129,10 @@ def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) 
     scored = from_store(corpus, index, store, pack["weights"], groups)
     identity = {**known, "inputs": corpus.inputs}
     identity.pop("explain", None)  # of the earlier cut
-    facts = {"pack": pack, **_scorer(report)}
+    facts: ScoreFacts = {"pack": pack, **_scorer(report)}
     return Earlier(str(home.parent), sources, scored, identity, facts, index.keys, pack, form)
 
 
-def _scorer(report: Mapping[str, Any]) -> dict[str, Any]:
+def _scorer(report: ScoreFacts) -> ScoreFacts:
     """What the report says of the scorer, for another one."""
     return {"scorer": report["scorer"]} if "scorer" in report else {}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Literal, TypedDict
 
 import numpy as np
 
@@ -141,15 +141,22 @@ class Cut:
         return float(self.value) if self.kind == "max_risk" else nth_riskiest(risk, k - 1)
 
 
+class PieceKey(TypedDict, total=False):
+    """The split and the group of rows that were cut together, where these are cut apart; `value` is the group's."""
+
+    split: str
+    value: object
+
+
 @dataclass(frozen=True)
 class Piece:
-    """Rows that were cut together. `key` has their "split" and their group's "value", where these are cut apart.
+    """Rows that were cut together.
 
     `threshold` is the lowest risk that was dropped, None when nothing was; `ties` of the kept rows have that very risk.
     With weights nothing is dropped: `threshold` and `scale` are the formula's, and `total` is the weights' sum.
     """
 
-    key: dict[str, Any]
+    key: PieceKey
     scored: int
     dropped: int
     threshold: float | None
@@ -213,16 +220,18 @@ def cut_rows(
     return Selection(fate, pieces, spared, row_weights)
 
 
-def _apart(name: str, groups: Groups | None, rows: np.ndarray) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+def _apart(
+    name: Literal["split", "value"], groups: Groups | None, rows: np.ndarray
+) -> Iterator[tuple[PieceKey, np.ndarray]]:
     """The rows of each group under its name and value; all of them under none where there are no groups."""
     if groups is None:
         yield {}, rows
         return
     for value, members in groups.within(rows):
-        yield {name: value}, members
+        yield ({"split": str(value)} if name == "split" else {"value": value}), members
 
 
-def _drop(fate: np.ndarray, key: dict[str, Any], rows: np.ndarray, risk: np.ndarray, k: int) -> Piece:
+def _drop(fate: np.ndarray, key: PieceKey, rows: np.ndarray, risk: np.ndarray, k: int) -> Piece:
     """Mark the k riskiest of these rows (n,), ascending, with these risks (n,)."""
     if k == 0:
         return Piece(key, len(rows), 0, None, 0)

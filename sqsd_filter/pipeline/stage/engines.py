@@ -6,12 +6,13 @@ Bytes don't depend on the choice: bins form inside a shard, and a bin's scores o
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Generator, Sequence
+from typing import Protocol
 
 from sqsd_filter.corpus.row_formats import RowFormat
 from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import UsageError
+from sqsd_filter.pipeline.report import EngineFacts
 from sqsd_filter.pipeline.stage.shards import Shard, score_shard
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.results import Scores, ScoringCallbacks
@@ -32,7 +33,7 @@ class Engine(Protocol):
     ) -> Generator[ScoredShard]:
         """Keys and scores of every shard, as they are done."""
 
-    def facts(self) -> Mapping[str, Any]:
+    def facts(self) -> EngineFacts:
         """What the report says of it."""
 
     def close(self) -> None:
@@ -53,7 +54,7 @@ class LocalEngine:
         for shard in shards:
             yield shard, *score_shard(corpus, form, scorer, shard, watch)
 
-    def facts(self) -> Mapping[str, Any]:
+    def facts(self) -> EngineFacts:
         return {"engine": "local"}
 
     def close(self) -> None:

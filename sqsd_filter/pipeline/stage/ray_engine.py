@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from sqsd_filter.corpus.row_formats import RowFormat
 from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import SQSDError, first_line
+from sqsd_filter.pipeline.report import EngineFacts
 from sqsd_filter.pipeline.stage.engines import ScoredShard
 from sqsd_filter.pipeline.stage.replica import Ledger, Replica, as_data, from_bytes, pack_files_of, raise_from
 from sqsd_filter.pipeline.stage.shards import Shard, conversations
@@ -116,7 +117,7 @@ class RayEngine:
             self.threads = next((t for t in shares if sum(n // t for n in cpus) >= self.replicas), 1)
         return scorer.on_device("cuda" if share else "cpu", gpus=share or 1.0)
 
-    def facts(self) -> Mapping[str, Any]:
+    def facts(self) -> EngineFacts:
         return {
             "engine": "ray",
             "replicas": self.replicas,

@@ -8,13 +8,24 @@ import os
 import re
 import shlex
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from sqsd_filter.pipeline.report import is_sqsd, load_calls, low_risk, scorers
+from sqsd_filter.corpus.addresses import HubDataset
+from sqsd_filter.pipeline.report import (
+    GroupFigures,
+    PackFacts,
+    Report,
+    RowWeights,
+    WrittenFile,
+    is_sqsd,
+    load_calls,
+    low_risk,
+    scorers,
+)
 from sqsd_filter.pipeline.rules import CONSENSUS
 from sqsd_filter.pipeline.writing.export import REASONS
 from sqsd_filter.pipeline.writing.markdown import code, fenced, table
@@ -51,13 +62,13 @@ RULES = {
 }
 
 
-def write_card(root: Path, report: Mapping[str, Any], originals: Sequence[tuple[str, str]] = ()) -> None:
+def write_card(root: Path, report: Report, originals: Sequence[tuple[str, str]] = ()) -> None:
     """Write the card into the output folder `root`; the rest is as in `card_text`."""
     text = card_text(report, originals)
     write_text(root / CARD_FILE, text)
 
 
-def card_text(report: Mapping[str, Any], originals: Sequence[tuple[str, str]] = (), name: str | None = None) -> str:
+def card_text(report: Report, originals: Sequence[tuple[str, str]] = (), name: str | None = None) -> str:
     """The card for the files that the report names. `name` is what the dataset is loaded by, if that is known.
 
     `originals` has each source's name and the text of its README.md, empty where it has none.
@@ -75,7 +86,7 @@ def card_text(report: Mapping[str, Any], originals: Sequence[tuple[str, str]] = 
     return text.encode(errors="backslashreplace").decode()  # an argument of the command may be no UTF-8
 
 
-def _header(report: Mapping[str, Any], sources: Sequence[Original]) -> dict[str, Any]:
+def _header(report: Report, sources: Sequence[Original]) -> dict[str, Any]:
     found = carried_over(sources)
     found["tags"] = list(dict.fromkeys([*found["tags"], *TAGS]))
     found["size_categories"] = [_size(report["rows"]["kept"])]
@@ -95,7 +106,7 @@ def _size(rows: int) -> str:
     return f"{SIZES[k - 1]}<n<{SIZES[k]}" if k else f"n<{SIZES[0]}"
 
 
-def _config(name: str, files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _config(name: str, files: Sequence[WrittenFile]) -> dict[str, Any]:
     """A config for `load_dataset`.
 
     datasets caches what it loaded by the folder's last name and the card's header alone, so that two runs' headers must
@@ -114,7 +125,7 @@ def _config(name: str, files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _opening(report: Mapping[str, Any]) -> str:
+def _opening(report: Report) -> str:
     rows, pack = report["rows"], report.get("pack")
     if report.get("weights"):
         title, alt = f"{rows['kept']:,} rows, weighted by their risk", f"{rows['kept']:,} rows are weighted"
@@ -127,9 +138,9 @@ def _opening(report: Mapping[str, Any]) -> str:
         measured = f"Several packs measured it: {packs}. Here it stands as the {CONSENSUS[found['rule']]}."
     else:
         measured = f"It was measured with the pack {_pack(pack)}." if pack else "The scores were already in the input."
-    if pack and pack.get("shared_state"):
+    if pack and (state := pack.get("shared_state")):
         measured += (
-            f" Shared state: {code(pack['shared_state'])}. All directions were taken at this one state. This is not "
+            f" Shared state: {code(state)}. All directions were taken at this one state. This is not "
             "the paper's form, in which each has its own: it is faster and gives other scores."
         )
     paper = "[arXiv 2605.04572](https://arxiv.org/abs/2605.04572)"
@@ -148,11 +159,11 @@ update that the row alone would cause points along a danger direction than along
 ![Histogram of the risk: {alt}]({PICTURE_FILE})"""
 
 
-def _pack(pack: Mapping[str, Any]) -> str:
+def _pack(pack: PackFacts) -> str:
     return f"{code(pack['name'])} ({pack['fingerprint']}) on {code(pack['base_model'])}"
 
 
-def _removed(report: Mapping[str, Any]) -> str:
+def _removed(report: Report) -> str:
     """What was dropped by which rule, or how rows are weighted, and what became of rows without a score."""
     rows, weights = report["rows"], report.get("weights")
     if weights:
@@ -170,14 +181,15 @@ def _removed(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _dropped(report: Mapping[str, Any]) -> str:
-    rule, *_ = report["cut"].split(", ")
+def _dropped(report: Report) -> str:
+    cut = report["cut"] or ""
+    rule, *_ = cut.split(", ")
     if not report["rows"]["dropped"]:
-        return f"No row was dropped: there was none to drop by the rule {code(report['cut'])}."
+        return f"No row was dropped: there was none to drop by the rule {code(cut)}."
     kind, _, value = rule.partition(" ")
     words = (
         "The riskiest rows are those that are expected to erode a model's safety most when it is fine-tuned on them. "
-        f"Dropped were {RULES[kind].format(value)} ({code(report['cut'])})."
+        f"Dropped were {RULES[kind].format(value)} ({code(cut)})."
     )
     if report["threshold"] is not None:
         words += f" The lowest risk among the dropped rows is {report['threshold']:.6g}"
@@ -185,7 +197,7 @@ def _dropped(report: Mapping[str, Any]) -> str:
     return words
 
 
-def _weighted(weights: Mapping[str, Any]) -> str:
+def _weighted(weights: RowWeights) -> str:
     if weights["threshold"] is None:
         values = "the threshold and scale below"
     else:
@@ -196,18 +208,22 @@ def _weighted(weights: Mapping[str, Any]) -> str:
     )
 
 
-def _groups(found: Mapping[str, Any], *, weighted: bool) -> str:
+def _groups(found: GroupFigures, *, weighted: bool) -> str:
     """A table of the rows that were cut apart, the largest groups first."""
     column, groups = found["column"], sorted(found["groups"], key=lambda group: -group["scored"])
-    keys = {"split": "split", "value": "" if column is None else code(column)}
+    keys: dict[Literal["split", "value"], str] = {"split": "split", "value": "" if column is None else code(column)}
     keys = {key: head for key, head in keys.items() if all(key in group for group in groups)}
-    numbers = ("scored", "threshold", "scale", "sum") if weighted else ("scored", "dropped", "threshold")
+    numbers: Sequence[Literal["scored", "dropped", "threshold", "scale", "sum"]] = (
+        ("scored", "threshold", "scale", "sum") if weighted else ("scored", "dropped", "threshold")
+    )
     lines = [
         [*(_value(group[key]) for key in keys), *(_number(group[name]) for name in numbers)]
         for group in groups[:MOST_GROUPS]
     ]
     if rest := groups[MOST_GROUPS:]:
-        sums = [None if name in ("threshold", "scale") else sum(group[name] for group in rest) for name in numbers]
+        sums = [
+            None if name == "threshold" or name == "scale" else sum(group[name] for group in rest) for name in numbers
+        ]
         lines.append([f"others: {len(rest):,}", *[""] * (len(keys) - 1), *map(_number, sums)])
     words = "Each split" if column is None else f"Each group of rows with the same {code(column)}"
     words += " in each split" if len(keys) == 2 else ""
@@ -223,13 +239,13 @@ def _number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     """A text as it is, anything else as JSON; long ones cut short."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return code(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…")
 
 
-def _contents(report: Mapping[str, Any], where: str) -> str:
+def _contents(report: Report, where: str) -> str:
     """Which rows there are, how to load them, and what the columns mean."""
     rows, to = report["rows"], report["to"]
     there, calls = _by(report["files"], "config"), load_calls(report, where)
@@ -257,7 +273,7 @@ def _contents(report: Mapping[str, Any], where: str) -> str:
     return "\n\n".join(parts)
 
 
-def _lines(report: Mapping[str, Any]) -> str:
+def _lines(report: Report) -> str:
     """What lines of JSON hold, and what they don't survive."""
     words = "Each line is the input's own, byte for byte"
     words += ", with its scores at the end." if report["with_scores"] else "."
@@ -268,11 +284,11 @@ def _lines(report: Mapping[str, Any]) -> str:
     return words
 
 
-def _has_errors(report: Mapping[str, Any]) -> bool:
+def _has_errors(report: Report) -> bool:
     return any(file["config"] == "errors" for file in report["files"])
 
 
-def _columns(report: Mapping[str, Any]) -> str:
+def _columns(report: Report) -> str:
     probes = report["pack"]["weights"] if report.get("pack") else {}
     total = " ".join(f"{weight:+g} × {code(f'sqsd_{name}')}" for name, weight in probes.items())
     lines = [("`sqsd_risk`", f"the risk: no unit, higher is riskier{f'; {total}' if total else ''}")]
@@ -291,7 +307,7 @@ def _columns(report: Mapping[str, Any]) -> str:
     return f"The columns of the input are as they were. These hold the scores:\n\n{shown}"
 
 
-def _origin(report: Mapping[str, Any], sources: Sequence[Original]) -> str:
+def _origin(report: Report, sources: Sequence[Original]) -> str:
     parts = ["## How it was made"]
     if found := report.get("datasets"):
         parts += ["The rows come from the Hub:", "\n".join(f"- {_dataset(dataset)}" for dataset in found)]
@@ -303,9 +319,13 @@ def _origin(report: Mapping[str, Any], sources: Sequence[Original]) -> str:
     return "\n\n".join(parts)
 
 
-def _dataset(dataset: Mapping[str, Any]) -> str:
-    parts = {"config": "config", "split": "split", "revision": "commit"}
-    named = [f"{shown} {code(dataset[name])}" for name, shown in parts.items() if dataset.get(name)]
+def _dataset(dataset: HubDataset) -> str:
+    parts: dict[Literal["config", "split", "revision"], str] = {
+        "config": "config",
+        "split": "split",
+        "revision": "commit",
+    }
+    named = [f"{shown} {code(value)}" for name, shown in parts.items() if (value := dataset.get(name))]
     return ", ".join([code(dataset["id"]), *named])
 
 
@@ -321,12 +341,12 @@ def _licence(sources: Sequence[Original]) -> str:
     return "\n\n".join(["## Licence", "The rows have the licence of their source:", "\n".join(lines)])
 
 
-def _ids(report: Mapping[str, Any]) -> list[str]:
+def _ids(report: Report) -> list[str]:
     return list(dict.fromkeys(dataset["id"] for dataset in report.get("datasets") or []))
 
 
-def _by(files: Sequence[Mapping[str, Any]], what: str) -> dict[str, list[Mapping[str, Any]]]:
-    found: dict[str, list[Mapping[str, Any]]] = {}
+def _by(files: Sequence[WrittenFile], what: Literal["config", "split"]) -> dict[str, list[WrittenFile]]:
+    found: dict[str, list[WrittenFile]] = {}
     for file in files:
         found.setdefault(file[what], []).append(file)
     return found

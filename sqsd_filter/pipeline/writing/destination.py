@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
+from sqsd_filter.pipeline.report import FinishedReport, WrittenFile
 from sqsd_filter.pipeline.writing.export import REASONS
 from sqsd_filter.storage.folder import TEMPORARY, sweep, write_text
 from sqsd_filter.storage.locks import take_lock
@@ -131,7 +132,7 @@ class Destination:
 
     def finished(self) -> bool:
         """Has the run that the home tells of left all that its report names, and no other run since?"""
-        report = read_json(self.home / REPORT_FILE)
+        report = read_report(self.home)
         if not report or report["status"] != "ok" or _neighbour(self.root, "old").exists():
             return False
         files = report.get("files", [])
@@ -146,7 +147,7 @@ class Destination:
             return False
         return whole and beside and sum(file["rows"] for file in files) == report["rows"]["total"]
 
-    def _is_whole(self, file: Mapping[str, Any]) -> bool:
+    def _is_whole(self, file: WrittenFile) -> bool:
         with (self.root / file["path"]).open("rb") as content:
             if os.fstat(content.fileno()).st_size != file["bytes"]:
                 return False
@@ -263,6 +264,13 @@ def read_json(path: Path) -> Any:
         return None
     except ValueError:
         return {}
+
+
+def read_report(home: Path) -> FinishedReport | None:
+    """The report of the run in this home, if there is one: of a run that failed, or of an earlier version, it lacks
+    some keys; of a damaged file all."""
+    report: FinishedReport | None = read_json(home / REPORT_FILE)
+    return report
 
 
 def difference(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from sqsd_filter.corpus.json_schema import feature, json_columns
 from sqsd_filter.corpus.sources import Chunk, Corpus
 from sqsd_filter.errors import SQSDError
+from sqsd_filter.pipeline.report import Config, Written, WrittenFile
 from sqsd_filter.pipeline.scores.scored import SCORE_PREFIX, Scored
 from sqsd_filter.pipeline.selecting.selection import DROPPED, ERROR, KEPT, Selection
 from sqsd_filter.pipeline.writing.json_lines import dump, lines, splice
@@ -22,7 +23,7 @@ from sqsd_filter.pipeline.writing.writers import Files, JsonLinesFile, Output, P
 from sqsd_filter.progress import Progress
 from sqsd_filter.storage.folder import sweep
 
-CONFIGS = {"kept": KEPT, "dropped": DROPPED, "errors": ERROR}
+FATES: dict[Config, int] = {"kept": KEPT, "dropped": DROPPED, "errors": ERROR}  # of the rows in each config
 REASONS = "data/reasons.jsonl"  # why each line in `errors` has no score
 
 RAW = "sqsd_raw"  # the bytes of a line that is no row
@@ -45,7 +46,7 @@ def check_columns(corpus: Corpus, output: Output) -> None:
 
 def export_splits(
     scored: Scored, selection: Selection, root: Path, output: Output, progress: Progress, see: See = _look_away
-) -> dict[str, Any]:
+) -> Written:
     """Write kept, dropped and errors below `root`, each split of the corpus apart.
 
     Kept and dropped rows carry the score columns; error rows their status, the reason in words and where they came
@@ -58,7 +59,7 @@ def export_splits(
     schema = _kept_schema(scored, selection)
     with ExitStack() as stack:
         names = {
-            (config, split): place_name(config, split, corpus.splits) for config in CONFIGS for split in corpus.splits
+            (config, split): place_name(config, split, corpus.splits) for config in FATES for split in corpus.splits
         }
         files = {fate: stack.enter_context(output.files(root, name)) for fate, name in names.items()}
         reasons = stack.enter_context(Files(JsonLinesFile, root, REASONS))
@@ -74,7 +75,7 @@ def export_splits(
             else:
                 table = chunk.scorable if schema is corpus.scorable_schema else chunk.table
                 rows = Tables(scored, chunk, table, selection.row_weights)
-            for config, code in CONFIGS.items():
+            for config, code in FATES.items():
                 where = np.flatnonzero(fate == code)
                 files[config, chunk.split].write(rows.bad(where) if code == ERROR else rows.good(where))
             see(chunk)
@@ -86,7 +87,9 @@ def export_splits(
         extra = [file["path"] for file in reasons.publish()]
     if output.to == "arrow":
         extra = describe(root, {name: found[fate] for fate, name in names.items()})
-    entries = [{"config": c, "split": s, **file} for (c, s), several in found.items() for file in several]
+    entries: list[WrittenFile] = [
+        {"config": c, "split": s, **file} for (c, s), several in found.items() for file in several
+    ]
     stored = [] if output.to == "jsonl" else json_columns(schema)
     return {"files": entries, "extra_files": extra, "json_columns": stored}
 
@@ -110,7 +113,7 @@ def _kept_schema(scored: Scored, selection: Selection) -> pa.Schema:
     return scored.corpus.schema if whole else scored.corpus.scorable_schema
 
 
-def export_scored(scored: Scored, path: Path, progress: Progress, see: See = _look_away) -> dict[str, Any]:
+def export_scored(scored: Scored, path: Path, progress: Progress, see: See = _look_away) -> Written:
     """Write every row, in order, with its score columns; where rows have no score, also the columns of `errors`.
 
     Each chunk is given to `see`, too. Returns what `export_splits` does.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
 from sqsd_filter.pictures import BLUE, ORANGE, picture, plain
-from sqsd_filter.pipeline.report import is_sqsd, risk_name
+from sqsd_filter.pipeline.report import Report, RunFigures, is_sqsd, risk_name
 from sqsd_filter.pipeline.selecting.selection import DROPPED
 
 if TYPE_CHECKING:
@@ -23,11 +23,15 @@ BLOCK = 2**20  # rows counted at a time
 FAR = 1e100  # beyond it the sums of a drawing overflow
 
 
-def count_bars(
-    risk: np.ndarray, scored: np.ndarray, fate: np.ndarray, report: Mapping[str, Any]
-) -> dict[str, list[Any]]:
-    """What the picture shows of `risk` (n,) of the rows that are `scored` (n,) bool, with the `DROPPED` ones of `fate`
-    (n,) apart: `edges` and `counts`, as of `bar_edges` and `count_rows`, fit for JSON.
+class Bars(TypedDict):
+    """The bars of the histogram, as `bar_edges` and `count_rows` give them, fit for JSON."""
+
+    edges: list[float]
+    counts: list[list[int]]
+
+
+def count_bars(risk: np.ndarray, scored: np.ndarray, fate: np.ndarray, report: RunFigures) -> Bars:
+    """The bars of `risk` (n,) of the rows that are `scored` (n,) bool, with the `DROPPED` ones of `fate` (n,) apart.
 
     The report's quantiles give the limits.
     """
@@ -36,16 +40,18 @@ def count_bars(
     return {"edges": edges.tolist(), "counts": count_rows(edges, risk, scored, fate).tolist()}
 
 
-def write_histogram(path: Path, bars: Mapping[str, list[Any]], report: Mapping[str, Any]) -> None:
+def write_histogram(path: Path, bars: Bars, report: Report) -> None:
     """Draw what was counted as a PNG of 1200 × 500 pixels: the same bytes for the same rows."""
     with picture(path, 12, 5) as figure:
         draw_histogram(figure, bars, report)
 
 
-def _cut(report: Mapping[str, Any]) -> float | None:
-    """Where a line is to be drawn, if it is one place."""
-    level: float | None = None if report.get("groups") else (report.get("weights") or report)["threshold"]
-    return level
+def _cut(report: RunFigures) -> float | None:
+    """The risk at which a line is drawn, if it is the same for all rows."""
+    if report.get("groups"):
+        return None
+    weights = report.get("weights")
+    return weights["threshold"] if weights else report["threshold"]
 
 
 def bar_edges(bars: int, quantiles: Mapping[str, float], cut: float | None) -> np.ndarray:
@@ -79,7 +85,7 @@ def count_rows(edges: np.ndarray, risk: np.ndarray, scored: np.ndarray, fate: np
     return counts.reshape(2, -1)
 
 
-def draw_histogram(figure: Figure, bars: Mapping[str, list[Any]], report: Mapping[str, Any]) -> None:
+def draw_histogram(figure: Figure, bars: Bars, report: Report) -> None:
     """Bars of kept rows with the dropped ones on top, and the cut as a line unless groups were cut at several."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 

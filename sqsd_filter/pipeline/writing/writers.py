@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from sqsd_filter.corpus.json_schema import with_marks
 from sqsd_filter.errors import InputError, SQSDError, UsageError, option
+from sqsd_filter.pipeline.report import WrittenFile
 from sqsd_filter.pipeline.writing.json_lines import has_form
 from sqsd_filter.storage.folder import TEMPORARY, write_text
 
@@ -212,11 +213,11 @@ class Files:
             self._open.write(batch)
             self._rows[-1] += len(batch)
 
-    def publish(self) -> list[dict[str, Any]]:
+    def publish(self) -> list[WrittenFile]:
         """Give the files their names, which no others may keep that a killed attempt left. Returns what they are."""
         with self._told():
             self._close()
-            found: list[dict[str, Any]] = []
+            found: list[WrittenFile] = []
             for number, (temporary, rows) in enumerate(zip(self._temporaries, self._rows, strict=True)):
                 with temporary.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()  # the Hub's name for it, too
@@ -260,7 +261,7 @@ class Files:
             ) from problem
 
 
-def describe(root: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+def describe(root: Path, splits: Mapping[str, Sequence[WrittenFile]]) -> list[str]:
     """Make of the Arrow files of each split what `datasets.load_from_disk` takes for a DatasetDict; the names of the
     files that say so."""
     from datasets import DatasetInfo, Features

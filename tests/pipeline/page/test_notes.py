@@ -13,7 +13,7 @@ import pytest
 from sqsd_filter.corpus.conversation import Message
 from sqsd_filter.corpus.row_formats import RowFormat
 from sqsd_filter.pipeline.page import notes
-from sqsd_filter.pipeline.page.notes import MOST_TEXT, Notes
+from sqsd_filter.pipeline.page.notes import MOST_TEXT, NoteTaker
 from sqsd_filter.pipeline.scores.scored import PerModule
 from sqsd_filter.pipeline.selecting.selection import KEPT
 from tests.corpora import by_hand, make_rows, open_corpus, write_jsonl
@@ -116,7 +116,7 @@ def test_the_heat_map_has_the_plain_means(tmp_path: Path, monkeypatch: pytest.Mo
     scored, _ = by_hand(corpus, [KEPT] * n, [3])
     modules = {"danger": PerModule([f"model.layers.{k}.mlp.up_proj" for k in range(200)], cosines)}
     scored = replace(scored, modules=modules)
-    taken = Notes(scored, None)
+    taken = NoteTaker(scored, None)
     tracemalloc.start()
     found = taken._means(modules["danger"])
     peak = tracemalloc.get_traced_memory()[1]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.writing.export import CONFIGS, REASONS, check_columns, export_splits
+from sqsd_filter.pipeline.writing.export import FATES, REASONS, check_columns, export_splits
 from sqsd_filter.pipeline.writing.writers import Output
 from sqsd_filter.progress import Silent
 from tests.corpora import by_hand, open_corpus
@@ -122,7 +122,7 @@ def any_table(draw: st.DrawFn, leaves: list[Column]) -> tuple[pa.Table, list[int
 
 
 def places(n: int) -> st.SearchStrategy[list[int]]:
-    return st.lists(st.sampled_from(list(CONFIGS.values())), min_size=n, max_size=n)
+    return st.lists(st.sampled_from(list(FATES.values())), min_size=n, max_size=n)
 
 
 @pytest.mark.parametrize("to", ["parquet", "arrow"])
@@ -136,7 +136,7 @@ def test_any_table_comes_back_as_it_was(to: str, case: tuple[pa.Table, list[int]
         source = pq.read_table(root / "in.parquet")
         report = export(open_corpus([str(root / "in.parquet")]), place, root, to, shard_size)
         assert sum(f["rows"] for f in report["files"]) == len(place)
-        for config, code in CONFIGS.items():
+        for config, code in FATES.items():
             expected = source.filter(pa.array([p == code for p in place])).combine_chunks()
             found = tables(root, to, report, config)
             assert found.schema.equals(expected.schema)
@@ -187,7 +187,7 @@ def test_features_of_every_kind_survive(to: str, tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "in.parquet")
     place = [0, 1, 2, 0, 0, 0, 0, 0, 0, 0]
     report = export(open_corpus([str(tmp_path / "in.parquet")]), place, tmp_path / "out", to)
-    for config, code in CONFIGS.items():
+    for config, code in FATES.items():
         if to == "arrow":
             found = datasets.load_from_disk(str(tmp_path / "out"))[config]
         else:
@@ -221,7 +221,7 @@ def test_any_table_becomes_lines_of_exact_values(
         pq.write_table(table, root / "in.parquet")
         rows = pq.read_table(root / "in.parquet").to_pylist()
         report = export(open_corpus([str(root / "in.parquet")]), place, root, "jsonl", shard_size, with_scores)
-        for config, code in CONFIGS.items():
+        for config, code in FATES.items():
             found = [json.loads(line) for line in raw_lines(root, report, config)]
             added = SCORES if with_scores and config != "errors" else []
             assert all(list(row) == [*table.column_names, *added] for row in found)
@@ -263,7 +263,7 @@ def test_lines_come_out_byte_for_byte(case: tuple[list[bytes], list[int]], shard
         content = b"".join(line + b"\n" for line in source)
         (root / "in.jsonl").write_bytes(content if last or not source[-1] else content[:-1])
         report = export(open_corpus([str(root / "in.jsonl")]), place, root, "jsonl", shard_size)
-        out = {code: iter(raw_lines(root, report, config)) for config, code in CONFIGS.items()}
+        out = {code: iter(raw_lines(root, report, config)) for config, code in FATES.items()}
         assert b"".join(next(out[p]) + b"\n" for p in place) == content
         assert [next(rest, None) for rest in out.values()] == [None] * 3
         reasons = [json.loads(line) for line in (root / REASONS).read_bytes().splitlines()]
@@ -280,7 +280,7 @@ def test_scores_join_any_lines_and_nothing_else_of_them_changes(case: tuple[list
         corpus = open_corpus([str(root / "in.jsonl")])
         scored, _ = by_hand(corpus, place)
         report = export(corpus, place, root, "jsonl", with_scores=True)
-        out = {code: iter(raw_lines(root, report, config)) for config, code in CONFIGS.items()}
+        out = {code: iter(raw_lines(root, report, config)) for config, code in FATES.items()}
         for k, (line, p) in enumerate(zip(source, place, strict=True)):
             found = next(out[p])
             if p == 2:
@@ -435,7 +435,7 @@ def test_each_split_has_files_of_its_own(to: str, folder: Path) -> None:
         ("errors", "nothing"),
     ]
     found = {}
-    for config in CONFIGS:
+    for config in FATES:
         for split in ("train", "test", "nothing"):
             files = paths(folder / "out", report, config, split)
             stem = folder / "out" / (f"{config}_{split}/data" if to == "arrow" else f"data/{config}_{split}")
