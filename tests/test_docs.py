@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
 import shlex
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 import datasets
 import pytest
+import yaml
 
+import sqsd_filter
 from sqsd_filter import SQSDScorer, select
 from sqsd_filter.cli.main import cli
 from sqsd_filter.corpus.conversation import (
@@ -34,6 +40,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 EVERYTHING = "\n".join(DOCS.values())
+LINKED = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"))]
+RAW = "https://raw.githubusercontent.com/sqsd-filter/sqsd-filter/main/"  # where PyPI finds the pictures
 
 
 def commands(group: click.Group, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], click.Command]:
@@ -80,6 +88,110 @@ def test_the_command_lines_of_the_docs_parse(line: list[str]) -> None:
     assert parse(line[1:]).params
 
 
+def test_every_option_that_the_docs_quote_is_there() -> None:
+    known = {name for c in COMMANDS.values() for p in c.params for name in (*p.opts, *p.secondary_opts)}
+    quoted = set(re.findall(r"`(--[a-z][a-z-]*)", EVERYTHING))
+    assert quoted
+    assert quoted - known - {"--help", "--version"} == set()
+
+
+def anchors(text: str) -> set[str]:
+    """What links to the headings of a page end in, on GitHub."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)", prose, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.removeprefix(RAW).partition("#")
+        if path.startswith(("https://", "http://")):
+            continue
+        target = ROOT / path if link.startswith(RAW) else page.parent / path if path else page
+        if target.name == "cli.md" and not target.exists():  # generated: not there yet
+            continue
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_the_readme_is_short_and_links_every_page() -> None:
+    assert len(README.splitlines()) <= 180
+    assert len(README.encode()) <= 10_000
+    assert [name for name in DOCS if name != "README.md" and f"]({name})" not in README] == []
+    images = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert images
+    assert [image for image in images if not image.startswith(RAW)] == []  # PyPI has no files of the repository
+
+
+@pytest.mark.parametrize("name", [name for name in DOCS if name not in ("README.md", "docs/cli.md")])
+def test_every_page_opens_with_what_it_is_for_and_lists_its_contents(name: str) -> None:
+    text = DOCS[name]
+    _, _, contents = text.partition("\n- [")
+    assert re.match(r"# .+\n\n(\S.+\n){1,4}\n- \[", text)
+    listed = re.findall(r"^- \[(.*?)\]\(#", "- [" + contents.partition("\n\n")[0], re.MULTILINE)
+    assert listed == re.findall(r"^## (.*)", text, re.MULTILINE)
+
+
+def test_the_results_in_the_readme_are_those_of_the_study() -> None:
+    section = README.partition("## Does it help?")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    assert len(rows) > 3
+    assert [row for row in rows if row not in DOCS["docs/evidence.md"].splitlines()] == []
+    cut = json.loads((ROOT / "recipes/paper/small/dolly-cut/results.json").read_text())["arms"]["sqsd"]
+    kept, chance = (f"{100 * cut[arm]['asr']:g} %" for arm in ("kept", "random"))
+    assert f"left {kept} instead of the {chance} after" in " ".join(section.split())
+
+
+def test_the_validation_of_the_built_in_pack_is_what_its_recipe_found() -> None:
+    page, folder = " ".join(DOCS["docs/packs.md"].split()), ROOT / "recipes/packs/smollm2-135m"
+    of_pack, of_former = (
+        json.loads((folder / name).read_text())["auc_of_unsafe_against"] for name in ("results.json", "unaligned.json")
+    )
+    aucs = [*of_pack.values(), of_former["risk"]]
+    table = re.findall(
+        r"^\| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", DOCS["docs/packs.md"], re.MULTILINE
+    )
+    assert len(table) == len(aucs)
+    for shown_row, auc in zip(table, aucs, strict=True):
+        for cell, group in zip(shown_row, ("safe", "dolly", "gsm8k", "xstest"), strict=True):
+            assert abs(float(cell) - auc[group]["auc"]) <= 0.005001
+    for harmful in ("AdvBench", "StrongREJECT", "XSTest"):
+        assert harmful in page
+    refusals = json.loads((folder / "refusals.json").read_text())["refusals"]
+    before, after = (
+        {name.partition(" (")[0]: each["refused"] for name, each in refusals[key].items()}
+        for key in ("without base adapter", "with base adapter")
+    )
+    order = [f"harmful: {name}" for name in ("AdvBench", "StrongREJECT", "XSTest")]
+    first, second, third = (before[name] for name in order)
+    assert f"refused {first} of 40 prompts of AdvBench, {second} of 40 of StrongREJECT and {third} of 40" in page
+    assert "Now it refuses {}, {} and {}".format(*(after[name] for name in order)) in page
+    assert f"it refuses {after['harmless: XSTest']}; before, {before['harmless: XSTest']}" in page
+
+
+@pytest.mark.parametrize(
+    ("schema", "file"),
+    [
+        ("citation-file-format", "CITATION.cff"),
+        ("github-workflows", ".github/workflows/ci.yml"),
+        ("github-issue-forms", ".github/ISSUE_TEMPLATE/bug.yml"),
+        ("github-issue-config", ".github/ISSUE_TEMPLATE/config.yml"),
+    ],
+    ids=lambda value: Path(value).name,
+)
+def test_the_files_of_the_repository_are_valid(schema: str, file: str) -> None:
+    run = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", str(ROOT / file)]
+    subprocess.run(run, check=True, capture_output=True)
+
+
+def test_the_citation_is_of_this_version_and_the_workflow_runs_the_gate() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == version("sqsd-filter")
+    assert "- run: .ci/run\n" in (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+
+
 def test_the_test_command_of_the_readme_is_what_ci_calls() -> None:
     assert "\n    tests/run\n" in README
     assert "\ntests/run " in (ROOT / ".ci" / "run").read_text()
@@ -95,17 +207,32 @@ def tiny_embedded(tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_script_of_the_readme_runs(tiny_embedded: None) -> None:
-    section = README[README.index("### From Python") : README.index("## How it works")]
-    write_jsonl(Path("in.jsonl"), [*make_rows(39), {"id": 39, "instruction": "?", "output": ""}])
+def scripts(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_the_scripts_of_the_docs_run(page: str, tiny_embedded: None) -> None:
+    rows = [{**row, "category": "ab"[k % 2]} for k, row in enumerate(make_rows(39))]
+    write_jsonl(Path("in.jsonl"), [*rows, {"id": 39, "instruction": "?", "output": "", "category": "a"}])
     names: dict[str, Any] = {}
-    for script in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+    for script in scripts(DOCS[page]):
         exec(script, names)
+    assert [len(names[part]) for part in ("kept", "dropped", "errors")] == [37, 2, 1]
+    if page == "README.md":
+        return
     assert [part["id"][:] for part in (names["dropped"], names["errors"])] == [
         part["id"][:] for part in (datasets.load_dataset("out", name, split="train") for name in ("dropped", "errors"))
     ]
     assert [names["report"]["rows"][part] for part in ("kept", "dropped", "errors")] == [37, 2, 1]
-    assert len(names["kept"]) == 37
+
+
+@pytest.mark.parametrize("page", [page for page, text in DOCS.items() if scripts(text)])
+def test_every_script_of_the_docs_compiles_and_imports_what_is_public(page: str) -> None:
+    for script in scripts(DOCS[page]):
+        compile(script, page, "exec")
+        for names in re.findall(r"from sqsd_filter import (.*)", script):
+            assert set(names.split(", ")) <= set(sqsd_filter.__all__)
 
 
 @pytest.mark.parametrize("public", [SQSDScorer, select], ids=lambda public: public.__name__)

@@ -21,6 +21,7 @@ from tests.tiny import chat
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACK = "smollm2-135m"
 
 
@@ -51,7 +52,7 @@ def test_every_module_of_the_model_takes_part() -> None:
 
 
 def test_the_first_command_of_the_readme_drops_three_of_sixty_rows(tmp_path: Path) -> None:
-    line = re.search(r"&& \S*/sqsd-filter (recipes/.*) out/ (--drop-top 5%)$", (ROOT / "README.md").read_text(), re.M)
+    line = re.search(r"&& \S*/sqsd-filter (recipes/.*) out/ (--drop-top 5%)$", README, re.M)
     assert line
     source, out = ROOT / line[1], tmp_path / "out"
     subprocess.run([sys.executable, "-m", "sqsd_filter", source, out, *line[2].split(), "-q"], check=True, cwd=tmp_path)
@@ -68,6 +69,13 @@ def test_the_first_command_of_the_readme_drops_three_of_sixty_rows(tmp_path: Pat
         assert ids == sorted(ids), split
         assert [{k: v for k, v in row.items() if not k.startswith("sqsd_")} for row in part] == [rows[k] for k in ids]
     assert min(r["sqsd_risk"] for r in found["dropped"]) >= max(r["sqsd_risk"] for r in found["kept"])
+    examples = re.findall(r"^\| (\S.*) → (\S.*?)(?: …)? \| (\S+) \| (\S+) \| (\S+) \| (\w+) \|$", README, re.M)
+    assert len(examples) == 2
+    for instruction, output, *scores, split in examples:
+        (row,) = (row for row in found[split] if row["instruction"] == instruction)
+        assert row["output"].startswith(output)
+        columns = ("sqsd_danger", "sqsd_safety", "sqsd_risk")
+        assert [row[column] for column in columns] == pytest.approx([float(score) for score in scores], abs=0.02)
     shown, drawn = (np.asarray(Image.open(at), int) for at in (source.with_name("risk.png"), out / "sqsd" / "risk.png"))
     assert shown.shape == drawn.shape
     assert np.abs(shown - drawn).mean() < 1

@@ -334,3 +334,5 @@ def test_the_page_of_evidence_has_the_results_of_the_small_study(
     page = (RECIPES_ROOT.parent / "docs" / "evidence.md").read_text(encoding="utf-8").splitlines()
     assert len(rows) > 10
     assert [line for line in rows if line not in page] == []
+    of_others = ("| scorer |", "| --- | --- |", "| `")  # the table of scorers' names
+    assert [row for row in page if row.startswith("| ") and not row.startswith(of_others) and row not in rows] == []
