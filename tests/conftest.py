@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -20,6 +21,13 @@ from tests.tiny import ARCHITECTURES, make_pack
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, tests would ignore it for all
 torch.set_num_threads(1)  # the models here are too small to share among threads
+
+
+def pytest_collection_finish() -> None:
+    """Exempt all that is imported by now from garbage collection, which otherwise takes half the time of a tiny
+    training: transformers and accelerate collect several times in each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

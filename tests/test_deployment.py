@@ -201,7 +201,8 @@ def test_the_cron_jobs_script_is_clean() -> None:
 
 
 def pod_of(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text())["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    spec: dict[str, Any] = yaml.safe_load(path.read_text())["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    return spec
 
 
 def test_all_files_name_the_pinned_ray_and_one_image() -> None:

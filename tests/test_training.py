@@ -1,4 +1,4 @@
-"""What was filtered is trained on as it is: trl takes the written dataset, and a weight a row is there to be used."""
+"""What was filtered is trained on as it is: trl takes the written dataset, and can use its weight per row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import datasets
 import pytest
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from sqsd_filter import SQSDScorer, filter_dataset
 from tests.corpora import write_jsonl
@@ -30,11 +31,15 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def scorer(tiny_pack: Path) -> SQSDScorer:
+    return SQSDScorer(tiny_pack)
+
+
 @pytest.mark.parametrize("form", ROWS)
 @pytest.mark.parametrize("to", ["parquet", "jsonl", "arrow"])
-def test_trl_trains_on_what_was_kept(form: str, to: str, tmp_path: Path, tiny_pack: Path) -> None:
+def test_trl_trains_on_what_was_kept(form: str, to: str, tmp_path: Path, scorer: SQSDScorer) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", ROWS[form])
-    scorer = SQSDScorer(tiny_pack)
     filter_dataset(source, tmp_path / "out", drop_top="20%", scorer=scorer, to=to)
     if to == "arrow":
         kept = datasets.load_from_disk(str(tmp_path / "out"))["kept"]

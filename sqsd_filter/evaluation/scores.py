@@ -208,8 +208,8 @@ def poison_scores(
 
 def _facts(given: str | Path, earlier: Earlier) -> list[tuple[str, object]]:
     """What two scores must have in common to be compared; None where it is unknown."""
-    report, pack = _report(given), earlier.pack or {}
+    report, pack = _report(given), earlier.pack
     return [
-        ("pack", pack.get("fingerprint")),
+        ("pack", pack.get("fingerprint") if pack else None),
         *((name, report.get(name)) for name in ("scorer", "max_length", "dtype")),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def done(pack: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished evaluation."""
+    """A finished evaluation, which no test may change."""
     out = tmp_path_factory.mktemp("done")
     evaluate([files / "knows.parquet"], out, quick(files), pack=pack)
     return out
+
+
+@pytest.fixture
+def mine(done: Path, tmp_path: Path) -> Path:
+    """A copy of the finished evaluation."""
+    return Path(shutil.copytree(done, tmp_path / "out"))

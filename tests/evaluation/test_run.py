@@ -85,38 +85,33 @@ def test_the_arms_of_a_cut_are_trained_and_asked_too(pack: Path, files: Path, tm
     assert adapter.is_file()  # only what is trained now is cleared
 
 
-def test_scorers_seeds_sizes_and_judges_can_be_added_without_training_again(
-    pack: Path, files: Path, tmp_path: Path
-) -> None:
+def test_scorers_seeds_and_sizes_can_be_added_without_training_again(pack: Path, files: Path, mine: Path) -> None:
     def trained(scores: list[Path], **changes: Any) -> list[str]:
         notes = Notes()
-        evaluate(scores, tmp_path / "out", quick(files, **changes), pack=pack, progress=notes)
+        evaluate(scores, mine, quick(files, **changes), pack=pack, progress=notes)
         return [note.split(":")[0] for note in notes.notes if "with this seed" in note]
 
     knows, wrong = files / "knows.parquet", files / "wrong.parquet"
-    assert trained([knows]) == ["untuned", "knows S1, seed 0", "knows S2, seed 0"]
-    before = set(content(tmp_path / "out"))
+    before = set(content(mine))
+    assert trained([knows]) == []
     assert trained([knows, wrong]) == []
     assert trained([wrong], seeds=(0, 1)) == ["wrong S1, seed 1", "wrong S2, seed 1"]
     assert trained([knows], size=7) == ["knows S1, seed 0", "knows S2, seed 0"]
     device = replace(TUNING, epochs=1.0, r=2, device_batch_size=2)
     assert trained([knows], tuning=device) == []
-    assert before < set(content(tmp_path / "out"))
+    assert before < set(content(mine))
 
 
-def test_a_scorer_that_lacks_a_row_can_be_added(pack: Path, files: Path, tmp_path: Path) -> None:
+def test_a_scorer_that_lacks_a_row_can_be_added(pack: Path, files: Path, mine: Path, tmp_path: Path) -> None:
     table, notes = pq.read_table(files / "knows.parquet"), Notes()
     rows = table.to_pylist()
     rows[2] |= {"sqsd_status": "failed", "sqsd_risk": None}
     pq.write_table(pa.Table.from_pylist(rows, table.schema), tmp_path / "gappy.parquet")
-    first = evaluate([files / "knows.parquet"], tmp_path / "out", quick(files), pack=pack)
+    first = json.loads((mine / "results.json").read_text())
     scores = [files / "knows.parquet", tmp_path / "gappy.parquet"]
-    found = evaluate(scores, tmp_path / "out", quick(files), pack=pack, progress=notes)
+    results = evaluate(scores, mine, quick(files), pack=pack, progress=notes)
     assert notes.notes[0] == "gappy has no score for 1 row that another scorer has: nothing is learned from these"
-    rows = found["rows"]
-    assert rows is not None
-    assert first["rows"] == {**rows, "scored": rows["scored"] + 1, "learned": rows["learned"] + 1}
-    assert rows["scored"] == ROWS - 1
+    assert results["rows"] == {**first["rows"], "scored": ROWS - 1, "learned": first["rows"]["learned"] - 1}
 
 
 def test_held_out_rows_leave_some_that_have_a_score(pack: Path, files: Path, tmp_path: Path) -> None:
@@ -128,17 +123,17 @@ def test_held_out_rows_leave_some_that_have_a_score(pack: Path, files: Path, tmp
         evaluate([tmp_path / "one.parquet"], tmp_path / "out", quick(files, held_out=39), pack=pack)
 
 
-def test_what_results_json_loses_is_said(pack: Path, files: Path, tmp_path: Path) -> None:
+def test_what_results_json_loses_is_said(pack: Path, files: Path, mine: Path) -> None:
     scores, notes = [files / "knows.parquet", files / "wrong.parquet"], Notes()
-    evaluate(scores, tmp_path / "out", quick(files), pack=pack)
-    evaluate(scores[:1], tmp_path / "out", quick(files), pack=pack, progress=notes)
+    evaluate(scores, mine, quick(files), pack=pack)
+    evaluate(scores[:1], mine, quick(files), pack=pack, progress=notes)
     assert [note.partition(":")[0] for note in notes.notes] == ["wrong"]
-    evaluate(scores, tmp_path / "out", quick(files), pack=pack, progress=notes)
+    evaluate(scores, mine, quick(files), pack=pack, progress=notes)
     assert len(notes.notes) == 1
 
 
 def test_a_second_judge_is_asked_of_the_same_answers(
-    pack: Path, files: Path, done: Path, monkeypatch: pytest.MonkeyPatch
+    pack: Path, files: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Second:
         name, fingerprint = "second", "2"
@@ -150,7 +145,7 @@ def test_a_second_judge_is_asked_of_the_same_answers(
     monkeypatch.setattr(study, "load_judge", lambda spec, **how: Second() if spec == "second" else known(spec, **how))
     notes = Notes()
     asked = quick(files, judges=("second", "phrases"))
-    found = evaluate([files / "knows.parquet"], done, asked, pack=pack, progress=notes)
+    found = evaluate([files / "knows.parquet"], mine, asked, pack=pack, progress=notes)
     assert notes.notes == []
     assert found["scorers"]["knows"]["asr"] == [0, 0]
     (pair,) = found["judges"]["agreement"]
@@ -160,15 +155,15 @@ def test_a_second_judge_is_asked_of_the_same_answers(
     assert sum(pair["table"]["harmless"].values()) == 9
 
 
-def test_windows_with_matched_tokens_teach_as_many_tokens(pack: Path, files: Path, tmp_path: Path) -> None:
-    found = {}
-    for matched in (False, True):
-        asked = quick(files, match_tokens=matched, held_out=0, harmless=None)
-        out = tmp_path / str(matched)
-        found[matched] = evaluate([files / "knows.parquet"], out, asked, pack=pack)["scorers"]["knows"]
-    assert found[False]["tokens"][0] != found[False]["tokens"][1]
-    assert found[True]["tokens"] == [min(found[False]["tokens"])] * 2
-    assert found[True]["loss"] == [None, None]
+def test_windows_with_matched_tokens_teach_the_same_number_of_tokens(
+    pack: Path, files: Path, done: Path, tmp_path: Path
+) -> None:
+    unmatched = json.loads((done / "results.json").read_text())["scorers"]["knows"]["tokens"]
+    asked = quick(files, match_tokens=True, held_out=0, harmless=None)
+    matched = evaluate([files / "knows.parquet"], tmp_path / "out", asked, pack=pack)["scorers"]["knows"]
+    assert unmatched[0] != unmatched[1]
+    assert matched["tokens"] == [min(unmatched)] * 2
+    assert matched["loss"] == [None, None]
 
 
 @pytest.mark.slow
@@ -206,14 +201,12 @@ def test_an_evaluation_that_is_killed_at_each_step_goes_on_to_the_same_bytes(
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_what_is_done_is_not_done_again_and_what_is_lost_is(pack: Path, files: Path, tmp_path: Path) -> None:
-    out, asked, notes = tmp_path / "out", quick(files, seeds=(0, 1)), Notes()
-    first = evaluate([files / "knows.parquet"], out, asked, pack=pack)
-    before = content(out)
-    shutil.rmtree(out / "runs" / first["runs"]["knows"]["S2"][1])
-    assert evaluate([files / "knows.parquet"], out, asked, pack=pack, progress=notes) == first
-    assert [note for note in notes.notes if "with this seed" in note] == ["knows S2, seed 1: run 2 of 2 with this seed"]
-    assert content(out) == before
+def test_what_is_done_is_not_done_again_and_what_is_lost_is(pack: Path, files: Path, mine: Path) -> None:
+    first, before, notes = json.loads((mine / "results.json").read_text()), content(mine), Notes()
+    shutil.rmtree(mine / "runs" / first["runs"]["knows"]["S2"][0])
+    assert evaluate([files / "knows.parquet"], mine, quick(files), pack=pack, progress=notes) == first
+    assert [note for note in notes.notes if "with this seed" in note] == ["knows S2, seed 0: run 3 of 3 with this seed"]
+    assert content(mine) == before
 
 
 @pytest.mark.parametrize(
@@ -370,11 +363,12 @@ def test_fine_tuning_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> No
         FineTuning(**wrong)
 
 
-def test_fine_tunings_can_come_to_a_folder_with_mixes(pack: Path, files: Path, tmp_path: Path) -> None:
+def test_fine_tunings_can_come_to_a_folder_with_mixes(pack: Path, files: Path, done: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"? {k}", "response": "!"} for k in range(10)]
     unsafe = scored(tmp_path / "unsafe.parquet", rows, np.linspace(2, 3, 10))
     out, mixed = tmp_path / "out", Design(arms=())
     first = evaluate([files / "knows.parquet"], out, mixed, poison=[unsafe])
+    shutil.copytree(done / "runs", out / "runs")  # done before
     both = evaluate([files / "knows.parquet"], out, quick(files), pack=pack, poison=[unsafe])
     assert both["poisoned"] == first["poisoned"]
     assert both["scorers"]["knows"]["rows"] == [8, 8]

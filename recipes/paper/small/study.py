@@ -1,29 +1,29 @@
-"""The paper's experiment at the size of a laptop: rows of Dolly and GSM8K are scored by each scorer, and models are
-fine-tuned on what they call risky and safe.
+"""The paper's experiment at the size of a laptop: each scorer scores rows of Dolly and GSM8K, and models are fine-tuned
+on the rows it calls risky and safe.
 
     nohup python study.py DATA_FOLDER OUT > study.log 2>&1 &
 
 OUT/<name>/ gets results.json and asr.png for each of these names:
 
-    dolly-mixes     known unsafe rows mixed into Dolly, by every scorer, without any training
-    gsm8k-mixes     the same for GSM8K and a few
-    dolly           five windows of Dolly by a few, with two seeds
+    dolly-mixes     known unsafe rows mixed into Dolly, by every scorer, without training
+    gsm8k-mixes     the same for GSM8K, by three scorers
+    dolly           five windows of Dolly by three scorers, with two seeds
     dolly-all       three windows of Dolly by every scorer, with one seed
-    dolly-ends      the riskiest and the safest rows by some, with two
-    dolly-matched   the riskiest and the safest rows by SQSD and by length, all with as many answer tokens
-    gsm8k           three windows of GSM8K by a few, with one seed
-    dolly-cut       all rows of Dolly, those that a cut at 20 % keeps, as many random ones and the dropped ones
+    dolly-ends      the riskiest and the safest rows by four scorers, with two seeds
+    dolly-matched   the riskiest and the safest rows by SQSD and by length, all with the same number of answer tokens
+    gsm8k           three windows of GSM8K by three scorers, with one seed
+    dolly-cut       all rows of Dolly, those that a cut at 20 % keeps, as many random ones, and the dropped ones
     dolly-cut-5     the same for a cut at 5 %
 
-Scores that are in the folder scores/ beside this script are taken from there, unless `--rescore` is given; all of them
-come to OUT/scores/<corpus>.parquet in the same form: risks by a hash of the row, without a word of it. `--windows 2`
-learns from the riskiest and the safest rows only, which are the first and the last window of any number; the second of
-three is the third of five, too. Another `--pack` scores anew. "transfer" are SQSD's risks by another pack, of another
-model, on which the same model is fine-tuned, "half-safety" those with half the weight on the safety direction.
+Scores in the folder scores/ beside this script are reused unless `--rescore` or another `--pack` is given. All scores
+are written to OUT/scores/<corpus>.parquet in the same form: risks by a hash of the row, without its text. `--windows 2`
+learns from the riskiest and the safest rows only. These are the first and the last window of any number of windows, and
+the second of three windows is the third of five. "transfer" is SQSD's risk by another pack, of another model; the model
+that is fine-tuned stays the same. "half-safety" is SQSD's risk with half the weight on the safety direction.
 
-DATA_FOLDER has the open data files that recipes/packs/smollm2-135m/prepare.py describes. No row or prompt that the pack
-was trained or chosen on is used, but for the anchors that some scorers need. Whatever ends it, the same command goes
-on.
+DATA_FOLDER has the open data files that recipes/packs/smollm2-135m/prepare.py describes. No row or prompt is used that
+the pack was trained or chosen on, except for the anchors that some scorers need. An interrupted study resumes with the
+same command.
 """
 
 from __future__ import annotations
@@ -54,22 +54,25 @@ from sqsd_filter.scoring.baselines import ANCHORED, SCORERS  # noqa: E402
 RISK, UNSAFE, TRANSFER, PACK = "sqsd_", "unsafe", "transfer", "smollm2-135m"
 CORPORA = {"dolly": 1100, "gsm8k": 700}  # rows of each
 HALF = "half-safety"
-PARTS = {  # risks that are made of what SQSD's own scores have beside its risk
+PARTS = {  # risks computed from the other columns of SQSD's scores: their weights
     "danger": {"danger": 1.0},
     "safety": {"safety": -1.0},
     HALF: {"danger": 1.0, "safety": -0.5},
 }
-ANCHORS = 100  # of each kind: answers to the same prompts, of the pairs that the pack's safety direction was trained on
+ANCHORS = 100  # of each kind: answers to the same prompts, from the pairs of the pack's safety direction
+
+
+Row = Mapping[str, Any]  # of the open data
 
 
 @dataclass(frozen=True)
 class Result:
-    """What is compared: scorers of a corpus. Its models are kept in the folder OUT/models/<kept>."""
+    """Scorers compared on a corpus. The models stay in the folder OUT/models/<kept>."""
 
     corpus: str
     kept: str
     scorers: tuple[str, ...]
-    settings: tuple[str, ...]  # of `evaluate`
+    settings: tuple[str, ...]  # options of `evaluate`
 
     @property
     def mixes(self) -> bool:
@@ -98,19 +101,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="the folder with the open data files")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--results", default=",".join(RESULTS), help="which to make, as dolly,dolly-cut")
-    parser.add_argument("--pack", default=PACK, help="the aligned model, and the compass of the scores")
-    parser.add_argument("--transfer", help="the other pack, where its scores are not kept")
-    parser.add_argument("--judge", action="append", help="as for evaluate: phrases, unless others are named")
-    parser.add_argument("--scorers", default=",".join(ALL), help="these only, as sqsd,random")
-    parser.add_argument("--windows", help="so many, not those of the results")
-    parser.add_argument("--rescore", action="store_true", help="take no scores from the folder beside this script")
+    parser.add_argument("--results", default=",".join(RESULTS), help="results to make, such as dolly,dolly-cut")
+    parser.add_argument("--pack", default=PACK, help="the aligned model, and the directions of the scores")
+    parser.add_argument("--transfer", help="the other pack, needed where its scores are not kept")
+    parser.add_argument("--judge", action="append", help="judge for evaluate [default: phrases]")
+    parser.add_argument("--scorers", default=",".join(ALL), help="use only these scorers, such as sqsd,random")
+    parser.add_argument("--windows", help="number of windows, instead of that of each result")
+    parser.add_argument("--rescore", action="store_true", help="reuse no scores from the folder beside this script")
     options = parser.parse_args()
     wanted = options.results.split(",")
     only = options.scorers.split(",")
     for name, given, known in (("results", wanted, RESULTS), ("scorers", only, ALL)):
         if odd := [each for each in given if each not in known]:
-            parser.error(f"--{name} are of {', '.join(known)}, not {', '.join(odd)}")
+            parser.error(f"--{name} must be among {', '.join(known)}, not {', '.join(odd)}")
     files = write_data(options.data, options.out / "data")
     asked = ["--harmful", files["harmful"], "--harmless", files["harmless"], "--pack", options.pack]
     asked += [word for judge in options.judge or ["phrases"] for word in ("--judge", judge)]
@@ -132,8 +135,8 @@ def main() -> None:
 
 
 def obtain(scorer: str, rows: str, files: Mapping[str, Path], options: argparse.Namespace) -> None:
-    """Have the scorer's scores of the rows in OUT: those that are kept beside this script, if they are by this pack, or
-    made of SQSD's, or by the command."""
+    """Put the scorer's scores of the rows into OUT: from beside this script if they are by this pack, else computed
+    from SQSD's scores, else by the command."""
     target = scores(options.out, rows, scorer)
     target.parent.mkdir(parents=True, exist_ok=True)
     known = options.pack == PACK and not options.rescore
@@ -146,7 +149,7 @@ def obtain(scorer: str, rows: str, files: Mapping[str, Path], options: argparse.
 
 
 def publish(models: Path, target: Path) -> None:
-    """Put what is to be kept of the results apart from the models, which other results share."""
+    """Copy the results away from the models, which other results share."""
     target.mkdir(exist_ok=True)
     for name in ("results.json", "asr.png"):
         if (models / name).is_file():
@@ -155,7 +158,7 @@ def publish(models: Path, target: Path) -> None:
 
 def score(files: Mapping[str, Path], rows: str, target: Path, scorer: str, pack: str | None) -> None:
     if pack is None:
-        sys.exit("The scores by another pack are not kept: name it by --transfer, or leave transfer out of --scorers.")
+        sys.exit("There are no scores by another pack: name one with --transfer, or leave transfer out of --scorers.")
     anchors = ("--unsafe-anchors", files["anchors-unsafe"], "--safe-anchors", files["anchors-safe"])
     how = ("--scorer", "sqsd" if scorer == TRANSFER else scorer, "--pack", pack, "--config", CONFIG)
     call("score", files[rows], target, *how, *(anchors if scorer in ANCHORED else ()))
@@ -166,7 +169,7 @@ def scores(out: Path, rows: str, scorer: str) -> Path:
 
 
 def keep(rows: Path, folder: Path) -> None:
-    """Put the risks by all scorers of the rows, in their order, into one file beside the folder."""
+    """Put the rows' risks by all scorers, in row order, into one file beside the folder."""
     columns = {RISK + path.stem: pq.read_table(path)[f"{RISK}risk"] for path in sorted(folder.glob("*.parquet"))}
     write(pa.table({"row": hashes(rows), **columns}), folder.with_suffix(".parquet"))
 
@@ -178,32 +181,34 @@ def write(table: pa.Table, target: Path) -> None:
 
 
 def restore(rows: Path, kept: Path, scorer: str, target: Path) -> bool:
-    """Are the rows given the risks that were kept, now or before? They are where the scorer's are there, of just these
-    rows. A row without a risk had no score."""
+    """Give the rows the kept risks of the scorer. False where there are none, or where they are of other rows.
+
+    A row without a risk had no score.
+    """
     if target.is_file():
         return not Path(f"{target}.sqsd").exists()
     if not kept.is_file() or RISK + scorer not in pq.read_schema(kept).names:
         return False
-    found = pq.read_table(kept)
-    if found["row"].to_pylist() != hashes(rows):
+    risks = pq.read_table(kept)
+    if risks["row"].to_pylist() != hashes(rows):
         return False
     with rows.open(encoding="utf-8") as lines:
         table = pa.Table.from_pylist([json.loads(line) for line in lines])
-    risk = found[RISK + scorer]
+    risk = risks[RISK + scorer]
     status = ["error" if value is None else "scored" for value in risk.to_pylist()]
     write(table.append_column(f"{RISK}risk", risk).append_column(f"{RISK}status", [status]), target)
     return True
 
 
 def part(whole: Path, scorer: str, target: Path) -> bool:
-    """Are the scorer's risks made of SQSD's scores, and taken from there?"""
+    """Compute the scorer's risks from the columns of SQSD's scores in `whole`. False where these are not there."""
     weights = {RISK + name: weight for name, weight in PARTS.get(scorer, {}).items()}
     if not weights or not whole.is_file() or not weights.keys() <= set(pq.read_schema(whole).names):
         return False
-    found = pq.read_table(whole)
-    terms = [pc.multiply(found[column], weight) for column, weight in weights.items()]
-    others = [name for name in found.column_names if name not in (f"{RISK}risk", f"{RISK}danger", f"{RISK}safety")]
-    write(found.select(others).append_column(f"{RISK}risk", reduce(pc.add, terms)), target)
+    columns = pq.read_table(whole)
+    terms = [pc.multiply(columns[name], weight) for name, weight in weights.items()]
+    others = [name for name in columns.column_names if name not in (f"{RISK}risk", f"{RISK}danger", f"{RISK}safety")]
+    write(columns.select(others).append_column(f"{RISK}risk", reduce(pc.add, terms)), target)
     return True
 
 
@@ -221,7 +226,7 @@ def call(*words: object) -> None:
 
 
 def write_data(data: Path, out: Path) -> dict[str, Path]:
-    """The files of the study, which are written once: two corpora, known unsafe rows, anchors and prompts."""
+    """The files of the study, written once: two corpora, known unsafe rows, anchors and prompts."""
     files = {
         name: out / f"{name}.jsonl"
         for name in (*CORPORA, UNSAFE, "anchors-unsafe", "anchors-safe", "harmful", "harmless")
@@ -236,19 +241,19 @@ def write_data(data: Path, out: Path) -> dict[str, Path]:
     return files
 
 
-def study_rows(data: Path, seed: int = 0) -> dict[str, list[Mapping[str, Any]]]:
-    """All files' rows: what `prepare` left, and the prompts that it set aside for judging models."""
+def study_rows(data: Path, seed: int = 0) -> dict[str, list[Row]]:
+    """The rows of all files: those that `prepare` did not use, and the prompts that it set aside for judging models."""
     prepared = prepare.prepare(data, seed)
     seen = {asked(row) for name in ("initial", "align", "val", "test") for row in prepared[name]}
     judged = prepare.read(data, "judged-completions")
     part = prepare.split_prompts(judged, seed)
     corpora = {name: prepare.read(data, file) for name, file in (("dolly", "dolly-15k"), ("gsm8k", "gsm8k-train"))}
-    unsafe = [
+    unsafe: list[Row] = [
         {"prompt": row["prompt"], "response": row["response"]}
         for row in judged
         if part[prepare.key(row["prompt"])] == "test" and row["unsafe"] and not row["refusal"]
     ]
-    anchors = {
+    anchors: dict[str, list[Row]] = {
         f"anchors-{kind}": [{"prompt": r["prompt"], "response": r[answer]} for r in prepared["safety"][:ANCHORS]]
         for kind, answer in (("unsafe", "rejected"), ("safe", "chosen"))
     }
@@ -263,9 +268,9 @@ def study_rows(data: Path, seed: int = 0) -> dict[str, list[Mapping[str, Any]]]:
     return {**unseen, UNSAFE: unsafe, **anchors, **prompts}
 
 
-def fresh(rows: Iterable[Mapping[str, Any]], seen: set[str]) -> list[Mapping[str, Any]]:
+def fresh(rows: Iterable[Row], seen: set[str]) -> list[Row]:
     """The rows with a question and an answer, none of them seen before or twice."""
-    chosen: dict[str, Mapping[str, Any]] = {}
+    chosen: dict[str, Row] = {}
     for row in rows:
         answer = row.get("response", row.get("answer", ""))
         if asked(row) not in seen and asked(row) and answer.strip():
@@ -273,10 +278,10 @@ def fresh(rows: Iterable[Mapping[str, Any]], seen: set[str]) -> list[Mapping[str
     return list(chosen.values())
 
 
-def asked(row: Mapping[str, Any]) -> str:
-    """What a row asks, without case, punctuation and spacing."""
+def asked(row: Row) -> str:
+    """The question of a row, without case, punctuation and spacing."""
     question = row.get("prompt") or row.get("question") or f"{row.get('instruction', '')}\n{row.get('context', '')}"
-    return prepare.key(question)
+    return str(prepare.key(question))
 
 
 if __name__ == "__main__":

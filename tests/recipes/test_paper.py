@@ -1,148 +1,31 @@
-"""The recipes of packs: each can be read, finds its data, and builds a pack, in miniature."""
+"""The paper's experiment: its settings, and the study that repeats it on two cores."""
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import importlib.util
 import json
 import re
+import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from sqsd_filter.cli.evaluate import design_of
-from sqsd_filter.directions.build import build_pack
-from sqsd_filter.directions.data import read_data
-from sqsd_filter.directions.recipe import SENSITIVE, AdapterRecipe, LoraShape, PackRecipe
 from sqsd_filter.evaluation.settings import FineTuning
 from sqsd_filter.pipeline.run import score_dataset
 from sqsd_filter.scoring.baselines import SCORERS, make_scorer
-from sqsd_filter.scoring.scorer import SQSDScorer
-from tests.commands import parse
+from tests.commands import exit_code, parse
 from tests.corpora import write_jsonl
-from tests.directions import hub_data
-from tests.hub import Hub
-from tests.tiny import CONVERSATIONS
+from tests.recipes.scripts import RECIPES, load_script, write_open_data
 
-RECIPES_ROOT = Path(__file__).parents[1] / "recipes"
-RECIPES = sorted((RECIPES_ROOT / "packs").glob("*/*.toml"))
-EVALUATIONS = sorted((RECIPES_ROOT / "paper").glob("*/evaluate.toml"))
-every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-of_the_paper = pytest.mark.parametrize(
-    "path", [path for path in RECIPES if "2605.04572" in path.read_text()], ids=lambda path: path.parent.name
-)
-
-
-@pytest.fixture
-def served(hub: Hub) -> Hub:
-    hub_data.serve(hub)
-    return hub
-
-
-def miniature(path: Path, folder: Path, base: Path) -> PackRecipe:
-    """The recipe on a tiny model, with a few rows and steps; local data is made up of the columns that it names."""
-    recipe = PackRecipe.load(path)
-    for adapter in recipe.adapters.values():
-        if (folder / adapter.data).suffix == ".jsonl":
-            (folder / adapter.data).parent.mkdir(exist_ok=True, parents=True)
-            rows = [{column: f"{column} {k}" for column in adapter.columns} | adapter.where for k in range(6)]
-            write_jsonl(folder / adapter.data, rows)
-    if recipe.states is not None:
-        (marked, value), *_ = recipe.states.positive.items()
-        asked = recipe.states.source.columns
-        rows = [
-            {**{column: f"{column} {k}" for column in asked}, marked: value if k % 2 else "other"} for k in range(10)
-        ]
-        write_jsonl(folder / recipe.states.data, rows)
-    adapters = {name: small(adapter) for name, adapter in recipe.adapters.items()}
-    return replace(recipe, base_model=str(base), folder=folder, adapters=adapters, lora=LoraShape(r=2, alpha=4))
-
-
-def small(adapter: AdapterRecipe) -> AdapterRecipe:
-    step = adapter.take_step if adapter.take_step in (None, SENSITIVE) else 1
-    return replace(
-        adapter, rows=6, epochs=1, batch_size=2, device_batch_size=1, save_steps=1, take_step=step, max_length=256
-    )
-
-
-def test_there_are_recipes_for_the_models_of_the_paper() -> None:
-    models = {PackRecipe.load(path).base_model for path in RECIPES}
-    assert {"Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-2-7b-chat-hf"} <= models
-
-
-@of_the_paper
-def test_the_settings_of_the_paper_are_kept(path: Path) -> None:
-    recipe = PackRecipe.load(path)
-    assert recipe.lora == LoraShape(r=8, alpha=16, dropout=0.05, target_modules="all-linear")
-    assert {recipe.max_length} | {adapter.max_length for adapter in recipe.adapters.values()} == {1024}
-    danger, safety, state = (recipe.adapters[name] for name in ("danger", "safety", "initial"))
-    assert danger.learning_rate == safety.learning_rate == 5e-6
-    assert (danger.rows, safety.rows, state.rows) == (3000, 10000, 5000)
-    assert (danger.method, safety.method, state.method) == ("sft", "dpo", "sft")
-    steps = state.rows / state.batch_size * state.epochs
-    assert state.take_step == 5850
-    assert steps - state.rows / state.batch_size < 5850 <= steps
-    assert [(p.name, p.weight, p.direction, p.state, p.state_scaling) for p in recipe.probes] == [
-        ("danger", 1.0, "danger", "initial", None),
-        ("safety", -1.0, "safety", "safety", 1.0),
-    ]
-    assert ("Qwen3" in recipe.base_model) == (recipe.chat_template_kwargs.get("enable_thinking") is False)
-
-
-@of_the_paper
-def test_one_line_makes_a_recipe_one_for_a_small_card(path: Path, tmp_path: Path) -> None:
-    text, count = re.subn(r"^# (quantization = .*)", r"\1", path.read_text(), flags=re.MULTILINE)
-    (tmp_path / "recipe.toml").write_text(text)
-    small_card = PackRecipe.load(tmp_path / "recipe.toml")
-    assert count == 1
-    assert small_card == replace(PackRecipe.load(path), quantization="nf4", folder=tmp_path)
-
-
-@of_the_paper
-def test_the_other_danger_data_are_there_too(path: Path, served: Hub, tmp_path: Path) -> None:
-    text = path.read_text()
-    found = re.search(r'^data = "PKU-Alignment/BeaverTails"\n(.*\n){6}((?:# .*\n)+)', text, re.MULTILINE)
-    assert found
-    other = "prompt = 'prompt'\nanswer = 'response'\n" + re.sub("^# ", "", found[2], flags=re.MULTILINE)
-    (tmp_path / "recipe.toml").write_text(text.replace(found[0], other))
-    recipe = PackRecipe.load(tmp_path / "recipe.toml")
-    assert read_data(recipe, recipe.adapters["danger"]).licence == "cc-by-4.0"
-
-
-@of_the_paper
-def test_the_commands_in_a_recipe_parse(path: Path) -> None:
-    lines = re.findall(r"^# .*: +(?:sqsd-filter|torchrun .*-m sqsd_filter) (.*)", path.read_text(), re.MULTILINE)
-    assert len(lines) == 2
-    for line in lines:
-        assert parse(line.split()).params["recipe"] == Path("recipe.toml")
-
-
-@every_recipe
-def test_a_recipe_finds_its_data(path: Path, served: Hub, tmp_path: Path, tiny_pack: Path) -> None:
-    recipe = miniature(path, tmp_path, tiny_pack / "base")
-    for adapter in recipe.adapters.values():
-        data = read_data(recipe, adapter)
-        assert len(data.examples) == 6
-        assert data.licence
-        assert not data.left_out
-
-
-@pytest.mark.slow
-@every_recipe
-def test_a_recipe_builds_a_pack(path: Path, served: Hub, tmp_path: Path, tiny_pack: Path) -> None:
-    recipe = miniature(path, tmp_path, tiny_pack / "base")
-    pack = build_pack(recipe, tmp_path / "pack")
-    kind = "" if path.stem == "recipe" else f"-{path.stem}"
-    assert pack.name == f"{path.parent.name}{kind}"
-    assert set(SQSDScorer(pack.path).score(CONVERSATIONS[:2]).status) == {"scored"}
+EVALUATIONS = sorted((RECIPES / "paper").glob("*/evaluate.toml"))
 
 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.parent.name)
@@ -167,50 +50,14 @@ def test_the_settings_of_the_paper_s_evaluation_are_kept() -> None:
         assert parse(line.replace("--config evaluate.toml", f"--config {path}").split()).params
 
 
-def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, RECIPES_ROOT / "paper" / "small" / f"{name}.py")
-    assert spec
-    assert spec.loader
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return script("study", monkeypatch)
-
-
-OPEN_DATA: dict[str, list[dict[str, Any]]] = {
-    "judged-completions": [
-        {"category": f"c{p % 3}", "prompt": f"Judged {p}?", "response": f"{p}", "unsafe": unsafe, "refusal": not unsafe}
-        for p in range(30)
-        for unsafe in (True, False)
-    ],
-    "safety-pairs": [{"prompt": f"Pair {p}?", "safer": f"No {p}.", "less_safe": f"Sure {p}."} for p in range(40)],
-    "dolly-15k": [{"instruction": f"Say {p}", "context": "", "response": f"Said {p}."} for p in range(1200)],
-    "gsm8k-train": [{"question": f"{p} + 1?", "answer": f"{p + 1}"} for p in range(200)],
-    "xstest-completions": [
-        {"prompt": f"{kind} {p}?", "type": kind, "label": label, "response": f"{label} {p}"}
-        for p in range(150)
-        for kind, label in (("safe", "1_full_compliance"), ("contrast_safe", "2_full_refusal"))
-    ],
-    "harmful-prompts": [
-        *({"prompt": f"Bad {p}!", "source": "AdvBench", "harmful": True} for p in range(200)),
-        *({"prompt": f"safe {p}?", "source": "XSTest", "harmful": False} for p in range(150)),
-    ],
-}
+    return load_script("paper/small/study.py", monkeypatch)
 
 
 @pytest.fixture
 def open_data(tmp_path: Path) -> Path:
-    (folder := tmp_path / "data").mkdir()
-    for name, rows in OPEN_DATA.items():
-        with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    return folder
+    return write_open_data(tmp_path / "data")
 
 
 def test_the_small_study_takes_only_what_the_pack_has_not_seen(study: ModuleType, open_data: Path) -> None:
@@ -222,7 +69,8 @@ def test_the_small_study_takes_only_what_the_pack_has_not_seen(study: ModuleType
     assert asked["anchors-unsafe"] == asked["anchors-safe"] <= asked["safety"]
     trained = set().union(*(asked[name] for name in ("align", "initial", "danger", "safety", "val")))
     for name in made.keys() - anchors:
-        assert asked[name] and not asked[name] & trained, name
+        assert asked[name], name
+        assert not asked[name] & trained, name
     assert not (asked["dolly"] | asked["gsm8k"]) & asked["test"]
     assert len(asked["dolly"]) == len(made["dolly"])
     assert {row["source"] for row in made["harmful"]} == {"AdvBench"}
@@ -256,6 +104,29 @@ def test_the_commands_of_the_small_study_parse(
     ]
 
 
+def test_the_small_study_runs(
+    study: ModuleType, open_data: Path, tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_this_process(command: Sequence[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+        assert (command[:3], check) == ([sys.executable, "-m", "sqsd_filter"], False)
+        return subprocess.CompletedProcess(command, exit_code(*command[3:]))
+
+    config = tmp_path / "evaluate.toml"
+    config.write_text("size = 2\nheld_out = 2\nprompts = 2\nmax_new_tokens = 2\nepochs = 1\nr = 2\ndtype = 'float32'\n")
+    monkeypatch.setattr(study, "CONFIG", config)
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    words = [open_data, tmp_path / "out", "--results", "gsm8k-mixes,gsm8k", "--scorers", "length", "--pack", tiny_pack]
+    monkeypatch.setattr(sys, "argv", ["study.py", *map(str, words), "--windows", "2"])
+    study.main()
+    mixes, windows = (
+        json.loads((tmp_path / "out" / name / "results.json").read_text()) for name in ("gsm8k-mixes", "gsm8k")
+    )
+    assert list(mixes["poisoned"]) == list(windows["scorers"]) == ["length"]
+    assert windows["scorers"]["length"]["rows"] == [2, 2]
+    assert (tmp_path / "out" / "gsm8k" / "asr.png").is_file()
+    assert pq.read_schema(tmp_path / "out" / "scores" / "gsm8k.parquet").names == ["row", "sqsd_length"]
+
+
 def test_another_pack_s_scores_are_not_those_that_are_kept(
     study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,7 +147,7 @@ def test_a_study_of_nothing_known_is_refused(
     with pytest.raises(SystemExit) as left:
         study.main()
     assert left.value.code == 2
-    assert f"{wrong[0]} are of" in capsys.readouterr().err
+    assert f"{wrong[0]} must be among" in capsys.readouterr().err
 
 
 def test_scores_of_the_small_study_are_kept_without_a_word_and_come_back(study: ModuleType, tmp_path: Path) -> None:
@@ -329,9 +200,9 @@ def test_rows_of_the_small_study_have_an_answer_and_are_there_once(study: Module
 def test_the_page_of_evidence_has_the_results_of_the_small_study(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script("tables", monkeypatch).main()
+    load_script("paper/small/tables.py", monkeypatch).main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    page = (RECIPES_ROOT.parent / "docs" / "evidence.md").read_text(encoding="utf-8").splitlines()
+    page = (RECIPES.parent / "docs" / "evidence.md").read_text(encoding="utf-8").splitlines()
     assert len(rows) > 10
     assert [line for line in rows if line not in page] == []
     of_others = ("| scorer |", "| --- | --- |", "| `")  # the table of scorers' names
