@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from sqsd_filter.errors import SQSDError
     from sqsd_filter.evaluation.run import evaluate
     from sqsd_filter.evaluation.settings import Design, FineTuning
+    from sqsd_filter.pipeline.options import Scoring, Writing
     from sqsd_filter.pipeline.publishing.hub import PushTo
     from sqsd_filter.pipeline.run import filter_dataset, score_dataset, select_dataset
     from sqsd_filter.pipeline.selecting.select import select
+    from sqsd_filter.pipeline.selecting.selection import Cut
     from sqsd_filter.scoring.baselines import make_scorer
     from sqsd_filter.scoring.pack import Pack, load_pack
     from sqsd_filter.scoring.scorer import SQSDScorer
@@ -31,6 +33,9 @@ _HOMES = {
     "Pack": "scoring.pack",
     "load_pack": "scoring.pack",
     "PushTo": "pipeline.publishing.hub",
+    "Cut": "pipeline.selecting.selection",
+    "Scoring": "pipeline.options",
+    "Writing": "pipeline.options",
     "select": "pipeline.selecting.select",
     "filter_dataset": "pipeline.run",
     "score_dataset": "pipeline.run",
@@ -40,6 +45,7 @@ _HOMES = {
 
 __all__ = [
     "Columns",
+    "Cut",
     "Design",
     "DriftCallback",
     "FineTuning",
@@ -47,6 +53,8 @@ __all__ = [
     "PushTo",
     "SQSDError",
     "SQSDScorer",
+    "Scoring",
+    "Writing",
     "evaluate",
     "filter_dataset",
     "load_pack",

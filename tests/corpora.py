@@ -23,7 +23,7 @@ def make_rows(n: int) -> list[dict[str, Any]]:
     return [{"id": k, "instruction": f"What is {k} plus {k % 7}?", "output": f"It is {k + k % 7}."} for k in range(n)]
 
 
-def write_jsonl(path: Path, lines: Iterable[dict[str, Any] | bytes]) -> Path:
+def write_jsonl(path: Path, lines: Iterable[object]) -> Path:
     """Rows as JSON, bytes as they are, one to a line."""
     raw = [line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode() for line in lines]
     path.write_bytes(b"".join(line + b"\n" for line in raw))

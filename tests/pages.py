@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from sqsd_filter.corpus.row_formats import RowFormat
-from sqsd_filter.pipeline.figures import summarise
 from sqsd_filter.pipeline.page.notes import Notes, NoteTaker
 from sqsd_filter.pipeline.page.page import write_page
 from sqsd_filter.pipeline.report import Explained, OutputFacts, Report, RunFacts, Written
 from sqsd_filter.pipeline.selecting.selection import KEPT, Cut, cut_rows
+from sqsd_filter.pipeline.summary import summarise
 from tests.corpora import by_hand, make_rows, open_corpus, write_jsonl
 
 Command = Callable[..., tuple[int, str, str]]  # its words to its exit code, stdout and stderr

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,11 @@ from sqsd_filter.cli.store import store
 from sqsd_filter.errors import SQSDError, UsageError
 
 if TYPE_CHECKING:
+    from sqsd_filter.pipeline.options import Scoring, Writing
     from sqsd_filter.pipeline.publishing.hub import PushTo
     from sqsd_filter.pipeline.report import FinishedReport
     from sqsd_filter.pipeline.stage.engines import Engine
+    from sqsd_filter.progress import Progress
 
 
 def _show_version(context: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -63,7 +66,7 @@ def cli() -> None:
 
 @contextmanager
 def _engine(params: dict[str, Any]) -> Iterator[Engine]:
-    from sqsd_filter.pipeline.stage.engines import choose_engine
+    from sqsd_filter.pipeline.stage.choice import choose_engine
 
     asked = {name: params[name] for name in ("replicas", "gpus_per_replica", "ray_address", "device")}
     engine = choose_engine(params["engine"], **asked)
@@ -91,6 +94,13 @@ def _push(params: dict[str, Any]) -> PushTo | None:
     return None
 
 
+def _writing(params: dict[str, Any]) -> Writing:
+    from sqsd_filter.pipeline.options import Writing
+
+    names = (*settings.WRITTEN, "on_error", "overwrite")
+    return Writing(push=_push(params), **{name: params[name] for name in names})
+
+
 def _record(context: click.Context) -> dict[str, Any]:
     """The settings and the command line, for the report."""
     return {"settings": settings.origins(context), "command": settings.command_line(context)}
@@ -102,13 +112,11 @@ def _finish(context: click.Context, report: FinishedReport) -> None:
     output.show(report, as_json=params["json_output"], quiet=params["quiet"], text=lambda r: output.summary(r, dest))
 
 
-def _score_and_report(context: click.Context, run: Callable[..., FinishedReport], **more: object) -> None:
-    """The part that `filter` and `score` share: `run` is the function of the API, `more` the arguments of its own.
-
-    With --dry-run, print the estimated cost instead.
-    """
+def _score_and_report(context: click.Context, run: Callable[[Scoring, Progress], FinishedReport]) -> None:
+    """The part that `filter` and `score` share. With --dry-run, print the estimated cost instead of the run."""
     from sqsd_filter.pipeline.forecast import estimate
     from sqsd_filter.pipeline.metrics import Metrics
+    from sqsd_filter.pipeline.options import Scoring
     from sqsd_filter.pipeline.selecting.policy import Policy
     from sqsd_filter.pipeline.writing.destination import spare
 
@@ -117,28 +125,17 @@ def _score_and_report(context: click.Context, run: Callable[..., FinishedReport]
         Policy.of(params.get("on_error", "quarantine"), params["max_error_rate"])
         if params["overwrite"]:
             spare(Path(params["dest"]), settings.for_scorer(context).values())
-        common = {name: params[name] for name in ("limit", "score_store", "streaming")}
-        common |= {
-            "columns": settings.columns(params),
-            "scorer": settings.scorer(context),
-            "progress": metrics.meter,
-        }
+        scoring = Scoring(
+            scorer=settings.scorer(context),
+            columns=settings.columns(params),
+            **{name: params[name] for name in ("limit", "score_store", "streaming", "max_error_rate", "explain")},
+        )
         if params["dry_run"]:
-            guess = estimate(params["sources"], params["dest"], **common)
+            guess = estimate(params["sources"], params["dest"], scoring, progress=metrics.meter)
             output.show(guess, as_json=params["json_output"], quiet=False, text=output.forecast)
             return
         with _engine(params) as engine:
-            report = metrics.report = run(
-                params["sources"],
-                params["dest"],
-                **common,
-                engine=engine,
-                max_error_rate=params["max_error_rate"],
-                explain=params["explain"],
-                overwrite=params["overwrite"],
-                record=_record(context),
-                **more,
-            )
+            report = metrics.report = run(replace(scoring, engine=engine), metrics.meter)
     _finish(context, report)
 
 
@@ -179,13 +176,16 @@ def filter_command(context: click.Context, /, **_: object) -> None:
     from sqsd_filter.pipeline.selecting.selection import Cut
 
     params = context.params
-    cut, how = settings.one_cut(context), {name: params[name] for name in settings.WRITTEN}
-    Cut.of(**cut)
-    from sqsd_filter.pipeline.run import filter_dataset
-    from sqsd_filter.pipeline.writing.writers import Output
+    cut = Cut.of(**settings.one_cut(context))
+    from sqsd_filter.pipeline.run import filter_rows
 
-    Output.of(**how)
-    _score_and_report(context, filter_dataset, **cut, **how, on_error=params["on_error"], push=_push(params))
+    writing = _writing(params)
+
+    def run(scoring: Scoring, progress: Progress) -> FinishedReport:
+        record = _record(context)
+        return filter_rows(params["sources"], params["dest"], cut, scoring, writing, progress=progress, record=record)
+
+    _score_and_report(context, run)
 
 
 @cli.command(
@@ -219,7 +219,19 @@ def score(context: click.Context, /, **_: object) -> None:
     """
     from sqsd_filter.pipeline.run import score_dataset
 
-    _score_and_report(context, score_dataset)
+    params = context.params
+
+    def run(scoring: Scoring, progress: Progress) -> FinishedReport:
+        return score_dataset(
+            params["sources"],
+            params["dest"],
+            scoring,
+            overwrite=params["overwrite"],
+            progress=progress,
+            record=_record(context),
+        )
+
+    _score_and_report(context, run)
 
 
 @cli.command(
@@ -250,17 +262,17 @@ def select(context: click.Context, /, **_: object) -> None:
     --drop-count, --max-risk and --keep-lowest.
     """
     from sqsd_filter.pipeline.run import select_dataset
+    from sqsd_filter.pipeline.selecting.selection import Cut
 
     params = context.params
     display = output.begin(context)
     report = select_dataset(
         params["sources"],
         params["dest"],
-        **settings.one_cut(context),
-        **{name: params[name] for name in (*settings.WRITTEN, "scores", "consensus")},
-        on_error=params["on_error"],
-        push=_push(params),
-        overwrite=params["overwrite"],
+        Cut.of(**settings.one_cut(context)),
+        _writing(params),
+        scores=params["scores"],
+        consensus=params["consensus"],
         progress=display,
         record=_record(context),
     )

@@ -1,4 +1,4 @@
-"""What a run would cost, told before it is started."""
+"""The cost of a run, estimated before it starts."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
 from sqsd_filter.corpus.addresses import Opener, expand
 from sqsd_filter.corpus.conversation import RowError
-from sqsd_filter.corpus.row_formats import Columns
+from sqsd_filter.corpus.sources import InputFile
 from sqsd_filter.pipeline.job import stage_of
+from sqsd_filter.pipeline.options import Scoring
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.stage.scan import Scan, as_list
 from sqsd_filter.pipeline.writing.destination import without
@@ -21,38 +22,55 @@ from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.scorer import BatchedScorer
 from sqsd_filter.storage.folder import Folder
 
+if TYPE_CHECKING:
+    from sqsd_filter.pipeline.options import Sources
+
+
+class Forecast(TypedDict):
+    """Rows by what a run would do with them, and what it would cost; `tokens` and `seconds` are estimates."""
+
+    rows: int
+    format: str
+    to_score: int
+    reused: int
+    duplicates: int
+    unreadable: int
+    tokens: int
+    passes: int
+    seconds: float
+    sampled: int
+    dtype: str
+    device: str
+    inputs: list[InputFile]
+
 
 def estimate(
-    sources: Any,
+    sources: Sources,
     dest: str | Path,
-    scorer: BatchedScorer,
+    scoring: Scoring,
     *,
-    score_store: str | Path | None = None,
-    columns: Columns | None = None,
-    streaming: bool = False,
-    limit: int | None = None,
     progress: Progress | None = None,
     sample: int = 200,
     timed: int = 4,
-) -> dict[str, Any]:
-    """What a run into `dest` would cost, without writing anything: tokens from `sample` of the rows that have no score
-    yet, there or in `score_store`, and seconds from scoring `timed` of them."""
+) -> Forecast:
+    """The cost of a run into `dest`, without writing anything: tokens from `sample` of the rows that have no score
+    yet, there or in the score store, and seconds from scoring `timed` of them."""
+    scorer = scoring.chosen_scorer
     target = stage_of(str(dest)) / "out" if "://" in str(dest) else Path(dest)
     homes = [target / "sqsd", Path(f"{target}.sqsd")]
-    with closing(Opener(streaming=streaming)) as opener:
+    with closing(Opener(streaming=scoring.streaming)) as opener:
         given = without(target, homes, expand(as_list(sources)))
-        scan = Scan(opener.open(given), columns or scorer.columns, limit, progress or Silent())
-        stores = [*(home / "scores" for home in homes), *([score_store] if score_store is not None else [])]
+        scan = Scan(opener.open(given), scoring.columns or scorer.columns, scoring.limit, progress or Silent())
+        stores: list[str | Path] = [home / "scores" for home in homes]
+        stores += [scoring.score_store] if scoring.score_store is not None else []
         return _estimate(scan, scorer, stores, sample, timed)
 
 
-def _estimate(
-    scan: Scan, scorer: BatchedScorer, stores: Sequence[str | Path], sample: int, timed: int
-) -> dict[str, Any]:
+def _estimate(scan: Scan, scorer: BatchedScorer, stores: Sequence[str | Path], sample: int, timed: int) -> Forecast:
     all_of = scan.index.conversations
     settled = np.zeros(len(all_of.keys), dtype=bool)
-    for place in stores:
-        store = ScoreStore(Folder(place), scorer.settings(), scorer.values)
+    for location in stores:
+        store = ScoreStore(Folder(location), scorer.settings(), scorer.values)
         settled |= store.lookup(all_of.keys).settled
     wanted = np.sort(all_of.first[~settled])
     chosen = set(wanted[np.linspace(0, len(wanted) - 1, min(sample, len(wanted))).astype(int)].tolist())

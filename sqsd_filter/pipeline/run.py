@@ -1,90 +1,39 @@
-"""The runs people start: filter a corpus, score it, cut it again. Each is scan, score, select, export, report."""
+"""The runs that users start: filter a corpus, score it, cut it again. Each is scan, score, select, export, report."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqsd_filter.corpus.addresses import HubDataset, Opener, Source, expand
 from sqsd_filter.corpus.row_formats import Columns
-from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import UsageError
 from sqsd_filter.pipeline.explained import check_explain, write_explained
-from sqsd_filter.pipeline.figures import summarise
+from sqsd_filter.pipeline.exports import AllRows, CutRows, Export
 from sqsd_filter.pipeline.job import Job, Outlet
-from sqsd_filter.pipeline.page.notes import Notes, NoteTaker
+from sqsd_filter.pipeline.options import Scoring, Writing
+from sqsd_filter.pipeline.page.notes import Notes
 from sqsd_filter.pipeline.publishing.hub import PushTo
-from sqsd_filter.pipeline.report import Explained, FinishedReport, OutputFacts, PackFacts, RunContent, ScoreFacts
-from sqsd_filter.pipeline.scores.scored import Scored
+from sqsd_filter.pipeline.report import FinishedReport, PackFacts, RunContent, ScoreFacts
 from sqsd_filter.pipeline.selecting.consensus import agree, check_rule
 from sqsd_filter.pipeline.selecting.earlier import read_earlier
-from sqsd_filter.pipeline.selecting.groups import by_split
 from sqsd_filter.pipeline.selecting.policy import Policy
-from sqsd_filter.pipeline.selecting.selection import Cut, cut_rows
+from sqsd_filter.pipeline.selecting.selection import Cut
 from sqsd_filter.pipeline.stage.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.stage.scan import Scan, as_list
-from sqsd_filter.pipeline.writing.card import CARD_FILE, PICTURE_FILE
 from sqsd_filter.pipeline.writing.destination import EXPLAINED_FILE, Destination
-from sqsd_filter.pipeline.writing.export import check_columns, export_scored, export_splits
-from sqsd_filter.pipeline.writing.writers import SHARD_SIZE, Output
+from sqsd_filter.pipeline.writing.export import check_columns
+from sqsd_filter.pipeline.writing.writers import SHARD_SIZE
 from sqsd_filter.progress import Meter, Progress, Silent
 from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
 from sqsd_filter.storage.folder import Folder
 
-PARQUET = Output("parquet", shard_size=1, with_scores=False)
-Made = tuple[RunContent, Notes]  # what report and page say of the rows that were written
-Sources = Any  # a path, URL or Hub id (see `reading.addresses`), a dataset of `datasets`, or a sequence of these
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be scored, by whom and how it is told; None leaves a choice to the default."""
-
-    sources: Sources
-    scorer: BatchedScorer
-    engine: Engine | None
-    columns: Columns | None
-    limit: int | None
-    score_store: str | Path | None
-    streaming: bool
-    progress: Progress | None
-    record: Mapping[str, object] | None
-    explain: int | None
-    per_group: str | None = None
-
-
-@dataclass(frozen=True)
-class Product:
-    """How scored rows are cut, and how they are written."""
-
-    cut: Cut
-    policy: Policy
-    output: Output
-
-    def identity(self) -> dict[str, object]:
-        return {"cut": str(self.cut), "on_error": self.policy.on_error, **vars(self.output)}
-
-    def make(self, scored: Scored, root: Path, progress: Progress) -> Made:
-        """Write the rows below `root`."""
-        self.policy.check(scored)
-        splits = by_split(scored.corpus.parts) if self.cut.per_split else None
-        selection = self.policy.apply(scored, cut_rows(scored.risk, scored.scored, self.cut, splits, scored.groups))
-        progress.start("writing", scored.corpus.n_rows)
-        taker = NoteTaker(scored, selection)
-        written = export_splits(scored, selection, root, self.output, progress, taker.see)
-        written["extra_files"] += [PICTURE_FILE, CARD_FILE]
-        content: RunContent = {
-            **summarise(scored, selection, self.cut),
-            **OutputFacts(to=self.output.to, shard_size=self.output.shard_size, with_scores=self.output.with_scores),
-            **written,
-            **Explained(),
-        }
-        return content, taker.notes(content)
+if TYPE_CHECKING:
+    from sqsd_filter.pipeline.options import Sources
 
 
 def filter_dataset(
@@ -118,220 +67,181 @@ def filter_dataset(
 ) -> FinishedReport:
     """Score every row of the sources and write them to the folder or URL `dest` without the riskiest ones.
 
-    `sources` is a path, URL or Hub id, a `datasets` dataset of any kind, or a sequence of these. Exactly one cut is
-    given. With `per_group`, groups of equal values in that column share what it drops, and none is emptied; with
-    `per_split`, each split is cut on its own; with `weights` nothing is dropped: each row gets a weight `sqsd_weight`
-    instead, 1 / (1 + exp((risk - threshold) / scale)), where the threshold is the lowest risk that would be dropped
-    (for `max_risk` its value) and the scale a quarter of the risks' interquartile range, both of the rows that are cut
-    together.
+    `sources` is a path, URL or Hub id, a `datasets` dataset of any kind, or a sequence of these. Give exactly one of
+    the four ways to cut that `Cut` explains, with its `per_group`, `per_split` and `weights`. The other options are
+    explained by `Scoring` and `Writing`. `record` is copied into the report.
 
-    `explain` is a number of rows: for so many of the riskiest ones, `dest/sqsd/explained.json` tells which layers,
-    module types and answer tokens carry the risk. That file holds text of rows; it is never published.
-
-    `scorer` takes the place of `SQSDScorer(pack)`: another one comes from `make_scorer`. `score_store` is a folder or
-    URL with scores that runs share. `to` is parquet, arrow or jsonl, in files of about `shard_size`; `with_scores` puts
-    the scores into jsonl, too. `push` is a repository of the Hub that gets the result when it is complete. With
-    `streaming`, files of the Hub are not kept here. `record` is copied into the report. Returns the report (also
-    `dest/sqsd/report.json`). The same call finishes an interrupted run. Raises `SQSDError`s: `UsageError`,
-    `InputError`, `RowErrorBudgetExceeded`, `DestinationExists`, `PackError`, `ModelError`.
+    Returns the report, which is also in `dest/sqsd/report.json`. The same call resumes an interrupted run. Raises
+    `SQSDError`s: `UsageError`, `InputError`, `RowErrorBudgetExceeded`, `DestinationExists`, `PackError`, `ModelError`.
 
     >>> report = filter_dataset("in.jsonl", "out", drop_top="5%")  # doctest: +SKIP
     >>> report["rows"]["dropped"]  # doctest: +SKIP
     3
     """
-    cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest, per_group=per_group, per_split=per_split, weights=weights)
-    product = Product(cut, Policy.of(on_error, max_error_rate), Output.of(to, shard_size, with_scores))
-    check_explain(explain, dest, scorer)
-    outlet = _outlet(dest, overwrite, push, product.output)
-
-    def finish(scored: Scored, meter: Meter) -> Made:
-        return product.make(scored, outlet.destination.root, meter)
-
-    return _score_and(
-        finish,
-        outlet,
-        product.identity(),
-        lambda corpus: check_columns(corpus, product.output),
-        Work(
-            sources,
-            scorer or SQSDScorer(pack),
-            engine,
-            columns,
-            limit,
-            score_store,
-            streaming,
-            progress,
-            record,
-            explain,
-            per_group,
+    return filter_rows(
+        sources,
+        dest,
+        Cut.of(drop_top, drop_count, max_risk, keep_lowest, per_group=per_group, per_split=per_split, weights=weights),
+        Scoring(
+            pack=pack,
+            scorer=scorer,
+            engine=engine,
+            columns=columns,
+            limit=limit,
+            streaming=streaming,
+            score_store=score_store,
+            max_error_rate=max_error_rate,
+            explain=explain,
         ),
+        Writing(
+            to=to,
+            shard_size=shard_size,
+            with_scores=with_scores,
+            on_error=on_error,
+            push=push,
+            overwrite=overwrite,
+        ),
+        progress=progress,
+        record=record,
     )
+
+
+def filter_rows(
+    sources: Sources,
+    dest: str | Path,
+    cut: Cut,
+    scoring: Scoring,
+    writing: Writing,
+    *,
+    progress: Progress | None = None,
+    record: Mapping[str, object] | None = None,
+) -> FinishedReport:
+    """`filter_dataset` with its options in three parts."""
+    policy = Policy.of(writing.on_error, scoring.max_error_rate)
+    check_explain(scoring.explain, dest, scoring.scorer)
+    outlet = _outlet(dest, writing)
+    export = CutRows(cut, policy, writing.output)
+    return _score(sources, outlet, export, scoring, progress or Silent(), record or {})
 
 
 def score_dataset(
     sources: Sources,
     dest: str | Path,
+    scoring: Scoring | None = None,
     *,
-    pack: str | Path = "smollm2-135m",
-    scorer: BatchedScorer | None = None,
-    engine: Engine | None = None,
-    columns: Columns | None = None,
-    limit: int | None = None,
-    streaming: bool = False,
-    max_error_rate: str | float = 0.5,
-    explain: int | None = None,
     overwrite: bool = False,
-    score_store: str | Path | None = None,
     progress: Progress | None = None,
     record: Mapping[str, object] | None = None,
 ) -> FinishedReport:
     """Write one parquet file with all rows in order and their score columns; `dest`.sqsd keeps report and scores.
 
-    Arguments and errors are those of `filter_dataset`, but for `dest`, a file on this disk. A scorer with `per_module`
-    gives each probe a column of lists, too, with the cosine at each module; the file's metadata (`sqsd_modules`) and
-    the report name the modules. That takes 12 bytes of memory a row, probe and module.
+    `dest` is a file on this disk; all else, and the errors, are those of `filter_dataset`. A scorer with `per_module`
+    adds a column of lists for each probe, with the cosine at each module; the file's metadata (`sqsd_modules`) and the
+    report name the modules. That takes 12 bytes of memory per row, probe and module.
     """
-    check_explain(explain, "", scorer)
-    policy = Policy.of("quarantine", max_error_rate)
+    scoring = scoring or Scoring()
+    check_explain(scoring.explain, "", scoring.scorer)
+    policy = Policy.of("quarantine", scoring.max_error_rate)
     if "://" in str(dest):
         raise UsageError(f"Scores are written to a file on this disk, not to {dest}: name a .parquet file.")
     dest = Path(dest)
     if dest.suffix != ".parquet":
         raise UsageError(f"Scores are written as parquet: name the file {dest.with_suffix('.parquet')}.")
     destination = Destination(dest, lambda root: root.with_name(root.name + ".sqsd"), overwrite=overwrite)
-
-    def finish(scored: Scored, meter: Meter) -> Made:
-        policy.check(scored)
-        meter.start("writing", scored.corpus.n_rows)
-        taker = NoteTaker(scored, None)
-        written = export_scored(scored, destination.root, meter, taker.see)
-        content: RunContent = {
-            **summarise(scored, None, None),
-            **OutputFacts(to="parquet"),
-            **written,
-            **Explained(),
-        }
-        return content, taker.notes(content)
-
-    return _score_and(
-        finish,
-        Outlet(destination, has_card=False),
-        {},
-        lambda corpus: check_columns(corpus, PARQUET),
-        Work(
-            sources,
-            scorer or SQSDScorer(pack),
-            engine,
-            columns,
-            limit,
-            score_store,
-            streaming,
-            progress,
-            record,
-            explain,
-        ),
-    )
+    outlet = Outlet(destination, has_card=False)
+    return _score(sources, outlet, AllRows(policy), scoring, progress or Silent(), record or {})
 
 
-def _score_and(
-    finish: Callable[[Scored, Meter], Made],
+def _score(
+    sources: Sources,
     outlet: Outlet,
-    identity: Mapping[str, object],
-    look_at: Callable[[Corpus], None],
-    work: Work,
+    export: Export,
+    scoring: Scoring,
+    progress: Progress,
+    record: Mapping[str, object],
 ) -> FinishedReport:
-    """Scan and `look_at` what is to be written, score, then `finish`. Returns the report."""
-    started, meter, engine = time.time(), Meter(work.progress or Silent()), work.engine or LocalEngine()
-    destination = outlet.destination
-    shared = Folder(work.score_store) if work.score_store else None
+    """Scan, check that the rows can be written, score, and export them."""
+    started, meter, engine = time.time(), Meter(progress), scoring.engine or LocalEngine()
+    destination, explain = outlet.destination, scoring.explain
+    shared = Folder(scoring.score_store) if scoring.score_store else None
     if shared is not None and shared.local is not None:
         destination.keep_out(shared.local)
-    with closing(outlet), closing(Opener(streaming=work.streaming)) as opener:
-        sources = opener.open(destination.others(expand(as_list(work.sources))))
-        outlet.spare(sources)
-        scan = Scan(sources, work.columns or work.scorer.columns, work.limit, meter, work.per_group)
-        look_at(scan.corpus)
-        scorer = engine.on_its_device(work.scorer)
-        identity = {**scan.identity(), "scoring": scorer.settings(), **identity}
-        identity |= {} if work.explain is None else {"explain": work.explain}
-        explainer = work.scorer.beside(scorer)
-        if work.explain is not None:
+    asked = scoring.chosen_scorer
+    with closing(outlet), closing(Opener(streaming=scoring.streaming)) as opener:
+        opened = opener.open(destination.others(expand(as_list(sources))))
+        outlet.spare(opened)
+        scan = Scan(opened, scoring.columns or asked.columns, scoring.limit, meter, export.per_group)
+        export.check(scan.corpus)
+        scorer = engine.prepare(asked)
+        identity = {**scan.identity(), "scoring": scorer.settings(), **export.identity()}
+        explainer = asked.beside(scorer)
+        if explain is not None:
+            identity["explain"] = explain
             explainer.check_device()
-        facts: ScoreFacts = {**_about(scorer), "datasets": _datasets(sources)}
-        job = Job(outlet, identity, meter, work.record or {}, started, facts, engine, _originals(sources))
+        facts: ScoreFacts = {**_facts_of(scorer), "datasets": _datasets(opened)}
+        job = Job(outlet, identity, meter, record, started, facts, engine, _originals(opened))
 
-        def carry_out() -> Made:
+        def work() -> tuple[RunContent, Notes]:
             scored = scan.score(destination.home, scorer, engine, old_home=destination.old_home, shared=shared)
-            content, notes = finish(scored, meter)
-            if work.explain is not None:
+            content, notes = export.write(scored, destination.root, meter)
+            if explain is not None:
                 assert isinstance(explainer, SQSDScorer)
                 path = destination.home / EXPLAINED_FILE
-                content["explained"] = write_explained(path, scored, explainer, work.explain, meter)
+                content["explained"] = write_explained(path, scored, explainer, explain, meter)
             return content, notes
 
-        return job.carry_out(carry_out)
+        return job.carry_out(work)
 
 
 def select_dataset(
     sources: Sources,
     dest: str | Path,
+    cut: Cut,
+    writing: Writing | None = None,
     *,
-    drop_top: str | float | None = None,
-    drop_count: int | None = None,
-    max_risk: float | None = None,
-    keep_lowest: int | None = None,
-    per_group: str | None = None,
-    per_split: bool = False,
-    weights: bool = False,
     scores: Sequence[Sources] = (),
     consensus: str | None = None,
     streaming: bool = False,
-    on_error: str = "quarantine",
-    to: str = "parquet",
-    shard_size: str | int = SHARD_SIZE,
-    with_scores: bool = False,
-    push: PushTo | None = None,
-    overwrite: bool = False,
     progress: Progress | None = None,
     record: Mapping[str, object] | None = None,
 ) -> FinishedReport:
-    """Cut at another place, with the scores that are there: of scored files, or of an earlier run's folder.
+    """Cut scored rows again: those of scored files, or of an earlier run's folder. No model is loaded.
 
-    `scores` are those that other packs gave the same rows, each as files or a folder, too; by `consensus` they and the
-    sources' own become one risk in (0, 1]: "mean-rank" is the mean over the packs of the row's rank among the rows
-    that all could score (the lowest risk is 1/n, the highest 1, equal risks share the mean of their ranks), and "max"
-    the largest of these ranks. A row that a pack could not score has no risk.
+    `scores` are the scores that other packs gave the same rows, each as files or a folder. With `consensus`, they and
+    the sources' own become one risk in (0, 1]. Each pack ranks the n rows that all packs could score (the lowest risk
+    is 1/n, the highest 1, equal risks share the mean of their ranks); "mean-rank" takes the mean of a row's ranks,
+    "max" the largest. A row that a pack could not score has no risk.
 
-    Other arguments are those of `filter_dataset`. No model is loaded. Raises `InputError` where rows have no scores
-    yet, or those of different packs are not of the same rows.
+    Other arguments are those of `filter_dataset`. Raises `InputError` where rows have no scores yet, or those of
+    different packs are not of the same rows.
     """
     started = time.time()
     check_rule(scores, consensus)
-    cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest, per_group=per_group, per_split=per_split, weights=weights)
-    product = Product(cut, Policy.of(on_error, "100%"), Output.of(to, shard_size, with_scores))
+    writing = writing or Writing()
+    export = CutRows(cut, Policy.of(writing.on_error, "100%"), writing.output)
     given, *others = (expand(as_list(each)) for each in (sources, *scores))
     meter = Meter(progress or Silent())
-    outlet = _outlet(dest, overwrite, push, product.output)
+    outlet = _outlet(dest, writing)
     with closing(outlet), closing(Opener(streaming=streaming)) as opener:
         outlet.destination.spare(chain(given, *others))
-        earlier = read_earlier(given, opener, per_group, meter, keyed=consensus is not None)
+        earlier = read_earlier(given, opener, cut.per_group, meter, keyed=consensus is not None)
         if consensus is not None:
-            how: dict[str, Any] = {"keyed": True, "likely": earlier.form}
-            packs = [earlier, *(read_earlier(other, opener, None, meter, **how) for other in others)]
+            form = earlier.form
+            more = (read_earlier(other, opener, None, meter, keyed=True, likely=form) for other in others)
+            packs = [earlier, *more]
             outlet.spare(chain.from_iterable(pack.sources for pack in packs))
             earlier = agree(packs, consensus)
         outlet.spare(earlier.sources)
-        check_columns(earlier.scored.corpus, product.output)
+        check_columns(earlier.scored.corpus, writing.output)
         facts: ScoreFacts = {**earlier.facts, "datasets": _datasets(earlier.sources)}
-        identity = {**earlier.identity, **product.identity()}
+        identity = {**earlier.identity, **export.identity()}
         job = Job(outlet, identity, meter, record or {}, started, facts, None, _originals(earlier.sources))
-        return job.carry_out(lambda: product.make(earlier.scored, outlet.destination.root, meter))
+        return job.carry_out(lambda: export.write(earlier.scored, outlet.destination.root, meter))
 
 
-def _outlet(dest: str | Path, overwrite: bool, push: PushTo | None, output: Output) -> Outlet:
-    outlet = Outlet.of(dest, overwrite, push)
-    if output.to == "arrow" and isinstance(outlet.target, PushTo):
-        raise UsageError("load_dataset reads no Arrow folders from the Hub: push --to parquet or jsonl.")
+def _outlet(dest: str | Path, writing: Writing) -> Outlet:
+    outlet = Outlet.of(dest, writing.overwrite, writing.push)
+    writing.check_target(outlet.target)
     return outlet
 
 
@@ -342,13 +252,13 @@ def _datasets(sources: Sequence[Source]) -> list[HubDataset]:
 
 
 def _originals(sources: Sequence[Source]) -> list[tuple[str, str]]:
-    """Name and text of the cards of the datasets among the sources; an empty one for what has none beside them."""
+    """Name and text of the cards of the datasets among the sources; an empty text for files without a card."""
     cards = list(dict.fromkeys(source.card for source in sources if source.card is not None))
     bare = any(source.card is None and source.dataset is None for source in sources)
     return [*cards, ("the other files", "")] if cards and bare else cards
 
 
-def _about(scorer: BatchedScorer) -> ScoreFacts:
+def _facts_of(scorer: BatchedScorer) -> ScoreFacts:
     pack = scorer.pack
     return {
         "pack": PackFacts(

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sqsd_filter import Design, FineTuning, evaluate, judges
+from sqsd_filter import Design, FineTuning, Scoring, evaluate, judges
 from sqsd_filter.errors import DestinationExists, InputError, JudgeError, UsageError
 from sqsd_filter.evaluation import study
 from sqsd_filter.evaluation.scores import names
@@ -277,7 +277,7 @@ def test_unsafe_rows_are_found_without_a_model(files: Path, tmp_path: Path) -> N
 def test_unsafe_rows_that_another_pack_scored_are_refused(pack: Path, tiny_pack: Path, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", make_rows(4))
     for name, used in (("one", pack), ("other", tiny_pack)):
-        score_dataset(rows, tmp_path / f"{name}.parquet", pack=used)
+        score_dataset(rows, tmp_path / f"{name}.parquet", Scoring(pack=used))
     with pytest.raises(InputError, match="score both alike"):
         evaluate([tmp_path / "one.parquet"], tmp_path / "out", Design(arms=()), poison=[tmp_path / "other.parquet"])
 

@@ -19,8 +19,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import InputError, UsageError
-from sqsd_filter.pipeline.check import FEWEST, ROWS, check_pack, compare
+from sqsd_filter.pipeline.check import ROWS, CheckReport, Comparison, check_pack
+from sqsd_filter.pipeline.comparison import FEWEST, compare
 from sqsd_filter.pipeline.selecting.selection import Cut
+from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.pack import load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.results import Scores
@@ -47,13 +49,14 @@ def kernel(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> str:
     return name
 
 
-def by_name(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {one["name"]: one for one in found["comparisons"]}
+def by_name(report: CheckReport) -> dict[str, Comparison]:
+    return {comparison["name"]: comparison for comparison in report["comparisons"]}
 
 
 def test_the_rows_that_come_along_are_two_dozen_of_many_lengths(tiny_pack: Path) -> None:
     rows = [json.loads(line)["messages"] for line in ROWS.read_text(encoding="utf-8").splitlines()]
-    lengths = [len(e) for e in SQSDScorer(tiny_pack, max_length=10_000).encoder.encode(rows)]
+    encoded = SQSDScorer(tiny_pack, max_length=10_000).encoder.encode(rows)
+    lengths = [len(row) for row in encoded if isinstance(row, Encoded)]
     assert len(rows) == 24
     assert max(lengths) > 10 * min(lengths)
 

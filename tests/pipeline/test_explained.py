@@ -12,9 +12,10 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sqsd_filter import PushTo, SQSDScorer, filter_dataset, score_dataset
+from sqsd_filter import Cut, PushTo, Scoring, SQSDScorer, filter_dataset, score_dataset
 from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import DestinationExists, SQSDError, UsageError
+from sqsd_filter.pipeline.report import FinishedReport
 from tests.corpora import make_rows, rows_of, write_jsonl
 from tests.hub import Hub
 
@@ -56,11 +57,11 @@ def test_the_riskiest_rows_are_explained_the_riskiest_first(folder: Path, scorer
 
 def test_more_than_there_are_and_equal_risks_come_in_row_order(folder: Path, scorer: SQSDScorer) -> None:
     write_jsonl(folder / "twice.jsonl", [*make_rows(3), *make_rows(3)])
-    assert score_dataset("twice.jsonl", "all.parquet", scorer=scorer, explain=50)["explained"] == 6
+    assert score_dataset("twice.jsonl", "all.parquet", Scoring(scorer=scorer, explain=50))["explained"] == 6
     rows = [(row["risk"], row["row"]) for row in explained(Path("all.parquet.sqsd"))]
     assert rows == sorted(rows, key=lambda row: (-row[0], row[1]))
     assert len({risk for risk, _ in rows}) == 3
-    score_dataset("twice.jsonl", "first.parquet", scorer=scorer, explain=1)
+    score_dataset("twice.jsonl", "first.parquet", Scoring(scorer=scorer, explain=1))
     assert [(row["risk"], row["row"]) for row in explained(Path("first.parquet.sqsd"))] == rows[:1]
 
 
@@ -72,7 +73,7 @@ def test_scores_from_a_store_are_explained_in_the_same_bytes(folder: Path, score
 
 
 def test_a_run_without_its_explanations_is_not_done(folder: Path, scorer: SQSDScorer) -> None:
-    def run(count: int | None = 2) -> dict[str, Any]:
+    def run(count: int | None = 2) -> FinishedReport:
         return filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, explain=count)
 
     run()
@@ -137,7 +138,7 @@ def test_rows_are_read_once_however_many_are_explained(
 
     def passes(count: int | None, dest: str) -> int:
         reads.clear()
-        score_dataset("in.jsonl", dest, scorer=scorer, explain=count)
+        score_dataset("in.jsonl", dest, Scoring(scorer=scorer, explain=count))
         return len(reads)
 
     monkeypatch.setattr(Corpus, "read", read)
@@ -159,7 +160,7 @@ def test_an_explanation_that_does_not_fit_into_memory_is_one_sentence(folder: Pa
 @pytest.mark.parametrize("count", [0, 1001])
 def test_no_rows_and_too_many_can_not_be_asked_for(folder: Path, scorer: SQSDScorer, count: int) -> None:
     with pytest.raises(UsageError, match="--explain"):
-        score_dataset("in.jsonl", "all.parquet", scorer=scorer, explain=count)
+        score_dataset("in.jsonl", "all.parquet", Scoring(scorer=scorer, explain=count))
     assert not Path("all.parquet.sqsd").exists()
 
 
@@ -167,7 +168,7 @@ def test_a_cut_of_an_explained_run_is_that_of_any_other(folder: Path, scorer: SQ
     from sqsd_filter import select_dataset
 
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, explain=1)
-    select_dataset("out", "cut", drop_count=2)
+    select_dataset("out", "cut", Cut.of(drop_count=2))
     shutil.rmtree("out")
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
-    assert select_dataset("out", "cut", drop_count=2)["already_done"]
+    assert select_dataset("out", "cut", Cut.of(drop_count=2))["already_done"]

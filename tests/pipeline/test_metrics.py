@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import InputError, RowErrorBudgetExceeded
 from sqsd_filter.pipeline import metrics
+from sqsd_filter.pipeline.report import FinishedReport
 from sqsd_filter.pipeline.run import filter_dataset
 from sqsd_filter.progress import Silent
 from sqsd_filter.scoring.results import Scores
@@ -40,7 +41,7 @@ def samples() -> dict[str, Any]:
     return found
 
 
-def run(pack: Path, **named: Any) -> dict[str, Any]:
+def run(pack: Path, **named: Any) -> FinishedReport:
     with metrics.Metrics(FILE, Silent()) as watched:
         scorer = named.pop("scorer", None) or SQSDScorer(pack)
         report = filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer, progress=watched.meter, **named)

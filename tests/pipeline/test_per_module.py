@@ -6,7 +6,6 @@ import json
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import List, Value, load_dataset
 
-from sqsd_filter import SQSDScorer, score_dataset, select_dataset
+from sqsd_filter import Cut, Scoring, SQSDScorer, score_dataset, select_dataset
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import PackError
+from sqsd_filter.pipeline.report import FinishedReport
 from sqsd_filter.pipeline.scores.upkeep import compact_all, describe
 from sqsd_filter.pipeline.stage import shards
 from sqsd_filter.pipeline.stage.replica import _to_table, from_bytes
@@ -43,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_lists_are_the_dense_cosines_in_the_order_that_is_named(folder: Path, pack: Path) -> None:
-    report = score_dataset("in.jsonl", "all.parquet", scorer=SQSDScorer(pack, per_module=True))
+    report = score_dataset("in.jsonl", "all.parquet", Scoring(scorer=SQSDScorer(pack, per_module=True)))
     table = pq.read_table("all.parquet")
     assert [name for name in table.column_names if name.startswith("sqsd_")][:6] == [
         *("sqsd_risk", "sqsd_danger", "sqsd_safety"),
@@ -69,8 +69,8 @@ def test_the_lists_are_the_dense_cosines_in_the_order_that_is_named(folder: Path
 
 
 def test_other_columns_are_what_they_are_without(folder: Path, pack: Path) -> None:
-    score_dataset("in.jsonl", "with.parquet", scorer=SQSDScorer(pack, per_module=True))
-    score_dataset("in.jsonl", "without.parquet", scorer=SQSDScorer(pack))
+    score_dataset("in.jsonl", "with.parquet", Scoring(scorer=SQSDScorer(pack, per_module=True)))
+    score_dataset("in.jsonl", "without.parquet", Scoring(scorer=SQSDScorer(pack)))
     rich, plain = pq.read_table("with.parquet"), pq.read_table("without.parquet")
     lists = ["sqsd_danger_modules", "sqsd_safety_modules"]
     assert rich.drop_columns(lists).equals(plain)
@@ -80,8 +80,8 @@ def test_other_columns_are_what_they_are_without(folder: Path, pack: Path) -> No
 
 
 def test_scoring_anew_without_lists_leaves_none_behind(folder: Path, pack: Path) -> None:
-    score_dataset("in.jsonl", "with.parquet", scorer=SQSDScorer(pack, per_module=True))
-    score_dataset("with.parquet", "again.parquet", scorer=SQSDScorer(pack))
+    score_dataset("in.jsonl", "with.parquet", Scoring(scorer=SQSDScorer(pack, per_module=True)))
+    score_dataset("with.parquet", "again.parquet", Scoring(scorer=SQSDScorer(pack)))
     again = pq.read_schema("again.parquet")
     assert not [name for name in again.names if name.endswith("_modules")]
     assert b"sqsd_modules" not in (again.metadata or {})
@@ -93,8 +93,8 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     monkeypatch.setattr(shards, "shard_size", lambda rows: 4)
     write_jsonl(folder / "in.jsonl", make_rows(10))
 
-    def run(dest: str) -> dict[str, Any]:
-        return score_dataset("in.jsonl", dest, scorer=SQSDScorer(pack, per_module=True), score_store="store")
+    def run(dest: str) -> FinishedReport:
+        return score_dataset("in.jsonl", dest, Scoring(scorer=SQSDScorer(pack, per_module=True), score_store="store"))
 
     whole = run("all.parquet")
     (home,) = Path().glob("*.sqsd")
@@ -102,8 +102,8 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     max((home / "scores").iterdir()).unlink()
     for name in ("all.parquet", "all.parquet.sqsd/report.json"):
         (folder / name).rename(folder / f"{Path(name).name}.old")
-    for name in Path("store").iterdir():
-        name.unlink()
+    for file in Path("store").iterdir():
+        file.unlink()
     again = run("all.parquet")
     assert (whole["rows"]["scored"], again["rows"]["scored"]) == (10, 10)
     assert Path("all.parquet").read_bytes() == Path("all.parquet.old").read_bytes()
@@ -112,14 +112,18 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
 
 
 def test_stores_keep_them_apart_from_plain_scores_and_compact_them(folder: Path, pack: Path) -> None:
-    score_dataset("in.jsonl", "plain.parquet", scorer=SQSDScorer(pack), score_store="store")
-    rich = score_dataset("in.jsonl", "rich.parquet", scorer=SQSDScorer(pack, per_module=True), score_store="store")
+    score_dataset("in.jsonl", "plain.parquet", Scoring(scorer=SQSDScorer(pack), score_store="store"))
+    rich = score_dataset(
+        "in.jsonl", "rich.parquet", Scoring(scorer=SQSDScorer(pack, per_module=True), score_store="store")
+    )
     assert rich["rows"]["scored"] == len(CONVERSATIONS)
     write_jsonl(folder / "more.jsonl", [{"messages": CONVERSATIONS[0]}, {"messages": CONVERSATIONS[1][:2]}])
-    score_dataset("in.jsonl", "two.parquet", scorer=SQSDScorer(pack, per_module=True), score_store="store")
+    score_dataset("in.jsonl", "two.parquet", Scoring(scorer=SQSDScorer(pack, per_module=True), score_store="store"))
     assert [s["settings"].get("per_module", False) for s in describe("store")["stores"]].count(True) == 1
     compact_all("store")
-    again = score_dataset("in.jsonl", "again.parquet", scorer=SQSDScorer(pack, per_module=True), score_store="store")
+    again = score_dataset(
+        "in.jsonl", "again.parquet", Scoring(scorer=SQSDScorer(pack, per_module=True), score_store="store")
+    )
     assert again["rows"]["scored"] == 0
     assert pq.read_table("again.parquet").equals(pq.read_table("rich.parquet"))
 
@@ -150,7 +154,7 @@ def test_a_cut_of_such_a_file_keeps_the_lists(folder: Path, pack: Path) -> None:
     with pytest.raises(SystemExit) as left:
         main(["score", "in.jsonl", "all.parquet", "--per-module", "--pack", str(pack), "-q"])
     assert not left.value.code
-    select_dataset("all.parquet", "out", drop_count=1)
+    select_dataset("all.parquet", "out", Cut.of(drop_count=1))
     kept = pq.read_table(next(Path("out/data").glob("kept-*")))
     assert kept.schema.field("sqsd_danger_modules").type == pa.list_(pa.float32(), 4)
 
@@ -168,10 +172,12 @@ def test_replicas_on_ray_give_the_same_bytes(folder: Path, pack: Path) -> None:
 
     engine = RayEngine(replicas=1)
     try:
-        score_dataset("in.jsonl", "ray.parquet", scorer=SQSDScorer(pack, per_module=True), engine=engine, explain=2)
+        score_dataset(
+            "in.jsonl", "ray.parquet", Scoring(scorer=SQSDScorer(pack, per_module=True), engine=engine, explain=2)
+        )
     finally:
         engine.close()
-    score_dataset("in.jsonl", "here.parquet", scorer=SQSDScorer(pack, per_module=True), explain=2)
+    score_dataset("in.jsonl", "here.parquet", Scoring(scorer=SQSDScorer(pack, per_module=True), explain=2))
     assert Path("ray.parquet").read_bytes() == Path("here.parquet").read_bytes()
     told = [Path(f"{name}.parquet.sqsd/explained.json").read_bytes() for name in ("ray", "here")]
     assert told[0] == told[1]

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sqsd_filter import PushTo, SQSDScorer, filter_dataset, score_dataset, select_dataset
+from sqsd_filter import Cut, PushTo, Scoring, SQSDScorer, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.forecast import estimate
@@ -104,7 +104,8 @@ def scorer(tiny_pack: Path) -> SQSDScorer:
 
 def rows(dataset: datasets.Dataset) -> list[Any]:
     """As Arrow has them: nothing is decoded."""
-    return dataset.with_format("arrow")[:].to_pylist()
+    table: pa.Table = dataset.with_format("arrow")[:]
+    return table.to_pylist()
 
 
 def kept(where: str, to: str = "parquet", **how: Any) -> datasets.Dataset:
@@ -190,7 +191,7 @@ def test_standard_input_comes_out_as_lines_byte_for_byte(
     assert sorted(b"".join(parts).splitlines()) == sorted(text.splitlines())
     assert len(parts[1].splitlines()) == 4
     with pytest.raises(InputError, match="made from standard input"):
-        select_dataset("out", "other", drop_top="5%")
+        select_dataset("out", "other", Cut.of(drop_top="5%"))
 
 
 def test_a_run_is_pushed_and_loads_from_the_hub(hub: Hub, scorer: SQSDScorer, folder: Path) -> None:
@@ -253,7 +254,7 @@ def test_a_bucket_gets_what_a_folder_would(scorer: SQSDScorer, folder: Path) -> 
         assert report["already_done"]
         with pytest.raises(DestinationExists, match="memory://bucket/out holds another run"):
             filter_dataset("in.jsonl", "memory://bucket/out", drop_top="20%", scorer=scorer)
-        again = select_dataset("memory://bucket/out/data/*.parquet", "memory://bucket/cut", drop_top="20%")
+        again = select_dataset("memory://bucket/out/data/*.parquet", "memory://bucket/cut", Cut.of(drop_top="20%"))
         assert again["rows"]["dropped"] == 8
         assert list(folder.glob("cache/stages/*")) == []
     finally:
@@ -288,7 +289,7 @@ def test_another_cut_of_a_run_over_a_split_in_several_files(scorer: SQSDScorer, 
     datasets.load_dataset("in").push_to_hub("org/in", num_shards={"train": 3})
     for number, given in enumerate(["in", "in:default/train", "org/in", ["in", "in"]]):
         filter_dataset(given, f"out-{number}", drop_top="10%", scorer=scorer)
-        report = select_dataset(f"out-{number}", f"cut-{number}", drop_top="20%")
+        report = select_dataset(f"out-{number}", f"cut-{number}", Cut.of(drop_top="20%"))
         assert report["rows"]["dropped"] == (12 if isinstance(given, list) else 6)
 
 
@@ -319,12 +320,12 @@ def test_a_destination_inside_a_source_folder_is_refused(scorer: SQSDScorer) -> 
 def test_one_stage_and_one_place_have_one_run_at_a_time(scorer: SQSDScorer, folder: Path) -> None:
     write_jsonl(folder / "in.jsonl", make_rows(20))
     filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)
-    for dest, more in (("memory://bucket/x", {}), ("out", {"overwrite": True})):
+    for dest, overwrite in (("memory://bucket/x", False), ("out", True)):
         lock = stage_of(dest) / "lock" if "://" in dest else Path("out/sqsd/lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
         held = lock_run(lock, dest)
         with pytest.raises(DestinationExists, match="right now: wait for it"):
-            filter_dataset("in.jsonl", dest, drop_top="10%", scorer=scorer, **more)
+            filter_dataset("in.jsonl", dest, drop_top="10%", scorer=scorer, overwrite=overwrite)
         held.close()
 
 
@@ -338,7 +339,7 @@ def test_another_run_in_the_repository_is_found_before_scoring(scorer: SQSDScore
 
 def test_a_forecast_is_made_for_a_url_too(scorer: SQSDScorer, folder: Path) -> None:
     write_jsonl(folder / "in.jsonl", make_rows(20))
-    assert estimate("in.jsonl", "memory://bucket/out", scorer)["to_score"] == 20
+    assert estimate("in.jsonl", "memory://bucket/out", Scoring(scorer=scorer))["to_score"] == 20
 
 
 def test_what_parquet_does_not_hold_is_refused_before_scoring(folder: Path) -> None:

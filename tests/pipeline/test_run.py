@@ -19,7 +19,7 @@ import pytest
 import yaml
 import zstandard
 
-from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
+from sqsd_filter import Cut, Scoring, SQSDScorer, Writing, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.errors import DestinationExists, InputError, RowErrorBudgetExceeded, SQSDError, UsageError
 from sqsd_filter.pipeline.stage import shards
@@ -330,7 +330,7 @@ def test_the_card_says_what_was_done_in_valid_yaml_and_no_path_of_the_machine(fo
 
 def test_a_finished_run_leaves_these_files_and_no_others(folder: Path, scorer: SQSDScorer) -> None:
     filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)
-    score_dataset("in.jsonl", "scored.parquet", scorer=scorer)
+    score_dataset("in.jsonl", "scored.parquet", Scoring(scorer=scorer))
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     segment = f"{next(Path('out/sqsd/scores').iterdir()).name}"
     assert names == {
@@ -373,8 +373,8 @@ def test_the_time_of_reading_counts(folder: Path, scorer: SQSDScorer, monkeypatc
         Columns, "choose", lambda self, paths, choose=Columns.choose: (next(clock), choose(self, paths))[1]
     )
     timing = filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)["timing"]
-    assert list(timing.pop("phases")) == ["reading", "lookup", "scoring", "writing"]
-    assert timing == {"seconds": 2, "started": 0, "engine": "local"}
+    assert list(timing["phases"]) == ["reading", "lookup", "scoring", "writing"]
+    assert timing == {"seconds": 2, "started": 0, "engine": "local", "phases": timing["phases"]}
 
 
 # ---------------------------------------------------------------------------------------------- scored once
@@ -434,7 +434,7 @@ def nasty(folder: Path, scorer: SQSDScorer) -> Path:
     """nasty.jsonl, filtered into `run` and scored into scored.parquet."""
     write_jsonl(folder / "nasty.jsonl", NASTY)
     filter_dataset("nasty.jsonl", "run", drop_count=1, scorer=scorer)
-    score_dataset("nasty.jsonl", "scored.parquet", scorer=scorer)
+    score_dataset("nasty.jsonl", "scored.parquet", Scoring(scorer=scorer))
     return folder
 
 
@@ -460,7 +460,7 @@ CUTS: list[dict[str, Any]] = [{"drop_top": "30%"}, {"drop_count": 3}, {"max_risk
 def test_selecting_from_scores_equals_filtering_with_that_cut(
     source: str, cut: dict[str, Any], nasty: Path, scorer: SQSDScorer
 ) -> None:
-    selected = select_dataset(source, "selected", **cut)
+    selected = select_dataset(source, "selected", Cut.of(**cut))
     filtered = filter_dataset("nasty.jsonl", "filtered", **cut, scorer=scorer)
     for key in ("threshold", "ties", "cut", "unscored", "risk_quantiles"):
         assert selected[key] == filtered[key]
@@ -502,7 +502,7 @@ MINE = {"sqsd_notes": "mine", "sqsd_raw": 5, "sqsd_line": "x"}
 def test_columns_of_the_user_may_begin_with_sqsd(folder: Path, scorer: SQSDScorer) -> None:
     rows = [{**row, **MINE} for row in make_rows(3)] + [{"id": 3, "instruction": "q", "output": "", **MINE}]
     write_jsonl(folder / "own.jsonl", rows)
-    score_dataset("own.jsonl", "scored.parquet", scorer=scorer)
+    score_dataset("own.jsonl", "scored.parquet", Scoring(scorer=scorer))
     filter_dataset("own.jsonl", "out", drop_count=0, scorer=scorer)
     assert [{name: row[name] for name in rows[0]} for row in rows_of(Path("out"), "kept")] == rows[:3]
     [error] = rows_of(Path("out"), "errors")
@@ -513,7 +513,7 @@ def test_columns_of_the_user_may_begin_with_sqsd(folder: Path, scorer: SQSDScore
 def test_scores_of_an_earlier_run_make_way_whatever_its_probes_were(folder: Path, scorer: SQSDScorer) -> None:
     earlier = {"sqsd_risk": 9.0, "sqsd_other": 9.0, "sqsd_status": "scored", "sqsd_notes": "mine"}
     write_jsonl(folder / "earlier.jsonl", [{**row, **earlier} for row in make_rows(3)])
-    score_dataset("earlier.jsonl", "again.parquet", scorer=scorer)
+    score_dataset("earlier.jsonl", "again.parquet", Scoring(scorer=scorer))
     table = pq.read_table("again.parquet")
     scores = ["sqsd_risk", "sqsd_danger", "sqsd_safety", "sqsd_status"]
     assert table.column_names == ["id", "instruction", "output", "sqsd_notes", *scores]
@@ -539,7 +539,7 @@ def test_a_file_name_that_is_not_utf8_is_spelled_out(folder: Path, scorer: SQSDS
 
 
 def test_scoring_a_scored_file_again_replaces_its_scores_and_nothing_else(nasty: Path, scorer: SQSDScorer) -> None:
-    score_dataset("scored.parquet", "again.parquet", max_error_rate="100%", scorer=scorer)
+    score_dataset("scored.parquet", "again.parquet", Scoring(max_error_rate="100%", scorer=scorer))
     first, again = pq.read_table("scored.parquet"), pq.read_table("again.parquet")
     assert again.column_names == first.column_names
     assert again.drop_columns(["sqsd_status"]).equals(first.drop_columns(["sqsd_status"]))
@@ -548,42 +548,42 @@ def test_scoring_a_scored_file_again_replaces_its_scores_and_nothing_else(nasty:
 def test_a_score_that_is_not_finite_is_an_error_row(folder: Path) -> None:
     rows = [{"id": k, "sqsd_risk": r, "sqsd_status": "scored"} for k, r in enumerate([0.1, math.nan, 0.3])]
     pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
-    report = select_dataset("a.parquet", "out", drop_count=1)
+    report = select_dataset("a.parquet", "out", Cut.of(drop_count=1))
     assert report["unscored"] == {"nonfinite": 1}
     assert [ids_of(Path("out"), split) for split in SPLITS] == [[0], [2], [1]]
 
 
 def test_rows_without_scores_cannot_be_selected_from(folder: Path) -> None:
     with pytest.raises(InputError, match=r"no columns sqsd_risk and sqsd_status \(line 1\): score it first"):
-        select_dataset("in.jsonl", "out", drop_count=1)
+        select_dataset("in.jsonl", "out", Cut.of(drop_count=1))
 
 
 def test_selecting_from_what_was_selected_or_from_half_a_run_says_what_to_do(nasty: Path, scorer: SQSDScorer) -> None:
-    select_dataset("run", "selected", drop_count=1)
+    select_dataset("run", "selected", Cut.of(drop_count=1))
     with pytest.raises(InputError, match="itself cut from scores"):
-        select_dataset("selected", "again", drop_count=1)
+        select_dataset("selected", "again", Cut.of(drop_count=1))
     Path("run/sqsd/report.json").unlink()
     with pytest.raises(InputError, match="never finished"):
-        select_dataset("run", "other", drop_count=1)
+        select_dataset("run", "other", Cut.of(drop_count=1))
 
 
 def test_selecting_from_a_run_works_from_any_folder(nasty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    select_dataset("run", "here", drop_count=3)
+    select_dataset("run", "here", Cut.of(drop_count=3))
     (nasty / "deep" / "er").mkdir(parents=True)
     monkeypatch.chdir(nasty / "deep" / "er")
-    report = select_dataset("../../run", "there", drop_count=3)
+    report = select_dataset("../../run", "there", Cut.of(drop_count=3))
     assert [i["path"] for i in report["inputs"]] == ["../../nasty.jsonl"]
     for split in ("kept", "dropped"):
         assert rows_of(Path("there"), split) == rows_of(nasty / "here", split)
     assert str(nasty) not in (nasty / "run/sqsd/run.json").read_text()
     with pytest.raises(DestinationExists, match="holds the input"):
-        select_dataset("../../run", "../..", drop_count=2, overwrite=True)
+        select_dataset("../../run", "../..", Cut.of(drop_count=2), Writing(overwrite=True))
 
 
 def test_selecting_from_a_run_whose_input_has_changed_is_refused(nasty: Path) -> None:
     write_jsonl(nasty / "nasty.jsonl", NASTY[1:])
     with pytest.raises(InputError, match="changed since it was scored"):
-        select_dataset("run", "other", drop_count=1)
+        select_dataset("run", "other", Cut.of(drop_count=1))
 
 
 @pytest.mark.parametrize("source", ["run", "run/data/kept-00000-of-00001.parquet", "scored.parquet"])
@@ -591,7 +591,7 @@ def test_nothing_is_ever_filtered_in_place(source: str, nasty: Path) -> None:
     dest = source.split("/")[0]
     before = {p: p.read_bytes() for p in nasty.rglob("*") if p.is_file()}
     with pytest.raises(DestinationExists, match="which --overwrite would delete"):
-        select_dataset(source, dest, drop_count=3, overwrite=True)
+        select_dataset(source, dest, Cut.of(drop_count=3), Writing(overwrite=True))
     assert {p: p.read_bytes() for p in nasty.rglob("*") if p.is_file()} == before
 
 
@@ -627,7 +627,7 @@ def test_a_folder_in_the_place_of_a_scored_file_is_refused_before_scoring(
 ) -> None:
     (folder / "d.parquet").mkdir()
     with pytest.raises(DestinationExists, match="is a folder, where a file is to be written"):
-        score_dataset("in.jsonl", "d.parquet", overwrite=overwrite, scorer=Unused(tiny_pack))
+        score_dataset("in.jsonl", "d.parquet", Scoring(scorer=Unused(tiny_pack)), overwrite=overwrite)
 
 
 def test_a_glob_that_finds_the_destination_finds_the_same_inputs(folder: Path, scorer: SQSDScorer) -> None:
@@ -640,27 +640,27 @@ def test_a_glob_that_finds_the_destination_finds_the_same_inputs(folder: Path, s
         assert [i["path"] for i in report["inputs"]] == ["data/in.jsonl"]
         assert again == ("data/out" in typed)
     for _ in range(2):
-        score_dataset("data/in.*", "data/in.parquet", scorer=scorer)
+        score_dataset("data/in.*", "data/in.parquet", Scoring(scorer=scorer))
     with pytest.raises(InputError, match=r"data/out holds what was filtered before"):
         filter_dataset("data/out", "data/out", drop_count=1, scorer=scorer)
 
 
 def test_a_scored_file_that_is_not_the_reports_is_written_again(folder: Path, scorer: SQSDScorer) -> None:
-    score_dataset("in.jsonl", "scored.parquet", scorer=scorer)
+    score_dataset("in.jsonl", "scored.parquet", Scoring(scorer=scorer))
     done = Path("scored.parquet").read_bytes()
-    score_dataset("in.jsonl", "other.parquet", limit=7, scorer=scorer)
+    score_dataset("in.jsonl", "other.parquet", Scoring(limit=7, scorer=scorer))
     shutil.copy("other.parquet", "scored.parquet")
-    report = score_dataset("in.jsonl", "scored.parquet", scorer=scorer)
+    report = score_dataset("in.jsonl", "scored.parquet", Scoring(scorer=scorer))
     assert not report.get("already_done")
     assert Path("scored.parquet").read_bytes() == done
 
 
 def test_a_kill_between_two_swaps_leaves_nothing_that_counts_as_done(folder: Path, scorer: SQSDScorer) -> None:
-    score_dataset("in.jsonl", "scored.parquet", scorer=scorer)
+    score_dataset("in.jsonl", "scored.parquet", Scoring(scorer=scorer))
     done = Path("scored.parquet").read_bytes()
     Path("scored.parquet").rename(".scored.parquet.sqsd-old")
     pq.write_table(pq.read_table(".scored.parquet.sqsd-old").select(["id", "sqsd_risk"]), "scored.parquet")
-    score_dataset("in.jsonl", "scored.parquet", scorer=scorer)
+    score_dataset("in.jsonl", "scored.parquet", Scoring(scorer=scorer))
     assert Path("scored.parquet").read_bytes() == done
     assert not Path(".scored.parquet.sqsd-old").exists()
 

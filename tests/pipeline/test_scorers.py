@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from sqsd_filter import make_scorer
+from sqsd_filter import Cut, Scoring, make_scorer
 from sqsd_filter.errors import DestinationExists, UsageError
 from sqsd_filter.pipeline.anchors import read_anchors
 from sqsd_filter.pipeline.run import filter_dataset, score_dataset, select_dataset
@@ -89,10 +89,10 @@ def test_no_page_calls_another_scorers_risk_sqsds(command: Command) -> None:
 
 def test_scored_files_keep_the_name_of_their_scorer(folder: Path, tiny_pack: Path) -> None:
     for name in ("length", "random"):
-        score_dataset("in.jsonl", f"{name}.parquet", scorer=make_scorer(name, tiny_pack))
-    assert select_dataset("length.parquet", "one", drop_count=2)["scorer"] == "length"
+        score_dataset("in.jsonl", f"{name}.parquet", Scoring(scorer=make_scorer(name, tiny_pack)))
+    assert select_dataset("length.parquet", "one", Cut.of(drop_count=2))["scorer"] == "length"
     assert "The risk was in the input, by the scorer length." in Path("one/sqsd/report.html").read_text()
-    report = select_dataset("length.parquet", "two", scores=["random.parquet"], consensus="max", drop_count=2)
+    report = select_dataset("length.parquet", "two", Cut.of(drop_count=2), scores=["random.parquet"], consensus="max")
     assert [each["scorer"] for each in report["consensus"]["packs"]] == ["length", "random"]
     page, card = Path("two/sqsd/report.html").read_text(), Path("two/README.md").read_text()
     assert not [words for words in UNTRUE if words in page]
@@ -106,7 +106,7 @@ def test_a_cut_is_moved_without_a_model(folder: Path, tiny_pack: Path) -> None:
     scorer = make_scorer("bi-anchor", tiny_pack, **anchors())
     filter_dataset("in.jsonl", "once", drop_count=5, scorer=scorer)
     filter_dataset("in.jsonl", "here", drop_count=2, scorer=scorer)
-    report = select_dataset("once", "there", drop_count=2)
+    report = select_dataset("once", "there", Cut.of(drop_count=2))
     assert report["scorer"] == "bi-anchor"
     assert ids_of(Path("there")) == ids_of(Path("here"))
 
@@ -114,7 +114,7 @@ def test_a_cut_is_moved_without_a_model(folder: Path, tiny_pack: Path) -> None:
 def test_stores_and_runs_never_mix_scorers_or_anchors(folder: Path, tiny_pack: Path) -> None:
     def counts(dest: str, **named: Any) -> tuple[int, int]:
         scorer = make_scorer(named.pop("name", "larf"), tiny_pack, **named)
-        report = score_dataset("in.jsonl", dest, scorer=scorer, score_store="store")
+        report = score_dataset("in.jsonl", dest, Scoring(scorer=scorer, score_store="store"))
         return report["rows"]["scored"], report["rows"]["reused"]
 
     given = anchors()
@@ -127,7 +127,7 @@ def test_stores_and_runs_never_mix_scorers_or_anchors(folder: Path, tiny_pack: P
     assert counts("f.parquet", name="random", seed=2) == (20, 0)
     assert pq.read_table("a.parquet").equals(pq.read_table("b.parquet"))
     with pytest.raises(DestinationExists):
-        score_dataset("in.jsonl", "a.parquet", scorer=make_scorer("larf", tiny_pack, **fewer))
+        score_dataset("in.jsonl", "a.parquet", Scoring(scorer=make_scorer("larf", tiny_pack, **fewer)))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sqsd_filter import Scoring
 from sqsd_filter.cli.evaluate import design_of
 from sqsd_filter.evaluation.settings import FineTuning
 from sqsd_filter.pipeline.run import score_dataset
@@ -174,9 +175,9 @@ def test_parts_of_sqsd_s_risk_are_those_that_their_scorers_give(
     study: ModuleType, tiny_pack: Path, tmp_path: Path
 ) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"Say {k}.", "response": "Well." * k} for k in range(4)])
-    score_dataset(rows, whole := tmp_path / "sqsd.parquet", scorer=make_scorer("sqsd", tiny_pack))
+    score_dataset(rows, whole := tmp_path / "sqsd.parquet", Scoring(scorer=make_scorer("sqsd", tiny_pack)))
     for scorer in ("danger", "safety"):
-        score_dataset(rows, alone := tmp_path / f"{scorer}.parquet", scorer=make_scorer(scorer, tiny_pack))
+        score_dataset(rows, alone := tmp_path / f"{scorer}.parquet", Scoring(scorer=make_scorer(scorer, tiny_pack)))
         assert study.part(whole, scorer, tmp_path / "part.parquet")
         expected, found = (pq.read_table(path).to_pydict() for path in (alone, tmp_path / "part.parquet"))
         assert found.pop("sqsd_risk")[1:] == pytest.approx(expected["sqsd_risk"][1:], rel=1e-4)

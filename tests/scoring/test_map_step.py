@@ -32,7 +32,7 @@ from datasets import (
 )
 from datasets.fingerprint import Hasher
 
-from sqsd_filter import Columns, SQSDScorer, score_dataset, select
+from sqsd_filter import Columns, Scoring, SQSDScorer, score_dataset, select
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.scoring.placement import check_device, choose_device, thread_pool
 from tests import tiny
@@ -128,7 +128,7 @@ def test_every_split_of_a_dict_is_scored(tiny_pack: Path, expected: np.ndarray, 
 def test_scores_are_those_of_the_command(tiny_pack: Path, tmp_path: Path, batch_size: int) -> None:
     source = [{"id": k, "messages": t} for k, t in enumerate(TURNS)]
     write_jsonl(tmp_path / "in.jsonl", source)
-    score_dataset(tmp_path / "in.jsonl", tmp_path / "out.parquet", pack=tiny_pack)
+    score_dataset(tmp_path / "in.jsonl", tmp_path / "out.parquet", Scoring(pack=tiny_pack))
     ours = Dataset.from_list(source).map(SQSDScorer(tiny_pack), batched=True, batch_size=batch_size)
     theirs = Dataset.from_parquet(str(tmp_path / "out.parquet"), cache_dir=str(tmp_path))
     for name in ("sqsd_risk", "sqsd_danger", "sqsd_safety"):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sqsd_filter import filter_dataset, select_dataset
+from sqsd_filter import Cut, filter_dataset, select_dataset
 from sqsd_filter.cli.main import cli
 from sqsd_filter.errors import DestinationExists, UsageError
 from sqsd_filter.pipeline.stage.ray_engine import RayEngine
@@ -175,7 +175,7 @@ def test_a_run_at_a_shared_state_says_so_wherever_it_is_looked_at(
     assert report["settings"]["shared_state"] == {"value": "initial", "origin": "flag"}
     assert "Shared state: `initial`. All directions were taken at this one state. This is not the paper's form" in card
     assert "--shared-state initial" in card
-    select_dataset("fast", "again", drop_count=3)
+    select_dataset("fast", "again", Cut.of(drop_count=3))
     assert "Shared state: `initial`" in Path("again/README.md").read_text()
     run("score", source, "fast.parquet", "--pack", str(tiny_pack), "--shared-state", "initial")
     found = {row["id"]: row["sqsd_risk"] for row in pq.read_table("fast.parquet").to_pylist()}

@@ -76,7 +76,7 @@ class Lengths(TypedDict):
 
 
 class ModuleMeans(TypedDict):
-    """Mean cosines at modules, over all scored rows and over the riskiest; `places` has the modules' layers and types."""
+    """Mean cosines of modules, over all scored rows and the riskiest; `places` has the modules' layers and types."""
 
     places: list[tuple[int | None, str]]
     all: list[float]

@@ -1,7 +1,7 @@
-"""The Ray Data stage: one read task a shard, a pool of model replicas, scores back to the driver.
+"""The engine on Ray Data: one read task per shard, a pool of model replicas, scores back to the driver.
 
-A shard travels as one row, so that its rows stay together whatever Ray does with blocks: out go the conversations, back
-come the scores, or an error as data. Nothing relies on Ray to drop rows or to tell of them.
+A shard travels as one row, so that its rows stay together whatever Ray does with blocks: conversations go out, and
+scores come back, or an error as data. No row is dropped or counted by Ray.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
+from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -41,13 +41,13 @@ from sqsd_filter.scoring.scorer import BatchedScorer
 
 log = logging.getLogger(__name__)
 
-STALLED_AFTER = 300.0  # seconds without a row after which the user is told
+STALLED_AFTER = 300.0  # seconds without a finished row after which a note appears
 
 
 class ShardSource(Datasource):
-    """One read task a shard; each gives a single row with the shard's number and its conversations as JSON."""
+    """One read task per shard; each gives a single row with the shard's number and its conversations as JSON."""
 
-    def __init__(self, corpus: Any, form: RowFormat, shards: Sequence[Shard]) -> None:
+    def __init__(self, corpus: ray.ObjectRef[Corpus], form: RowFormat, shards: Sequence[Shard]) -> None:
         super().__init__()
         self._corpus, self._form, self._shards = corpus, form, shards
 
@@ -55,13 +55,16 @@ class ShardSource(Datasource):
         return None
 
     def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+        self,
+        parallelism: int,  # noqa: ARG002  (there are as many tasks as shards)
+        per_task_row_limit: int | None = None,  # noqa: ARG002
+        data_context: DataContext | None = None,  # noqa: ARG002
     ) -> list[ReadTask]:
         meta = BlockMetadata(num_rows=1, size_bytes=None, exec_stats=None, input_files=None)
         return [ReadTask(partial(_read, self._corpus, self._form, os.getcwd(), shard), meta) for shard in self._shards]
 
 
-def _read(corpus: Any, form: RowFormat, folder: str, shard: Shard) -> list[pa.Table]:
+def _read(corpus: ray.ObjectRef[Corpus], form: RowFormat, folder: str, shard: Shard) -> list[pa.Table]:
     try:
         with chdir(folder):  # the driver's, where relative paths lead: a session may be older than that
             turns, problem = [json.dumps(t) for t in conversations(ray.get(corpus), form, shard)], None
@@ -76,11 +79,13 @@ def _read(corpus: Any, form: RowFormat, folder: str, shard: Shard) -> list[pa.Ta
 
 
 class RayEngine:
-    """Replicas on Ray: `replicas` of them (default: as many as the GPUs hold, or one a node without any), each with
-    `gpus_per_replica` GPUs (a share, or several with the model spread over them) or, on CPUs, `threads` threads.
+    """Replicas of the model on Ray.
 
-    Uses the session that is there, else the cluster at `address`, else one of its own, which `close` shuts down.
-    `on_its_device` raises `SQSDError` when the cluster can't be reached or lacks the GPUs.
+    `replicas` is their number; the default fills the GPUs, or starts one per node where there is no GPU. Each has
+    `gpus_per_replica` GPUs (a share of one, or several, over which the model is spread) or, on CPUs, `threads` threads.
+
+    Uses the running session, else the cluster at `address`, else a session of its own, which `close` shuts down.
+    `prepare` raises `SQSDError` when the cluster can't be reached or lacks the GPUs.
     """
 
     def __init__(
@@ -95,7 +100,7 @@ class RayEngine:
         self._ours = False
         self._state: dict[str, int] = {}
 
-    def on_its_device(self, scorer: BatchedScorer) -> BatchedScorer:
+    def prepare(self, scorer: BatchedScorer) -> BatchedScorer:
         if not ray.is_initialized():
             self._ours = True
             _connect(self.address)
@@ -145,7 +150,7 @@ class RayEngine:
             "threads": self.threads,
             "content": scorer.base_content,
         }
-        with _quiet_data(), self._told(ledger, progress):
+        with _quiet_data(), self._reports(ledger, progress):
             # The files are the driver's: they are read where it runs, without a claim to a CPU that a replica may hold.
             source = ray.data.read_datasource(
                 ShardSource(ray.put(corpus), form, list(shards)),
@@ -175,8 +180,8 @@ class RayEngine:
             raise SQSDError(f"{len(expected)} shards did not come back from Ray: run the same command again.")
 
     @contextmanager
-    def _told(self, ledger: Any, progress: Progress) -> Iterator[None]:
-        """Hand on to `progress` what the ledger hears, and say so when nothing moves."""
+    def _reports(self, ledger: ActorHandle, progress: Progress) -> Iterator[None]:
+        """Report the ledger's figures to `progress`, with a note when no row is finished for long."""
         stop = threading.Event()
         rows = tokens = retried = 0
         moved = time.monotonic()
@@ -219,7 +224,7 @@ class RayEngine:
         try_to_look()
 
 
-def _batches(scored: Any) -> Iterator[pa.Table]:
+def _batches(scored: ray.data.Dataset) -> Iterator[pa.Table]:
     batches = iter(scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     try:
         while (batch := next(batches, None)) is not None:

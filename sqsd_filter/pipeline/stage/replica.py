@@ -17,10 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
+from ray.actor import ActorHandle
 
 import sqsd_filter.errors as errors
 from sqsd_filter.corpus.conversation import conversation_key
@@ -33,12 +34,12 @@ log = logging.getLogger(__name__)
 
 BEAT = 2.0  # seconds between a replica's signs of life
 SILENT_FOR = 20.0  # seconds after which a replica counts as gone
-WATCHED_FROM = 3  # the attempt at a shard from which each bin is noted before it runs
+WATCHED_FROM = 3  # the attempt at a shard from which on each micro-batch is noted before it runs
 LAST_ATTEMPT = 12  # from here on all suspects are given up; after it the shard is
 
 
 class Ledger:
-    """What the replicas tell, and the pack's files for those that lack them: an actor, so that it outlives them."""
+    """What the replicas report, and the pack's files for nodes without them. An actor, so that it outlives them."""
 
     def __init__(self, pack: Mapping[str, bytes]) -> None:
         self.pack = pack
@@ -92,7 +93,7 @@ class Ledger:
 class Replica:
     """A model on a device of its own, scoring shards."""
 
-    def __init__(self, scorer: BatchedScorer, ledger: Any, threads: int, content: str | None) -> None:
+    def __init__(self, scorer: BatchedScorer, ledger: ActorHandle, threads: int, content: str | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
@@ -102,7 +103,7 @@ class Replica:
         self.problem: str | None = None
         threading.Thread(target=self._beat, daemon=True).start()
         try:
-            with _at_hand(scorer.pack, ledger) as pack:
+            with _local_copy(scorer.pack, ledger) as pack:
                 self.scorer = scorer.with_pack(pack)
                 self.scorer.check_device()
                 if None not in (content, here := self.scorer.base_content) and here != content:
@@ -142,7 +143,7 @@ class Replica:
 
 
 class _Reporting(ScoringCallbacks):
-    def __init__(self, ledger: Any, replica: str, shard: int) -> None:
+    def __init__(self, ledger: ActorHandle, replica: str, shard: int) -> None:
         self.ledger, self.replica, self.shard = ledger, replica, shard
         self.attempt, apart, given_up = ray.get(ledger.begin.remote(shard))
         self.apart, self.given_up = frozenset(apart), frozenset(given_up)
@@ -161,7 +162,7 @@ class _Reporting(ScoringCallbacks):
 
 
 def _to_table(shard: int, keys: list[bytes], scores: Scores | None, problem: str | None) -> pa.Table:
-    columns: dict[str, Any] = {}
+    columns: dict[str, np.ndarray | list[str]] = {}
     if scores is not None:
         columns = {f"probe:{name}": values for name, values in scores.probes.items()}
         columns |= {"risk": scores.risk, "status": scores.status, "detail": scores.detail, "tokens": scores.tokens}
@@ -196,17 +197,17 @@ def pack_files_of(pack: Pack) -> dict[str, bytes]:
 
 
 @contextmanager
-def _at_hand(pack: Pack, ledger: Any) -> Iterator[Pack]:
-    """The pack on this node: where the driver has it, if the same is there, else written from what the ledger keeps.
+def _local_copy(pack: Pack, ledger: ActorHandle) -> Iterator[Pack]:
+    """The pack on this node: at the driver's path if the same files are there, else written from the ledger's.
 
     Only the adapters are read here; the probes are the driver's, which need not be those of the file.
     """
     same = False
     with suppress(SQSDError, OSError):
-        found = replace(pack, path=load_pack(pack.path if pack.path.parent != PACKS_DIR else pack.name).path)
-        same = found.fingerprint == pack.fingerprint
+        local = replace(pack, path=load_pack(pack.path if pack.path.parent != PACKS_DIR else pack.name).path)
+        same = local.fingerprint == pack.fingerprint
     if same:
-        yield found
+        yield local
         return
     with tempfile.TemporaryDirectory(prefix="sqsd-pack-") as folder:
         for name, content in ray.get(ledger.pack_files.remote()).items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -47,7 +46,7 @@ class Scan:
         )
         progress.finish()
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         return {"sources": self.specs, "inputs": self.corpus.inputs, "row_format": vars(self.form), "limit": self.limit}
 
     def score(
@@ -112,6 +111,6 @@ def read_once(
     return corpus, grouping.groups(corpus.schema.names)
 
 
-def as_list(sources: Any) -> list[Any]:
+def as_list(sources: object) -> list[object]:
     """One source or several, as a list."""
     return list(sources) if isinstance(sources, list | tuple) else [sources]

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
+from sqsd_filter import Cut, Scoring, SQSDScorer, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.errors import DestinationExists, InputError, SQSDError
 from sqsd_filter.pipeline.page.page import remake_page, write_page
@@ -212,8 +212,8 @@ def read(home: str) -> str:
 
 def test_every_kind_of_run_leaves_its_page(folder: Path, scorer: SQSDScorer) -> None:
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, explain=2)
-    score_dataset("in.jsonl", "all.parquet", scorer=scorer)
-    select_dataset("all.parquet", "cut", drop_count=4, per_group="id")
+    score_dataset("in.jsonl", "all.parquet", Scoring(scorer=scorer))
+    select_dataset("all.parquet", "cut", Cut.of(drop_count=4, per_group="id"))
     filtered, scored, selected = map(read, ("out/sqsd", "all.parquet.sqsd", "cut/sqsd"))
     assert "<h1>17 of 21 rows kept, the riskiest dropped</h1>" in filtered
     assert "tiny (" in filtered
@@ -238,10 +238,10 @@ def test_rows_that_are_kept_without_a_risk_are_counted_as_such(folder: Path, sco
 def test_a_cut_of_scored_files_reads_rows_as_they_were_scored(folder: Path, tiny_pack: Path) -> None:
     write_jsonl(folder / "in.jsonl", [{"q": f"Question {k}?", "a": f"Answer {k}."} for k in range(8)])
     scorer = SQSDScorer(tiny_pack, columns=Columns(prompt="q", answer="a"))
-    score_dataset("in.jsonl", "all.parquet", scorer=scorer)
-    select_dataset("all.parquet", "known", drop_count=2)
+    score_dataset("in.jsonl", "all.parquet", Scoring(scorer=scorer))
+    select_dataset("all.parquet", "known", Cut.of(drop_count=2))
     Path("all.parquet").rename("alone.parquet")
-    select_dataset("alone.parquet", "guessed", drop_count=2)
+    select_dataset("alone.parquet", "guessed", Cut.of(drop_count=2))
     assert "Measured on 8 rows" in read("known/sqsd")
     assert "No answer could be measured" in read("guessed/sqsd")
 

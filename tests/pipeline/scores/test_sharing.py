@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from sqsd_filter import Scoring
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import InputError, SQSDError, UsageError
 from sqsd_filter.pipeline.run import filter_dataset, score_dataset
@@ -72,7 +73,7 @@ def test_the_second_night_scores_only_the_new_rows_and_cuts_the_same(folder: Pat
     assert counts(run("tuesday.jsonl", "tuesday", scorer)) == (2, 40)
     run("tuesday.jsonl", "alone", scorer, None)
     assert_same("tuesday", "alone")
-    assert counts(score_dataset("tuesday.jsonl", "t.parquet", scorer=scorer, score_store="store")) == (0, 42)
+    assert counts(score_dataset("tuesday.jsonl", "t.parquet", Scoring(scorer=scorer, score_store="store"))) == (0, 42)
 
 
 def test_scores_for_other_settings_are_not_taken(folder: Path, scorer: SQSDScorer, tiny_pack: Path) -> None:

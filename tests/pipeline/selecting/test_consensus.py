@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
+from sqsd_filter import Cut, Scoring, SQSDScorer, Writing, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.cli.main import cli
 from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
@@ -75,7 +75,9 @@ def test_the_risk_is_what_the_rule_says_whatever_the_order_of_the_packs(rule: st
     expected = textbook([A, B, C], rule)
     combined = []
     for number, (first, *others) in enumerate(permutations(packs)):
-        select_dataset(first, f"out{number}", scores=others, consensus=rule, drop_count=2, on_error="keep")
+        select_dataset(
+            first, f"out{number}", Cut.of(drop_count=2), Writing(on_error="keep"), scores=others, consensus=rule
+        )
         rows = all_rows(f"out{number}")
         combined.append([row["sqsd_risk"] for row in rows])
         for letter, name in zip("abc", (first, *others), strict=True):
@@ -89,8 +91,8 @@ def test_the_risk_is_what_the_rule_says_whatever_the_order_of_the_packs(rule: st
 def test_a_pack_agrees_with_itself(rule: str, folder: Path) -> None:
     scored_file("a.parquet", A)
     scored_file("again.parquet", A)
-    select_dataset("a.parquet", "alone", drop_top="30%")
-    report = select_dataset("a.parquet", "both", scores=["again.parquet"], consensus=rule, drop_top="30%")
+    select_dataset("a.parquet", "alone", Cut.of(drop_top="30%"))
+    report = select_dataset("a.parquet", "both", Cut.of(drop_top="30%"), scores=["again.parquet"], consensus=rule)
     for split in SPLITS:
         assert ids_of(Path("both"), split) == ids_of(Path("alone"), split)
     assert report["ties"] == read_report(Path("alone"))["ties"]
@@ -103,7 +105,7 @@ def test_a_row_that_a_pack_could_not_score_has_no_risk_and_the_status_of_the_fir
     statuses = ["scored"] * 6 + ["no_answer", "scored"]
     scored_file("a.parquet", A)
     scored_file("b.parquet", B, sqsd_status=statuses)
-    report = select_dataset("a.parquet", "out", scores=["b.parquet"], consensus="max", drop_count=1)
+    report = select_dataset("a.parquet", "out", Cut.of(drop_count=1), scores=["b.parquet"], consensus="max")
     assert {row["id"]: row["sqsd_status"] for row in rows_of(Path("out"), "errors")} == {4: "nonfinite", 6: "no_answer"}
     assert report["unscored"] == {"nonfinite": 1, "no_answer": 1}
     assert report["rows"]["reused"] == 6
@@ -115,11 +117,11 @@ def test_runs_and_scored_files_of_two_packs_go_together(folder: Path, tiny_pack:
     write_jsonl(folder / "in.jsonl", rows)
     other = SQSDScorer(make_pack(folder / "other", name="other", ranks=(3, 3, 3)))
     filter_dataset("in.jsonl", "run", drop_count=0, scorer=SQSDScorer(tiny_pack))
-    score_dataset("in.jsonl", "other.parquet", scorer=other)
+    score_dataset("in.jsonl", "other.parquet", Scoring(scorer=other))
     filter_dataset("in.jsonl", "another", drop_count=0, scorer=other)
-    how: dict[str, Any] = {"consensus": "mean-rank", "drop_count": 3, "per_group": "id"}
-    report = select_dataset("run", "out", scores=["other.parquet"], **how)
-    select_dataset("run", "same", scores=["another"], **how)
+    cut = Cut.of(drop_count=3, per_group="id")
+    report = select_dataset("run", "out", cut, scores=["other.parquet"], consensus="mean-rank")
+    select_dataset("run", "same", cut, scores=["another"], consensus="mean-rank")
     assert [pack["column"] for pack in report["consensus"]["packs"]] == ["sqsd_risk_tiny", "sqsd_risk_other"]
     assert report["consensus"]["packs"][1]["pack"]["fingerprint"] == other.pack.fingerprint
     assert report["unscored"] == {"no_answer": 1}
@@ -142,24 +144,25 @@ def test_runs_and_scored_files_of_two_packs_go_together(folder: Path, tiny_pack:
 def test_other_scores_or_another_rule_are_another_run(folder: Path) -> None:
     for name, risks in (("a", A), ("b", B), ("c", C)):
         scored_file(f"{name}.parquet", risks)
-    how: dict[str, Any] = {"scores": ["b.parquet"], "consensus": "max", "drop_count": 1}
-    select_dataset("a.parquet", "out", **how)
-    assert select_dataset("a.parquet", "out", **how)["already_done"]
+    cut = Cut.of(drop_count=1)
+    how: dict[str, Any] = {"scores": ["b.parquet"], "consensus": "max"}
+    select_dataset("a.parquet", "out", cut, **how)
+    assert select_dataset("a.parquet", "out", cut, **how)["already_done"]
     for change in ({"consensus": "mean-rank"}, {"scores": ["c.parquet"]}, {"scores": ["b.parquet", "c.parquet"]}):
         with pytest.raises(DestinationExists, match=r"another run \((consensus|scores)"):
-            select_dataset("a.parquet", "out", **{**how, **change})
+            select_dataset("a.parquet", "out", cut, **{**how, **change})
     scored_file("b.parquet", C)
     with pytest.raises(DestinationExists, match=r"another run \(scores"):
-        select_dataset("a.parquet", "out", **how)
+        select_dataset("a.parquet", "out", cut, **how)
 
 
 def test_groups_and_weights_are_those_of_the_common_risk(folder: Path) -> None:
     scored_file("a.parquet", A)
     scored_file("b.parquet", B)
-    how: dict[str, Any] = {"scores": ["b.parquet"], "consensus": "mean-rank", "drop_count": 2}
-    kinds = select_dataset("a.parquet", "groups", per_group="sqsd_status", **how)
+    how: dict[str, Any] = {"scores": ["b.parquet"], "consensus": "mean-rank"}
+    kinds = select_dataset("a.parquet", "groups", Cut.of(drop_count=2, per_group="sqsd_status"), **how)
     assert [group["dropped"] for group in kinds["groups"]["groups"]][:1] == [2]
-    weighted = select_dataset("a.parquet", "weighted", weights=True, **how)
+    weighted = select_dataset("a.parquet", "weighted", Cut.of(drop_count=2, weights=True), **how)
     expected = sorted(risk for risk in textbook([A, B], "mean-rank") if risk is not None)
     assert weighted["weights"]["threshold"] == pytest.approx(expected[-2])
 
@@ -178,7 +181,7 @@ def test_scores_of_other_rows_are_refused(change: Any, complaint: str, folder: P
     rows = pq.read_table(scored_file("b.parquet", B)).to_pylist()
     pq.write_table(pa.Table.from_pylist(change(rows)), "b.parquet")
     with pytest.raises(InputError, match=complaint):
-        select_dataset("a.parquet", "out", scores=["b.parquet"], consensus="max", drop_count=1)
+        select_dataset("a.parquet", "out", Cut.of(drop_count=1), scores=["b.parquet"], consensus="max")
 
 
 def test_files_that_nothing_is_known_of_are_read_as_the_first_pack_was(folder: Path, tiny_pack: Path) -> None:
@@ -186,17 +189,18 @@ def test_files_that_nothing_is_known_of_are_read_as_the_first_pack_was(folder: P
     write_jsonl(folder / "in.jsonl", rows)
     scorer = SQSDScorer(tiny_pack, columns=Columns(prompt="q", answer="a"))
     for name in ("a.parquet", "b.parquet"):
-        score_dataset("in.jsonl", name, scorer=scorer)
+        score_dataset("in.jsonl", name, Scoring(scorer=scorer))
     shutil.rmtree("b.parquet.sqsd")
-    how: dict[str, Any] = {"scores": ["b.parquet"], "consensus": "max", "drop_count": 1}
-    select_dataset("a.parquet", "out", **how)
+    cut = Cut.of(drop_count=1)
+    how: dict[str, Any] = {"scores": ["b.parquet"], "consensus": "max"}
+    select_dataset("a.parquet", "out", cut, **how)
     table = pq.read_table("b.parquet")
     pq.write_table(table.set_column(table.column_names.index("a"), "a", pa.array(["?"] * 6)), "b.parquet")
     with pytest.raises(InputError, match="row 1, where one has another conversation"):
-        select_dataset("a.parquet", "again", **how)
+        select_dataset("a.parquet", "again", cut, **how)
     pq.write_table(table.drop_columns(["q", "prompt"]), "b.parquet")
     with pytest.raises(InputError, match=r"which columns were scored: keep b\.parquet\.sqsd"):
-        select_dataset("a.parquet", "again", **how)
+        select_dataset("a.parquet", "again", cut, **how)
 
 
 def test_a_rule_and_further_scores_go_together(folder: Path) -> None:
@@ -208,12 +212,14 @@ def test_a_rule_and_further_scores_go_together(folder: Path) -> None:
         ({"scores": ["a.parquet"] * 26, "consensus": "max"}, "No more than 26"),
     ):
         with pytest.raises(UsageError, match=complaint):
-            select_dataset("a.parquet", "out", drop_count=1, **how)
+            select_dataset("a.parquet", "out", Cut.of(drop_count=1), **how)
     write_jsonl(folder / "in.jsonl", make_rows(8))
     with pytest.raises(InputError, match=r"in\.jsonl has no columns sqsd_risk"):
-        select_dataset("a.parquet", "out", drop_count=1, scores=["in.jsonl"], consensus="max")
+        select_dataset("a.parquet", "out", Cut.of(drop_count=1), scores=["in.jsonl"], consensus="max")
     with pytest.raises(DestinationExists, match="would delete"):
-        select_dataset("a.parquet", ".", drop_count=1, scores=["a.parquet"], consensus="max", overwrite=True)
+        select_dataset(
+            "a.parquet", ".", Cut.of(drop_count=1), Writing(overwrite=True), scores=["a.parquet"], consensus="max"
+        )
 
 
 def test_the_command_line_takes_several_scores(folder: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
+from sqsd_filter import Scoring, SQSDScorer, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.corpus.addresses import Opener
 from sqsd_filter.corpus.sources import Corpus, Row
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
@@ -312,8 +312,8 @@ def test_each_category_gives_its_share_of_its_riskiest_rows(folder: Path, scorer
 def test_selecting_by_group_from_scores_equals_filtering(source: str, folder: Path, scorer: SQSDScorer) -> None:
     filtered = filter_dataset("in.jsonl", "filtered", drop_top="30%", per_group="category", scorer=scorer)
     filter_dataset("in.jsonl", "run", drop_count=0, scorer=scorer)
-    score_dataset("in.jsonl", "scored.parquet", scorer=scorer)
-    selected = select_dataset(source, "selected", drop_top="30%", per_group="category")
+    score_dataset("in.jsonl", "scored.parquet", Scoring(scorer=scorer))
+    selected = select_dataset(source, "selected", Cut.of(drop_top="30%", per_group="category"))
     for key in ("groups", "cut", "threshold", "ties"):
         assert selected[key] == filtered[key]
     for split in SPLITS:
@@ -342,11 +342,11 @@ def test_a_column_that_no_row_has_is_an_error_that_names_those_there_are(
 ) -> None:
     calls: dict[str, Callable[..., Any]] = {
         "filter": lambda **how: filter_dataset("in.jsonl", "out", scorer=scorer, **how),
-        "select a file": lambda **how: select_dataset("scored.parquet", "out", **how),
-        "select a run": lambda **how: select_dataset("run", "out", **how),
+        "select a file": lambda **cut: select_dataset("scored.parquet", "out", Cut.of(**cut)),
+        "select a run": lambda **cut: select_dataset("run", "out", Cut.of(**cut)),
     }
     if run == "select a file":
-        score_dataset("in.jsonl", "scored.parquet", scorer=scorer)
+        score_dataset("in.jsonl", "scored.parquet", Scoring(scorer=scorer))
     elif run == "select a run":
         filter_dataset("in.jsonl", "run", drop_count=0, scorer=scorer)
     with pytest.raises(

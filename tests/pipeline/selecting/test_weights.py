@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
+from sqsd_filter import Scoring, SQSDScorer, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.errors import DestinationExists
 from sqsd_filter.pipeline.selecting.groups import Groups
 from sqsd_filter.pipeline.selecting.selection import ERROR, FORMULA, KEPT, Cut, cut_rows, weigh
@@ -222,9 +222,9 @@ def test_groups_report_their_own_weights(folder: Path, scorer: SQSDScorer) -> No
 @pytest.mark.parametrize("source", ["run", "scored.parquet"])
 def test_weights_from_scores_equal_those_of_a_run(source: str, folder: Path, scorer: SQSDScorer) -> None:
     filter_dataset("in.jsonl", "run", drop_count=0, scorer=scorer)
-    score_dataset("in.jsonl", "scored.parquet", scorer=scorer)
+    score_dataset("in.jsonl", "scored.parquet", Scoring(scorer=scorer))
     filtered = filter_dataset("in.jsonl", "filtered", drop_count=5, weights=True, scorer=scorer)
-    selected = select_dataset(source, "selected", drop_count=5, weights=True)
+    selected = select_dataset(source, "selected", Cut.of(drop_count=5, weights=True))
     assert selected["weights"] == filtered["weights"]
     ours, theirs = (pq.read_table(split_file(Path(name), "kept")) for name in ("selected", "filtered"))
     assert ours.column_names == theirs.column_names
@@ -236,12 +236,12 @@ def test_weights_of_an_earlier_run_make_way(folder: Path, scorer: SQSDScorer) ->
     earlier = str(split_file(Path("first"), "kept"))
     columns = ["id", "instruction", "output", "kind", "sqsd_risk", "sqsd_danger", "sqsd_safety", "sqsd_status"]
     filter_dataset(earlier, "filtered", drop_count=1, scorer=scorer)
-    score_dataset(earlier, "scored.parquet", scorer=scorer)
-    select_dataset(earlier, "selected", drop_count=1)
+    score_dataset(earlier, "scored.parquet", Scoring(scorer=scorer))
+    select_dataset(earlier, "selected", Cut.of(drop_count=1))
     for path in (split_file(Path("filtered"), "kept"), Path("scored.parquet"), split_file(Path("selected"), "kept")):
         assert pq.read_schema(path).names == columns
     filter_dataset(earlier, "again", drop_count=1, weights=True, scorer=scorer)
-    select_dataset(earlier, "reselected", drop_count=1, weights=True)
+    select_dataset(earlier, "reselected", Cut.of(drop_count=1, weights=True))
     for name in ("again", "reselected"):
         assert pq.read_schema(split_file(Path(name), "kept")).names == [*columns, "sqsd_weight"]
         assert weights_of(name) != weights_of("first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -21,9 +22,11 @@ import ray
 import torch
 
 from sqsd_filter.errors import InputError, ModelError, SQSDError, UsageError
+from sqsd_filter.pipeline.report import FinishedReport
 from sqsd_filter.pipeline.run import filter_dataset
 from sqsd_filter.pipeline.stage import ray_engine
-from sqsd_filter.pipeline.stage.engines import LocalEngine, choose_engine
+from sqsd_filter.pipeline.stage.choice import choose_engine
+from sqsd_filter.pipeline.stage.engines import LocalEngine
 from sqsd_filter.pipeline.stage.ray_engine import RayEngine
 from sqsd_filter.pipeline.stage.replica import Ledger
 from sqsd_filter.progress import Silent
@@ -42,7 +45,7 @@ SHARDS = 6
 def session() -> Iterator[None]:
     """One Ray for all tests that don't break it."""
     os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
 
@@ -65,7 +68,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_pack: Path) -> di
         return content(Path("out"))
 
 
-def run(source: Path, pack: Path, engine: Any, dest: str = "out") -> dict[str, Any]:
+def run(source: Path, pack: Path, engine: Any, dest: str = "out") -> FinishedReport:
     return filter_dataset(source, dest, drop_top="5%", scorer=SQSDScorer(pack), engine=engine)
 
 
@@ -332,13 +335,13 @@ def test_an_address_where_nobody_answers_is_one_sentence_at_once(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # a session that is open would be used instead
     began = time.monotonic()
     with pytest.raises(SQSDError, match=r"No Ray cluster answers at 127\.0\.0\.1:9 .*--ray-address"):
-        RayEngine(address="127.0.0.1:9").on_its_device(SQSDScorer(tiny_pack))
+        RayEngine(address="127.0.0.1:9").prepare(SQSDScorer(tiny_pack))
     assert time.monotonic() - began < 10
 
 
 def test_more_gpus_than_there_are_is_one_sentence(session: None, tiny_pack: Path) -> None:
     with pytest.raises(SQSDError, match="don't fit on the 0 GPUs"):
-        RayEngine(2, gpus_per_replica=1).on_its_device(SQSDScorer(tiny_pack))
+        RayEngine(2, gpus_per_replica=1).prepare(SQSDScorer(tiny_pack))
 
 
 # ---------------------------------------------------------------------------------------------- the ledger
@@ -382,7 +385,7 @@ def test_a_node_that_goes_away_costs_time_only(source: Path, tiny_pack: Path, un
     try:
         other = cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         engine = RayEngine(2)
 
         class Losing(RayEngine):
@@ -414,7 +417,7 @@ def test_shares_of_a_gpu_hold_as_many_replicas_whatever_the_cpus(
         return self
 
     ray.shutdown()
-    ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         scorer = SQSDScorer(tiny_pack)
         scorer.__class__ = type("OnCPU", (SQSDScorer,), {"on_device": on_device})

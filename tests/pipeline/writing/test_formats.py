@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sqsd_filter import SQSDScorer, filter_dataset, score_dataset, select_dataset
+from sqsd_filter import Cut, Scoring, SQSDScorer, Writing, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import DestinationExists, InputError
-from sqsd_filter.pipeline.report import load_calls
+from sqsd_filter.pipeline.report import Config, FinishedReport, RunContent, load_calls
 from tests.corpora import content, make_rows, read_report, write_jsonl
 
 datasets.disable_progress_bars()
@@ -37,11 +37,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def cut(dest: str, to: str, **options: Any) -> dict[str, Any]:
-    return select_dataset("in.jsonl", dest, drop_count=6, to=to, **{"shard_size": 1, **options})
+def cut(dest: str, to: str, **writing: Any) -> FinishedReport:
+    return select_dataset("in.jsonl", dest, Cut.of(drop_count=6), Writing(to=to, **{"shard_size": 1, **writing}))
 
 
-def loaded(dest: Path, report: dict[str, Any], config: str) -> list[dict[str, Any]]:
+def loaded(dest: Path, report: RunContent, config: Config) -> list[dict[str, Any]]:
     """What the call gives that is told to people."""
     names = {
         "load_from_disk": datasets.load_from_disk,
@@ -110,7 +110,7 @@ def test_a_changed_byte_in_a_data_file_is_mended_and_no_reasons_are_no_damage(fo
 def test_only_a_byte_order_mark_is_missing_from_lines_as_they_were(folder: Path) -> None:
     written = b"".join(b'{"id" : %d,  "sqsd_risk":0.1,"sqsd_status":"scored"}\r\n' % k for k in range(3))
     Path("in.jsonl").write_bytes(b"\xef\xbb\xbf" + written)
-    report = select_dataset("in.jsonl", "out", drop_count=0, to="jsonl", with_scores=True)
+    report = select_dataset("in.jsonl", "out", Cut.of(drop_count=0), Writing(to="jsonl", with_scores=True))
     assert Path("out", report["files"][0]["path"]).read_bytes() == written
 
 
@@ -149,7 +149,7 @@ def test_what_was_written_can_be_cut_again(to: str, folder: Path) -> None:
     report = cut("out", to, with_scores=to == "jsonl")
     kept = ["out/kept"] if to == "arrow" else [f["path"] for f in report["files"] if f["config"] == "kept"]
     sources = kept if to == "arrow" else [f"out/{path}" for path in kept]
-    again = select_dataset(sources, "again", keep_lowest=3, to="jsonl", with_scores=True)
+    again = select_dataset(sources, "again", Cut.of(keep_lowest=3), Writing(to="jsonl", with_scores=True))
     lowest = sorted(ROWS, key=lambda row: row["sqsd_risk"])[:3]
     found = [json.loads(line) for line in Path("again/data/kept-00000-of-00001.jsonl").read_text().splitlines()]
     assert sorted(found, key=lambda row: row["sqsd_risk"]) == lowest
@@ -176,7 +176,7 @@ def test_a_run_writes_the_lines_of_its_input(folder: Path, tiny_pack: Path) -> N
     ]
     assert report["json_columns"] == []
 
-    scored = select_dataset("out", "scored", drop_count=3, to="jsonl", with_scores=True)
+    scored = select_dataset("out", "scored", Cut.of(drop_count=3), Writing(to="jsonl", with_scores=True))
     for config in ("kept", "dropped"):
         path = f"data/{config}-00000-of-00001.jsonl"
         for line, more in zip(found[config], Path("scored", path).read_bytes().splitlines(True), strict=True):
@@ -201,7 +201,7 @@ def test_a_column_without_a_form_is_refused_before_anything_is_scored(folder: Pa
 
 def test_the_one_file_of_scores_is_told_of_too(folder: Path, tiny_pack: Path) -> None:
     write_jsonl(folder / "plain.jsonl", make_rows(3))
-    report = score_dataset("plain.jsonl", "scored.parquet", scorer=SQSDScorer(tiny_pack))
+    report = score_dataset("plain.jsonl", "scored.parquet", Scoring(scorer=SQSDScorer(tiny_pack)))
     [file] = report["files"]
     assert (file["path"], file["rows"], file["bytes"]) == (".", 3, Path("scored.parquet").stat().st_size)
     assert report["extra_files"] == []
@@ -217,7 +217,7 @@ def test_each_split_is_loaded_by_its_name(to: str, folder: Path, monkeypatch: py
 
     monkeypatch.setattr(Corpus, "scan", scan)
     write_jsonl(folder / "more.jsonl", [{**row, "id": row["id"] + 100} for row in ROWS])
-    report = select_dataset(["in.jsonl", "more.jsonl"], "out", drop_top="50%", to=to, shard_size="1KB")
+    report = select_dataset(["in.jsonl", "more.jsonl"], "out", Cut.of(drop_top="50%"), Writing(to=to, shard_size="1KB"))
     assert report["rows"]["kept"] == 20
     assert read_report(Path("out")) == report
     if to == "arrow":

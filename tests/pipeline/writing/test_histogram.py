@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sqsd_filter.pipeline.figures import QUANTILES
 from sqsd_filter.pipeline.selecting.selection import DROPPED, ERROR, KEPT, Cut, cut_rows
+from sqsd_filter.pipeline.summary import QUANTILES
 from sqsd_filter.pipeline.writing import histogram
 from sqsd_filter.pipeline.writing.histogram import MOST_BARS, bar_edges, count_bars, count_rows, write_histogram
 

@@ -1,0 +1,102 @@
+"""The two outputs of a run: rows that were cut, in a folder, or all rows with their scores, in one file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from sqsd_filter.corpus.sources import Corpus
+from sqsd_filter.pipeline.page.notes import Notes, NoteTaker
+from sqsd_filter.pipeline.report import Explained, OutputFacts, RunContent
+from sqsd_filter.pipeline.scores.scored import Scored
+from sqsd_filter.pipeline.selecting.groups import by_split
+from sqsd_filter.pipeline.selecting.policy import Policy
+from sqsd_filter.pipeline.selecting.selection import Cut, cut_rows
+from sqsd_filter.pipeline.summary import summarise
+from sqsd_filter.pipeline.writing.card import CARD_FILE, PICTURE_FILE
+from sqsd_filter.pipeline.writing.export import check_columns, export_scored, export_splits
+from sqsd_filter.pipeline.writing.writers import Output
+from sqsd_filter.progress import Progress
+
+PARQUET = Output("parquet", shard_size=1, with_scores=False)
+
+
+class Export(Protocol):
+    """Writes scored rows."""
+
+    @property
+    def per_group(self) -> str | None:
+        """The column whose groups are cut apart."""
+
+    def identity(self) -> dict[str, object]:
+        """The settings that make it another run."""
+
+    def check(self, corpus: Corpus) -> None:
+        """Raise `InputError` for a column that can't be written."""
+
+    def write(self, scored: Scored, root: Path, progress: Progress) -> tuple[RunContent, Notes]:
+        """Write the rows to `root`; what report and page say of them. Raises `RowErrorBudgetExceeded`."""
+
+
+@dataclass(frozen=True)
+class CutRows:
+    """Kept, dropped and error rows in a folder."""
+
+    cut: Cut
+    policy: Policy
+    output: Output
+
+    @property
+    def per_group(self) -> str | None:
+        return self.cut.per_group
+
+    def identity(self) -> dict[str, object]:
+        return {"cut": str(self.cut), "on_error": self.policy.on_error, **vars(self.output)}
+
+    def check(self, corpus: Corpus) -> None:
+        check_columns(corpus, self.output)
+
+    def write(self, scored: Scored, root: Path, progress: Progress) -> tuple[RunContent, Notes]:
+        self.policy.check(scored)
+        splits = by_split(scored.corpus.parts) if self.cut.per_split else None
+        selection = self.policy.apply(scored, cut_rows(scored.risk, scored.scored, self.cut, splits, scored.groups))
+        progress.start("writing", scored.corpus.n_rows)
+        taker = NoteTaker(scored, selection)
+        written = export_splits(scored, selection, root, self.output, progress, taker.see)
+        written["extra_files"] += [PICTURE_FILE, CARD_FILE]  # the job writes them, from the whole report
+        output = self.output
+        content: RunContent = {
+            **summarise(scored, selection, self.cut),
+            **OutputFacts(to=output.to, shard_size=output.shard_size, with_scores=output.with_scores),
+            **written,
+            **Explained(),
+        }
+        return content, taker.notes(content)
+
+
+@dataclass(frozen=True)
+class AllRows:
+    """All rows with their scores in one parquet file."""
+
+    policy: Policy
+    per_group: None = None
+
+    def identity(self) -> dict[str, object]:
+        return {}
+
+    def check(self, corpus: Corpus) -> None:
+        check_columns(corpus, PARQUET)
+
+    def write(self, scored: Scored, root: Path, progress: Progress) -> tuple[RunContent, Notes]:
+        self.policy.check(scored)
+        progress.start("writing", scored.corpus.n_rows)
+        taker = NoteTaker(scored, None)
+        written = export_scored(scored, root, progress, taker.see)
+        content: RunContent = {
+            **summarise(scored, None, None),
+            **OutputFacts(to="parquet"),
+            **written,
+            **Explained(),
+        }
+        return content, taker.notes(content)

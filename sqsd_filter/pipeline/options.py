@@ -1,0 +1,88 @@
+"""The options of a run beside its cut: how rows are scored, and how they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from sqsd_filter.corpus.row_formats import Columns
+from sqsd_filter.errors import UsageError
+from sqsd_filter.pipeline.publishing.hub import PushTo
+from sqsd_filter.pipeline.publishing.target import Target
+from sqsd_filter.pipeline.selecting.policy import Policy
+from sqsd_filter.pipeline.stage.engines import Engine
+from sqsd_filter.pipeline.writing.writers import SHARD_SIZE, Output
+from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+    RowSource: TypeAlias = str | Path | Dataset | DatasetDict | IterableDataset | IterableDatasetDict
+    Sources: TypeAlias = RowSource | Sequence[RowSource]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How rows are read and scored.
+
+    pack: Name, folder or Hub id of the direction pack; ignored if there is a `scorer`.
+    scorer: Scores the rows instead of `SQSDScorer(pack)`; `make_scorer` makes those of other methods.
+    engine: Where the rows are scored; None for this process.
+    columns: The columns with the conversation; None to detect the format.
+    limit: Read the first `limit` rows only.
+    streaming: Read files of the Hub at each pass instead of keeping them in its cache.
+    score_store: Folder or URL of scores that several runs share.
+    max_error_rate: Raise `RowErrorBudgetExceeded` if a larger share of the rows can't be scored.
+    explain: For this many of the riskiest rows (at most 1,000), write to explained.json which layers, module types and
+        answer tokens carry the risk. That file holds text of rows and is never published.
+    """
+
+    pack: str | Path = "smollm2-135m"
+    scorer: BatchedScorer | None = None
+    engine: Engine | None = None
+    columns: Columns | None = None
+    limit: int | None = None
+    streaming: bool = False
+    score_store: str | Path | None = None
+    max_error_rate: str | float = 0.5
+    explain: int | None = None
+
+    @cached_property
+    def chosen_scorer(self) -> BatchedScorer:
+        return self.scorer or SQSDScorer(self.pack)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How rows are written. Raises `UsageError` for values that make no sense.
+
+    to: parquet, arrow or jsonl.
+    shard_size: A file ends when it has about this size, as 500MB or a number of bytes.
+    with_scores: Add the scores to lines of jsonl; files of the other formats always hold them.
+    on_error: Rows that can't be scored go to errors (quarantine), are kept (keep), or fail the run (fail).
+    push: A dataset repository of the Hub that gets the finished result.
+    overwrite: Replace what the destination holds, once the new run is complete.
+    """
+
+    to: str = "parquet"
+    shard_size: str | int = SHARD_SIZE
+    with_scores: bool = False
+    on_error: str = "quarantine"
+    push: PushTo | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        Policy.of(self.on_error, "100%")
+        _ = self.output
+
+    @cached_property
+    def output(self) -> Output:
+        return Output.of(self.to, self.shard_size, self.with_scores)
+
+    def check_target(self, target: Target | None) -> None:
+        """Raise `UsageError` where what is written can't be loaded from the target."""
+        if self.to == "arrow" and isinstance(target, PushTo):
+            raise UsageError("load_dataset reads no Arrow folders from the Hub: push --to parquet or jsonl.")
