@@ -68,7 +68,7 @@ def test_the_page_on_rows_has_every_row_format_and_role_and_status() -> None:
     reasons = (SCORED, NO_ANSWER, PROMPT_TOO_LONG, NONFINITE, BAD_JSON, BAD_ROW, TEMPLATE_ERROR, *TRANSIENT)
     assert [name for name in (*FORMATS, *ROLES, *reasons) if f"`{name}`" not in DOCS["docs/rows.md"]] == []
     formats = next(p for p in COMMANDS[("score",)].params if p.name == "row_format")
-    assert [name for name in FORMATS if name not in formats.help] == []
+    assert [name for name in FORMATS if name not in str(formats.help)] == []
 
 
 def test_every_option_explains_itself() -> None:
