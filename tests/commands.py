@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import click
 import pytest
 
 from sqsd_filter.cli.main import cli, main
+
+CUT = ("--drop-top", "5%")
+Command = Callable[..., tuple[int, str, str]]  # the fixture `command`: exit code, stdout and stderr
 
 
 def exit_code(*words: object) -> int:
@@ -17,6 +21,20 @@ def exit_code(*words: object) -> int:
     with pytest.raises(SystemExit) as left:
         main(list(map(str, words)))
     return int(left.value.code or 0)
+
+
+def one_sentence(err: str) -> str:
+    """The error in what was printed to stderr; it must be the last line, and the only one."""
+    *before, last = err.strip().splitlines()
+    assert last.startswith("Error: ")
+    assert last.endswith(".")
+    assert not any("Error" in line for line in before)
+    return last
+
+
+def entries(folder: Path) -> list[str]:
+    """The names in a folder, sorted."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 def parse(arguments: list[str], within: click.Context | None = None, default: str | None = "filter") -> click.Context:

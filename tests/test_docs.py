@@ -19,6 +19,7 @@ import yaml
 
 import sqsd_filter
 from sqsd_filter import SQSDScorer, select
+from sqsd_filter.cli.docs import page
 from sqsd_filter.cli.main import cli
 from sqsd_filter.corpus.conversation import (
     BAD_JSON,
@@ -31,6 +32,7 @@ from sqsd_filter.corpus.conversation import (
     TEMPLATE_ERROR,
 )
 from sqsd_filter.corpus.row_formats import FORMATS
+from sqsd_filter.errors import SQSDError
 from sqsd_filter.scoring.scorer import TRANSIENT
 from tests.commands import parse
 from tests.corpora import make_rows, write_jsonl
@@ -71,16 +73,23 @@ def test_the_page_on_rows_has_every_row_format_and_role_and_status() -> None:
     assert [name for name in FORMATS if name not in str(formats.help)] == []
 
 
+def test_the_page_on_the_command_line_is_what_the_commands_say() -> None:
+    assert DOCS["docs/cli.md"] == page(), "run python -m sqsd_filter.cli.docs > docs/cli.md"
+    assert {kind.exit_code for kind in SQSDError.__subclasses__()} <= {
+        int(code) for code in re.findall(r"^\| (\d+) \|", DOCS["docs/cli.md"], re.MULTILINE)
+    }
+
+
 def test_every_option_explains_itself() -> None:
     options = [p for c in COMMANDS.values() for p in c.params if isinstance(p, click.Option)]
     assert options
-    assert [p.name for p in options if not p.help] == []
+    assert [p.name for p in options if not re.fullmatch(r"[A-Z-].*\.", p.help or "")] == []
 
 
 def shown() -> list[list[str]]:
     """Every command line of README and docs that can be run as it is: no alternatives, no ellipsis."""
     lines = re.findall(r"^    (?:.*&& )?(?:\S*/)?(sqsd-filter .*?)(?:\s+#.*)?$", EVERYTHING, re.MULTILINE)
-    return [shlex.split(line) for line in dict.fromkeys(lines) if not re.search(r"\.\.\.|[(|]", line)]
+    return [shlex.split(line) for line in dict.fromkeys(lines) if not re.search(r"\.\.\.|[(|]|OPTIONS", line)]
 
 
 @pytest.mark.parametrize("line", shown(), ids=" ".join)

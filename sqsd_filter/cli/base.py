@@ -121,14 +121,10 @@ class FilterFirst(Group):
             raise click.UsageError(f"'{word}' is neither a command nor a file or folder. Did you mean '{close}'?", ctx)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Commands, files, and the options of `filter`, which may all come first."""
+        """Files, commands, and the options of `filter`. Files are first: in bash they set aside what is before them."""
         command = self.commands[DEFAULT]
-        within = click.Context(command, ctx, DEFAULT)
-        return [
-            *super().shell_complete(ctx, incomplete),
-            *command.shell_complete(within, incomplete),
-            *_files(incomplete),
-        ]
+        options = command.shell_complete(click.Context(command, ctx, DEFAULT), incomplete)
+        return [*_files(incomplete), *super().shell_complete(ctx, incomplete), *options]
 
 
 def complete_files(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:

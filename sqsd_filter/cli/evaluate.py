@@ -243,16 +243,15 @@ tuning = together(
     epilog=examples(
         (
             "Five windows of 500 rows each, 15 fine-tunes",
-            "sqsd-filter evaluate scores.parquet study/ --size 500 --harmful harmful.jsonl",
+            "sqsd-filter evaluate a.parquet study/ --size 500 --harmful harmful.jsonl",
         ),
         (
-            "A quick look: the riskiest and the safest rows, one seed",
-            "sqsd-filter evaluate scores.parquet study/ --size 500 --windows 2 --seeds 0 \\\n"
-            "    --harmful harmful.jsonl",
+            "The riskiest and the safest rows only: 6 fine-tunes",
+            "sqsd-filter evaluate a.parquet study/ --windows 2 --size 500 --harmful h.jsonl",
         ),
         (
             "How many unsafe rows does a cut find? No fine-tune is needed",
-            "sqsd-filter evaluate scores.parquet study/ --arms none --poison unsafe.parquet",
+            "sqsd-filter evaluate a.parquet study/ --arms none --poison unsafe.parquet",
         ),
     ),
 )

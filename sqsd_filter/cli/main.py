@@ -170,7 +170,7 @@ def _score_and_report(context: click.Context, run: Callable[[Scoring, Progress],
 def filter_command(context: click.Context, /, **_: object) -> None:
     """Score every row of SRC... and write the rows to DEST, a folder or URL, without the riskiest ones.
 
-    SRC is a file, a glob, a folder, a dataset of the Hub (org/name), a URL, or - for standard input. Give exactly one
+    SRC is a file, a glob, a folder, a dataset of the Hub (org/name), a URL, or `-` for standard input. Give exactly one
     of --drop-top, --drop-count, --max-risk and --keep-lowest. The same command resumes an interrupted run.
     """
     from sqsd_filter.pipeline.selecting.selection import Cut
@@ -241,7 +241,7 @@ def score(context: click.Context, /, **_: object) -> None:
         ("Cut the rows of an earlier run elsewhere", "sqsd-filter select out/ other/ --max-risk 30"),
         (
             "Cut by the scores of two packs",
-            "sqsd-filter select a.parquet out/ --scores b.parquet --consensus max --drop-top 5%",
+            "sqsd-filter select a/ out/ --scores b/ --consensus max --drop-top 5%",
         ),
     ),
 )

@@ -25,7 +25,8 @@ def build(recipe: Path, out: Path) -> None:
     """Train a pack by the recipe CONFIG.toml and write it to the folder OUT. The same command resumes.
 
     \b
-    On several GPUs: torchrun --nproc-per-node N -m sqsd_filter pack build CONFIG.toml OUT
+    On N GPUs:
+        torchrun --nproc-per-node N -m sqsd_filter pack build CONFIG.toml OUT
     """
     from sqsd_filter.directions import processes
     from sqsd_filter.directions.build import build_pack

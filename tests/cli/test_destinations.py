@@ -1,0 +1,69 @@
+"""What the command does with a DEST that exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.commands import CUT, Command, entries, one_sentence
+from tests.corpora import content, make_rows, read_report, write_jsonl
+
+
+def test_the_same_command_finds_its_work_done(command: Command) -> None:
+    command("in.jsonl", "out", *CUT)
+    before = content(Path("out"))
+    code, out, _ = command("in.jsonl", "out", *CUT)
+    assert code == 0
+    assert "already done" in out
+    assert command("in.jsonl", "out", *CUT, "--overwrite")[1] == out
+    assert content(Path("out")) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (["--drop-top", "6%"], "cut: drop-top 5% there, drop-top 6% here"),
+        ([*CUT, "--limit", "59"], "limit: None there, 59 here"),
+        ([*CUT, "--max-length", "99"], "max_length: 256 there, 99 here"),
+        ([*CUT, "--on-error", "keep"], "on_error: quarantine there, keep here"),
+    ],
+    ids=["cut", "limit", "scoring", "policy"],
+)
+def test_another_run_is_refused_naming_what_differs(change: list[str], difference: str, command: Command) -> None:
+    command("in.jsonl", "out", *CUT)
+    before = content(Path("out"))
+    code, out, err = command("in.jsonl", "out", *change)
+    assert (code, out) == (5, "")
+    assert difference in one_sentence(err)
+    assert content(Path("out")) == before
+
+
+def test_foreign_files_are_found_before_a_row_is_read_and_only_overwrite_removes_them(
+    command: Command, folder: Path
+) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "thesis.tex").write_text("years of work")
+    code, _, err = command("missing.jsonl", "out", *CUT)
+    assert code == 5
+    assert one_sentence(err)
+    assert (folder / "out" / "thesis.tex").read_text() == "years of work"
+    assert command("in.jsonl", "out", *CUT, "--overwrite")[0] == 0
+    assert entries(folder / "out") == ["README.md", "data", "sqsd"]
+    assert entries(folder) == ["in.jsonl", "out"]
+
+
+def test_an_empty_folder_will_do(command: Command, folder: Path) -> None:
+    (folder / "out").mkdir()
+    assert command("in.jsonl", "out", *CUT)[0] == 0
+
+
+def test_a_failed_overwrite_leaves_the_old_output_alone(command: Command, folder: Path) -> None:
+    command("in.jsonl", "out", *CUT)
+    before = content(Path("out"))
+    write_jsonl(folder / "bad.jsonl", [*make_rows(60), b"broken"])
+    assert command("bad.jsonl", "out", *CUT, "--on-error", "fail", "--overwrite")[0] == 4
+    assert content(Path("out")) == before
+    assert command("bad.jsonl", "out", *CUT, "--overwrite")[0] == 0
+    assert read_report(Path("out"))["rows"]["reused"] == 60
+    assert entries(folder) == ["bad.jsonl", "in.jsonl", "out"]

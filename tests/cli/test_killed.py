@@ -1,0 +1,188 @@
+"""A run that was killed at any moment is finished by the same command."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sqsd_filter.cli.main import main
+from tests.commands import CUT, Command, entries, one_sentence
+from tests.corpora import SPLITS, content, make_rows, read_report, split_file, write_jsonl
+
+
+def test_output_that_cannot_be_printed_is_a_failure_but_no_bug(
+    started: Callable[..., ForkServerProcess], folder: Path
+) -> None:
+    (folder / "stdout").symlink_to("/dev/full")
+    process = started(0, 0, "in.jsonl", "out", *CUT, "--json")
+    process.join(60)
+    assert process.exitcode == 1
+    assert "No space left" in one_sentence((folder / "stderr").read_text())
+    assert read_report(folder / "out")["status"] == "ok"
+
+
+# 1,030 rows are three shards, each with a few conversations of its own; a line or two of every fate
+ROWS = [row if k % 512 < 6 else {**make_rows(1)[0], "id": k} for k, row in enumerate(make_rows(1030))]
+LINES: list[dict[str, Any] | bytes] = [
+    *ROWS[:700],
+    b"broken",
+    {"id": -1, "instruction": "?", "output": ""},
+    *ROWS[700:],
+]
+BIG = ("big.jsonl", "out", *CUT, "--pack")
+NAMED = "run.json, three shards, kept, dropped, errors, picture, card, report"  # the order in which files appear
+
+
+@pytest.fixture
+def big(folder: Path, tiny_pack: Path) -> list[str]:
+    write_jsonl(folder / "big.jsonl", LINES)
+    return [*BIG, str(tiny_pack)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_pack: Path) -> dict[str, Any]:
+    """What a run leaves that nothing happens to."""
+    home, folder = Path.cwd(), tmp_path_factory.mktemp("undisturbed")
+    write_jsonl(folder / "big.jsonl", LINES)
+    os.chdir(folder)
+    try:
+        with pytest.raises(SystemExit):
+            main([*BIG, str(tiny_pack), "-q"])
+    finally:
+        os.chdir(home)
+    return content(folder / "out")
+
+
+def segments(dest: Path) -> dict[str, tuple[int, int]]:
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in (dest / "sqsd" / "scores").glob("[!.]*")}
+
+
+@pytest.mark.parametrize(
+    ("moment", "shards"),
+    [(1, 0), (2, 0), (3, 1), (4, 2), (5, 3), (6, 3), (7, 3), (8, 3), (9, 3), (10, 3), (11, 3), (12, 3)],
+    ids=[
+        *("start", "shard 0", "shard 1", "shard 2", "kept", "dropped"),
+        *("errors", "picture", "card", "notes", "page", "report"),
+    ],
+)
+def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_bytes(
+    moment: int, shards: int, big: list[str], killed: Callable[..., int], command: Command, undisturbed: dict[str, Any]
+) -> None:
+    assert killed(moment, signal.SIGKILL, *big) == -signal.SIGKILL
+    before = segments(Path("out"))
+    assert len(before) == shards
+    assert command(*big)[0] == 0
+    after = segments(Path("out"))
+    assert before.items() <= after.items()
+    assert len(after) == 3
+    assert content(Path("out")) == undisturbed
+
+
+@pytest.mark.parametrize("moment", [2, 4, 6, 9])
+@pytest.mark.parametrize("to", ["parquet", "arrow", "jsonl"])
+def test_several_files_of_any_format_appear_as_if_nothing_had_happened(
+    to: str, moment: int, killed: Callable[..., int], command: Command, folder: Path
+) -> None:
+    rows = [{"id": k, "sqsd_risk": k * 7919 % 5000 / 7, "sqsd_status": "scored"} for k in range(5000)]  # three batches
+    write_jsonl(folder / "scored.jsonl", rows)
+    select = ["select", "scored.jsonl", "out", *CUT, "--to", to, "--shard-size", "1KB"]
+    assert killed(moment, signal.SIGKILL, *select) == -signal.SIGKILL
+    assert command(*select)[0] == 0
+    assert "already done" in command(*select)[1]
+    found = content(Path("out"))
+    shutil.rmtree("out")
+    assert command(*select)[0] == 0
+    assert content(Path("out")) == found
+    assert len([name for name in found if "of-00003" in name]) == 6
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-C", "SIGTERM"])
+def test_an_interrupted_run_prints_the_command_that_goes_on(
+    kind: int, big: list[str], killed: Callable[..., int], command: Command, folder: Path, undisturbed: dict[str, Any]
+) -> None:
+    assert killed(4, kind, *big) == 130
+    said = (folder / "stderr").read_text()
+    assert (folder / "stdout").read_text() == ""
+    assert "Traceback" not in said
+    assert read_report(Path("out"))["status"] == "interrupted"
+    assert not (folder / "out" / "sqsd" / "lock").exists()
+    before = segments(Path("out"))
+    program, *arguments = shlex.split(said.splitlines()[-1])
+    assert program == "sqsd-filter"
+    assert command(*arguments)[0] == 0
+    assert len(before) >= 2
+    assert before.items() <= segments(Path("out")).items()
+    assert content(Path("out")) == undisturbed
+
+
+def test_two_runs_on_one_destination_are_one_too_many(
+    big: list[str], started: Callable[..., ForkServerProcess], command: Command, undisturbed: dict[str, Any]
+) -> None:
+    first = started(3, signal.SIGSTOP, *big)
+    stat, deadline = Path(f"/proc/{first.pid}/stat"), time.monotonic() + 60
+    while stat.read_text().rsplit(")", 1)[1].split()[0] != "T":
+        assert time.monotonic() < deadline
+        assert first.exitcode is None
+        time.sleep(0.02)
+    for extra in ([], ["--overwrite"]):
+        code, _, err = command(*big, *extra)
+        assert code == 5
+        assert "Another run is writing to out right now" in one_sentence(err)
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGCONT)
+    first.join(60)
+    assert first.exitcode == 0
+    assert content(Path("out")) == undisturbed
+
+
+@pytest.mark.parametrize("moment", [2, 5, 11, 12, 13], ids=["scores", "export", "report", "swap", "half swapped"])
+def test_a_killed_overwrite_never_costs_the_old_output_and_can_be_finished(
+    moment: int, command: Command, killed: Callable[..., int], folder: Path
+) -> None:
+    command("in.jsonl", "out", *CUT)
+    command("in.jsonl", "straight", *CUT)
+    before = content(Path("out"))
+    write_jsonl(folder / "in.jsonl", make_rows(63))
+    command("in.jsonl", "straight", *CUT, "--overwrite")
+    replace = ["in.jsonl", "out", *CUT, "--overwrite"]
+    assert killed(moment, signal.SIGKILL, *replace) == -signal.SIGKILL
+    assert content(Path(".out.sqsd-old" if moment == 13 else "out")) == before
+    assert command(*replace)[0] == 0
+    for split in SPLITS:
+        assert split_file(Path("out"), split).read_bytes() == split_file(Path("straight"), split).read_bytes()
+    assert read_report(Path("out"))["rows"]["reused"] == 60
+    assert entries(folder) == ["in.jsonl", "out", "stderr", "stdout", "straight"]
+
+
+@pytest.mark.parametrize("moment", [7, 8, 9, 10, 11], ids=["report", "swap", "no file", "old home", "no home"])
+def test_a_score_file_and_its_home_are_swapped_together_even_when_killed(
+    moment: int, command: Command, killed: Callable[..., int], folder: Path
+) -> None:
+    command("score", "in.jsonl", "a.parquet")
+    command("score", "in.jsonl", "straight.parquet")
+    write_jsonl(folder / "in.jsonl", make_rows(63))
+    command("score", "in.jsonl", "straight.parquet", "--overwrite")
+    replace = ["score", "in.jsonl", "a.parquet", "--overwrite"]
+    assert killed(moment, signal.SIGKILL, *replace) == -signal.SIGKILL
+    assert command(*replace)[0] == 0
+    assert Path("a.parquet").read_bytes() == Path("straight.parquet").read_bytes()
+    expected = [
+        "a.parquet",
+        "a.parquet.sqsd",
+        "in.jsonl",
+        "stderr",
+        "stdout",
+        "straight.parquet",
+        "straight.parquet.sqsd",
+    ]
+    assert entries(folder) == expected
+    assert "already done" in command("score", "in.jsonl", "a.parquet")[1]
