@@ -66,7 +66,7 @@ class Hub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.lock = threading.RLock()
         self.errors: list[Exception] = []
-        self._rules: list[Rule] = []
+        self.rules: list[Rule] = []
         self._server = _Server(self)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -130,7 +130,7 @@ class Hub:
         if status > 500:
             answer = Answer(b"<html>Sorry.</html>", status, {"Content-Type": "text/html"})
         answer.headers |= headers or {}
-        self._rules.append(Rule(method, pattern, times, answer=answer))
+        self.rules.append(Rule(method, pattern, times, answer=answer))
 
     def cut(
         self,
@@ -150,11 +150,11 @@ class Hub:
         """
         if (received is None) == (sent is None):
             raise ValueError("Either received or sent.")
-        self._rules.append(Rule(method, pattern, times, received=received, sent=sent, reset=reset))
+        self.rules.append(Rule(method, pattern, times, received=received, sent=sent, reset=reset))
 
     def on(self, method: str, pattern: str, callback: Callable[[], object], *, times: float = 1) -> None:
         """Calls back when a request that matches has arrived, before anything is done for it."""
-        self._rules.append(Rule(method, pattern, times, callback=callback))
+        self.rules.append(Rule(method, pattern, times, callback=callback))
 
     def seen(self, method: str, pattern: str) -> list[Request]:
         """The requests so far of this method whose path matches."""
@@ -162,7 +162,7 @@ class Hub:
 
     def _fault(self, method: str, path: str) -> Rule | None:
         """Uses up the rules that a request meets, up to the first fault, which is returned."""
-        for rule in list(self._rules):
+        for rule in list(self.rules):
             with self.lock:
                 if not rule.meets(method, path):
                     continue

@@ -107,7 +107,7 @@ def test_an_answer_of_s3_that_would_be_the_same_again_is_final(
     hub: Hub, status: int, code: str, told: str, expected: int
 ) -> None:
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
-    hub._rules.append(Rule("GET", "/bucket", math.inf, answer=Answer(body, status)))
+    hub.rules.append(Rule("GET", "/bucket", math.inf, answer=Answer(body, status)))
     there = pyarrow_s3(hub.url.removeprefix("http://"))
     look = tries(lambda: there.get_file_info(fs.FileSelector("bucket")), OSError, f"AWS Error {told}")
     assert look == expected

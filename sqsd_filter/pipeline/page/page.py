@@ -79,7 +79,9 @@ def remake_page(out: Path, sections: Iterable[Section] = ()) -> list[Path]:
     try:
         return [_write(home / PAGE_FILE, page), *_write_plots(home / PLOTS, shown)]
     except OSError as problem:
-        raise SQSDError(f"No page can be written to {home} ({problem}): see to room and rights there.") from problem
+        raise SQSDError(
+            f"No page can be written to {home} ({problem}): check the free space and your rights there."
+        ) from problem
 
 
 def _write_plots(folder: Path, sections: Sequence[Section]) -> list[Path]:

@@ -1,1 +1,1 @@
-"""Where a finished run goes from the disk: a repository of the Hub, or a folder behind a URL."""
+"""Publishing a finished run from the disk: to a repository of the Hub, or to a folder behind a URL."""

@@ -1,11 +1,13 @@
-"""A folder behind a URL, of any kind that pyarrow or an installed fsspec package knows."""
+"""Publishing to a folder behind a URL, of any kind that pyarrow or an installed fsspec package knows."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pyarrow import fs
 
@@ -15,12 +17,15 @@ from sqsd_filter.pipeline.report import FinishedReport, Published
 from sqsd_filter.storage.folder import connect
 from sqsd_filter.storage.retries import with_retries
 
+T = TypeVar("T")
+
 
 class Bucket:
-    """The marker is written first and again at the end, so that a half published run is known as such."""
+    """A folder behind a URL. The marker is written first and again at the end, so that it shows whether a run is
+    complete."""
 
     def __init__(self, url: str, *, overwrite: bool = False) -> None:
-        """Raises `UsageError` for a URL of no known kind or with a secret in it, `InputError` if out of reach."""
+        """Raises `UsageError` for a URL of unknown kind or with a secret in it, `InputError` if it can't be reached."""
         self.url, self._overwrite = url, overwrite
         self._fs, root = connect(url)
         self._root = root.rstrip("/")
@@ -40,48 +45,47 @@ class Bucket:
         known = self._judge(run)
         if known.get("run") != run or not known.get("complete"):
             return None
-        report: FinishedReport = json.loads(self._read(REPORT))
+        report: FinishedReport = json.loads(self.read(REPORT))
         return report
 
     def publish(self, finished: Finished) -> Published:
         known = self._judge(finished.run)
-        there = self._sizes()
+        there = self.sizes()
         begun = known.get("run") == finished.run
         ours = finished.files.keys() | {MARKER}
         stale = (there.keys() if self._overwrite else set(known.get("files", []))) - ours
         rows = [str(file["config"]) for file in finished.report["files"]]
-        self._write(MARKER, marker(finished.run, rows, ours | stale, complete=False))
+        self.write(MARKER, marker(finished.run, rows, ours | stale, complete=False))
         for name, path in finished.files.items():
-            # a report has times in it: the same run leaves other bytes
+            # a report holds times, so the same run may have left other bytes of the same size
             if not (begun and name != REPORT and there.get(name) == path.stat().st_size):
-                self._write(name, path)
+                self.write(name, path)
         for name in sorted(stale & there.keys()):
-            self._patiently(lambda name=name: self._fs.delete_file(f"{self._root}/{name}"))
-        self._write(MARKER, marker(finished.run, rows, ours, complete=True))
+            self._with_retries(partial(self._fs.delete_file, f"{self._root}/{name}"))
+        self.write(MARKER, marker(finished.run, rows, ours, complete=True))
         return {"url": self.url}
 
     def _judge(self, run: str | None) -> dict[str, Any]:
-        sizes = self._sizes()
-        return judge(self.url, sizes, self._read(MARKER) if MARKER in sizes else None, run, overwrite=self._overwrite)
+        sizes = self.sizes()
+        return judge(self.url, sizes, self.read(MARKER) if MARKER in sizes else None, run, overwrite=self._overwrite)
 
-    def _sizes(self) -> dict[str, int]:
-        """Of all files below the URL."""
+    def sizes(self) -> dict[str, int]:
+        """The size of each file below the URL, by its path from there."""
         selector = fs.FileSelector(self._root, recursive=True, allow_not_found=True)
-        infos = self._patiently(lambda: self._fs.get_file_info(selector))
+        infos = self._with_retries(lambda: self._fs.get_file_info(selector))
         return {
             info.path.removeprefix(self._root).lstrip("/"): info.size for info in infos if info.type == fs.FileType.File
         }
 
-    def _read(self, name: str) -> bytes:
+    def read(self, name: str) -> bytes:
         def read() -> bytes:
             with self._fs.open_input_file(f"{self._root}/{name}") as source:
                 content: bytes = source.read()
                 return content
 
-        found: bytes = self._patiently(read)
-        return found
+        return self._with_retries(read)
 
-    def _write(self, name: str, content: bytes | Path) -> None:
+    def write(self, name: str, content: bytes | Path) -> None:
         path = f"{self._root}/{name}"
 
         def write() -> None:
@@ -93,13 +97,13 @@ class Bucket:
                     with content.open("rb") as source:
                         shutil.copyfileobj(source, sink, 1 << 22)
 
-        self._patiently(write)
+        self._with_retries(write)
 
-    def _patiently(self, call: Any) -> Any:
+    def _with_retries(self, call: Callable[[], T]) -> T:
         try:
             return with_retries(call)
         except Exception as problem:
             raise SQSDError(
-                f"{self.url} can't be written ({first_line(problem)}): mend that and run the same command again; what "
-                "was scored and what has arrived there is kept."
+                f"{self.url} can't be written ({first_line(problem)}): fix that and run the same command again; what "
+                "was scored and uploaded so far is kept."
             ) from problem

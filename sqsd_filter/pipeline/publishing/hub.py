@@ -1,4 +1,4 @@
-"""A dataset repository of the Hub: everything in one commit, on top of what was looked at."""
+"""Publishing to a dataset repository of the Hub: everything in one commit, on top of the commit that was looked at."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqsd_filter.corpus.repositories import HUB
 from sqsd_filter.errors import SQSDError, UsageError, first_line
@@ -16,30 +16,33 @@ from sqsd_filter.pipeline.report import CONFIGS, Config, FinishedReport, Publish
 from sqsd_filter.pipeline.writing.export import REASONS
 from sqsd_filter.storage.retries import with_retries
 
-_MOVED_ON = (409, 412)  # somebody else committed in between
-_GITS_OWN = ".gitattributes"
-_PROPOSALS = 20  # so many of the latest pull requests are looked at
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetInfo
+
+_OUTDATED = (409, 412)  # statuses when somebody else committed in between
+_OF_GIT = ".gitattributes"
+_PULL_REQUESTS = 20  # the latest ones, which are looked at
 
 
 @dataclass(frozen=True)
-class _There:
-    """A repository as it is now; `commit` is None where there is none, `known` is what its marker says."""
+class _State:
+    """A repository as it is now: `commit` is None where it does not exist, `known` is the content of its marker."""
 
     commit: str | None
     names: frozenset[str]
     known: Mapping[str, Any]
     private: bool
-    has_branch: bool = True  # where False, the branch will be made as a copy of this
+    has_branch: bool = True  # if False, the branch will be created as a copy of this commit
 
 
 @dataclass(frozen=True)
 class PushTo:
     """A dataset repository, org/name, to push a finished run to.
 
-    `private` is for a repository that has to be created (private unless False), and has to agree with one that is
-    there. `rows` names what goes there: by default kept, dropped and errors into a private repository, the kept rows
-    alone into a public one. With `create_pr` the commit is proposed instead of made. `overwrite` replaces what the
-    repository holds; its history keeps it. Raises `UsageError` for anything else.
+    A repository that has to be created is private unless `private` is False; for an existing one, `private` must agree
+    with what it is. `rows` names the configs to push: by default kept, dropped and errors to a private repository, and
+    only kept to a public one. `create_pr` opens a pull request instead of committing. `overwrite` replaces the content
+    of the repository, which its history keeps. Raises `UsageError` for invalid values.
     """
 
     repo: str
@@ -56,52 +59,61 @@ class PushTo:
         try:
             validate_repo_id(self.repo)
         except HFValidationError as problem:
-            raise UsageError(f"'{self.repo}' is no repository to push to ({problem}).") from problem
+            raise UsageError(f"'{self.repo}' is not a repository to push to ({problem}): write ORG/NAME.") from problem
         if "/" not in self.repo:
-            raise UsageError(f"'{self.repo}' is no repository to push to: write ORG/NAME.")
+            raise UsageError(f"'{self.repo}' is not a repository to push to: write ORG/NAME.")
         if unknown := sorted(set(self.rows or ()) - set(CONFIGS)):
             raise UsageError(f"There are no rows '{unknown[0]}' to push: choose from {', '.join(CONFIGS)}.")
 
     @classmethod
-    def at(cls, url: str, *, revision: str | None = None, **how: Any) -> PushTo:
+    def at(
+        cls,
+        url: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        rows: Sequence[Config] | None = None,
+        overwrite: bool = False,
+    ) -> PushTo:
         """The repository at hf://datasets/org/name or hf://datasets/org/name@branch."""
         repo, _, branch = url.removeprefix(HUB).rstrip("/").partition("@")
         if branch and revision not in (None, branch):
-            raise UsageError(f"{url} and the revision {revision} are two places: give one of them.")
-        return cls(repo, revision=branch or revision, **how)
+            raise UsageError(f"{url} names another branch than the revision {revision}: give one of them.")
+        return cls(repo, private, branch or revision, create_pr, rows, overwrite)
 
     def check(self) -> None:
         from huggingface_hub import HfApi
 
-        with self._told():
+        with self._push_errors():
             with_retries(HfApi().whoami)
         self._look(None)
 
     def spare(self, given: str) -> None:
-        """A commit deletes nothing for good, and what is read of the Hub is read at a commit."""
+        """Nothing to do: a commit deletes nothing for good, and sources on the Hub are read at a commit."""
 
     def published(self, run: str) -> FinishedReport | None:
         there = self._look(run)
-        with self._told():
-            proposed = self._proposals() if self.create_pr and there.commit is not None else []
+        with self._push_errors():
+            proposed = self._pull_requests() if self.create_pr and there.commit is not None else []
             for known, commit in [(there.known, there.commit), *proposed]:
                 if known.get("run") == run and sorted(self._rows(there)) == known["rows"]:
                     report: FinishedReport = json.loads(self._read(REPORT, commit))
                     return report
         return None
 
-    def _proposals(self) -> list[tuple[Mapping[str, Any], str]]:
+    def _pull_requests(self) -> list[tuple[Mapping[str, Any], str]]:
         """What the markers of the latest pull requests say, each with its commit."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
         refs = with_retries(lambda: HfApi().list_repo_refs(self.repo, repo_type="dataset", include_pull_requests=True))
-        found: list[tuple[Mapping[str, Any], str]] = []
-        for ref in (refs.pull_requests or [])[-_PROPOSALS:]:
+        markers: list[tuple[Mapping[str, Any], str]] = []
+        for ref in (refs.pull_requests or [])[-_PULL_REQUESTS:]:
             with suppress(RemoteEntryNotFoundError):
                 stored = self._read(MARKER, ref.target_commit)
-                found.append((judge(self.repo, [], stored, None, overwrite=True), ref.target_commit))
-        return found
+                markers.append((judge(self.repo, [], stored, None, overwrite=True), ref.target_commit))
+        return markers
 
     def publish(self, finished: Finished) -> Published:
         from huggingface_hub import HfApi
@@ -111,25 +123,25 @@ class PushTo:
         there, shown = self._look(finished.run), not are_progress_bars_disabled()
         disable_progress_bars()
         try:
-            with self._told():
+            with self._push_errors():
                 with_retries(lambda: HfApi().create_repo(self.repo, private=there.private, **new))
                 if self.revision is not None:
                     with_retries(lambda: HfApi().create_branch(self.repo, branch=str(self.revision), **new))
-                # what a new branch has of the one it was made from is not to be kept
-                at = self if there.has_branch else replace(self, overwrite=True)
-                return with_retries(lambda: at._commit(finished, at._look(finished.run)), transient_statuses=_MOVED_ON)
+                # a new branch must not keep the files of the branch that it was made from
+                target = self if there.has_branch else replace(self, overwrite=True)
+                return with_retries(lambda: target.commit(finished), transient_statuses=_OUTDATED)
         finally:
             if shown:
                 enable_progress_bars()
 
-    def _look(self, run: str | None) -> _There:
+    def _look(self, run: str | None) -> _State:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-        def look(revision: str | None) -> Any:
+        def look(revision: str | None) -> DatasetInfo:
             return with_retries(lambda: HfApi().dataset_info(self.repo, revision=revision))
 
-        with self._told():
+        with self._push_errors():
             has_branch = True
             try:
                 info = look(self.revision)
@@ -138,16 +150,16 @@ class PushTo:
             except GatedRepoError:
                 raise
             except RepositoryNotFoundError:
-                return _There(None, frozenset(), {}, self.private is not False)
+                return _State(None, frozenset(), {}, self.private is not False)
             if self.private is not None and info.private != self.private:
-                found, asked = ("private", "public") if info.private else ("public", "private")
-                raise UsageError(f"{self.repo} is {found} already: leave out --{asked}, or change it on its page.")
-            names = frozenset(s.rfilename for s in info.siblings) - {_GITS_OWN}
+                is_, asked = ("private", "public") if info.private else ("public", "private")
+                raise UsageError(f"{self.repo} is already {is_}: leave out --{asked}, or change it on its page.")
+            names = frozenset(s.rfilename for s in info.siblings or []) - {_OF_GIT}
             if not has_branch:
-                return _There(info.sha, names, {}, bool(info.private), has_branch)
+                return _State(info.sha, names, {}, bool(info.private), has_branch)
             stored = self._read(MARKER, info.sha) if MARKER in names else None
             known = judge(self.repo, names, stored, run, overwrite=self.overwrite)
-            return _There(info.sha, names, known, bool(info.private))
+            return _State(info.sha, names, known, bool(info.private))
 
     def _read(self, name: str, commit: str | None) -> bytes:
         from huggingface_hub import hf_hub_download
@@ -155,14 +167,16 @@ class PushTo:
         where: Any = {"repo_type": "dataset", "revision": commit}
         return Path(with_retries(lambda: hf_hub_download(self.repo, name, **where))).read_bytes()
 
-    def _rows(self, there: _There) -> list[Config]:
+    def _rows(self, there: _State) -> list[Config]:
         if self.rows is not None:
             return [split for split in CONFIGS if split in self.rows]
         return list(CONFIGS) if there.private else ["kept"]
 
-    def _commit(self, finished: Finished, there: _There) -> Published:
+    def commit(self, finished: Finished) -> Published:
+        """Commit the run on top of the repository's latest commit, which must not change meanwhile."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+        there = self._look(finished.run)
         rows = self._rows(there)
         content = self._content(finished, rows)
         stale = there.names & (there.names if self.overwrite else set(there.known.get("files", []))) - content.keys()
@@ -181,7 +195,7 @@ class PushTo:
         return {"repo": self.repo, "commit": made.oid, "url": made.pr_url or made.commit_url, "rows": rows}
 
     def _content(self, finished: Finished, rows: Sequence[Config]) -> dict[str, bytes | Path]:
-        """What the repository is to hold: the rows meant for it, a card and a report that tell of no others' place."""
+        """The files to commit: the rows to push, and a card and a report that name no other files and no paths."""
         withheld = {file["path"] for file in finished.report["files"] if file["config"] not in rows}
         withheld |= set() if "errors" in rows else {REASONS}
         report = {
@@ -198,7 +212,7 @@ class PushTo:
         return content
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _push_errors(self) -> Iterator[None]:
         from huggingface_hub import errors as hub
 
         try:
@@ -218,8 +232,8 @@ class PushTo:
             ) from problem
 
 
-def _without_paths(value: Any) -> Any:
-    """The value with the last part in the place of each path of this machine; the values of groups are no paths."""
+def _without_paths(value: object) -> object:
+    """The value with each path of this machine reduced to its last part; group values are not taken for paths."""
     if isinstance(value, Mapping):
         return {key: item if key == "groups" else _without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

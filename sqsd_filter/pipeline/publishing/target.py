@@ -1,4 +1,4 @@
-"""What all places that a run is published to have in common: whose they are, and when they are done."""
+"""What publishing targets have in common: a marker, which says whose run a target holds and whether it is complete."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any, Protocol
 from sqsd_filter.errors import DestinationExists
 from sqsd_filter.pipeline.report import FinishedReport, Published, Report
 
-MARKER = "sqsd/published.json"  # says which run a place holds, and whether all of it
+MARKER = "sqsd/published.json"
 REPORT = "sqsd/report.json"
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that is done, on this disk: its files by their place below the destination, and its report.
+    """A finished run on this disk: its files by their path below the destination, and its report.
 
-    `card(report, name)` is the text of its card for a report that may name fewer files, and loads the dataset by
+    `card(report, name)` is the text of its card for a report that may name fewer files, of a dataset that is loaded by
     that name.
     """
 
@@ -31,28 +31,28 @@ class Finished:
 
 
 class Target(Protocol):
-    """A place to publish to."""
+    """A repository or a folder behind a URL to publish to."""
 
     def check(self) -> None:
-        """Raise `SQSDError` where it can't be written to, or holds what is not of this tool, before any work."""
+        """Raise `SQSDError` where it can't be written, or holds files of others. Called before any work."""
 
     def spare(self, given: str) -> None:
-        """Raise `DestinationExists` for a source that would be lost there."""
+        """Raise `DestinationExists` for a source that publishing would delete."""
 
     def published(self, run: str) -> FinishedReport | None:
-        """The report of this run if all of it is there. Raises `DestinationExists` where another one is."""
+        """The report of this run if it is there completely. Raises `DestinationExists` where another run is."""
 
     def publish(self, finished: Finished) -> Published:
-        """Put it there, and say where. Safe to call again after a failure."""
+        """Upload the run, and say where it is. Safe to call again after a failure."""
 
 
 def run_id(identity: Mapping[str, Any]) -> str:
-    """16 hex digits that tell a run from any other."""
+    """16 hex digits, different for any two runs."""
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def marker(run: str, rows: Iterable[str], files: Iterable[str], *, complete: bool) -> bytes:
-    """What tells this run's files from anybody else's."""
+    """The content of the marker file, which says that these files are the run's."""
     known = {"run": run, "rows": sorted(set(rows)), "files": sorted(files), "complete": complete}
     return (json.dumps(known) + "\n").encode()
 
@@ -60,9 +60,9 @@ def marker(run: str, rows: Iterable[str], files: Iterable[str], *, complete: boo
 def judge(
     where: str, names: Iterable[str], stored: bytes | None, run: str | None, *, overwrite: bool
 ) -> dict[str, Any]:
-    """What the marker of a place says; {} where there is none.
+    """What the marker of a target says; {} where there is none.
 
-    Raises `DestinationExists`, unless it may be overwritten, for a place with `names` in it but no marker, or with that
+    Unless `overwrite`, raises `DestinationExists` for a target that holds files (`names`) but no marker, or the marker
     of another run.
     """
     known = _known(stored)
@@ -71,11 +71,11 @@ def judge(
     if not known and (foreign := sorted(names)):
         raise DestinationExists(
             f"{where} holds {foreign[0]}{f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''}, which this "
-            "command did not write: choose another place, or replace what is there with --overwrite."
+            "command did not write: choose another destination, or replace what is there with --overwrite."
         )
     if known and run is not None and known.get("run") != run:
         raise DestinationExists(
-            f"{where} holds another run of this command: choose another place, or replace it with --overwrite."
+            f"{where} holds another run of this command: choose another destination, or replace it with --overwrite."
         )
     return known
 

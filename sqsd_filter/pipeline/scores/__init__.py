@@ -1,1 +1,1 @@
-"""Scores by conversation: kept as they come, shared between runs, joined with the rows."""
+"""Scores by conversation: stored as they are computed, shared between runs, and joined with the rows."""

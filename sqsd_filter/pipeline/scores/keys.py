@@ -1,6 +1,6 @@
 """Conversation keys in bulk: 16-byte hashes, compared as pairs of 64-bit words, which sort and search fast.
 
-Keys are hashes, so the first word alone nearly always tells two apart; where it doesn't, the second one decides.
+Keys are hashes, so two different ones nearly always differ in their first word; where they don't, the second decides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def words(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def order(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(n,) int64: a stable order in which equal keys stand side by side."""
+    """(n,) int64: a stable order in which equal keys are next to each other."""
     by_first = np.argsort(first, kind="stable")
     level = first[by_first[1:]] == first[by_first[:-1]]
     if (second[by_first[1:]][level] != second[by_first[:-1]][level]).any():
@@ -30,14 +30,14 @@ def order(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Distinct:
-    """The u different ones among n keys: where each comes first (u,), and which of them each key is (n,)."""
+    """The u different keys among n: the first position (u,) of each, and which of the u each of the n is (n,)."""
 
     first: np.ndarray
     inverse: np.ndarray
 
 
 def distinct(keys: np.ndarray) -> Distinct:
-    """The different ones of keys (n,) S16, in the order of `order`."""
+    """The different keys among `keys` (n,) S16, in the order of `order`."""
     n = len(keys)
     first, second = words(keys)
     by_key = order(first, second)
@@ -49,7 +49,7 @@ def distinct(keys: np.ndarray) -> Distinct:
 
 
 class Lookup:
-    """Finds keys among n given ones, a batch at a time."""
+    """Finds batches of keys among n known ones."""
 
     def __init__(self, keys: np.ndarray) -> None:
         """`keys` (n,) S16, all different, in any order."""
@@ -60,20 +60,20 @@ class Lookup:
         self._second = second if self._order is None else second[self._order]
 
     def find(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which keys of a batch (b,) S16 are among the given ones, and where: two (h,) int64, into batch and keys."""
+        """The positions (h,) int64, in the batch (b,) S16 and among the known keys, of those that are known."""
         first, second = words(batch)
-        pending = np.argsort(first)  # near searches stay in the cache
+        pending = np.argsort(first)  # searches for neighbours hit the cache
         at = np.searchsorted(self._first, first[pending])
-        found_in, found_at = [], []
-        while len(pending):  # a second time round only where keys share their first word
+        in_batch, in_known = [], []
+        while len(pending):  # loops again only for keys that share their first word
             inside = at < len(self._first)
             pending, at = pending[inside], at[inside]
             level = self._first[at] == first[pending]
             pending, at = pending[level], at[level]
             same = self._second[at] == second[pending]
-            found_in.append(pending[same])
-            found_at.append(at[same])
+            in_batch.append(pending[same])
+            in_known.append(at[same])
             pending, at = pending[~same], at[~same] + 1
-        where = np.concatenate(found_at) if found_at else np.zeros(0, np.int64)
-        members = np.concatenate(found_in) if found_in else np.zeros(0, np.int64)
+        where = np.concatenate(in_known) if in_known else np.zeros(0, np.int64)
+        members = np.concatenate(in_batch) if in_batch else np.zeros(0, np.int64)
         return members, where if self._order is None else self._order[where]

@@ -1,4 +1,4 @@
-"""A corpus with its scores: one status and one risk a row, from the score store or from columns already there."""
+"""A corpus with its scores: a status and a risk per row, from the score store or from columns of the input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PerModule:
     cosines: np.ndarray
 
     def column(self, window: slice) -> pa.Array:
-        """Those of some rows as lists, null where there is no score."""
+        """The cosines of some rows as lists, null where there is no score."""
         cosines = self.cosines[window]
         missing = pa.array(np.isnan(cosines).any(axis=1))
         return pa.FixedSizeListArray.from_arrays(cosines.ravel(), len(self.names), mask=missing)
@@ -52,7 +52,7 @@ class ScoreCounts(TypedDict):
 class Scored:
     """n rows: `codes` (n,) into `statuses`, `probes` and `risk` (n,) NaN where there is no score.
 
-    `tokens` (n,) is 0 where it isn't known.
+    `tokens` (n,) is 0 where it is not known.
     """
 
     corpus: Corpus
@@ -63,17 +63,18 @@ class Scored:
     risk: np.ndarray
     tokens: np.ndarray
     counts: ScoreCounts
-    details: Mapping[int, str]  # of rows that the model's side refused
+    details: Mapping[int, str]  # why rows have no score, where the reason is stored
     groups: Groups | None = None
-    modules: Mapping[str, PerModule] = field(default_factory=dict)  # by probe, where they are kept
+    modules: Mapping[str, PerModule] = field(default_factory=dict)  # by probe, where cosines per module are kept
 
     @cached_property
     def scored(self) -> np.ndarray:
         """(n,) bool."""
-        return (self.codes == self.statuses.index(SCORED)) & np.isfinite(self.risk)
+        mask: np.ndarray = (self.codes == self.statuses.index(SCORED)) & np.isfinite(self.risk)
+        return mask
 
     def riskiest(self, count: int) -> list[int]:
-        """The `count` rows of the highest risk, or all that have one, the riskiest first, equal risks in row order."""
+        """The `count` rows with the highest risks, or all that have one, riskiest first, equal risks in row order."""
         rows = np.flatnonzero(self.scored)
         if count < len(rows):
             rows = rows[self.risk[rows] >= nth_riskiest(self.risk[rows], count - 1)]
@@ -118,38 +119,38 @@ def from_store(
     groups: Groups | None = None,
     modules: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Scored:
-    """Join every row with the stored score of its conversation, and with those at each probe's `modules`, if they are
-    kept. Raises `InputError` where one is missing."""
+    """Join every row with the stored score of its conversation, and with its cosines at each probe's `modules`, where
+    these are kept. Raises `InputError` where a score is missing."""
     codes = index.codes.copy()
     statuses = list(index.statuses)
     all_of = index.conversations
     rows, which = all_of.rows, all_of.which
-    found = store.lookup(all_of.keys)
-    if not found.known.all():
+    stored = store.lookup(all_of.keys)
+    if not stored.known.all():
         raise InputError(
-            f"{int((~found.known).sum())} rows have no score in {store.folder}: finish the scoring run first."
+            f"{int((~stored.known).sum())} rows have no score in {store.folder}: finish the scoring run first."
         )
     n = len(codes)
     tokens = np.zeros(n, np.int32)
-    tokens[rows] = found.tokens[which]
+    tokens[rows] = stored.tokens[which]
     probes = {name: np.full(n, np.nan) for name in weights}
     for name, values in probes.items():
-        values[rows] = found.probes[name][which]
+        values[rows] = stored.probes[name][which]
     each = {name: PerModule(names, np.full((n, len(names)), np.nan, np.float32)) for name, names in modules.items()}
     for name, names in modules.items():
         for m, module in enumerate(names):
-            each[name].cosines[rows, m] = found.probes[f"{name}/{module}"][which]
+            each[name].cosines[rows, m] = stored.probes[f"{name}/{module}"][which]
     details = {}
-    good = found.has(SCORED)
+    good = stored.has(SCORED)
     for at in np.flatnonzero(~good[which]).tolist():
-        row, status = int(rows[at]), found.statuses[found.codes[which[at]]]
+        row, status = int(rows[at]), stored.statuses[stored.codes[which[at]]]
         if status not in statuses:
             statuses.append(status)
         codes[row] = statuses.index(status)
-        details[row] = found.details.get(int(which[at]), "")
+        details[row] = stored.details.get(int(which[at]), "")
     counts: ScoreCounts = {
-        "scored": int((good & found.own).sum()),
-        "reused": int((good & ~found.own).sum()),
+        "scored": int((good & stored.own).sum()),
+        "reused": int((good & ~stored.own).sum()),
         "duplicates": int(good[which].sum() - good.sum()),
     }
     risk = np.sum([weights[name] * values for name, values in probes.items()], axis=0)
@@ -157,9 +158,9 @@ def from_store(
 
 
 class ColumnIndex:
-    """Visits a corpus that has been scored before, and takes its score columns."""
+    """Visits a corpus that has been scored before, and collects its scores from these columns."""
 
-    columns = ("sqsd_risk", "sqsd_status", "sqsd_reason")  # to be read
+    columns = ("sqsd_risk", "sqsd_status", "sqsd_reason")
 
     def __init__(self) -> None:
         self._details: dict[int, str] = {}
@@ -176,7 +177,9 @@ class ColumnIndex:
             )
         risk, status = value.get("sqsd_risk"), value.get("sqsd_status", BAD_JSON)
         if not isinstance(status, str) or (status == SCORED and not isinstance(risk, int | float)):
-            raise InputError(f"{row.file} has a row that claims a score without one (line {row.line}): score it again.")
+            raise InputError(
+                f"{row.file} has a row with the status '{SCORED}' but no risk (line {row.line}): score the file again."
+            )
         if status == SCORED and not math.isfinite(risk or 0):
             status = NONFINITE
         if status != SCORED and isinstance(reason := value.get("sqsd_reason"), str):

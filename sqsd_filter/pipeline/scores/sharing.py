@@ -17,11 +17,11 @@ SHARE_EVERY = 600.0  # seconds between two segments in the shared store
 
 
 class Sharing:
-    """Takes what the shared store knows, and hands on what this run scores: the first shard at once, so that a store
-    which takes no files is known early, then every few minutes, and in the end however the run ends.
+    """Copies scores from the shared store, and copies this run's scores to it: those of the first shard at once, so
+    that a store that refuses files fails early, then every few minutes, and at the end, however the run ends.
 
-    Later on such a store ends no run: all scores are the run's own first, and what could not be handed on is handed on
-    by the run's next attempt or its next start. Without a shared store nothing is done.
+    Once a copy has succeeded, a store that refuses files no longer ends the run: the run's own store has all scores,
+    and a later copy or the next start of the run adds what is missing. Without a shared store nothing is done.
     """
 
     def __init__(self, own: ScoreStore, shared: ScoreStore | None) -> None:
@@ -31,9 +31,10 @@ class Sharing:
         self._takes_files = self._refuses_now = False
 
     def exchange(self, keys: np.ndarray) -> np.ndarray:
-        """Let both stores know what either knows of `keys` (n,) S16. Returns which are settled (n,) bool.
+        """Copy the scores of `keys` (n,) S16 that only one of the two stores has to the other one, also those that a
+        killed run did not get to copy. Returns which keys are settled (n,) bool.
 
-        What a run that was killed could not hand on is handed on here. Raises `SQSDError` when a disk refuses.
+        Raises `SQSDError` when a store can't be written.
         """
         mine = self._own.lookup(keys)
         if self._shared is None:
@@ -41,11 +42,12 @@ class Sharing:
         theirs = self._shared.lookup(keys)
         self._shared.take(keys, mine, mine.settled & ~theirs.settled)
         self._own.take(keys, theirs, theirs.settled & ~mine.settled)
-        return mine.settled | theirs.settled
+        settled: np.ndarray = mine.settled | theirs.settled
+        return settled
 
     def add(self, keys: np.ndarray) -> None:
-        """Tell of `keys` (n,) S16 that the own store has just got. Raises `SQSDError` where the shared one takes no
-        files from the start."""
+        """Note `keys` (n,) S16 whose scores are new in the run's own store. Raises `SQSDError` where the first copy to
+        the shared store fails."""
         if self._shared is None:
             return
         self._pending.append(keys)
@@ -55,9 +57,9 @@ class Sharing:
     def _flush(self, shared: ScoreStore) -> None:
         self._next = time.monotonic() + SHARE_EVERY
         keys = np.concatenate([np.zeros(0, KEYS), *self._pending])
-        found = self._own.lookup(keys)
+        scores = self._own.lookup(keys)
         try:
-            shared.take(keys, found, found.settled)
+            shared.take(keys, scores, scores.settled)
         except SQSDError as problem:
             if not self._takes_files:
                 raise
@@ -70,6 +72,6 @@ class Sharing:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Who interrupts a run does not want to wait for a store that has just refused.
+        # An interrupted run does not wait for a store that has just refused files.
         if self._shared is not None and self._takes_files and not (kind and self._refuses_now):
             self._flush(self._shared)

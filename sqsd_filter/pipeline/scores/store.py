@@ -27,22 +27,22 @@ from sqsd_filter.storage.folder import Folder
 
 log = logging.getLogger(__name__)
 
-SETTINGS = b"sqsd_settings"  # where a segment says what its scores depend on
-REUSED = "reused"  # in the names of segments that were not scored by this run
-AT_ONCE = 1 << 20  # keys read or written at a time
+SETTINGS = b"sqsd_settings"  # in a segment's metadata: the settings that its scores depend on
+REUSED = "reused"  # in the names of segments whose scores were copied from another store
+AT_ONCE = 1 << 20  # keys that are read or written at a time
 
 
 def settings_id(settings: Mapping[str, Any]) -> str:
-    """16 hex digits of everything that a score depends on besides its conversation."""
+    """16 hex digits, different for any two settings that scores depend on."""
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredScores:
     """Stored scores of n keys, aligned with them.
 
-    `codes` (n,) uint8 into `statuses`, 0 where nothing is known; `own` is true where this run scored the row; `probes`
-    (n,) float64 each, `tokens` (n,) int32; `details` say more of rows without a score.
+    `codes` (n,) uint8 into `statuses`, 0 where a key is not stored; `own` (n,) bool, true where this run scored it;
+    `probes` (n,) float64 each, `tokens` (n,) int32; `details` say why a row has no score.
     """
 
     codes: np.ndarray
@@ -53,19 +53,21 @@ class Found:
     tokens: np.ndarray
 
     @classmethod
-    def none(cls, n: int, probes: Sequence[str]) -> Found:
+    def none(cls, n: int, probes: Sequence[str]) -> StoredScores:
         values = {name: np.full(n, np.nan) for name in probes}
         return cls(np.zeros(n, np.uint8), [""], np.zeros(n, bool), values, {}, np.zeros(n, np.int32))
 
     @property
     def known(self) -> np.ndarray:
-        """(n,) bool."""
-        return self.codes != 0
+        """(n,) bool: is the key stored?"""
+        mask: np.ndarray = self.codes != 0
+        return mask
 
     @property
     def settled(self) -> np.ndarray:
-        """(n,) bool: known, and not for a reason that may be gone at the next try."""
-        return self.known & ~self.has(*TRANSIENT)
+        """(n,) bool: known, and not with a status that another try may change."""
+        mask: np.ndarray = self.known & ~self.has(*TRANSIENT)
+        return mask
 
     def has(self, *statuses: str) -> np.ndarray:
         """(n,) bool: known, with one of these statuses."""
@@ -77,7 +79,7 @@ class Found:
         return self.statuses.index(status)
 
     def scores(self, at: np.ndarray) -> Scores:
-        """The scores of some of the keys; their risk is left out."""
+        """The scores of some of the keys, without risks."""
         return Scores(
             {name: values[at] for name, values in self.probes.items()},
             np.zeros(0),
@@ -98,13 +100,13 @@ class ScoreStore:
         self._skipped: set[str] = set()
 
     def segments(self) -> list[str]:
-        """Names of its files, sorted."""
+        """The names of the segments, sorted."""
         return [name for name in self.folder.names() if name.startswith(f"{self.id}-")]
 
     def append(self, name: str, keys: Sequence[bytes] | np.ndarray, scores: Scores) -> str:
-        """Write one segment, whole or not at all, and say what it is called. Raises `SQSDError` when the disk refuses.
+        """Write one segment, whole or not at all, and return its name. Raises `SQSDError` when it can't be written.
 
-        Where there is one of that name the new one stands beside it: rows that are tried again, beside the others.
+        An existing segment of that name stays, and the new one gets another: it has rows that were tried again.
         """
         table = self._table(keys, scores)
         file = f"{self.id}-{name}.parquet"
@@ -113,69 +115,69 @@ class ScoreStore:
         self._write(file, table)
         return file
 
-    def take(self, keys: np.ndarray, found: Found, wanted: np.ndarray) -> None:
-        """Carry over the `wanted` (n,) bool among scores found elsewhere. Raises `SQSDError` when the disk refuses."""
+    def take(self, keys: np.ndarray, scores: StoredScores, wanted: np.ndarray) -> None:
+        """Copy the `wanted` (n,) bool among scores of another store. Raises `SQSDError` when they can't be written."""
         hits = np.flatnonzero(wanted)
         for start in range(0, len(hits), AT_ONCE):
             at = hits[start : start + AT_ONCE]
-            self.append(f"{REUSED}-{_digest(keys[at])}", keys[at], found.scores(at))
+            self.append(f"{REUSED}-{_digest(keys[at])}", keys[at], scores.scores(at))
 
     def adopt(self, keys: np.ndarray, other: ScoreStore) -> None:
-        """Carry over what another store knows of `keys` (n,) S16, this one does not, and is not to be tried again."""
+        """Copy the settled scores of `keys` (n,) S16 from another store, where this one has none."""
         theirs = other.lookup(keys)
         self.take(keys, theirs, theirs.settled & ~self.lookup(keys).settled)
 
-    def lookup(self, keys: np.ndarray) -> Found:
-        """Scores of `keys` (n,) S16, all different.
+    def lookup(self, keys: np.ndarray) -> StoredScores:
+        """The scores of `keys` (n,) S16, all different.
 
-        A segment that can't be read is skipped with a warning, never trusted. Takes about 50 bytes a key.
+        A segment that can't be read is skipped with a warning. Takes about 50 bytes per key.
         """
-        found, lookup = Found.none(len(keys), self.probes), Lookup(keys)
+        stored, lookup = StoredScores.none(len(keys), self.probes), Lookup(keys)
         for name, batch in self._batches():
             hit, where = lookup.find(_keys(batch))
-            codes = _codes(found, batch)
-            worse = [found.code(status) for status in ("", *TRANSIENT)]
-            again = found.known[where] & np.isin(codes[hit], worse)
-            hit, where = hit[~again], where[~again]  # a score is never given up again
-            found.codes[where] = codes[hit]
-            found.own[where] = not name.startswith(f"{self.id}-{REUSED}-")
-            found.tokens[where] = batch["tokens"].to_numpy()[hit]
+            codes = _codes(stored, batch)
+            worse = [stored.code(status) for status in ("", *TRANSIENT)]
+            again = stored.known[where] & np.isin(codes[hit], worse)
+            hit, where = hit[~again], where[~again]  # a failed try never replaces a score
+            stored.codes[where] = codes[hit]
+            stored.own[where] = not name.startswith(f"{self.id}-{REUSED}-")
+            stored.tokens[where] = batch["tokens"].to_numpy()[hit]
             for probe in self.probes:
-                found.probes[probe][where] = batch[probe].to_numpy()[hit]
-            for k in np.flatnonzero(found.codes[where] != found.code("scored")).tolist():
-                found.details[int(where[k])] = batch["detail"][int(hit[k])].as_py() or ""
-        return found
+                stored.probes[probe][where] = batch[probe].to_numpy()[hit]
+            for k in np.flatnonzero(stored.codes[where] != stored.code("scored")).tolist():
+                stored.details[int(where[k])] = batch["detail"][int(hit[k])].as_py() or ""
+        return stored
 
     def compact(self) -> None:
-        """Join all segments into as few as it takes.
+        """Join all segments into as few as possible.
 
-        Safe beside runs that read or write: what is new is written before what is old is deleted, a reader that misses
-        a file looks again, and what could not be read is left for someone to look at. Raises `SQSDError`.
+        Other runs may read and write meanwhile: new segments are written before old ones are deleted, a reader that
+        misses a file looks again, and segments that can't be read stay. Raises `SQSDError`.
         """
         old: set[str] = set()
         keys = np.concatenate([np.zeros(0, KEYS), *(_keys(batch) for name, batch in self._batches(old))])
         keys = keys[distinct(keys).first]
-        found, new = self.lookup(keys), set()
-        if not found.known.all():
-            raise SQSDError(f"{self.folder} gave less at a second reading: nothing was joined; try again.")
+        stored, new = self.lookup(keys), set()
+        if not stored.known.all():
+            raise SQSDError(f"Some segments of {self.folder} could be read only once: nothing was joined; try again.")
         for start in range(0, len(keys), AT_ONCE):
             at = np.arange(start, min(len(keys), start + AT_ONCE))
             name = f"{self.id}-{_digest(keys[at])}.parquet"
-            self._write(name, self._table(keys[at], found.scores(at)))
+            self._write(name, self._table(keys[at], stored.scores(at)))
             new.add(name)
         for name in sorted(old - new):
             try:
                 self.folder.delete(name)
             except OSError as problem:
                 raise SQSDError(
-                    f"{self.folder.path(name)} can't be deleted ({problem}): see to your rights there; nothing is lost."
+                    f"{self.folder.path(name)} can't be deleted ({problem}): check your rights there; nothing is lost."
                 ) from problem
 
     def _batches(self, whole: set[str] | None = None) -> Iterator[tuple[str, pa.RecordBatch]]:
-        """All stored rows, by segment; files that another process joins meanwhile are read as what they became.
+        """All stored rows, by segment; where another process joins segments meanwhile, the joined ones are read.
 
-        The names of segments that were read to their end are put into `whole`. Raises `InputError` for one that may be
-        sound and can't be had.
+        Adds the names of segments that were read to their end to `whole`. Raises `InputError` where a segment can't be
+        fetched.
         """
         tried: set[str] = set()
         while waiting := [name for name in self.segments() if name not in tried]:
@@ -234,8 +236,8 @@ class ScoreStore:
             self.folder.write(name, lambda sink: pq.write_table(table, sink, write_page_checksum=True))
         except (OSError, pa.ArrowException) as problem:
             raise SQSDError(
-                f"The scores can't be written to {self.folder} ({problem}): see to room and rights there and run the "
-                "same command again; what was scored so far is kept."
+                f"The scores can't be written to {self.folder} ({problem}): check the free space and your rights there "
+                "and run the same command again; what was scored so far is kept."
             ) from problem
 
 
@@ -245,11 +247,12 @@ def _keys(batch: pa.RecordBatch) -> np.ndarray:
     return np.frombuffer(column.buffers()[1], dtype=KEYS)[column.offset : column.offset + len(column)]
 
 
-def _codes(found: Found, batch: pa.RecordBatch) -> np.ndarray:
-    """The statuses of a batch (n,) as codes of `found`."""
+def _codes(stored: StoredScores, batch: pa.RecordBatch) -> np.ndarray:
+    """The statuses of a batch as codes (n,) of `stored`."""
     column = batch["status"]
-    codes = np.array([found.code(status) for status in column.dictionary.to_pylist()], np.uint8)
-    return codes[column.indices.to_numpy()]
+    codes = np.array([stored.code(status) for status in column.dictionary.to_pylist()], np.uint8)
+    indices: np.ndarray = column.indices.to_numpy()
+    return codes[indices]
 
 
 def _digest(keys: Sequence[bytes] | np.ndarray) -> str:

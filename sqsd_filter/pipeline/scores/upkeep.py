@@ -1,4 +1,4 @@
-"""The upkeep of a store that runs share: what is in it, and fewer files for the same scores."""
+"""Upkeep of a store that runs share: describe its content, and join its segments into fewer files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 from sqsd_filter.pipeline.scores.store import SETTINGS, ScoreStore, settings_id
 from sqsd_filter.storage.folder import Folder, sweep
 
-DAY = 86400.0  # seconds after which an unfinished file was left by a process that was killed
+DAY = 86400.0  # seconds after which an unfinished file is taken for that of a killed process
 
 
 @dataclass
 class Holding:
-    """The segments of one settings: the names of their probes, and the (rows, bytes) of each file."""
+    """The segments with the same settings: the names of their probes, and the (rows, bytes) of each file."""
 
     settings: dict[str, Any]
     probes: list[str]
@@ -25,9 +25,9 @@ class Holding:
 
 
 def describe(where: str) -> dict[str, Any]:
-    """What a store holds, for each settings, and the names of files that are no score segments.
+    """The content of a store by settings, and the names of files in it that are not score segments.
 
-    Raises `InputError` where there is no such folder, or it can't be read.
+    Raises `InputError` where the folder does not exist or can't be read.
     """
     holdings, foreign = _look(Folder(where))
     stores = [
@@ -44,7 +44,7 @@ def describe(where: str) -> dict[str, Any]:
 
 
 def compact_all(where: str) -> dict[str, Any]:
-    """Join the segments of each settings, and sweep up after killed processes. Raises `InputError`, `SQSDError`."""
+    """Join segments with the same settings, and remove files of killed processes. Raises `InputError`, `SQSDError`."""
     folder = Folder(where)
     holdings, foreign = _look(folder)
     files = 0
@@ -59,14 +59,14 @@ def compact_all(where: str) -> dict[str, Any]:
 
 
 def _look(folder: Folder) -> tuple[dict[str, Holding], list[str]]:
-    """What a folder holds, by the id of the settings, and the names of files there that are no segments."""
-    found: dict[str, Holding] = {}
+    """The segments in a folder by the id of their settings, and the names of the other files there."""
+    holdings: dict[str, Holding] = {}
     foreign = []
     for name in folder.names(must_exist=True):
         try:
             content = folder.read(name)
         except FileNotFoundError:
-            continue  # joined with others meanwhile
+            continue  # joined with other segments meanwhile
         try:
             page = pq.read_metadata(pa.BufferReader(content))
             settings = json.loads((page.schema.to_arrow_schema().metadata or {})[SETTINGS])
@@ -78,6 +78,6 @@ def _look(folder: Folder) -> tuple[dict[str, Holding], list[str]]:
             foreign.append(name)
             continue
         schema = page.schema.to_arrow_schema()
-        held = found.setdefault(id, Holding(settings, [f.name for f in schema if f.type == pa.float64()]))
+        held = holdings.setdefault(id, Holding(settings, [f.name for f in schema if f.type == pa.float64()]))
         held.files[name] = (page.num_rows, content.size)
-    return found, foreign
+    return holdings, foreign

@@ -1,5 +1,5 @@
-"""Rows as lines of JSON, with exact values; and members put at the end of a line that is there already, of which every
-other byte stays as it is.
+"""Rows as lines of JSON with exact values, and members that are added at the end of an existing line, all of whose
+other bytes stay.
 """
 
 from __future__ import annotations
@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from datetime import date, time
 from decimal import Decimal
-from typing import Any
 
 import pyarrow as pa
 
@@ -16,6 +16,18 @@ from sqsd_filter.corpus.json_schema import to_rows
 from sqsd_filter.corpus.table_formats import UNDECODABLE
 from sqsd_filter.errors import InputError
 
+_HELD = (  # types that JSON holds, beside nested ones and times
+    pa.types.is_null,
+    pa.types.is_boolean,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_decimal,
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_date,
+    pa.types.is_timestamp,
+)
 _SPACE = b" \t\r\n"
 _SPACES = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
@@ -23,24 +35,20 @@ _DECODER = json.JSONDecoder()
 
 def has_form(kind: pa.DataType) -> bool:
     """Can JSON hold every value of this type exactly, some of them as text?"""
-    is_ = pa.types
-    if is_.is_dictionary(kind):
+    types = pa.types
+    if types.is_dictionary(kind):
         return has_form(kind.value_type)
-    if is_.is_nested(kind):
+    if types.is_nested(kind):
         return all(has_form(kind.field(k).type) for k in range(kind.num_fields))
-    number_or_text = is_.is_integer(kind) or is_.is_floating(kind) or is_.is_decimal(kind) or _is_text(kind)
-    moment = is_.is_date(kind) or is_.is_timestamp(kind) or (is_.is_time(kind) and kind != pa.time64("ns"))
-    return number_or_text or moment or is_.is_null(kind) or is_.is_boolean(kind) or isinstance(kind, pa.JsonType)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if types.is_time(kind):
+        return bool(kind != pa.time64("ns"))
+    return isinstance(kind, pa.JsonType) or any(holds(kind) for holds in _HELD)
 
 
 def lines(table: pa.Table) -> list[bytes]:
-    """Each row as a line: dates and times as ISO text, decimals as their text; what was stored as JSON, as it was.
+    """Each row as a line: dates and times as ISO text, decimals as text, and values stored as JSON unchanged.
 
-    Raises InputError for a value that Python does not have.
+    Raises `InputError` for a value that Python can't represent.
     """
     try:
         return [dump(row) for row in to_rows(table)]
@@ -55,7 +63,7 @@ def lines(table: pa.Table) -> list[bytes]:
         raise
 
 
-def dump(value: Any) -> bytes:
+def dump(value: object) -> bytes:
     """A value as one line of JSON."""
     try:
         return json.dumps(value, ensure_ascii=False, default=_text).encode()
@@ -63,17 +71,17 @@ def dump(value: Any) -> bytes:
         return json.dumps(value, default=_text).encode()
 
 
-def _text(value: Any) -> str:
+def _text(value: Decimal | date | time) -> str:
     return str(value) if isinstance(value, Decimal) else value.isoformat()
 
 
-def splice(line: bytes, members: Mapping[str, Any], old: Collection[str] = ()) -> bytes:
-    """The line, which is a JSON object, with these members at its end, and without those of the `old` names."""
+def splice(line: bytes, members: Mapping[str, object], old: Collection[str] = ()) -> bytes:
+    """The line, a JSON object, with these members at its end and without those of the `old` names."""
     end = line.rstrip(_SPACE)
     before = end[:-1].rstrip(_SPACE)
     kept = _without(before.decode(), old).encode() if old else before
     added = dump(dict(members))[1:-1]
-    comma = b", " if added and not kept.endswith(b"{") else b""  # no value ends in such a brace
+    comma = b", " if added and not kept.endswith(b"{") else b""  # no value ends in this brace
     return kept + comma + added + line[len(before) :]
 
 
@@ -95,6 +103,6 @@ def _members(text: str, at: int) -> Iterator[tuple[str, str]]:
 
 
 def _after_spaces(text: str, at: int) -> int:
-    found = _SPACES.match(text, at)
-    assert found is not None
-    return found.end()
+    spaces = _SPACES.match(text, at)
+    assert spaces is not None  # it matches no spaces, too
+    return spaces.end()

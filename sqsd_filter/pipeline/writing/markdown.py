@@ -1,4 +1,4 @@
-"""Markdown that stays what it is, whatever names, values and pages of others it holds."""
+"""Markdown in which names, values and other people's pages can't break the layout."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterable, Sequence
 
 from markdown_it import MarkdownIt
 
-MARKUP = set("`|\\")  # what inline code in a table cell can't hold as it is
+MARKUP = set("`|\\")  # characters that inline code in a table cell must escape
 HTML_ENDS = {
     **{f"<{tag}": f"</{tag}>" for tag in ("pre", "script", "style", "textarea")},
     "<!--": "-->",
     "<![cdata[": "]]>",
     "<?": "?>",
     "<!": ">",
-}  # of blocks of HTML that go on past an empty line
+}  # by their starts, the ends of HTML blocks that an empty line does not end
 
 
 def code(text: str) -> str:
-    """The text as inline code on one line, in a table too; what can't be printed is shown as its escape."""
+    """The text as inline code on one line, also in a table; characters that can't be printed are shown as escapes."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if shown and shown == shown.strip() and not MARKUP & set(shown):
         return f"`{shown}`"
@@ -26,22 +26,23 @@ def code(text: str) -> str:
 
 
 def fenced(text: str, language: str) -> str:
-    """The text as a code block, its lines as they are."""
+    """The text as a code block, with its lines unchanged."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells of Markdown, each in one line; columns whose head begins with a colon are numbers, set to the right."""
+    """A table of Markdown cells, each of one line; columns whose head begins with a colon are aligned to the right."""
     ruler = ["---:" if name.startswith(":") else "---" for name in head]
     lines = [[name.removeprefix(":") for name in head], ruler, *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def demoted(page: str, levels: int = 2) -> str:
-    """The page with its headings so many levels lower (6 is the lowest), so that it can be a section of another.
+    """The page with its headings `levels` lower (6 is the lowest), so that it can be a section of another page.
 
-    Line ends are to be \\n. A block of code or HTML left open is closed, so that it doesn't swallow what follows.
+    Its lines must end with \\n. A block of code or HTML that is left open is closed, so that it can't swallow the text
+    after it.
     """
     lines = page.split("\n")
     blocks = MarkdownIt("commonmark").enable("table").parse(f"{page}\n\n# what follows")
@@ -54,8 +55,8 @@ def demoted(page: str, levels: int = 2) -> str:
             lines[start] = mark + lines[start].strip().removeprefix(block.markup)
         else:  # underlined
             title = " ".join(line.strip() for line in lines[start : end - 1])
-            end_mark = " #" * title.endswith("#")  # the last of them isn't shown
-            lines[start:end] = [f"{mark} {title}{end_mark}", ""]  # the line below must not make it a table
+            end_mark = " #" * title.endswith("#")  # the last # of a heading is not shown
+            lines[start:end] = [f"{mark} {title}{end_mark}", ""]  # else the line below could make it a table
     last = blocks[-1]
     if last.type == "heading_close":
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The cards of the datasets that a run read: what of them holds for its output too, and their text."""
+"""The cards of the datasets that a run read: the header fields that also hold for its output, and their text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from sqsd_filter.pipeline.writing.markdown import code, demoted
 
-# Below it a card of ours holds those of its sources, so that filtering twice nests nothing.
+# Below this line our card holds the cards of its sources, so that filtering twice does not nest cards.
 MARKER = "<!-- sqsd-filter: below are the cards of the sources -->"
 
-# Of a source's header, what says the same of some of its rows; configs, sizes and access are of its own files.
+# Header fields that hold for a part of a source's rows, too; configs, sizes and access hold for its own files only.
 AGREED = (
     "pretty_name",
     "language",
@@ -26,13 +26,14 @@ AGREED = (
     "license_link",
 )
 NULL = ("", "~", "null")
-SINGLE = ("license", "license_name", "license_link", "pretty_name")  # a string where there is one value
+SINGLE = ("license", "license_name", "license_link", "pretty_name")  # one value is written as a string, not as a list
 
 
 @dataclass(frozen=True)
 class Original:
-    """One source: `fields` of its card's header, each a list of strings, and the card's `text`, both empty where it
-    has no card. `ours` says that this tool wrote it, and `text` is then what it kept of its own sources' cards."""
+    """One source: the `fields` of its card's header, each a list of strings, and the card's `text`; both are empty
+    where it has no card. If `ours`, this tool wrote the card, and `text` is its part with its own sources' cards.
+    """
 
     name: str
     fields: dict[str, list[str]]
@@ -41,7 +42,7 @@ class Original:
 
     @classmethod
     def of(cls, name: str, card: str) -> Original:
-        """Reads a README.md; of a header that is no YAML nothing is taken."""
+        """Parses a README.md; a header that is not YAML is ignored."""
         card = card.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
         header, text = "", card
         if block := REGEX_YAML_BLOCK.match(card):
@@ -62,39 +63,39 @@ class Original:
 
 
 def carried_over(originals: Sequence[Original]) -> dict[str, Any]:
-    """The fields for the header of a card over rows of all of these: licences and tags together, others where every
-    source says the same. No licence where that of one is not known."""
+    """The header fields of a card whose rows come from all these sources: all licences and tags, and other fields where
+    every source has the same value. No licence is given where one source's is not known."""
     if not originals:
         return {"tags": []}
-    found = {"license": _together([original.licences for original in originals])}
-    if not all(original.licences for original in originals):
-        del found["license"]
+    fields: dict[str, list[str]] = {}
+    if all(original.licences for original in originals):
+        fields["license"] = _union([original.licences for original in originals])
     first, *others = originals
     for name in AGREED:
         value = first.fields.get(name)
         if value and all(set(value) == set(other.fields.get(name, [])) for other in others):
-            found[name] = list(value)
-    if not found.get("license_link", ["https:"])[0].startswith(("https:", "http:")):
-        del found["license_link"]  # a file beside the source's card
-    single = {name: value[0] for name, value in found.items() if name in SINGLE and len(value) == 1}
-    return {**found, **single, "tags": _together([original.fields.get("tags", []) for original in originals])}
+            fields[name] = list(value)
+    if not fields.get("license_link", ["https:"])[0].startswith(("https:", "http:")):
+        del fields["license_link"]  # a file beside the source's card
+    single = {name: value[0] for name, value in fields.items() if name in SINGLE and len(value) == 1}
+    return {**fields, **single, "tags": _union([original.fields.get("tags", []) for original in originals])}
 
 
-def _together(lists: Sequence[Sequence[str]]) -> list[str]:
+def _union(lists: Sequence[Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(value for values in lists for value in values))
 
 
 def _fields(header: str) -> dict[str, list[str]]:
-    """The header's fields that are a string or a list of strings. All scalars are strings: `no` is Norwegian."""
+    """The header's fields that are a string or a list of strings. Scalars are read as strings: `no` is Norwegian."""
     try:
-        found = yaml.load(header, Loader=yaml.BaseLoader)
+        fields = yaml.load(header, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError):
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         return {}
-    lists = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
     return {name: values for name, values in lists.items() if all(map(_is_word, values))}
 
 
-def _is_word(value: Any) -> bool:
+def _is_word(value: object) -> bool:
     return isinstance(value, str) and value.isprintable() and value not in NULL

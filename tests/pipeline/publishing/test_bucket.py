@@ -57,13 +57,13 @@ def s3(moto: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
 
 @pytest.fixture(params=["memory", "s3"])
 def url(request: pytest.FixtureRequest) -> str:
-    found: str = request.getfixturevalue(request.param)
-    return found
+    address: str = request.getfixturevalue(request.param)
+    return address
 
 
 def content(url: str) -> dict[str, bytes]:
     bucket = Bucket(url)
-    return {name: bucket._read(name) for name in bucket._sizes()}
+    return {name: bucket.read(name) for name in bucket.sizes()}
 
 
 def test_a_run_is_published_whole_and_known_again(url: str, tmp_path: Path) -> None:
@@ -71,17 +71,17 @@ def test_a_run_is_published_whole_and_known_again(url: str, tmp_path: Path) -> N
     bucket.check()
     assert bucket.published("one") is None
     assert bucket.publish(run) == {"url": url}
-    found = content(url)
-    told = {"run": "one", "rows": ["kept"], "files": sorted([*FILES, MARKER]), "complete": True}
-    assert json.loads(found.pop(MARKER)) == told
-    assert found == {name: path.read_bytes() for name, path in run.files.items()}
+    files = content(url)
+    marked = {"run": "one", "rows": ["kept"], "files": sorted([*FILES, MARKER]), "complete": True}
+    assert json.loads(files.pop(MARKER)) == marked
+    assert files == {name: path.read_bytes() for name, path in run.files.items()}
     assert bucket.published("one") == run.report
     with pytest.raises(DestinationExists, match="holds another run"):
         bucket.published("two")
 
 
-def test_what_this_tool_did_not_write_is_left_alone_unless_told(url: str, tmp_path: Path) -> None:
-    Bucket(url)._write("theirs/a.txt", b"theirs")
+def test_what_this_tool_did_not_write_is_left_alone_unless_asked(url: str, tmp_path: Path) -> None:
+    Bucket(url).write("theirs/a.txt", b"theirs")
     with pytest.raises(DestinationExists, match=r"holds theirs/a\.txt, which this command did not write"):
         Bucket(url).check()
     Bucket(url, overwrite=True).publish(finished(tmp_path))
@@ -93,7 +93,7 @@ def test_an_interrupted_upload_goes_on_and_is_not_taken_for_whole(
 ) -> None:
     run = finished(tmp_path)
     written: list[str] = []
-    write = Bucket._write
+    write = Bucket.write
 
     def failing(self: Bucket, name: str, data: Any) -> None:
         if len(written) == 3:
@@ -101,7 +101,7 @@ def test_an_interrupted_upload_goes_on_and_is_not_taken_for_whole(
         written.append(name)
         write(self, name, data)
 
-    monkeypatch.setattr(Bucket, "_write", failing)
+    monkeypatch.setattr(Bucket, "write", failing)
     with pytest.raises(KeyboardInterrupt):
         Bucket(url).publish(run)
     assert Bucket(url).published("one") is None
@@ -116,19 +116,19 @@ def test_an_interrupted_upload_goes_on_and_is_not_taken_for_whole(
 def test_what_others_put_beside_a_run_stays_there(url: str, tmp_path: Path) -> None:
     run = finished(tmp_path)
     Bucket(url).publish(run)
-    Bucket(url)._write("notes.txt", b"theirs")
+    Bucket(url).write("notes.txt", b"theirs")
     Bucket(url).publish(run)
     assert set(content(url)) == {*FILES, MARKER, "notes.txt"}
 
 
 @pytest.mark.parametrize("stored", [b"[1]", b"{", b'{"run": "one"}'])
 def test_a_broken_marker_is_foreign(memory: str, stored: bytes) -> None:
-    Bucket(memory)._write(MARKER, stored)
+    Bucket(memory).write(MARKER, stored)
     with pytest.raises(DestinationExists, match="which this command did not write"):
         Bucket(memory).published("one")
 
 
-def test_inputs_below_what_is_replaced_are_found() -> None:
+def test_inputs_below_the_replaced_folder_are_seen() -> None:
     memory = "memory://bucket/out"
     Bucket(memory, overwrite=True).spare("memory://bucket/outside/a.jsonl")
     Bucket(memory).spare(f"{memory}/a.jsonl")
@@ -140,9 +140,9 @@ def test_overwriting_replaces_another_run_and_leaves_nothing_of_it(url: str, tmp
     Bucket(url).publish(finished(tmp_path / "a", files={**FILES, "data/kept-2.jsonl": b"old"}))
     other = finished(tmp_path / "b", "two", {**FILES, "README.md": b"CARD"})
     Bucket(url, overwrite=True).publish(other)
-    found = content(url)
-    assert set(found) == {*FILES, MARKER}
-    assert found["README.md"] == b"CARD"
+    files = content(url)
+    assert set(files) == {*FILES, MARKER}
+    assert files["README.md"] == b"CARD"
 
 
 @pytest.mark.slow

@@ -90,8 +90,8 @@ def test_only_the_kept_rows_go_public_unless_others_are_named(
     files = hub.files("org/out")
     assert set(files) == KEPT | more
     assert not hub.repos["datasets", "org/out"].private
-    told = json.loads(files[REPORT])
-    named = [*(file["path"] for file in told["files"]), *told["extra_files"]]
+    report = json.loads(files[REPORT])
+    named = [*(file["path"] for file in report["files"]), *report["extra_files"]]
     assert set(named) == set(files) - {REPORT, MARKER}
 
 
@@ -139,11 +139,11 @@ def test_a_public_repository_that_is_there_gets_the_kept_rows_only(hub: Hub, tmp
     hub.add("org/out", {})
     PushTo("org/out").publish(finished(tmp_path))
     assert set(hub.files("org/out")) == KEPT
-    with pytest.raises(UsageError, match="org/out is public already: leave out --private"):
+    with pytest.raises(UsageError, match="org/out is already public: leave out --private"):
         PushTo("org/out", private=True).check()
 
 
-def test_foreign_content_is_refused_before_any_work_and_replaced_only_when_told(hub: Hub, tmp_path: Path) -> None:
+def test_foreign_content_is_refused_before_any_work_and_replaced_only_when_asked(hub: Hub, tmp_path: Path) -> None:
     hub.add("org/out", {"README.md": b"theirs", "data/theirs.parquet": b"x" * 9000}, private=True)
     with pytest.raises(DestinationExists, match=r"org/out holds README\.md and 1 more, which this command did not"):
         PushTo("org/out").check()
@@ -208,7 +208,7 @@ def test_a_failed_upload_goes_on_with_the_next_call(hub: Hub, tmp_path: Path) ->
     with pytest.raises(SQSDError, match=r"org/out can't be pushed to .*what has been uploaded is kept"):
         PushTo("org/out").publish(finished(tmp_path))
     uploads = len(hub.seen("PUT", ""))
-    hub._rules.clear()
+    hub.rules.clear()
     PushTo("org/out").publish(finished(tmp_path))
     assert len(hub.seen("PUT", "")) == uploads
 
@@ -219,16 +219,20 @@ def test_a_token_that_may_not_write_is_one_sentence(
 ) -> None:
     hub.add("org/out", {}, private=False)
     hub.connect(tmp_path / "home", monkeypatch, token)
-    with pytest.raises(SQSDError, match="org/out can't be pushed to with this token: set HF_TOKEN"):
+
+    def push() -> None:
         PushTo("org/out").check()
         PushTo("org/out").publish(finished(tmp_path))
+
+    with pytest.raises(SQSDError, match="org/out can't be pushed to with this token: set HF_TOKEN"):
+        push()
 
 
 @pytest.mark.parametrize(
     ("repo", "rows", "said"),
     [
-        ("out", None, "'out' is no repository to push to: write ORG/NAME"),
-        ("org/a--b", None, "'org/a--b' is no repository to push to"),
+        ("out", None, "'out' is not a repository to push to: write ORG/NAME"),
+        ("org/a--b", None, "'org/a--b' is not a repository to push to"),
         ("org/out", ["kept", "bad"], "There are no rows 'bad' to push: choose from kept, dropped, errors"),
     ],
 )

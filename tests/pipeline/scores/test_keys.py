@@ -23,9 +23,9 @@ def whole(keys: np.ndarray) -> list[bytes]:
 
 @given(some_keys)
 def test_distinct_names_the_first_of_each_key(keys: list[bytes]) -> None:
-    found = distinct(packed(keys))
-    assert sorted(found.first.tolist()) == sorted({keys.index(key) for key in keys})
-    assert [keys[found.first[k]] for k in found.inverse] == keys
+    unique = distinct(packed(keys))
+    assert sorted(unique.first.tolist()) == sorted({keys.index(key) for key in keys})
+    assert [keys[unique.first[k]] for k in unique.inverse] == keys
 
 
 @given(some_keys, some_keys)

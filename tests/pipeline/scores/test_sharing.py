@@ -154,7 +154,9 @@ def test_a_store_that_takes_no_files_is_one_sentence_after_the_first_shard_and_n
         run("monday.jsonl", "out", scorer)
     (folder / "store").unlink()
     (folder / "store").symlink_to("/proc")  # a folder that can be read and takes no file
-    with pytest.raises(SQSDError, match=r"^The scores can't be written to store \([^\n]*\): see to room [^\n]*kept\.$"):
+    with pytest.raises(
+        SQSDError, match=r"^The scores can't be written to store \([^\n]*\): check the free space [^\n]*kept\.$"
+    ):
         run("monday.jsonl", "out", scorer)
     assert json.loads(Path("out/sqsd/report.json").read_text())["status"] == "failed"
     assert len(list(Path("out/sqsd/scores").glob("*.parquet"))) == 1
@@ -211,10 +213,10 @@ def test_two_runs_at_once_and_compactions_meanwhile_lose_nothing(folder: Path, t
             compact_all("store")
     assert [p.wait() for p in processes] == [0, 0]
     compact_all("store")
-    found = describe("store")
-    assert found["stores"][0]["rows"] == 1600
-    assert found["stores"][0]["files"] == 1
-    assert not found["foreign"]
+    store = describe("store")
+    assert store["stores"][0]["rows"] == 1600
+    assert store["stores"][0]["files"] == 1
+    assert not store["foreign"]
 
 
 def test_lookups_beside_compactions_always_find_everything(tmp_path: Path) -> None:
@@ -238,8 +240,8 @@ def test_lookups_beside_compactions_always_find_everything(tmp_path: Path) -> No
     try:
         for start in range(10, 4000, 95):
             store.append(f"from-{start}", keys[start : start + 95], scores(slice(start, start + 95)))
-            found = store.lookup(keys)
-            assert np.array_equal(found.probes["danger"][: start + 95], values[: start + 95])
+            stored = store.lookup(keys)
+            assert np.array_equal(stored.probes["danger"][: start + 95], values[: start + 95])
     finally:
         stop.set()
         thread.join()
@@ -277,17 +279,19 @@ def test_a_store_that_has_just_refused_does_not_hold_up_an_interrupted_run(
 
     keys = np.arange(1, 9, dtype=np.uint64).view(KEYS)
     monkeypatch.setattr(sharing, "SHARE_EVERY", 0.0)
-    with pytest.raises(KeyboardInterrupt), sharing.Sharing(own, shared) as exchange:
-        for number in range(2):
-            at = slice(2 * number, 2 * number + 2)
-            own.append(
-                f"shard-{number}",
-                keys[at],
-                Scores({"danger": np.ones(2)}, np.ones(2), ["scored"] * 2, [""] * 2, np.ones(2)),
-            )
-            exchange.add(keys[at])
-            monkeypatch.setattr(shared.folder, "write", refuse.__get__(shared.folder))
-        raise KeyboardInterrupt
+
+    def score_until_interrupted() -> None:
+        with sharing.Sharing(own, shared) as exchange:
+            for number in range(2):
+                at = slice(2 * number, 2 * number + 2)
+                scores = Scores({"danger": np.ones(2)}, np.ones(2), ["scored"] * 2, [""] * 2, np.ones(2))
+                own.append(f"shard-{number}", keys[at], scores)
+                exchange.add(keys[at])
+                monkeypatch.setattr(shared.folder, "write", refuse.__get__(shared.folder))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_until_interrupted()
     assert len(tries) == 1
     assert len(shared.segments()) == 1
 
@@ -379,23 +383,24 @@ def test_a_dry_run_counts_on_what_is_known(
     def forecast(*arguments: str) -> dict[str, Any]:
         with pytest.raises(SystemExit):
             main([*arguments, "--drop-top", "5%", "--pack", str(scorer.pack.path), "--dry-run", "--json"])
-        return json.loads(capsys.readouterr().out)
+        shown: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return shown
 
-    found = forecast("tuesday.jsonl", "out", "--score-store", "store")
-    assert (found["to_score"], found["reused"]) == (2, 40)
-    assert found["tokens"] > 0
-    found = forecast("monday.jsonl", "monday")
-    assert (found["to_score"], found["reused"], found["tokens"], found["seconds"]) == (0, 40, 0, 0)
+    shown = forecast("tuesday.jsonl", "out", "--score-store", "store")
+    assert (shown["to_score"], shown["reused"]) == (2, 40)
+    assert shown["tokens"] > 0
+    shown = forecast("monday.jsonl", "monday")
+    assert (shown["to_score"], shown["reused"], shown["tokens"], shown["seconds"]) == (0, 40, 0, 0)
     assert forecast("tuesday.jsonl", "out")["to_score"] == 42
 
 
 def test_a_file_url_is_a_folder_and_other_servers_get_files_by_renaming(tmp_path: Path) -> None:
-    place = Folder(f"file://{tmp_path}/scores")
-    assert place.local == tmp_path / "scores"
-    place.write("a", lambda sink: sink.write(b"1"))
+    folder = Folder(f"file://{tmp_path}/scores")
+    assert folder.local == tmp_path / "scores"
+    folder.write("a", lambda sink: sink.write(b"1"))
     assert Folder(tmp_path / "scores").names() == ["a"]
 
-    class Server(MemoryFileSystem):
+    class Server(MemoryFileSystem):  # type: ignore[misc]  # fsspec is not typed
         protocol = "server"
         moved: ClassVar[list[str]] = []
 
@@ -420,14 +425,14 @@ def test_a_file_url_is_a_folder_and_other_servers_get_files_by_renaming(tmp_path
 
 
 def test_a_folder_names_its_files_and_no_others(tmp_path: Path) -> None:
-    place = Folder(tmp_path / "new")
-    assert place.names() == []
-    place.write("b", lambda sink: sink.write(b"22"))
-    place.write("a", lambda sink: sink.write(b"1"))
+    folder = Folder(tmp_path / "new")
+    assert folder.names() == []
+    folder.write("b", lambda sink: sink.write(b"22"))
+    folder.write("a", lambda sink: sink.write(b"1"))
     (tmp_path / "new" / ".hidden").touch()
     (tmp_path / "new" / "folder").mkdir()
-    assert place.names() == ["a", "b"]
-    assert place.read("b").to_pybytes() == b"22"
-    place.delete("a")
-    place.delete("a")
-    assert place.names() == ["b"]
+    assert folder.names() == ["a", "b"]
+    assert folder.read("b").to_pybytes() == b"22"
+    folder.delete("a")
+    folder.delete("a")
+    assert folder.names() == ["b"]

@@ -42,19 +42,19 @@ def file_in(store: ScoreStore, name: str) -> Path:
 
 
 def known(store: ScoreStore) -> dict[bytes, float]:
-    found = store.lookup(np.array(KEY, dtype=KEYS))
-    return {key: value for key, value, k in zip(KEY, found.probes["danger"], found.known, strict=True) if k}
+    stored = store.lookup(np.array(KEY, dtype=KEYS))
+    return {key: value for key, value, k in zip(KEY, stored.probes["danger"], stored.known, strict=True) if k}
 
 
 def test_what_is_appended_is_found_again_in_any_order(tmp_path: Path) -> None:
     store = store_in(tmp_path)
     store.append("shard-000001", KEY[2:4], scores(0.1, float("nan")))
     store.append("shard-000000", KEY[:1], scores(1 / 3))
-    found = store_in(tmp_path).lookup(np.array([KEY[3], KEY[4], KEY[0], KEY[2]], dtype=KEYS))
-    assert found.known.tolist() == found.own.tolist() == [True, False, True, True]
-    assert np.array_equal(found.probes["danger"], [np.nan, np.nan, 1 / 3, 0.1], equal_nan=True)
-    assert [found.statuses[c] for c in found.codes] == ["scored", "", "scored", "scored"]
-    assert found.tokens.tolist() == [1, 0, 0, 0]
+    stored = store_in(tmp_path).lookup(np.array([KEY[3], KEY[4], KEY[0], KEY[2]], dtype=KEYS))
+    assert stored.known.tolist() == stored.own.tolist() == [True, False, True, True]
+    assert np.array_equal(stored.probes["danger"], [np.nan, np.nan, 1 / 3, 0.1], equal_nan=True)
+    assert [stored.statuses[c] for c in stored.codes] == ["scored", "", "scored", "scored"]
+    assert stored.tokens.tolist() == [1, 0, 0, 0]
 
 
 def test_an_empty_or_missing_store_knows_nothing(tmp_path: Path) -> None:
@@ -129,7 +129,8 @@ def test_adopted_scores_are_known_but_not_its_own(tmp_path: Path) -> None:
 def test_a_folder_that_takes_no_files_gives_one_clear_sentence(tmp_path: Path) -> None:
     (tmp_path / "scores").symlink_to("/proc")
     with pytest.raises(
-        SQSDError, match=r"can't be written to .*scores .*: see to room and rights there and run the same command"
+        SQSDError,
+        match=r"can't be written to .*scores .*: check the free space and your rights there and run the same command",
     ):
         store_in(tmp_path).append("shard-000000", KEY[:1], scores(0.1))
 

@@ -193,7 +193,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_room_finishes_the_run(
     shared = "full" if where == "shared store" else None
     if shared:
         Path(shared).symlink_to("/proc")
-    sentence = r"^The scores can't be written to [^\n]*see to room and rights there and run the same"
+    sentence = r"^The scores can't be written to [^\n]*check the free space and your rights there and run the same"
     with pytest.raises(SQSDError, match=sentence), full:
         scorer = SQSDScorer(tiny_pack)
         filter_dataset(source, "out", drop_top="5%", scorer=scorer, engine=Filling(2), score_store=shared)

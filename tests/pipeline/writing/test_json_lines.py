@@ -91,7 +91,7 @@ def test_a_float_reads_back_as_itself(number: float) -> None:
 
 def test_values_without_a_form_in_json_are_their_iso_or_decimal_text() -> None:
     paris = timezone(timedelta(hours=1))
-    row = {
+    row: dict[str, Any] = {
         "stamp": datetime(2024, 1, 31, 12, 0, 0, 1),
         "zoned": [datetime(2024, 1, 31, tzinfo=paris)],
         "day": {"at": date(9999, 12, 31)},
