@@ -26,6 +26,6 @@ def drift_section(folder: Path) -> Section:
             ]
             for point in report["checkpoints"]
         ]
-        words = [f"What the fine-tuning run {report['run']} changed, along the directions of {report['pack']['name']}."]
+        words = [f"The change of the weights in {report['run']} along the directions of {report['pack']['name']}."]
         table = Table([":step", *(f":{name}" for name in names), ":risk"], rows)
         return Section("drift", "Drift", words, plots=plots, tables=[table]).drawn()

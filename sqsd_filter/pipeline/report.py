@@ -248,10 +248,10 @@ def risk_name(facts: ScoreFacts) -> str:
 
 
 def low_risk(facts: ScoreFacts) -> str:
-    """What a low risk says."""
+    """What a low risk means, as a clause."""
     if is_sqsd(facts):
-        return "that a row pushes little along the directions of this pack"
-    return "how a row stands by this measure"
+        return "that a row moves the model little along the directions of this pack"
+    return "that a row ranks low by this measure"
 
 
 def write_report(path: Path, report: Mapping[str, object]) -> None:

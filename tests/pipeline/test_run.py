@@ -626,7 +626,7 @@ def test_a_folder_in_the_place_of_a_scored_file_is_refused_before_scoring(
     overwrite: bool, folder: Path, tiny_pack: Path
 ) -> None:
     (folder / "d.parquet").mkdir()
-    with pytest.raises(DestinationExists, match="is a folder, where a file is to be written"):
+    with pytest.raises(DestinationExists, match="is a folder, but the output is a file"):
         score_dataset("in.jsonl", "d.parquet", Scoring(scorer=Unused(tiny_pack)), overwrite=overwrite)
 
 

@@ -65,8 +65,8 @@ def test_the_main_command_drops_by_the_scorer_and_its_card_says_which_it_was(com
     assert min(row["sqsd_risk"] for row in dropped) >= max(row["sqsd_risk"] for row in rows_of(Path("out"), "kept"))
     assert read_report(Path("out"))["settings"]["unsafe_anchors"] == {"value": "unsafe.jsonl", "origin": "flag"}
     card = Path("out/README.md").read_text()
-    assert "a risk by the scorer `larf`" in card
-    assert "how a row stands by this measure" in card
+    assert "a risk from the scorer `larf`" in card
+    assert "that a row ranks low by this measure" in card
     assert "SQSD risk" not in card
     assert "`sqsd_unsafe`" in card
     assert command("in.jsonl", "out", "--scorer", "larf", *ANCHORS, "--drop-count", "4")[0] == 0
@@ -75,16 +75,16 @@ def test_the_main_command_drops_by_the_scorer_and_its_card_says_which_it_was(com
     assert "another run (scorer: larf there, datashield here)" in err
 
 
-UNTRUE = ("SQSD risk", "with the pack", "push the model further", "pushes little along the directions")
+UNTRUE = ("SQSD risk", "from the pack", "pushes the model further", "moves the model little along the directions")
 
 
 def test_no_page_calls_another_scorers_risk_sqsds(command: Command) -> None:
     assert command("in.jsonl", "out", "--scorer", "length", "--drop-count", "4")[0] == 0
     page = Path("out/sqsd/report.html").read_text()
     assert not [words for words in UNTRUE if words in page]
-    assert "The risk is that of the scorer length, on " in page
+    assert "The risk comes from the scorer length on " in page
     assert ">risk by length (higher is riskier)<" in page
-    assert "A low risk says how a row stands by this measure, not that" in page
+    assert "A low risk only means that a row ranks low by this measure. It does not mean that" in page
 
 
 def test_scored_files_keep_the_name_of_their_scorer(folder: Path, tiny_pack: Path) -> None:
@@ -97,8 +97,8 @@ def test_scored_files_keep_the_name_of_their_scorer(folder: Path, tiny_pack: Pat
     page, card = Path("two/sqsd/report.html").read_text(), Path("two/README.md").read_text()
     assert not [words for words in UNTRUE if words in page]
     assert ">risk by max (higher is riskier)<" in page
-    assert ", by the scorer random." in page
-    assert "a risk by the scorers `length` and `random`" in card
+    assert ", by the scorer random)" in page
+    assert "a risk from the scorers `length` and `random`" in card
     assert "SQSD risk" not in card
 
 

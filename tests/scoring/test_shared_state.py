@@ -173,7 +173,7 @@ def test_a_run_at_a_shared_state_says_so_wherever_it_is_looked_at(
     shared = load_pack(tiny_pack).at_one_state("initial")
     assert (report["pack"]["shared_state"], report["pack"]["fingerprint"]) == ("initial", shared.fingerprint)
     assert report["settings"]["shared_state"] == {"value": "initial", "origin": "flag"}
-    assert "Shared state: `initial`. All directions were taken at this one state. This is not the paper's form" in card
+    assert "Shared state: `initial`. All directions use this one state. In the paper each direction has its" in card
     assert "--shared-state initial" in card
     select_dataset("fast", "again", Cut.of(drop_count=3))
     assert "Shared state: `initial`" in Path("again/README.md").read_text()

@@ -23,5 +23,5 @@ def steering_section(folder: Path) -> Section:
             )
             for k, curve in enumerate(curves)
         ]
-        words = [f"What the model of {report['pack']} does when it is moved along each direction V, to θ0 + αV."]
+        words = [f"The answers of the model of {report['pack']} when it is moved along each direction V, to θ0 + αV."]
         return Section("steering", "Steering", words, plots=plots).drawn()

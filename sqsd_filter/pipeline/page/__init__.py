@@ -1,1 +1,1 @@
-"""The page of a run: what it shows of the rows is noted while they are written, the rest is read of what runs left."""
+"""The page of a run: notes on its rows are taken while they are written, the rest comes from its report."""

@@ -1,4 +1,4 @@
-"""What the page shows of a run's rows, noted while they are written: no row is read for it, and little is kept."""
+"""Notes on rows for the page, taken while the rows are written: no row is read for them, and little is kept."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ MOST_DETAIL = 200  # characters of what is wrong with a row
 MOST_ORIGINS = 3  # of each kind of error
 MOST_LENGTHS = 2**14  # rows whose answers are measured
 MOST_POINTS = 800  # of these that are drawn
-BANDS = 10  # rows by length, each as many
-SAMPLE = 100  # rows to tell their form by
+BANDS = 10  # groups of equally many rows, by length
+SAMPLE = 100  # rows to infer the format from
 
 
 class Excerpt(TypedDict):
@@ -39,7 +39,7 @@ class Excerpt(TypedDict):
 
 
 class Origin(TypedDict):
-    """A row's index in the corpus, and where it stands in its file."""
+    """A row's index in the corpus, its file and its line there."""
 
     row: int
     file: str
@@ -94,7 +94,7 @@ class Notes(TypedDict):
 
 
 class NoteTaker:
-    """Sees all chunks of a corpus and takes down its riskiest rows, origins of errors, and lengths of answers."""
+    """Sees all chunks of a corpus and notes its riskiest rows, the origins of errors, and the lengths of answers."""
 
     def __init__(self, scored: Scored, selection: Selection | None) -> None:
         """Without a selection no row is dropped."""
@@ -104,14 +104,14 @@ class NoteTaker:
         self._measured = _some(np.flatnonzero(scored.scored))
         of = {status: scored.codes == scored.statuses.index(status) for status in scored.reasons()}
         self._failed = {status: np.flatnonzero(rows)[:MOST_ORIGINS].tolist() for status, rows in of.items()}
-        self._form, self._told = scored.form, scored.form is not None
+        self._form, self._has_form = scored.form, scored.form is not None
         self._lengths: dict[int, int] = {}
         self._shown: dict[int, _ShownRow] = {}
         self._errors: dict[int, UnscoredRow] = {}
 
     def see(self, chunk: Chunk) -> None:
-        if not self._told and chunk.table.num_rows:
-            self._form, self._told = _guessed(chunk.table), True
+        if not self._has_form and chunk.table.num_rows:
+            self._form, self._has_form = _inferred(chunk.table), True
         start, stop = chunk.start, chunk.start + chunk.table.num_rows
         shown = [row for row in self._riskiest if start <= row < stop]
         first, last = np.searchsorted(self._measured, [start, stop]) if self._form else (0, 0)
@@ -131,11 +131,11 @@ class NoteTaker:
     def _turns(self, value: Mapping[str, Any]) -> list[Message] | None:
         try:
             return self._form.conversation(value) if self._form else None
-        except RowError:  # possible only where the form is a guess
+        except RowError:  # possible only where the format was inferred
             return None
 
     def notes(self, figures: RunFigures) -> Notes:
-        """All of it, when every chunk was seen; the figures are the run's."""
+        """The notes, after all chunks were seen; the figures are the run's."""
         scored = self.scored
         probes = {name: values[self._riskiest].tolist() for name, values in scored.probes.items()}
         return {
@@ -155,7 +155,7 @@ class NoteTaker:
         }
 
     def _by_length(self) -> Lengths | None:
-        """Risk against the length of the answer, of the rows that were measured; None where no answer was."""
+        """Risk against the length of the answer, of measured rows; None where no answer was measured."""
         measured = [row for row in self._measured.tolist() if row in self._lengths]
         if not measured:
             return None
@@ -186,14 +186,14 @@ class NoteTaker:
 
 
 def _some(rows: np.ndarray) -> np.ndarray:
-    """These rows (n,), ascending, or where there are too many a random part of them, always the same."""
+    """These rows (n,), ascending, or if there are too many, a random sample of them, which is always the same."""
     if len(rows) <= MOST_LENGTHS:
         return rows
     return rows[np.sort(np.random.default_rng(0).choice(len(rows), MOST_LENGTHS, replace=False, shuffle=False))]
 
 
-def _guessed(table: pa.Table) -> RowFormat | None:
-    """The form of rows that nothing is known of but how they look."""
+def _inferred(table: pa.Table) -> RowFormat | None:
+    """The format of rows, inferred from their columns and values; None where it can't be inferred."""
     try:
         return Columns().choose(to_rows(_bare(table).slice(0, SAMPLE)))
     except SQSDError:
@@ -205,7 +205,7 @@ def _bare(table: pa.Table) -> pa.Table:
 
 
 def _values(chunk: Chunk, rows: Sequence[int], form: RowFormat | None) -> Iterable[dict[str, Any]]:
-    """What these rows of the chunk hold in the columns of the form; in all where there is none."""
+    """The values of these rows of the chunk in the columns of the format; in all columns without a format."""
     if form is None:
         table = _bare(chunk.table)
     else:
@@ -219,12 +219,12 @@ def _origin(chunk: Chunk, row: int) -> Origin:
 
 
 def _answer(turns: Sequence[Message]) -> str:
-    """All that is supervised."""
+    """The text of all supervised turns."""
     return "\n\n".join(_said(turn) for turn in turns if is_supervised(turn))
 
 
 def _prompt(turns: Sequence[Message]) -> str:
-    """All else that is said; by whom, where it is more than one turn."""
+    """The text of all other turns, each with its role if they are several."""
     others = [turn for turn in turns if not is_supervised(turn) and isinstance(turn["content"], str)]
     return "\n\n".join(_said(turn) if len(others) == 1 else f"{turn['role']}: {_said(turn)}" for turn in others)
 

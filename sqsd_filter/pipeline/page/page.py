@@ -1,6 +1,6 @@
-"""report.html, a run as one page that loads nothing: every run leaves it, and `report` makes it anew with more in it.
+"""report.html, a run as one page that loads nothing else. Every run writes it; `report` adds sections to it.
 
-It holds text of rows, dropped ones above all, so no push to a dataset of the Hub takes it along.
+It holds text of rows, mostly of dropped ones, so it is never pushed to a dataset of the Hub.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from markupsafe import Markup
@@ -34,16 +34,16 @@ from sqsd_filter.storage.folder import sweep, write_text
 PLOTS = "plots"
 TOP = 5  # modules and tokens of an explained row
 
-# Invisible in a browser, or not allowed in HTML: shown as signs of their own, but for a newline and a tab
+# Characters that a browser does not show, or that HTML does not allow, and the signs shown for them
 _SIGNS = {k: 0x2400 + k for k in range(32) if chr(k) not in "\n\t"} | {0x7F: 0x2421}
 _SIGNS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def write_page(home: Path, report: Report, notes: Notes) -> Path:
-    """Write the page on a run, and the notes that it can be made anew from, into the run's `home`, in place of an
-    earlier page and its plots. Raises `OSError`.
+    """Write the page of a run, and the notes to make it again from, into the run's `home`, in place of an earlier page
+    and its plots. Raises `OSError`.
 
-    The same run gives the same bytes: the report's timing is not looked at.
+    The same run gives the same bytes: the page does not show the report's timing.
     """
     shutil.rmtree(home / PLOTS, ignore_errors=True)
     _write(home / NOTES_FILE, json.dumps(notes, indent=1) + "\n")
@@ -65,7 +65,7 @@ def remake_page(out: Path, sections: Iterable[Section] = ()) -> list[Path]:
     """
     home = out / "sqsd" if out.is_dir() else out.with_name(out.name + ".sqsd")
     refuse_running(home, out)
-    report, notes = read_report(home), read_json(home / NOTES_FILE)
+    report, notes = read_report(home), cast("Notes | None", read_json(home / NOTES_FILE))
     if not report or report.get("status") != "ok":
         raise InputError(f"{out} holds no finished run: name the destination of one.")
     if not notes:
@@ -85,7 +85,7 @@ def remake_page(out: Path, sections: Iterable[Section] = ()) -> list[Path]:
 
 
 def _write_plots(folder: Path, sections: Sequence[Section]) -> list[Path]:
-    """All pictures, in place of those of an earlier page."""
+    """Write all pictures, in place of those of an earlier page."""
     folder.mkdir(exist_ok=True)
     sweep(folder)
     plots = {folder / f"{plot.name}.png": plot for section in sections for plot in section.plots}
@@ -108,7 +108,7 @@ def _sections(report: Report, notes: Notes) -> list[Section]:
 
 
 def _explained(home: Path) -> dict[int, Mapping[str, Any]]:
-    """What carries the risk of rows, where that was asked for."""
+    """The explained rows by their index, if the run explained rows."""
     return {row["row"]: row for row in (read_json(home / EXPLAINED_FILE) or {}).get("rows", [])}
 
 
@@ -148,8 +148,8 @@ def _carriers(row: Mapping[str, Any]) -> dict[str, str]:
     return {"modules": modules, "tokens": ", ".join(f"{token['text']!r} {token['risk']:+.4f}" for token in tokens)}
 
 
-def _visible(value: Any) -> Any:
-    """Text with signs for what could not be seen, or would not be valid."""
+def _visible(value: object) -> object:
+    """Text in which characters that are invisible, or not valid in HTML, are replaced by visible signs."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return re.sub("\r\n?", "\n", value).translate(_SIGNS)
     return value

@@ -18,12 +18,12 @@ from sqsd_filter.pictures import as_svg
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 6.4, 4.0  # inches of a picture, whose text is to be readable on a phone
+WIDTH, HEIGHT = 6.4, 4.0  # inches of a picture whose text is readable on a phone
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture, so many inches large. `name` is that of its file, `alt` says in words what it shows."""
+    """A picture of `width` × `height` inches. `name` is the name of its file, `alt` says what it shows."""
 
     name: str
     alt: str
@@ -38,7 +38,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns whose name begins with a colon hold numbers."""
+    """A table; columns whose name begins with a colon hold numbers."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -46,7 +46,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, sentences, a sentence that must be seen, then pictures and tables."""
+    """A heading, a highlighted warning, sentences, pictures and tables."""
 
     id: str
     title: str
@@ -77,16 +77,9 @@ def read_left(path: Path, command: str) -> Iterator[Any]:
 
 @contextmanager
 def sensible(cause: str, fix: str) -> Iterator[None]:
-    """Raise `InputError` where JSON that was read turns out not to hold what it should."""
+    """Raise `InputError` where the body finds that JSON does not have the keys or types it should have."""
     try:
         yield
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, UndefinedError) as problem:
         why = f"it has no {problem}" if isinstance(problem, KeyError) else str(problem)
         raise InputError(f"{cause} ({why}): {fix}.") from problem
-
-
-def number(value: float | None) -> str:
-    """A count with commas, anything else with six digits; nothing where there is none."""
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

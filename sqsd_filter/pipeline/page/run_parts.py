@@ -1,8 +1,7 @@
-"""The sections on a run: its rows and risks, and how it was made. From its report and the notes on its rows."""
+"""The sections on a run, from its report and the notes on its rows: its rows and risks, and how it was made."""
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from functools import partial
@@ -12,9 +11,10 @@ import numpy as np
 
 from sqsd_filter.pictures import BLUE, ORANGE, plain
 from sqsd_filter.pipeline.page.notes import Lengths, ModuleMeans, Notes, UnscoredRow
-from sqsd_filter.pipeline.page.parts import Plot, Section, Table, number
+from sqsd_filter.pipeline.page.parts import Plot, Section, Table
 from sqsd_filter.pipeline.report import ConsensusPack, PackFacts, Report, is_sqsd, risk_name
 from sqsd_filter.pipeline.rules import CONSENSUS
+from sqsd_filter.pipeline.writing.figures import number, shown
 from sqsd_filter.pipeline.writing.histogram import FAR, draw_histogram
 from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.wording import many
@@ -22,7 +22,7 @@ from sqsd_filter.wording import many
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RELATED = 0.3  # a rank correlation with length from which it is pointed at
+RELATED = 0.3  # a rank correlation of risk and length from which the page warns
 MOST_GROUPS = 50
 MOST_INPUTS = 20
 LONGEST = 120  # characters of a value in a table
@@ -43,43 +43,43 @@ def summary(report: Report) -> list[str]:
     rows, words = report["rows"], []
     unscored = sum(report["unscored"].values())
     if "kept" in rows:
-        told = f"{rows['kept']:,} were kept, {rows['dropped']:,} dropped"
+        fates = f"{rows['kept']:,} were kept, {rows['dropped']:,} dropped"
     else:
-        told = f"{rows['total'] - unscored:,} have a risk"
+        fates = f"{rows['total'] - unscored:,} have a risk"
     kept = unscored - rows["errors"]
-    spared = f" (kept all the same: {kept:,})" if kept else ""
-    words.append(f"{many(rows['total'], 'row')} came in: {told}, {unscored:,} could not be scored{spared}.")
+    anyway = f" (kept anyway: {kept:,})" if kept else ""
+    words.append(f"{many(rows['total'], 'row')} were read: {fates}, {unscored:,} could not be scored{anyway}.")
     if report["cut"] is not None:
         words.append(f"The cut: {report['cut']}.")
     if weights := report.get("weights"):
         at = "" if weights["threshold"] is None else f" with the threshold {weights['threshold']:.6g}"
         words.append(f"Each row has the weight {weights['formula']}{at}; the weights add up to {weights['sum']:,.6g}.")
     elif report["threshold"] is not None and rows["dropped"]:
-        words.append(f"Rows were dropped from the risk {report['threshold']:.6g} on.")
-        words += [f"{many(report['ties'], 'kept row')} had that very risk."] if report["ties"] else []
+        ties = f"; kept rows with the same risk: {report['ties']:,}" if report["ties"] else ""
+        words.append(f"The lowest risk among the dropped rows is {report['threshold']:.6g}{ties}.")
     if groups := report.get("groups"):
-        column = "split" if groups["column"] is None else f"group of equal {groups['column']}"
+        column = "split" if groups["column"] is None else f"group of rows with the same {groups['column']}"
         words.append(f"Each {column} had its own share of the cut.")
     return [*words, _measure(report)]
 
 
 def _measure(report: Report) -> str:
-    """What gave the risks."""
-    if found := report.get("consensus"):
+    """Where the risks come from."""
+    if consensus := report.get("consensus"):
         packs = ", ".join(
-            (_pack(each["pack"]) if each["pack"] else each["column"]) + _other(each) for each in found["packs"]
+            (_pack(each["pack"]) if each["pack"] else each["column"]) + _other(each) for each in consensus["packs"]
         )
-        return f"The risk is the {CONSENSUS[found['rule']]}: {packs}."
+        return f"The risk combines several packs ({packs}): it is the {CONSENSUS[consensus['rule']]}."
     if not (pack := report.get("pack")):
         return f"The risk was in the input{_other(report)}."
-    state = f", all at the state {pack['shared_state']}" if pack.get("shared_state") else ""
+    state = f", with the state {pack['shared_state']} for all directions" if pack.get("shared_state") else ""
     if is_sqsd(report):
-        return f"The risk was measured with the pack {_pack(pack)}{state}."
-    return f"The risk is that of the scorer {report['scorer']}, on {pack['base_model']}{state}."
+        return f"The risk comes from the pack {_pack(pack)}{state}."
+    return f"The risk comes from the scorer {report['scorer']} on {pack['base_model']}{state}."
 
 
 def _other(report: Report | ConsensusPack) -> str:
-    """The scorer, where it is known to be another than SQSD."""
+    """The scorer, if it is known not to be SQSD."""
     name = report.get("scorer") or SQSD
     return "" if name == SQSD else f", by the scorer {name}"
 
@@ -90,9 +90,9 @@ def _pack(pack: PackFacts) -> str:
 
 def risks(report: Report, notes: Notes) -> Section:
     if is_sqsd(report):
-        words = ["How risk is spread over the rows. It has no unit; rows with a higher risk push the model further."]
+        words = ["The distribution of the risk. It has no unit; a row with a higher risk pushes the model further."]
     else:
-        words = ["How risk is spread over the rows. A higher one is riskier by this measure."]
+        words = ["The distribution of the risk. A row with a higher risk is riskier by this measure."]
     quantiles = report["risk_quantiles"]
     table = Table(["quantile", *(f":{q}" for q in quantiles)], [["risk", *(f"{v:.3g}" for v in quantiles.values())]])
     draw = partial(draw_histogram, bars=notes["histogram"], report=report)
@@ -101,40 +101,40 @@ def risks(report: Report, notes: Notes) -> Section:
 
 
 def lengths(report: Report, notes: Notes) -> Section:
-    found, title = notes["lengths"], "Risk and length"
-    if found is None:
+    answers, title = notes["lengths"], "Risk and length"
+    if answers is None:
         why = "No answer could be measured: no row has a risk, or it is not known which columns hold the answers."
         return Section("length", title, [why])
-    rho, warning = found["spearman"], ""
-    words = [f"Measured on {many(found['rows'], 'row')}, the length of an answer in characters."]
+    rho, warning = answers["spearman"], ""
+    words = [f"Measured on {many(answers['rows'], 'row')}; the length of an answer is in characters."]
     if rho is None:
-        words.append("All have the same risk or length, so there is no correlation to be told.")
+        words.append("All rows have the same risk or the same length, so there is no correlation.")
     elif abs(rho) > RELATED:
         kind = "longer" if rho > 0 else "shorter"
         warning = (
-            f"Risk goes with length: Spearman's rank correlation is {rho:.2f}, so {kind} answers tend to be riskier. "
-            "Look whether the riskiest rows below are risky for what they say, and not just for how long they are."
+            f"Risk depends on length: Spearman's rank correlation is {rho:.2f}, so {kind} answers tend to be riskier. "
+            "Check below whether the riskiest rows are risky for what they say, and not only for how long they are."
         )
     else:
         words.append(f"Spearman's rank correlation of risk and length is {rho:.2f}, which is weak.")
-    told = "" if rho is None else f" Spearman's rank correlation is {rho:.2f}."
+    correlation = "" if rho is None else f" Spearman's rank correlation is {rho:.2f}."
     axis = risk_name(report) + (" (no unit)" if is_sqsd(report) else "")
-    plot = Plot("length", f"Risk against the length of the answer.{told}", partial(_draw_lengths, found, axis))
+    plot = Plot("length", f"Risk against the length of the answer.{correlation}", partial(_draw_lengths, answers, axis))
     return Section("length", title, words, warning, [plot])
 
 
-def _draw_lengths(found: Lengths, axis: str, figure: Figure) -> None:
+def _draw_lengths(answers: Lengths, axis: str, figure: Figure) -> None:
     """Rows as points, and their quartiles of risk by length."""
     from matplotlib.ticker import StrMethodFormatter
 
     axes = figure.add_subplot()
-    length, risk = np.array([point[:2] for point in found["points"]], np.float64).T.clip(-FAR, FAR)
-    dropped = np.array([point[2] for point in found["points"]], bool)
+    length, risk = np.array([point[:2] for point in answers["points"]], np.float64).T.clip(-FAR, FAR)
+    dropped = np.array([point[2] for point in answers["points"]], bool)
     for colour, marker, name, which in ((BLUE, "o", "kept", ~dropped), (ORANGE, "^", "dropped", dropped)):
         if which.any():
             label = name if dropped.any() else "rows"
             axes.scatter(length[which], risk[which], s=28, c=colour, marker=marker, alpha=0.8, lw=0, label=label)
-    at, *quartiles = np.array(found["bands"], np.float64).T.clip(-FAR, FAR)
+    at, *quartiles = np.array(answers["bands"], np.float64).T.clip(-FAR, FAR)
     if len(at) > 1:
         low, median, high = quartiles
         axes.fill_between(at, low, high, color="black", alpha=0.15, lw=0, label="quartiles")
@@ -154,10 +154,10 @@ def modules(notes: Notes) -> list[Section]:
     if not notes["modules"]:
         return []
     plots: list[Plot] = []
-    for name, found in notes["modules"].items():
-        layers = len({layer for layer, _ in found["places"]})
+    for name, means in notes["modules"].items():
+        layers = len({layer for layer, _ in means["places"]})
         alt = f"Mean cosine with the direction {name} by layer and module type, over all rows and over the riskiest"
-        plots.append(Plot(f"modules-{len(plots)}", alt, partial(_draw_modules, name, found), height=2.6 + layers / 9))
+        plots.append(Plot(f"modules-{len(plots)}", alt, partial(_draw_modules, name, means), height=2.6 + layers / 9))
     words = [
         "The mean cosine of a row's update with each direction, by layer and type of module: over all rows with a "
         f"risk, and over the {len(notes['riskiest'])} riskiest.",
@@ -165,22 +165,22 @@ def modules(notes: Notes) -> list[Section]:
     return [Section("modules", "Modules", words, plots=plots)]
 
 
-def _draw_modules(name: str, found: ModuleMeans, figure: Figure) -> None:
-    """Layers upwards, module types side by side; of all rows and of the riskiest ones in the same colours."""
+def _draw_modules(name: str, means: ModuleMeans, figure: Figure) -> None:
+    """One panel for all rows, one for the riskiest, in the same colours: layers upwards, module types side by side."""
     import matplotlib
 
-    layers, kinds = (list(dict.fromkeys(values)) for values in zip(*found["places"], strict=True))
+    layers, kinds = (list(dict.fromkeys(values)) for values in zip(*means["places"], strict=True))
     layers.sort(key=lambda layer: -1 if layer is None else layer)
-    where = tuple(np.array([(layers.index(layer), kinds.index(kind)) for layer, kind in found["places"]]).T)
+    where = tuple(np.array([(layers.index(layer), kinds.index(kind)) for layer, kind in means["places"]]).T)
     sides: tuple[Literal["all", "riskiest"], ...] = ("all", "riskiest")
-    most = max(1e-9, *(abs(value) for side in sides for value in found[side]))
+    most = max(1e-9, *(abs(value) for side in sides for value in means[side]))
     short = [kind.rpartition(".")[2] for kind in kinds]
     names = [plain(kind if short.count(last) > 1 else last) for kind, last in zip(kinds, short, strict=True)]
-    colours = matplotlib.colormaps["RdBu_r"].resampled(41)  # with more, the bar beside would be an image
+    colours = matplotlib.colormaps["RdBu_r"].resampled(41)  # with more colours, the colour bar would be an image
     both = figure.subplots(1, 2, sharey=True)
     for axes, side in zip(both, sides, strict=True):
         grid = np.full((len(layers), len(kinds)), np.nan)
-        grid[where] = found[side]
+        grid[where] = means[side]
         image = axes.pcolormesh(grid, cmap=colours, vmin=-most, vmax=most)
         axes.set_title(f"{side} rows", fontsize=12)
         axes.set_xticks(np.arange(len(kinds)) + 0.5, names, rotation=90)
@@ -199,54 +199,52 @@ def errors(report: Report, notes: Notes) -> Section:
     ]
     if not rows:
         return Section("errors", "Rows without a risk", ["Every row has a risk."])
-    words = ["These rows could not be scored, which says nothing of their risk."]
-    table = Table(["reason", ":rows", "the first of them"], rows)
+    words = ["These rows could not be scored. Their risk is unknown."]
+    table = Table(["reason", ":rows", "first rows"], rows)
     return Section("errors", "Rows without a risk", words, tables=[table])
 
 
-def _where(found: UnscoredRow) -> str:
-    return f"{found['file']}, line {found['line']}"
+def _where(row: UnscoredRow) -> str:
+    return f"{row['file']}, line {row['line']}"
 
 
 def groups(report: Report) -> list[Section]:
-    """The rows that were cut apart, the largest groups first."""
-    if not (found := report.get("groups")):
+    """The groups that were cut on their own, the largest first."""
+    if not (figures := report.get("groups")):
         return []
-    largest = sorted(found["groups"], key=lambda group: -group["scored"])
-    keys: dict[Literal["split", "value"], str] = {"split": "split", "value": found["column"] or ""}
+    largest = sorted(figures["groups"], key=lambda group: -group["scored"])
+    keys: dict[Literal["split", "value"], str] = {"split": "split", "value": figures["column"] or ""}
     keys = {key: head for key, head in keys.items() if largest and key in largest[0]}
     numbers: Sequence[Literal["scored", "dropped", "threshold", "scale", "sum"]] = (
         ("scored", "threshold", "scale", "sum") if report.get("weights") else ("scored", "dropped", "threshold")
     )
     rows = [
-        [*(value(group[key]) for key in keys), *(number(group[name]) for name in numbers)]
+        [*(shown(group[key], LONGEST) for key in keys), *(number(group[name]) for name in numbers)]
         for group in largest[:MOST_GROUPS]
     ]
-    words = [f"And {many(len(largest) - MOST_GROUPS, 'smaller one')}."] if len(largest) > MOST_GROUPS else []
-    if found["spared"]:
-        words.append(f"Spared, so that no group is emptied: {many(found['spared'], 'row')}.")
-    title = "Splits" if found["column"] is None else "Groups"
+    words = [f"Not shown: {many(len(largest) - MOST_GROUPS, 'smaller group')}."] if len(largest) > MOST_GROUPS else []
+    if figures["spared"]:
+        words.append(f"Kept so that no group is emptied: {many(figures['spared'], 'row')}.")
+    title = "Splits" if figures["column"] is None else "Groups"
     return [Section("groups", title, words, tables=[Table([*keys.values(), *(f":{name}" for name in numbers)], rows)])]
 
 
-def value(given: object) -> str:
-    """A text as it is, anything else as JSON; long ones cut short."""
-    text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-
-
 def settings(report: Report) -> Section:
-    """How the run was made: the pack, what was read, every setting and where it is from, and the versions."""
+    """How the run was made: the pack, the inputs, every setting and its origin, and the versions."""
     tables = [Table(["pack", ""], _about(report))]
     inputs = report["inputs"]
-    shown = [[value(i["path"]), number(i["rows"]), number(i["bytes"]), i["blake2b"][:16]] for i in inputs[:MOST_INPUTS]]
-    tables.append(Table(["input", ":rows", ":bytes", "BLAKE2b"], shown))
+    files = [
+        [shown(file["path"], LONGEST), number(file["rows"]), number(file["bytes"]), file["blake2b"][:16]]
+        for file in inputs[:MOST_INPUTS]
+    ]
+    tables.append(Table(["input", ":rows", ":bytes", "BLAKE2b"], files))
     words = [f"{many(len(inputs) - MOST_INPUTS, 'more input')} in report.json."] if len(inputs) > MOST_INPUTS else []
     if command := report.get("command"):
         words.insert(0, f"The command: {shlex.join(command)[:2000]}")
     if known := report["settings"]:
-        told = [[name, "" if s["value"] is None else value(s["value"]), s["origin"]] for name, s in known.items()]
-        tables.append(Table(["setting", "value", "from"], told))
+        values = {name: "" if s["value"] is None else shown(s["value"], LONGEST) for name, s in known.items()}
+        rows = [[name, value, known[name]["origin"]] for name, value in values.items()]
+        tables.append(Table(["setting", "value", "from"], rows))
     tables.append(Table(["version of", ""], [[name, text] for name, text in report["versions"].items()]))
     return Section("settings", "Settings", words, tables=tables)
 
@@ -262,5 +260,5 @@ def _about(report: Report) -> list[Sequence[str]]:
         else:
             rows.append(("name", "not known: the scores were in the input"))
     facts: dict[Literal["dtype", "device", "max_length", "format"], str]
-    facts = {"dtype": "dtype", "device": "device", "max_length": "tokens a row at most", "format": "rows read as"}
-    return rows + [(name, value(report[key])) for key, name in facts.items() if report.get(key) is not None]
+    facts = {"dtype": "dtype", "device": "device", "max_length": "maximum tokens per row", "format": "rows read as"}
+    return rows + [(name, shown(report[key], LONGEST)) for key, name in facts.items() if report.get(key) is not None]

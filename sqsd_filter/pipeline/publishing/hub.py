@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqsd_filter.corpus.repositories import HUB
 from sqsd_filter.errors import SQSDError, UsageError, first_line
@@ -54,7 +54,7 @@ class PushTo:
 
     def __post_init__(self) -> None:
         from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not typed so
 
         try:
             validate_repo_id(self.repo)
@@ -117,7 +117,7 @@ class PushTo:
 
     def publish(self, finished: Finished) -> Published:
         from huggingface_hub import HfApi
-        from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+        from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
         new: dict[str, Any] = {"repo_type": "dataset", "exist_ok": True}
         there, shown = self._look(finished.run), not are_progress_bars_disabled()
@@ -198,12 +198,12 @@ class PushTo:
         """The files to commit: the rows to push, and a card and a report that name no other files and no paths."""
         withheld = {file["path"] for file in finished.report["files"] if file["config"] not in rows}
         withheld |= set() if "errors" in rows else {REASONS}
-        report = {
+        report: FinishedReport = {
             **finished.report,
             "files": [file for file in finished.report["files"] if file["path"] not in withheld],
             "extra_files": [name for name in finished.report["extra_files"] if name not in withheld],
         }
-        report = _without_paths(report)
+        report = cast("FinishedReport", _without_paths(report))
         names = [*(file["path"] for file in report["files"]), *report["extra_files"]]
         content: dict[str, bytes | Path] = {name: finished.files[name] for name in names}
         content["README.md"] = finished.card(report, self.repo).encode()
@@ -214,12 +214,13 @@ class PushTo:
     @contextmanager
     def _push_errors(self) -> Iterator[None]:
         from huggingface_hub import errors as hub
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP client that it uses
 
         try:
             yield
         except SQSDError:
             raise
-        except (hub.HTTPError, hub.LocalTokenNotFoundError, hub.OfflineModeIsEnabled, OSError, RuntimeError) as problem:
+        except (HTTPError, hub.LocalTokenNotFoundError, hub.OfflineModeIsEnabled, OSError, RuntimeError) as problem:
             status = getattr(getattr(problem, "response", None), "status_code", None)
             if isinstance(problem, hub.LocalTokenNotFoundError) or status in (401, 403):
                 raise SQSDError(

@@ -244,7 +244,8 @@ class ScoreStore:
 def _keys(batch: pa.RecordBatch) -> np.ndarray:
     """(n,) S16 without a copy."""
     column = batch["key"]
-    return np.frombuffer(column.buffers()[1], dtype=KEYS)[column.offset : column.offset + len(column)]
+    keys: np.ndarray = np.frombuffer(column.buffers()[1], dtype=KEYS)
+    return keys[column.offset : column.offset + len(column)]
 
 
 def _codes(stored: StoredScores, batch: pa.RecordBatch) -> np.ndarray:

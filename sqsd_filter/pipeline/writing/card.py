@@ -1,4 +1,4 @@
-"""The dataset card: it makes the output a dataset that anyone can load, and says in words what was done to it."""
+"""The dataset card: its header makes the output loadable as a dataset, its text says what was done to the rows."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ from sqsd_filter.pipeline.report import (
 )
 from sqsd_filter.pipeline.rules import CONSENSUS
 from sqsd_filter.pipeline.writing.export import REASONS
+from sqsd_filter.pipeline.writing.figures import number, shown
 from sqsd_filter.pipeline.writing.markdown import code, fenced, table
 from sqsd_filter.pipeline.writing.originals import MARKER, Original, carried_over
 from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.storage.folder import write_text
+from sqsd_filter.wording import many
 
 CARD_FILE = "README.md"
 PICTURE_FILE = "sqsd/risk.png"
@@ -40,19 +42,19 @@ MOST_GROUPS = 50  # in the table
 LONGEST = 80  # characters of a group's value
 
 ERROR_COLUMNS = (
-    ("`sqsd_reason`", "in `errors`: the same in words"),
-    ("`sqsd_file`, `sqsd_line`", "in `errors`: where the row stood in the input"),
-    ("`sqsd_raw`", "in `errors`: the bytes of a line that is no row"),
+    ("`sqsd_reason`", "in `errors`: the reason in words"),
+    ("`sqsd_file`, `sqsd_line`", "in `errors`: the row's file and line in the input"),
+    ("`sqsd_raw`", "in `errors`: the bytes of a line that could not be read as a row"),
 )
 
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 CAVEATS = """\
-## What it can't promise
+## Limits
 
-- A low risk says {low}, not that a model fine-tuned on the kept
-  rows is safe. Evaluate the model that you train.
-- Risk is related to the length of a row. Look at what was dropped before you trust it.
-- Dropped rows may be harmful, and rows without a score were not judged at all. Train on neither unseen."""
+- A low risk only means {low}. It does not mean that a
+  model fine-tuned on the kept rows is safe: evaluate the model that you train.
+- Risk depends on the length of a row. Read some of the dropped rows before you trust the cut.
+- Dropped rows may be harmful, and rows without a score were not judged. Read them before you train on them."""
 
 RULES = {
     "drop-top": "the riskiest {} of the scored rows",
@@ -63,21 +65,21 @@ RULES = {
 
 
 def write_card(root: Path, report: Report, originals: Sequence[tuple[str, str]] = ()) -> None:
-    """Write the card into the output folder `root`; the rest is as in `card_text`."""
+    """Write the card to the output folder `root`. For the arguments, see `card_text`."""
     text = card_text(report, originals)
     write_text(root / CARD_FILE, text)
 
 
 def card_text(report: Report, originals: Sequence[tuple[str, str]] = (), name: str | None = None) -> str:
-    """The card for the files that the report names. `name` is what the dataset is loaded by, if that is known.
+    """The card for the files that the report names. `name` is the name to load the dataset by, if it is known.
 
-    `originals` has each source's name and the text of its README.md, empty where it has none.
+    `originals` are pairs of a source's name and the text of its README.md, which is empty where it has none.
     """
-    found = _ids(report)
-    local = {name for name, _ in originals if os.path.isabs(name)} - {*found, "/"}
+    ids = _ids(report)
+    local = {name for name, _ in originals if os.path.isabs(name)} - {*ids, "/"}
     named = [(os.path.basename(name) if name in local else name, text) for name, text in originals]
-    ids = [pair for id in found for pair in ([p for p in named if p[0] == id] or [(id, "")])]
-    sources = [Original.of(name, text) for name, text in dict.fromkeys([*ids, *named])]
+    of_ids = [pair for id in ids for pair in ([p for p in named if p[0] == id] or [(id, "")])]
+    sources = [Original.of(name, text) for name, text in dict.fromkeys([*of_ids, *named])]
     header = yaml.safe_dump(_header(report, sources), sort_keys=False, allow_unicode=True)
     where = "path" if name is None else json.dumps(name)
     parts = [_opening(report), _removed(report), _contents(report, where), _origin(report, sources), _licence(sources)]
@@ -87,19 +89,19 @@ def card_text(report: Report, originals: Sequence[tuple[str, str]] = (), name: s
 
 
 def _header(report: Report, sources: Sequence[Original]) -> dict[str, Any]:
-    found = carried_over(sources)
-    found["tags"] = list(dict.fromkeys([*found["tags"], *TAGS]))
-    found["size_categories"] = [_size(report["rows"]["kept"])]
+    header = carried_over(sources)
+    header["tags"] = list(dict.fromkeys([*header["tags"], *TAGS]))
+    header["size_categories"] = [_size(report["rows"]["kept"])]
     earlier = [name for source in sources if source.ours for name in source.fields.get("source_datasets", [])]
     if ids := list(dict.fromkeys([*_ids(report), *earlier])):
-        found["source_datasets"] = ids
+        header["source_datasets"] = ids
     if report["to"] != "arrow":  # load_from_disk reads no card
-        found["configs"] = [_config(name, files) for name, files in _by(report["files"], "config").items()]
-    return found
+        header["configs"] = [_config(name, files) for name, files in _by(report["files"], "config").items()]
+    return header
 
 
 def _size(rows: int) -> str:
-    """The Hub's name for about so many rows."""
+    """The Hub's name for the order of magnitude of a number of rows."""
     k = bisect([1000 * 10**k for k in range(len(SIZES))], rows)
     if k == len(SIZES):
         return f"n>{SIZES[-1]}"
@@ -109,8 +111,8 @@ def _size(rows: int) -> str:
 def _config(name: str, files: Sequence[WrittenFile]) -> dict[str, Any]:
     """A config for `load_dataset`.
 
-    datasets caches what it loaded by the folder's last name and the card's header alone, so that two runs' headers must
-    differ wherever their rows do.
+    `datasets` caches by the folder's last name and the card's header alone, so the headers of two runs must differ if
+    their rows do: a hash of the files' content sees to that.
     """
     content = hashlib.sha256("".join(file["sha256"] for file in files).encode()).hexdigest()
     data_files = []
@@ -133,24 +135,24 @@ def _opening(report: Report) -> str:
         what = "the riskiest removed" if rows["dropped"] else "with their risk"
         title = f"{rows['kept']:,} of {rows['total']:,} rows, {what}"
         alt = f"{rows['kept']:,} rows are kept, {rows['dropped']:,} dropped"
-    if found := report.get("consensus"):
-        packs = ", ".join(_pack(each["pack"]) if each["pack"] else code(each["column"]) for each in found["packs"])
-        measured = f"Several packs measured it: {packs}. Here it stands as the {CONSENSUS[found['rule']]}."
+    if consensus := report.get("consensus"):
+        packs = ", ".join(_pack(each["pack"]) if each["pack"] else code(each["column"]) for each in consensus["packs"])
+        measured = f"It combines the risks of several packs ({packs}): it is the {CONSENSUS[consensus['rule']]}."
     else:
-        measured = f"It was measured with the pack {_pack(pack)}." if pack else "The scores were already in the input."
+        measured = f"The pack is {_pack(pack)}." if pack else "The scores were already in the input."
     if pack and (state := pack.get("shared_state")):
         measured += (
-            f" Shared state: {code(state)}. All directions were taken at this one state. This is not "
-            "the paper's form, in which each has its own: it is faster and gives other scores."
+            f" Shared state: {code(state)}. All directions use this one state. In the paper each direction has its "
+            "own; a shared state is faster and gives other scores."
         )
     paper = "[arXiv 2605.04572](https://arxiv.org/abs/2605.04572)"
     if (names := scorers(report)) == [SQSD]:
         risk = f"""\
-Each row was given an SQSD risk ({paper}): how much more the parameter
-update that the row alone would cause points along a danger direction than along a safety direction."""
+Each row has an SQSD risk ({paper}): how much more the parameter
+update that this row alone would cause points along a danger direction than along a safety direction."""
     else:
         by = f"the scorer{'s' * (len(names) > 1)} {' and '.join(map(code, names))}"
-        risk = f"Each row was given a risk by {by}{'' if SQSD in names else f', to which SQSD ({paper}) is compared'}."
+        risk = f"Each row has a risk from {by}{'' if SQSD in names else f', with which SQSD ({paper}) is compared'}."
     return f"""\
 # {title}
 
@@ -164,7 +166,7 @@ def _pack(pack: PackFacts) -> str:
 
 
 def _removed(report: Report) -> str:
-    """What was dropped by which rule, or how rows are weighted, and what became of rows without a score."""
+    """Which rows were dropped by which rule, or how rows are weighted, and where rows without a score are."""
     rows, weights = report["rows"], report.get("weights")
     if weights:
         heading, words = "How rows are weighted", _weighted(weights)
@@ -176,8 +178,8 @@ def _removed(report: Report) -> str:
     if unscored := report["unscored"]:
         reasons = ", ".join(f"{count:,} {code(status)}" for status, count in unscored.items())
         errors, kept = rows["errors"], sum(unscored.values()) - rows["errors"]
-        places = [f"in `errors` {errors:,}"] * (errors > 0) + [f"kept {kept:,}"] * (kept > 0)
-        parts.append(f"Rows without a score: {reasons}; {', '.join(places)}. That says nothing of their risk.")
+        fates = [f"{errors:,} in `errors`"] * (errors > 0) + [f"{kept:,} kept"] * (kept > 0)
+        parts.append(f"Rows without a score: {reasons} ({', '.join(fates)}). Their risk is unknown.")
     return "\n\n".join(parts)
 
 
@@ -185,15 +187,15 @@ def _dropped(report: Report) -> str:
     cut = report["cut"] or ""
     rule, *_ = cut.split(", ")
     if not report["rows"]["dropped"]:
-        return f"No row was dropped: there was none to drop by the rule {code(cut)}."
+        return f"No row was dropped: the rule {code(cut)} selects none."
     kind, _, value = rule.partition(" ")
     words = (
         "The riskiest rows are those that are expected to erode a model's safety most when it is fine-tuned on them. "
-        f"Dropped were {RULES[kind].format(value)} ({code(cut)})."
+        f"This run dropped {RULES[kind].format(value)} ({code(cut)})."
     )
     if report["threshold"] is not None:
         words += f" The lowest risk among the dropped rows is {report['threshold']:.6g}"
-        words += f"; kept rows with that very risk: {report['ties']:,}." if report["ties"] else "."
+        words += f"; kept rows with the same risk: {report['ties']:,}." if report["ties"] else "."
     return words
 
 
@@ -208,45 +210,33 @@ def _weighted(weights: RowWeights) -> str:
     )
 
 
-def _groups(found: GroupFigures, *, weighted: bool) -> str:
-    """A table of the rows that were cut apart, the largest groups first."""
-    column, groups = found["column"], sorted(found["groups"], key=lambda group: -group["scored"])
+def _groups(figures: GroupFigures, *, weighted: bool) -> str:
+    """A table of the groups that were cut on their own, the largest first."""
+    column, groups = figures["column"], sorted(figures["groups"], key=lambda group: -group["scored"])
     keys: dict[Literal["split", "value"], str] = {"split": "split", "value": "" if column is None else code(column)}
     keys = {key: head for key, head in keys.items() if all(key in group for group in groups)}
     numbers: Sequence[Literal["scored", "dropped", "threshold", "scale", "sum"]] = (
         ("scored", "threshold", "scale", "sum") if weighted else ("scored", "dropped", "threshold")
     )
     lines = [
-        [*(_value(group[key]) for key in keys), *(_number(group[name]) for name in numbers)]
+        [*(code(shown(group[key], LONGEST)) for key in keys), *(number(group[name]) for name in numbers)]
         for group in groups[:MOST_GROUPS]
     ]
     if rest := groups[MOST_GROUPS:]:
         sums = [
             None if name == "threshold" or name == "scale" else sum(group[name] for group in rest) for name in numbers
         ]
-        lines.append([f"others: {len(rest):,}", *[""] * (len(keys) - 1), *map(_number, sums)])
+        lines.append([f"others: {len(rest):,}", *[""] * (len(keys) - 1), *map(number, sums)])
     words = "Each split" if column is None else f"Each group of rows with the same {code(column)}"
     words += " in each split" if len(keys) == 2 else ""
-    parts = [f"{words} by itself:", table([*keys.values(), *(f":{name}" for name in numbers)], lines)]
-    if found["spared"]:
-        parts.append(f"Spared, so that no group is emptied: {found['spared']:,} rows.")
+    parts = [f"{words} on its own:", table([*keys.values(), *(f":{name}" for name in numbers)], lines)]
+    if figures["spared"]:
+        parts.append(f"Kept so that no group is emptied: {many(figures['spared'], 'row')}.")
     return "\n\n".join(parts)
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
-
-
-def _value(value: object) -> str:
-    """A text as it is, anything else as JSON; long ones cut short."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return code(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…")
-
-
 def _contents(report: Report, where: str) -> str:
-    """Which rows there are, how to load them, and what the columns mean."""
+    """The rows, how to load them, and what the columns mean."""
     rows, to = report["rows"], report["to"]
     there, calls = _by(report["files"], "config"), load_calls(report, where)
     lines = []
@@ -256,7 +246,9 @@ def _contents(report: Report, where: str) -> str:
         elif rows[name] or to == "arrow":
             call = code(call)
         else:
-            call = code(f"{call[:-1]}, streaming=True)")  # datasets raises for a split without rows otherwise
+            call = code(
+                f"{call[:-1]}, streaming=True)"
+            )  # without streaming, `datasets` raises for a split without rows
         if name in there or rows[name]:
             lines.append([name, f"{rows[name]:,}", call])
     lines.append(["total", f"{rows['total']:,}", ""])
@@ -267,20 +259,20 @@ def _contents(report: Report, where: str) -> str:
         parts.append(_columns(report))
     if stored := ", ".join(code(name) for name in report["json_columns"]):
         parts.append(
-            f"No one type holds all values of {stored}, so they are stored as JSON. `datasets` decodes what it can; "
-            "where it gives text, `json.loads` gives the value."
+            f"The values of {stored} have no common type, so they are stored as JSON. `datasets` decodes them where it "
+            "can; where it gives text, decode it with `json.loads`."
         )
     return "\n\n".join(parts)
 
 
 def _lines(report: Report) -> str:
-    """What lines of JSON hold, and what they don't survive."""
-    words = "Each line is the input's own, byte for byte"
-    words += ", with its scores at the end." if report["with_scores"] else "."
-    words += " `load_dataset` takes dates in text for timestamps."
+    """What lines of JSON hold, and what can go wrong with them."""
+    words = "Each line is the line of the input, byte for byte"
+    words += ", with the scores at its end." if report["with_scores"] else "."
+    words += " `load_dataset` reads dates in text as timestamps."
     if _has_errors(report):
-        words += " It fails where a line of errors is no JSON."
-        words += f" `{REASONS}` has the file, line, status and reason of each line of errors."
+        words += " It fails if a line in `errors` is not JSON."
+        words += f" `{REASONS}` has the file, line, status and reason of each line in `errors`."
     return words
 
 
@@ -294,25 +286,24 @@ def _columns(report: Report) -> str:
     lines = [("`sqsd_risk`", f"the risk: no unit, higher is riskier{f'; {total}' if total else ''}")]
     for name in probes:
         update = f"cosine of the row's update with the direction {code(name)}, summed over the layers"
-        lines.append((code(f"sqsd_{name}"), update if is_sqsd(report) else f"{code(name)}, as the scorer has it"))
+        lines.append((code(f"sqsd_{name}"), update if is_sqsd(report) else f"{code(name)}, as the scorer computes it"))
     for each in report["consensus"]["packs"] if report.get("consensus") else ():
         whose = _pack(each["pack"]) if each["pack"] else "one of the packs"
-        lines.append((code(each["column"]), f"the risk that {whose} gave"))
+        lines.append((code(each["column"]), f"the risk by {whose}"))
     if report.get("weights"):
         lines.append(("`sqsd_weight`", "the row's weight"))
     lines.append(("`sqsd_status`", "`scored`, or why there is no score"))
     if report["to"] != "jsonl" and _has_errors(report):
         lines += ERROR_COLUMNS
-    shown = table(["column", "what it holds"], lines)
-    return f"The columns of the input are as they were. These hold the scores:\n\n{shown}"
+    return f"The columns of the input are unchanged. These are added:\n\n{table(['column', 'what it holds'], lines)}"
 
 
 def _origin(report: Report, sources: Sequence[Original]) -> str:
     parts = ["## How it was made"]
-    if found := report.get("datasets"):
-        parts += ["The rows come from the Hub:", "\n".join(f"- {_dataset(dataset)}" for dataset in found)]
+    if datasets := report.get("datasets"):
+        parts += ["The rows come from the Hub:", "\n".join(f"- {_dataset(dataset)}" for dataset in datasets)]
     if ours := ", ".join(code(source.name) for source in sources if source.ours):
-        parts.append(f"Already filtered before: {ours}. Of its card only those of its own sources are kept below.")
+        parts.append(f"Filtered before by this tool: {ours}. Of its card, only the cards of its own sources are below.")
     if command := report.get("command"):
         parts += ["The command:", fenced(shlex.join(command), "sh")]
     parts.append("`sqsd/report.json` holds the settings, the inputs with their hashes, and the versions of the run.")
@@ -330,7 +321,7 @@ def _dataset(dataset: HubDataset) -> str:
 
 
 def _licence(sources: Sequence[Original]) -> str:
-    look = "Look it up before you use or pass on these rows."
+    look = "Look it up before you use or share these rows."
     if not sources:
         return f"## Licence\n\nThe licence of the source is not known here. {look}"
     lines = []
@@ -346,7 +337,7 @@ def _ids(report: Report) -> list[str]:
 
 
 def _by(files: Sequence[WrittenFile], what: Literal["config", "split"]) -> dict[str, list[WrittenFile]]:
-    found: dict[str, list[WrittenFile]] = {}
+    files_by: dict[str, list[WrittenFile]] = {}
     for file in files:
-        found.setdefault(file[what], []).append(file)
-    return found
+        files_by.setdefault(file[what], []).append(file)
+    return files_by

@@ -1,4 +1,4 @@
-"""The destination's manners: the same run goes on or is done, anything else is left alone, nothing is half replaced."""
+"""The rules of a destination: the same run resumes or is done, anything else stays, and nothing is half replaced."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.report import FinishedReport, WrittenFile
@@ -24,15 +24,15 @@ EXPLAINED_FILE = "explained.json"
 PAGE_FILE = "report.html"
 NOTES_FILE = "notes.json"  # what the page shows of rows
 LOCK_FILE = "lock"
-BASE = "base"  # in run.json, no part of what the run is: the way from its folder to where the paths begin
+BASE = "base"  # in run.json, no part of the run's identity: the path from its folder to the one that paths start at
 
 
 class Destination:
-    """Where a run writes. `home` is its folder for run.json, report.json and scores/; `root` the folder or file asked
-    for. With `overwrite`, and something else there, both stand beside it until `publish` swaps them."""
+    """Where a run writes. `home` is its folder for run.json, report.json and scores/, `root` the output folder or file.
+    If `overwrite` replaces something, both are written beside it until `publish` swaps them."""
 
-    def __init__(self, target: Path, home_of: Any, *, overwrite: bool) -> None:
-        """`home_of(root)` gives the home of a root: in a folder, or beside a file."""
+    def __init__(self, target: Path, home_of: Callable[[Path], Path], *, overwrite: bool) -> None:
+        """`home_of(root)` is the home of a root: inside a folder, or beside a file."""
         self.target, self._home_of = target, home_of
         self._overwrite, self.replaces = overwrite, False
         self.root, self.home = target, home_of(target)
@@ -41,7 +41,7 @@ class Destination:
             if not target.parent.is_dir():
                 raise InputError(f"The folder {target.parent} does not exist: create it first.")
             if self._is_file and target.is_dir():
-                raise DestinationExists(f"{target} is a folder, where a file is to be written: choose another name.")
+                raise DestinationExists(f"{target} is a folder, but the output is a file: choose another name.")
             if not target.exists() and _neighbour(target, "old").exists():  # killed in the middle of a swap
                 _neighbour(target, "old").rename(target)
             if not overwrite and read_run(self.home) is None and self.holds_work():
@@ -56,14 +56,14 @@ class Destination:
 
     @property
     def old_home(self) -> Path | None:
-        """The home of the run that is being replaced."""
+        """The home of the run that will be replaced."""
         return self._home_of(self.target) if self.replaces else None
 
     def claim(self, identity: Mapping[str, Any]) -> bool:
-        """Take the destination for the run with this identity; True when that run is here and done already.
+        """Claim the destination for the run with this identity; True if that run is already finished here.
 
-        Raises `DestinationExists` for another run (naming what differs), one at work right now, or an input that would
-        be replaced; `InputError` where nothing can be written.
+        Raises `DestinationExists` for another run (naming what differs), for one that is writing right now, or where
+        the working directory would be replaced; `InputError` where nothing can be written.
         """
         asked = json.loads(json.dumps(identity))
         known = read_run(self.home)
@@ -88,7 +88,7 @@ class Destination:
                 self._clear()
             if self.finished():
                 return True
-            (self.home / REPORT_FILE).unlink(missing_ok=True)  # from here on it would not be true
+            (self.home / REPORT_FILE).unlink(missing_ok=True)  # from here on it would be wrong
             for folder in (self.root, self.home, self.home / "scores"):
                 sweep(folder)
             content = json.dumps({**asked, BASE: os.path.relpath(".", self.home.resolve())}, indent=1, sort_keys=True)
@@ -100,12 +100,12 @@ class Destination:
         return without(self.target, [self._home_of(self.target)], given)
 
     def spare(self, given: Iterable[Any]) -> None:
-        """Raise `DestinationExists` if one of these would be lost with what --overwrite replaces."""
+        """Raise `DestinationExists` if --overwrite would delete one of these inputs."""
         if self._overwrite:
             spare(self.target, given)
 
     def keep_out(self, folder: Path) -> None:
-        """Raise `UsageError` for a score store in what this run writes, or a later one replaces."""
+        """Raise `UsageError` for a score store inside what this run writes."""
         for own in (self.target, self._home_of(self.target)):
             if folder.resolve().is_relative_to(own.resolve()):
                 raise UsageError(f"The score store {folder} lies in {own}, which belongs to one run: put it elsewhere.")
@@ -116,7 +116,7 @@ class Destination:
             yield
         except OSError as problem:
             raise InputError(
-                f"{self.target} can't be written ({problem.strerror}): choose another destination, or mend that."
+                f"{self.target} can't be written ({problem.strerror}): fix that, or choose another destination."
             ) from problem
 
     def _take_lock(self) -> None:
@@ -124,14 +124,14 @@ class Destination:
         self._lock = lock_run(self.home / LOCK_FILE, self.target)
 
     def _clear(self) -> None:
-        """Remove what another run left here, but not the lock on it."""
-        for place in (self.root, self.home):
-            for path in list(place.iterdir()) if place.is_dir() else [place]:
+        """Remove what another run left here, except for the lock."""
+        for top in (self.root, self.home):
+            for path in list(top.iterdir()) if top.is_dir() else [top]:
                 if path not in (self.home, self.home / LOCK_FILE):
                     _remove(path)
 
     def finished(self) -> bool:
-        """Has the run that the home tells of left all that its report names, and no other run since?"""
+        """Is the run of this home finished, and are all files that its report names still here?"""
         report = read_report(self.home)
         if not report or report["status"] != "ok" or _neighbour(self.root, "old").exists():
             return False
@@ -142,7 +142,7 @@ class Destination:
             beside = all(self._is_written(path) for path in report.get("extra_files", []) if path not in empty)
             beside &= "explained" not in report or (self.home / EXPLAINED_FILE).is_file()
             notes = read_json(self.home / NOTES_FILE)
-            beside &= isinstance(notes, dict) and bool(notes) and (self.home / PAGE_FILE).is_file()
+            beside &= bool(notes) and (self.home / PAGE_FILE).is_file()
         except OSError:
             return False
         return whole and beside and sum(file["rows"] for file in files) == report["rows"]["total"]
@@ -154,12 +154,12 @@ class Destination:
             return hashlib.file_digest(content, "sha256").hexdigest() == file["sha256"]
 
     def _is_written(self, path: str) -> bool:
-        """Does the file begin with something, other than the NULs that a disk leaves when the power goes?"""
+        """Does the file begin with a byte other than the NULs that a power failure leaves?"""
         with (self.root / path).open("rb") as content:
             return content.read(1) not in (b"", b"\0")
 
     def publish(self) -> None:
-        """Swap what stands beside into place."""
+        """Swap what was written beside the target into its place."""
         finals = [self.target]
         if self._is_file:
             finals.append(self._home_of(self.target))
@@ -180,12 +180,12 @@ class Destination:
             self._lock = None
 
     def holds_work(self) -> bool:
-        """Is there anything here that could be missed: more than an empty folder, or than a run left that never had a
-        score to keep (a mistyped model, say)?"""
+        """Is there anything here worth keeping: more than an empty folder, or the files of a run that failed before its
+        first score (with a mistyped model, say)?"""
         leavings = (LOCK_FILE, RUN_FILE, REPORT_FILE)
         starting = {self.home, *(self.home / name for name in leavings), *self.home.glob(f".*{TEMPORARY}")}
-        found = [path for place in (self.root, self.home) if place.is_dir() for path in place.iterdir()]
-        return not starting.issuperset(found) or (self.root.exists() and not self.root.is_dir())
+        paths = [path for top in (self.root, self.home) if top.is_dir() for path in top.iterdir()]
+        return not starting.issuperset(paths) or (self.root.exists() and not self.root.is_dir())
 
 
 def lock_run(path: Path, target: object) -> IO[bytes]:
@@ -197,7 +197,7 @@ def lock_run(path: Path, target: object) -> IO[bytes]:
 
 
 def spare(target: Path, given: Iterable[Any]) -> None:
-    """Raise `DestinationExists` if one of these would be lost with the target."""
+    """Raise `DestinationExists` if replacing the target would delete one of these inputs."""
     for path in given:
         if isinstance(path, str | Path) and Path(path).resolve().is_relative_to(target.resolve()):
             raise DestinationExists(
@@ -206,37 +206,36 @@ def spare(target: Path, given: Iterable[Any]) -> None:
 
 
 def refuse_running(home: Path, target: object) -> None:
-    """Raise `DestinationExists` where a run is at work in this home."""
+    """Raise `DestinationExists` if a run is writing to this home right now."""
     if (home / LOCK_FILE).exists():
         lock_run(home / LOCK_FILE, target).close()
 
 
 def without(target: Path, homes: Iterable[Path], given: Sequence[Any]) -> list[Any]:
-    """These sources without what an earlier run left in the target and its homes, as when a glob finds it; all of them
-    if that is all."""
+    """These sources without the target and its homes, which a glob may match; all of them if nothing else is left."""
     own = {target.resolve(), *(home.resolve() for home in homes)}
     there = [Path(item).resolve() if isinstance(item, str | Path) else None for item in given]
     return [item for item, path in zip(given, there, strict=True) if path not in own] or list(given)
 
 
 def _neighbour(path: Path, kind: str) -> Path:
-    """The hidden name beside a path under which its `new` or `old` content stands during a swap."""
+    """The hidden path beside `path` that holds its `new` or `old` content during a swap."""
     absolute = Path(os.path.abspath(path))
     return absolute.parent / f".{absolute.name}.sqsd-{kind}"
 
 
 def read_run(home: Path) -> dict[str, Any] | None:
-    """What the run in this home is, if there is one."""
+    """The identity of the run in this home, if there is one."""
     known = read_json(home / RUN_FILE)
     return known and {key: value for key, value in known.items() if key != BASE}
 
 
 def input_specs(home: Path) -> list[str]:
-    """The sources of the run in this home, as they are reached from here: as given, where that names the same.
+    """The sources of the run in this home as paths from here; a source that means the same from here stays as given.
 
-    Raises `InputError` where one was no file.
+    Raises `InputError` where one was not a file.
     """
-    known = read_json(home / RUN_FILE)
+    known = read_json(home / RUN_FILE) or {}
     base = home.resolve() / known.get(BASE, "")
     if not all(known["sources"]):
         raise InputError(
@@ -256,25 +255,25 @@ def _from_here(spec: str, base: Path) -> str:
     return os.path.relpath(there) + (f":{part}" if part else "")
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file of a run holds: None where there is no file, {} where it is damaged."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file of a run: None where there is no file, {} where it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_report(home: Path) -> FinishedReport | None:
     """The report of the run in this home, if there is one: of a run that failed, or of an earlier version, it lacks
     some keys; of a damaged file all."""
-    report: FinishedReport | None = read_json(home / REPORT_FILE)
-    return report
+    return cast("FinishedReport | None", read_json(home / REPORT_FILE))
 
 
 def difference(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """The first few settings that differ, as "name: there → here"."""
+    """The first few settings that differ, as "name: 1 there, 2 here"."""
     parts = []
     for key in sorted({*known, *asked}):
         before, now = known.get(key), json.loads(json.dumps(asked.get(key)))

@@ -1,4 +1,4 @@
-"""Back to disk: every row to exactly one place, in input order, its own values untouched."""
+"""Back to disk: every row to exactly one file, in input order, with its own values unchanged."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from sqsd_filter.pipeline.report import Config, Written, WrittenFile
 from sqsd_filter.pipeline.scores.scored import SCORE_PREFIX, Scored
 from sqsd_filter.pipeline.selecting.selection import DROPPED, ERROR, KEPT, Selection
 from sqsd_filter.pipeline.writing.json_lines import dump, lines, splice
-from sqsd_filter.pipeline.writing.writers import Files, JsonLinesFile, Output, ParquetFile, describe
+from sqsd_filter.pipeline.writing.writers import JsonLinesWriter, Output, ParquetWriter, ShardedWriter, describe
 from sqsd_filter.progress import Progress
 from sqsd_filter.storage.folder import sweep
 
 FATES: dict[Config, int] = {"kept": KEPT, "dropped": DROPPED, "errors": ERROR}  # of the rows in each config
-REASONS = "data/reasons.jsonl"  # why each line in `errors` has no score
+REASONS = "data/reasons.jsonl"  # why each line in errors has no score
 
-RAW = "sqsd_raw"  # the bytes of a line that is no row
+RAW = "sqsd_raw"  # the bytes of a line that could not be read as a row
 ORIGIN = {"sqsd_reason": pa.string(), "sqsd_file": pa.string(), "sqsd_line": pa.int64(), RAW: pa.binary()}
 MODULES = b"sqsd_modules"  # in a parquet file's metadata: the modules behind each probe's list, in its order
 WEIGHT = "sqsd_weight"  # of a row for training, where rows are weighted
@@ -39,7 +39,7 @@ def _look_away(_: Chunk) -> None:
 
 
 def check_columns(corpus: Corpus, output: Output) -> None:
-    """Raise `InputError` where the rows have a column that can't be written so."""
+    """Raise `InputError` where the rows have a column that the output format can't hold."""
     scores, origin = _earlier_columns(corpus.schema)
     output.check(pa.schema([field for field in corpus.schema if field.name not in (*scores, *origin)]))
 
@@ -47,22 +47,19 @@ def check_columns(corpus: Corpus, output: Output) -> None:
 def export_splits(
     scored: Scored, selection: Selection, root: Path, output: Output, progress: Progress, see: See = _look_away
 ) -> Written:
-    """Write kept, dropped and errors below `root`, each split of the corpus apart.
+    """Write kept, dropped and errors below `root`, each split of the corpus on its own.
 
-    Kept and dropped rows carry the score columns; error rows their status, the reason in words and where they came
-    from, with the line's own bytes where it could not be read. What rows in `errors` hold changes no column of the
-    others. Lines of JSON hold less: see `Lines`. Each chunk is given to `see`, too. Returns what the report says of it:
-    the "files" with the rows, the "extra_files" that belong to them, and the "json_columns" whose values are stored as
-    JSON. Raises `SQSDError` when the disk refuses, or when a row would not be accounted for.
+    Kept and dropped rows have score columns. Rows in errors have their status, the reason in words and their origin,
+    and the bytes of a line that could not be read; their values don't change the columns of the other rows. Lines of
+    JSON hold less: see `Lines`. Each chunk is also passed to `see`. Raises `SQSDError` when the files can't be written,
+    or when a row is missing in them.
     """
     corpus = scored.corpus
     schema = _kept_schema(scored, selection)
     with ExitStack() as stack:
-        names = {
-            (config, split): place_name(config, split, corpus.splits) for config in FATES for split in corpus.splits
-        }
-        files = {fate: stack.enter_context(output.files(root, name)) for fate, name in names.items()}
-        reasons = stack.enter_context(Files(JsonLinesFile, root, REASONS))
+        names = {(config, split): stem_of(config, split, corpus.splits) for config in FATES for split in corpus.splits}
+        files = {part: stack.enter_context(output.files(root, name)) for part, name in names.items()}
+        reasons = stack.enter_context(ShardedWriter(JsonLinesWriter, root, REASONS))
         for folder in {f.folder for f in files.values()}:
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
@@ -80,27 +77,27 @@ def export_splits(
                 files[config, chunk.split].write(rows.bad(where) if code == ERROR else rows.good(where))
             see(chunk)
             progress.advance(len(fate))
-        written = {name: files[fate].rows for fate, name in names.items()}
+        written = {name: files[part].rows for part, name in names.items()}
         if sum(written.values()) != corpus.n_rows:
-            raise SQSDError(f"{corpus.n_rows} rows came in, but {written} went out: please report this as a bug.")
-        found = {fate: f.publish() for fate, f in files.items()}
+            raise SQSDError(f"{corpus.n_rows} rows were read, but {written} written: please report this as a bug.")
+        published = {part: writer.publish() for part, writer in files.items()}
         extra = [file["path"] for file in reasons.publish()]
     if output.to == "arrow":
-        extra = describe(root, {name: found[fate] for fate, name in names.items()})
+        extra = describe(root, {name: published[part] for part, name in names.items()})
     entries: list[WrittenFile] = [
-        {"config": c, "split": s, **file} for (c, s), several in found.items() for file in several
+        {"config": c, "split": s, **file} for (c, s), several in published.items() for file in several
     ]
     stored = [] if output.to == "jsonl" else json_columns(schema)
     return {"files": entries, "extra_files": extra, "json_columns": stored}
 
 
-def place_name(config: str, split: str, splits: Sequence[str]) -> str:
-    """What the files of a config and split are called. No name has a dash, so that "kept_a-*" means no other's."""
+def stem_of(config: str, split: str, splits: Sequence[str]) -> str:
+    """The name of the files of a config and split. It has no dash, so that "kept_a-*" matches the files of one only."""
     return config if len(splits) == 1 else f"{config}_{split}"
 
 
 def _from_nothing(corpus: Corpus) -> Iterator[Chunk]:
-    """The chunks of the corpus, after one without rows for each split, so that every place has a file."""
+    """The chunks of the corpus, after an empty one for each split, so that every config and split has a file."""
     table, scorable = (pa.Table.from_batches([], schema) for schema in (corpus.schema, corpus.scorable_schema))
     for split in corpus.splits:
         yield Chunk(0, split, table, scorable, [], [], [], [])
@@ -108,18 +105,18 @@ def _from_nothing(corpus: Corpus) -> Iterator[Chunk]:
 
 
 def _kept_schema(scored: Scored, selection: Selection) -> pa.Schema:
-    """What the input's columns are in kept and dropped: rows that are in neither have no say."""
+    """The schema of the input's columns in kept and dropped; rows that are in neither don't affect it."""
     whole = bool((selection.fate[~scored.scored] == KEPT).any())
     return scored.corpus.schema if whole else scored.corpus.scorable_schema
 
 
 def export_scored(scored: Scored, path: Path, progress: Progress, see: See = _look_away) -> Written:
-    """Write every row, in order, with its score columns; where rows have no score, also the columns of `errors`.
+    """Write every row, in order, with its score columns; if rows have no score, also with the columns of errors.
 
-    Each chunk is given to `see`, too. Returns what `export_splits` does.
+    Each chunk is also passed to `see`.
     """
     errors = bool(scored.reasons())
-    with Files(ParquetFile, path, ".") as file:
+    with ShardedWriter(ParquetWriter, path, ".") as file:
         for chunk in scored.corpus.chunks():
             table = _with_scores(scored, chunk.start, chunk.table)
             file.write(_with_columns(table, _origin(scored, chunk, np.arange(table.num_rows))) if errors else table)
@@ -131,10 +128,10 @@ def export_scored(scored: Scored, path: Path, progress: Progress, see: See = _lo
 class Tables:
     """A chunk's rows as parquet and Arrow files hold them."""
 
-    def __init__(self, scored: Scored, chunk: Chunk, table: pa.Table, weights: np.ndarray | None) -> None:
-        """`table` has the chunk's rows as they are to be in kept and dropped."""
+    def __init__(self, scored: Scored, chunk: Chunk, table: pa.Table, row_weights: np.ndarray | None) -> None:
+        """`table` has the chunk's rows with the columns of kept and dropped."""
         self.scored, self.chunk = scored, chunk
-        self.with_scores = _with_scores(scored, chunk.start, table, weights)
+        self.with_scores = _with_scores(scored, chunk.start, table, row_weights)
 
     def good(self, where: np.ndarray) -> pa.Table:
         return self.with_scores.take(where)
@@ -147,35 +144,35 @@ class Tables:
 
 
 class Lines:
-    """A chunk's rows as lines of JSON: the input's own, byte for byte, where it was JSON Lines.
+    """A chunk's rows as lines of JSON: the lines of the input, byte for byte, where it was JSON Lines.
 
-    Weights join the lines of rows, scores only `with_scores`; reasons stand in a file of their own. A record that could
-    not be read is a line of its bytes, or where those have a newline their text in an object.
+    Row weights are added to the lines, scores only `with_scores`; reasons are in a file of their own. A record that
+    could not be read is written as its bytes, or if these have a newline, as their text in an object.
     """
 
-    def __init__(self, scored: Scored, chunk: Chunk, weights: np.ndarray | None, with_scores: bool) -> None:
-        self.scored, self.chunk, self.weights, self.with_scores = scored, chunk, weights, with_scores
+    def __init__(self, scored: Scored, chunk: Chunk, row_weights: np.ndarray | None, with_scores: bool) -> None:
+        self.scored, self.chunk, self.row_weights, self.with_scores = scored, chunk, row_weights, with_scores
         self.old_scores, self.old_others = _earlier_columns(chunk.table.schema)
 
     def good(self, where: np.ndarray) -> list[bytes]:
         start, count = self.chunk.start, self.chunk.table.num_rows
         new = {
             **(_scores(self.scored, start, count) if self.with_scores else {}),
-            **_weights(self.weights, start, count),
+            **_weights(self.row_weights, start, count),
         }
         old = [*self.old_others, *(self.old_scores if self.scored.probes or not self.with_scores else [])]
-        found = self._lines(where, old)
+        own = self._lines(where, old)
         if not new:
-            return found
+            return own
         replaced = [name for name in new if name in self.chunk.table.column_names]
         replaced += old if self.with_scores else []
         members = pa.table(new).take(where).to_pylist()
-        return [splice(line, row, replaced) for line, row in zip(found, members, strict=True)]
+        return [splice(line, row, replaced) for line, row in zip(own, members, strict=True)]
 
     def bad(self, where: np.ndarray) -> list[bytes]:
         raws = _origin(self.scored, self.chunk, where)[RAW].to_pylist()
-        found = zip(self._lines(where, [*self.old_scores, *self.old_others]), raws, strict=True)
-        return [line if raw is None else _unread(raw) for line, raw in found]
+        own = self._lines(where, [*self.old_scores, *self.old_others])
+        return [line if raw is None else _unread(raw) for line, raw in zip(own, raws, strict=True)]
 
     def reasons(self, where: np.ndarray) -> list[bytes]:
         origin = _origin(self.scored, self.chunk, where)
@@ -188,7 +185,7 @@ class Lines:
         return lines(pa.table(columns))
 
     def _lines(self, where: np.ndarray, without: Collection[str]) -> list[bytes]:
-        """These rows' own lines, or made ones that have not these columns."""
+        """The lines of these rows in the input, or new lines without these columns."""
         raws = [self.chunk.raws[k] for k in where.tolist()]
         others = where[[raw is None for raw in raws]]
         made = iter(lines(_without(self.chunk.table, without).take(others)))
@@ -200,23 +197,25 @@ def _unread(raw: bytes) -> bytes:
 
 
 def _scores(scored: Scored, start: int, rows: int) -> dict[str, pa.Array]:
-    """The score columns of rows start, start + 1, ...; none where the input has them."""
+    """The score columns of rows start, start + 1, ...; none if the input has them already."""
     return scored.columns(start, start + rows) if scored.probes else {}
 
 
-def _weights(weights: np.ndarray | None, start: int, rows: int) -> dict[str, pa.Array]:
-    """The column of weights of rows start, start + 1, ...; none where rows are not weighted."""
-    return {} if weights is None else {WEIGHT: pa.array(weights[start : start + rows], pa.float64(), from_pandas=True)}
+def _weights(row_weights: np.ndarray | None, start: int, rows: int) -> dict[str, pa.Array]:
+    """The column of weights of rows start, start + 1, ...; none if rows are not weighted."""
+    if row_weights is None:
+        return {}
+    return {WEIGHT: pa.array(row_weights[start : start + rows], pa.float64(), from_pandas=True)}
 
 
 def _statuses(scored: Scored, chunk: Chunk, where: np.ndarray) -> pa.Array:
     return pa.array([scored.statuses[code] for code in scored.codes[chunk.start + where]], pa.string())
 
 
-def _with_scores(scored: Scored, start: int, table: pa.Table, weights: np.ndarray | None = None) -> pa.Table:
-    """Rows start, start + 1, ... with score columns and weights: those of an earlier run make way for new ones."""
+def _with_scores(scored: Scored, start: int, table: pa.Table, row_weights: np.ndarray | None = None) -> pa.Table:
+    """Rows start, start + 1, ... with score columns and weights, in place of those of an earlier run."""
     earlier, others = _earlier_columns(table.schema)
-    columns = {**_scores(scored, start, table.num_rows), **_weights(weights, start, table.num_rows)}
+    columns = {**_scores(scored, start, table.num_rows), **_weights(row_weights, start, table.num_rows)}
     table = _with_columns(_without(table, [*earlier, *others] if scored.probes else others), columns)
     metadata = dict(table.schema.metadata or {})
     if scored.probes:
@@ -227,8 +226,8 @@ def _with_scores(scored: Scored, start: int, table: pa.Table, weights: np.ndarra
 
 
 def _earlier_columns(schema: pa.Schema) -> tuple[list[str], list[str]]:
-    """The columns that an earlier run added: its scores, which stand side by side from risk to status, and its weights
-    and those of rows without a score. Whatever else begins with sqsd_ is the user's."""
+    """The columns that an earlier run added: its scores, which are adjacent from risk to status, and its weights and
+    the columns of rows without a score. Any other column whose name begins with sqsd_ is the user's."""
     names = schema.names
     scores, others = [], []
     if "sqsd_status" in names:
@@ -247,7 +246,7 @@ def _without(table: pa.Table, names: Collection[str]) -> pa.Table:
 
 
 def _with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
-    """The table with these columns at its end, in place of any of the same names."""
+    """The table with these columns at its end, in place of columns of the same names."""
     table = _without(table, [name for name in columns if name in table.column_names])
     added = {name: feature(values.type) for name, values in columns.items()}
     metadata = _features(table.schema, lambda features: features.update(added))
@@ -256,8 +255,8 @@ def _with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
     return table.replace_schema_metadata(metadata)
 
 
-def _features(schema: pa.Schema, change: Any) -> dict[bytes, bytes] | None:
-    """The schema's metadata with the Hugging Face features in it, if there are any, changed."""
+def _features(schema: pa.Schema, change: Callable[[dict[str, Any]], object]) -> dict[bytes, bytes] | None:
+    """The schema's metadata, after `change` was called on the Hugging Face features in it, if there are any."""
     metadata = dict(schema.metadata or {})
     if b"huggingface" in metadata:
         info = json.loads(metadata[b"huggingface"])
@@ -268,23 +267,23 @@ def _features(schema: pa.Schema, change: Any) -> dict[bytes, bytes] | None:
 
 
 def _origin(scored: Scored, chunk: Chunk, where: np.ndarray) -> dict[str, pa.Array]:
-    """Why these rows of a chunk have no score, where they came from, and the bytes of those that could not be read:
-    as their scores were written, or now. Null for rows with a score."""
+    """Why these rows of a chunk have no score, their file and line, and the bytes of those that could not be read:
+    as an earlier run wrote them, or as they are now. Null for rows with a score."""
     before = dict.fromkeys(ORIGIN, [None] * chunk.table.num_rows)
     before |= {
         name: chunk.table[name].to_pylist() for name in _earlier_columns(chunk.table.schema)[1] if name in ORIGIN
     }
-    found: dict[str, list[Any]] = {name: [] for name in ORIGIN}
+    columns: dict[str, list[Any]] = {name: [] for name in ORIGIN}
     good = scored.scored[chunk.start + where]
     for k, fine in zip(where.tolist(), good.tolist(), strict=True):
         then = {name: values[k] for name, values in before.items()}
-        stale = scored.form is not None and then[RAW] is None  # read and judged once more
+        stale = scored.form is not None and then[RAW] is None  # this run has read the row again
         now = {
             "sqsd_reason": (None if stale else then["sqsd_reason"]) or scored.detail(chunk, k),
             "sqsd_file": then["sqsd_file"] or os.fsencode(chunk.files[k]).decode(errors="backslashreplace"),
             "sqsd_line": then["sqsd_line"] or chunk.lines[k],
             RAW: chunk.raws[k] if chunk.problems[k] else then[RAW],
         }
-        for name, values in found.items():
+        for name, values in columns.items():
             values.append(None if fine else now[name])
-    return {name: pa.array(values, ORIGIN[name]) for name, values in found.items()}
+    return {name: pa.array(values, ORIGIN[name]) for name, values in columns.items()}

@@ -1,4 +1,4 @@
-"""The picture on card and page: how risk is spread over the rows, and which part of them was dropped."""
+"""The picture on card and page: a histogram of the risk, with the dropped rows in another colour."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
 
-MOST_BARS = 61  # odd, so that there is one in the middle
-BLOCK = 2**20  # rows counted at a time
-FAR = 1e100  # beyond it the sums of a drawing overflow
+MOST_BARS = 61  # odd, so that one is in the middle
+BLOCK = 2**20  # rows that are counted at a time
+FAR = 1e100  # beyond it, sums in the drawing overflow
 
 
 class Bars(TypedDict):
@@ -55,8 +55,9 @@ def _cut(report: RunFigures) -> float | None:
 
 
 def bar_edges(bars: int, quantiles: Mapping[str, float], cut: float | None) -> np.ndarray:
-    """The `bars` + 1 edges of the bars: from the lowest to the highest risk, but for outliers, which would squeeze the
-    rest: risks further from the middle 90 % and the cut than these 90 % are wide (98 %, if those are all the same).
+    """The `bars` + 1 edges of the bars: from the lowest to the highest risk, without outliers, which would squeeze the
+    rest. Outliers are further from the middle 90 % of risks, and from the cut, than this range is wide. If the middle
+    90 % are all equal, it is the middle 98 %, or all.
     """
     least, most = quantiles.get("0%", 0.0), quantiles.get("100%", 0.0)
     low = high = least
@@ -68,13 +69,13 @@ def bar_edges(bars: int, quantiles: Mapping[str, float], cut: float | None) -> n
         low, high = min(low, cut), max(high, cut)
     start, stop = np.clip([max(least, low - width), min(most, high + width)], -FAR, FAR)
     size = max(abs(start), abs(stop), 1e-3)
-    if stop - start < 1e-9 * size:  # one risk: it gets the bar in the middle
+    if stop - start < 1e-9 * size:  # all risks are equal: they get the bar in the middle
         start, stop = start - size / 10, stop + size / 10
     return np.linspace(start, np.nextafter(stop, np.inf), bars + 1)
 
 
 def count_rows(edges: np.ndarray, risk: np.ndarray, scored: np.ndarray, fate: np.ndarray) -> np.ndarray:
-    """(2, bars + 2): how many rows were kept and dropped, below the first edge, in each bar, and above the last."""
+    """(2, bars + 2): the number of kept and of dropped rows below the first edge, in each bar, and above the last."""
     counts = np.zeros(2 * (len(edges) + 1), np.int64)
     for start in range(0, len(risk), BLOCK):
         block = slice(start, start + BLOCK)
@@ -86,7 +87,7 @@ def count_rows(edges: np.ndarray, risk: np.ndarray, scored: np.ndarray, fate: np
 
 
 def draw_histogram(figure: Figure, bars: Bars, report: Report) -> None:
-    """Bars of kept rows with the dropped ones on top, and the cut as a line unless groups were cut at several."""
+    """Bars of kept rows with the dropped ones on top, and the cut as a line, unless each group has its own."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     edges, counts, cut = np.array(bars["edges"]), np.array(bars["counts"]), _cut(report)
@@ -96,7 +97,7 @@ def draw_histogram(figure: Figure, bars: Bars, report: Report) -> None:
         names = ("kept" if "kept" in report["rows"] else "scored", "dropped", "cut")
     axes = figure.add_subplot()
     width = edges[1] - edges[0]
-    left = np.concatenate([edges[:-1], [edges[-1] + width, edges[0] - 2 * width]])  # outliers come last, one bar apart
+    left = np.concatenate([edges[:-1], [edges[-1] + width, edges[0] - 2 * width]])  # the two bars of outliers come last
     floor = np.zeros(len(left), np.int64)
     legend: list[Artist | BarContainer] = []
     for rows, colour, name in zip(np.roll(counts, -1, axis=1), (BLUE, ORANGE), names, strict=False):

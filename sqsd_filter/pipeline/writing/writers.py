@@ -1,6 +1,6 @@
-"""Files of rows in each format that they can be written in: parquet, the Arrow files of `datasets`, JSON Lines.
+"""Writers of rows in each output format: parquet, the Arrow files of `datasets`, JSON Lines.
 
-A file is closed as soon as it has `shard_size` bytes. Names say how many files there are, so all get theirs in the end.
+A file is closed when it has `shard_size` bytes. File names hold the number of files, so they are given at the end.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar, Generic, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,24 +24,25 @@ from sqsd_filter.pipeline.writing.json_lines import has_form
 from sqsd_filter.storage.folder import TEMPORARY, write_text
 
 SHARD_SIZE = "500MB"
+Batch = TypeVar("Batch", bound=Sized)
 
 
-class File:
-    """A file open for writing: batches of one kind are appended to it. `stem` and `suffix` make its path."""
+class FileWriter(Generic[Batch]):
+    """A file that batches of rows are appended to. `stem` and `suffix` make its path."""
 
     stem: ClassVar[str] = "data/{}"
     suffix: ClassVar[str]
-    _sink: Any
+    _sink: IO[bytes]
 
-    def __init__(self, path: Path, first: Any) -> None:
-        """`first` is the first batch that will be written, perhaps without rows."""
+    def __init__(self, path: Path, first: Batch) -> None:
+        """`first` is the first batch that will be written; it may have no rows."""
         raise NotImplementedError
 
-    def write(self, rows: Any) -> None:
+    def write(self, batch: Batch) -> None:
         raise NotImplementedError
 
     def size(self) -> int:
-        """Bytes so far."""
+        """The bytes written so far."""
         return int(self._sink.tell())
 
     def close(self) -> None:
@@ -49,11 +50,11 @@ class File:
 
     @staticmethod
     def holds(kind: pa.DataType) -> bool:
-        """Can it hold a column of this type?"""
+        """Can the format hold a column of this type?"""
         raise NotImplementedError
 
 
-class ParquetFile(File):
+class ParquetWriter(FileWriter[pa.Table]):
     """Tables of one schema; each batch is a row group."""
 
     suffix = ".parquet"
@@ -62,9 +63,9 @@ class ParquetFile(File):
         self._sink = pa.OSFile(str(path), "wb")
         self._writer = pq.ParquetWriter(self._sink, first.schema)
 
-    def write(self, table: pa.Table) -> None:
-        if table.num_rows:
-            self._writer.write_table(table)
+    def write(self, batch: pa.Table) -> None:
+        if batch.num_rows:
+            self._writer.write_table(batch)
 
     def close(self) -> None:
         self._writer.close()
@@ -75,13 +76,13 @@ class ParquetFile(File):
         try:
             pq.write_table(pa.table({"column": pa.nulls(1, kind)}), pa.BufferOutputStream())
         except pa.ArrowInvalid:
-            return True  # it holds the type, but the type no null
+            return True  # parquet holds the type; the type holds no null
         except (NotImplementedError, OSError):
             return False
         return True
 
 
-class ArrowFile(File):
+class ArrowWriter(FileWriter[pa.Table]):
     """Tables of one schema as `datasets` maps them into memory; each batch is a record batch."""
 
     stem, suffix = "{}/data", ".arrow"
@@ -93,9 +94,9 @@ class ArrowFile(File):
         self._sink = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_stream(self._sink, self._schema)
 
-    def write(self, table: pa.Table) -> None:
-        if table.num_rows:
-            pairs = zip(table.columns, self._schema, strict=True)
+    def write(self, batch: pa.Table) -> None:
+        if batch.num_rows:
+            pairs = zip(batch.columns, self._schema, strict=True)
             columns = [column if column.type == field.type else column.cast(field.type) for column, field in pairs]
             self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema).combine_chunks())
 
@@ -114,28 +115,28 @@ class ArrowFile(File):
         return True
 
 
-class JsonLinesFile(File):
-    """Lines of bytes, which get their newlines here."""
+class JsonLinesWriter(FileWriter[Sequence[bytes]]):
+    """Lines of bytes without their newlines."""
 
     suffix = ".jsonl"
 
-    def __init__(self, path: Path, first: Sequence[bytes]) -> None:
+    def __init__(self, path: Path, _first: Sequence[bytes]) -> None:
         self._sink = path.open("wb")
 
-    def write(self, lines: Sequence[bytes]) -> None:
-        self._sink.write(b"".join(line + b"\n" for line in lines))
+    def write(self, batch: Sequence[bytes]) -> None:
+        self._sink.write(b"".join(line + b"\n" for line in batch))
 
     @staticmethod
     def holds(kind: pa.DataType) -> bool:
         return has_form(kind)
 
 
-FORMATS: dict[str, type[File]] = {"parquet": ParquetFile, "arrow": ArrowFile, "jsonl": JsonLinesFile}
+FORMATS: dict[str, type[FileWriter[Any]]] = {"parquet": ParquetWriter, "arrow": ArrowWriter, "jsonl": JsonLinesWriter}
 
 
 @dataclass(frozen=True)
 class Output:
-    """How rows are written: `to` is one of `FORMATS`, `shard_size` in bytes, `with_scores` for JSON Lines only."""
+    """How rows are written: `to` is one of `FORMATS`, `shard_size` in bytes, `with_scores` only for JSON Lines."""
 
     to: str
     shard_size: int
@@ -151,16 +152,16 @@ class Output:
         from datasets.utils.py_utils import convert_file_size_to_int
 
         try:
-            # in capitals, since it takes a small b for bits
+            # in capitals, since a small b would mean bits
             size = convert_file_size_to_int(shard_size.upper() if isinstance(shard_size, str) else shard_size)
         except ValueError:
             size = 0
         if size < 1:
-            raise UsageError(f"'{shard_size}' is not a size of files: write it like 100MB or 1GB.")
+            raise UsageError(f"'{shard_size}' is not a file size: write it like 100MB or 1GB.")
         return cls(to, size, with_scores)
 
     def check(self, schema: pa.Schema) -> None:
-        """Raise `InputError` for a column that can't be written so."""
+        """Raise `InputError` for a column that the format can't hold."""
         for field in schema:
             if not FORMATS[self.to].holds(field.type):
                 others = " or ".join(to for to, kind in FORMATS.items() if kind.holds(field.type))
@@ -169,22 +170,22 @@ class Output:
                     + (f"use --to {others}." if others else "give it another type, or leave it out.")
                 )
 
-    def files(self, root: Path, name: str) -> Files:
-        """The files below `root` of what is called so."""
-        return Files(FORMATS[self.to], root, FORMATS[self.to].stem.format(name), self.shard_size)
+    def files(self, root: Path, name: str) -> ShardedWriter[Any]:
+        """A writer of the files below `root` with this name."""
+        return ShardedWriter(FORMATS[self.to], root, FORMATS[self.to].stem.format(name), self.shard_size)
 
 
-class Files:
-    """The files in which rows of one kind go on, or the one file at the path `stem` if there is no `shard_size`.
+class ShardedWriter(Generic[Batch]):
+    """Writes rows to numbered files of about `shard_size` bytes, or without that to one file at the path `stem`.
 
-    Leaving the context without `publish` removes them. Raises `SQSDError` when the disk refuses.
+    Leaving the context without `publish` removes the files. Raises `SQSDError` when they can't be written.
     """
 
-    def __init__(self, kind: type[File], root: Path, stem: str, shard_size: int | None = None) -> None:
+    def __init__(self, kind: type[FileWriter[Batch]], root: Path, stem: str, shard_size: int | None = None) -> None:
         self._kind, self._root, self._stem, self._shard_size = kind, root, stem, shard_size
-        self._open: File | None = None
+        self._open: FileWriter[Batch] | None = None
         self._temporaries: list[Path] = []
-        self._rows: list[int] = []  # in each
+        self._rows: list[int] = []  # in each file
 
     @property
     def folder(self) -> Path:
@@ -194,7 +195,7 @@ class Files:
     def rows(self) -> int:
         return sum(self._rows)
 
-    def __enter__(self) -> Files:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -204,9 +205,9 @@ class Files:
         for path in self._temporaries:
             path.unlink(missing_ok=True)
 
-    def write(self, batch: Any) -> None:
-        """Append a batch. The first one, even without rows, makes a file."""
-        with self._told():
+    def write(self, batch: Batch) -> None:
+        """Append a batch. The first one creates a file, even if it has no rows."""
+        with self._write_errors():
             if self._open is None or (len(batch) and self._rows[-1] and self._is_full(self._open)):
                 self._begin(batch)
             assert self._open is not None
@@ -214,30 +215,32 @@ class Files:
             self._rows[-1] += len(batch)
 
     def publish(self) -> list[WrittenFile]:
-        """Give the files their names, which no others may keep that a killed attempt left. Returns what they are."""
-        with self._told():
+        """Give the files their names, and remove such files of an earlier attempt. Returns the files."""
+        with self._write_errors():
             self._close()
-            found: list[WrittenFile] = []
+            written: list[WrittenFile] = []
             for number, (temporary, rows) in enumerate(zip(self._temporaries, self._rows, strict=True)):
                 with temporary.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()  # the Hub's name for it, too
                     os.fsync(file.fileno())
                 path, size = self._path(f"{number:05d}", f"{len(self._rows):05d}"), temporary.stat().st_size
                 temporary.replace(self._root / path)
-                found.append({"path": path, "rows": rows, "bytes": size, "sha256": digest})
+                written.append({"path": path, "rows": rows, "bytes": size, "sha256": digest})
             if self._shard_size is not None:
-                stale = set(self._root.glob(self._path("?????", "?????"))) - {self._root / f["path"] for f in found}
+                stale = set(self._root.glob(self._path("?????", "?????"))) - {
+                    self._root / file["path"] for file in written
+                }
                 for left in stale:
                     left.unlink()
-        return found
+        return written
 
     def _path(self, number: str, count: str) -> str:
         return self._stem if self._shard_size is None else f"{self._stem}-{number}-of-{count}{self._kind.suffix}"
 
-    def _is_full(self, file: File) -> bool:
+    def _is_full(self, file: FileWriter[Batch]) -> bool:
         return self._shard_size is not None and file.size() >= self._shard_size
 
-    def _begin(self, first: Any) -> None:
+    def _begin(self, first: Batch) -> None:
         self._close()
         target = self._root / self._stem
         temporary = target.with_name(f".{target.name}-{len(self._temporaries):05d}{TEMPORARY}")
@@ -251,19 +254,19 @@ class Files:
             self._open = None
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _write_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as problem:
             raise SQSDError(
-                f"{self._root / self._stem} can't be written ({problem}): make room and run the same command again; "
-                "no score is lost."
+                f"{self._root / self._stem} can't be written ({problem}): free some space and run the same command "
+                "again; no score is lost."
             ) from problem
 
 
 def describe(root: Path, splits: Mapping[str, Sequence[WrittenFile]]) -> list[str]:
-    """Make of the Arrow files of each split what `datasets.load_from_disk` takes for a DatasetDict; the names of the
-    files that say so."""
+    """Write the metadata with which `datasets.load_from_disk` loads the Arrow files of these splits as a DatasetDict.
+    Returns the names of the metadata files."""
     from datasets import DatasetInfo, Features
 
     for name, files in splits.items():
@@ -285,5 +288,5 @@ def describe(root: Path, splits: Mapping[str, Sequence[WrittenFile]]) -> list[st
     return ["dataset_dict.json", *(f"{name}/{file}.json" for name in splits for file in ("state", "dataset_info"))]
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2))

@@ -220,9 +220,9 @@ def test_every_kind_of_run_leaves_its_page(folder: Path, scorer: SQSDScorer) -> 
     assert filtered.count("Modules that add most") == 2
     assert "<h1>21 rows with their risk</h1>" in scored
     assert ", kept</h3>" not in scored
-    assert "21 rows came in: 20 have a risk, 1 could not be scored." in scored
+    assert "21 rows were read: 20 have a risk, 1 could not be scored." in scored
     assert "The risk was in the input." in selected
-    assert "group of equal id" in selected
+    assert "group of rows with the same id" in selected
     for page in (filtered, scored, selected):
         assert "in.jsonl, line 21: column" in page or "all.parquet" in page
         assert len(Seen(page).texts) == 40
@@ -231,8 +231,8 @@ def test_every_kind_of_run_leaves_its_page(folder: Path, scorer: SQSDScorer) -> 
 
 def test_rows_that_are_kept_without_a_risk_are_counted_as_such(folder: Path, scorer: SQSDScorer) -> None:
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, on_error="keep")
-    told = "21 rows came in: 18 were kept, 3 dropped, 1 could not be scored (kept all the same: 1)."
-    assert told in read("out/sqsd")
+    counts = "21 rows were read: 18 were kept, 3 dropped, 1 could not be scored (kept anyway: 1)."
+    assert counts in read("out/sqsd")
 
 
 def test_a_cut_of_scored_files_reads_rows_as_they_were_scored(folder: Path, tiny_pack: Path) -> None:
@@ -311,7 +311,7 @@ def test_a_full_disk_costs_the_page_and_not_the_run(
     (said,) = [record.message for record in caplog.records if record.name.startswith("sqsd_filter")]
     assert said.startswith("The page can't be written (")
     assert "Make room and start the same command again." in said
-    with pytest.raises(SQSDError, match=r"No page can be written to out/sqsd .*room"), small_disk(room):
+    with pytest.raises(SQSDError, match=r"No page can be written to out/sqsd .*check the free space"), small_disk(room):
         remake_page(Path("out"))
     assert remake_page(Path("out"))[0].read_text(encoding="utf-8") == read("whole/sqsd")
 
@@ -322,7 +322,7 @@ def test_no_push_takes_the_page_or_its_texts_along(folder: Path, scorer: SQSDSco
     write_jsonl(folder / "in.jsonl", [*make_rows(9), {"id": 9, "instruction": "?", "output": secret}])
     push = PushTo("org/out", private=private, rows=["kept"])
     filter_dataset("in.jsonl", "out", drop_count=10, scorer=scorer, push=push)
-    assert "no push to a dataset of the Hub takes the page along" in read("out/sqsd")
+    assert "this page is never pushed to a dataset of the Hub" in read("out/sqsd")
     assert secret in read("out/sqsd")
     assert secret in Path("out/sqsd/notes.json").read_text()
     files = hub.files("org/out")

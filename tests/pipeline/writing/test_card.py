@@ -244,8 +244,8 @@ def test_it_says_what_was_removed_and_how_to_load_the_rest() -> None:
     page = Page(body)
     assert headings(body)[0] == (1, "3 of 6 rows, the riskiest removed")
     assert "the riskiest 40% of the scored rows (drop-top 40%)" in page.text
-    assert "lowest risk among the dropped rows is 0.125; kept rows with that very risk: 1." in page.text
-    assert "Rows without a score: 1 bad_json; in errors 1. That says nothing of their risk." in page.text
+    assert "lowest risk among the dropped rows is 0.125; kept rows with the same risk: 1." in page.text
+    assert "Rows without a score: 1 bad_json (1 in errors). Their risk is unknown." in page.text
     assert "org/a, config c, split s, commit c0ffee" in page.text
     assert {"load_dataset(path)", 'load_dataset(path, "dropped")', 'load_dataset(path, "errors")'} < set(page.codes)
     assert {"tiny", "org/m", "sqsd_a", "sqsd_b"} < set(page.codes)
@@ -256,9 +256,9 @@ def test_it_says_what_was_removed_and_how_to_load_the_rest() -> None:
 @pytest.mark.parametrize(
     ("cut", "words"),
     [
-        ("drop-count 2", "Dropped were the 2 riskiest of the scored rows (drop-count 2)."),
-        ("max-risk 0.1", "Dropped were the scored rows with a risk above 0.1 (max-risk 0.1)."),
-        ("keep-lowest 3", "Dropped were all scored rows but the 3 with the lowest risk (keep-lowest 3)."),
+        ("drop-count 2", "This run dropped the 2 riskiest of the scored rows (drop-count 2)."),
+        ("max-risk 0.1", "This run dropped the scored rows with a risk above 0.1 (max-risk 0.1)."),
+        ("keep-lowest 3", "This run dropped all scored rows but the 3 with the lowest risk (keep-lowest 3)."),
     ],
 )
 def test_every_rule_is_put_in_words(cut: str, words: str) -> None:
@@ -319,7 +319,7 @@ def test_groups_get_a_line_each_up_to_fifty_and_the_others_one() -> None:
     assert table[0] == ["`52`", "62", "52", "6.5"]
     assert table[49] == ["`3`", "13", "3", "0.375"]
     assert table[50] == ["others: 3", str(10 + 11 + 12), str(0 + 1 + 2)]
-    assert "with the same `topic` by itself" in body
+    assert "with the same `topic` on its own" in body
     assert "no group is emptied: 4 rows" in body
 
 
@@ -330,7 +330,7 @@ def test_splits_are_told_with_their_groups_or_alone() -> None:
     del piece["value"]
     _, alone = card(groups={"column": None, "groups": [piece], "spared": 0})
     assert rows_of_table(alone, "| split | scored | dropped | threshold |") == [["`test`", "3", "0"]]
-    assert "Each split by itself" in alone
+    assert "Each split on its own" in alone
     assert "emptied" not in alone
 
 
@@ -431,8 +431,8 @@ def test_filtering_twice_nests_nothing_and_keeps_the_first_sources_card() -> Non
         found, body = card({"out": source})
         assert headings(body).count((2, "The original card of `org/dolly`")) == 1
         assert body.endswith("### Dolly\n\nFifteen thousand rows.\n")
-        assert body.count("What it can't promise") == 1
-        assert "Already filtered before: `out`" in body
+        assert body.count("## Limits") == 1
+        assert "Filtered before by this tool: `out`" in body
         assert found["source_datasets"] == ["org/dolly"]
         assert found["license"] == "cc-by-sa-3.0"
         assert found["tags"] == ["instructions", "sqsd-filter", "safety", "data-filtering"]
@@ -442,7 +442,7 @@ def test_filtering_twice_nests_nothing_and_keeps_the_first_sources_card() -> Non
 def test_a_card_without_text_below_it_adds_no_section() -> None:
     _, body = card({"out": card_text(REPORT), "two": ORIGINAL.split("# Dolly")[0]})
     assert "original card" not in body
-    assert "Already filtered before: `out`" in body
+    assert "Filtered before by this tool: `out`" in body
 
 
 def test_a_source_by_its_path_is_told_by_its_last_part() -> None:

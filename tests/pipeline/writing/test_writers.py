@@ -19,9 +19,16 @@ from hypothesis import strategies as st
 
 from sqsd_filter.corpus.json_schema import JSON_TEXT, is_json_text
 from sqsd_filter.errors import InputError, SQSDError, UsageError
-from sqsd_filter.pipeline.writing.export import place_name
+from sqsd_filter.pipeline.writing.export import stem_of
 from sqsd_filter.pipeline.writing.json_lines import lines
-from sqsd_filter.pipeline.writing.writers import FORMATS, Files, JsonLinesFile, Output, ParquetFile, describe
+from sqsd_filter.pipeline.writing.writers import (
+    FORMATS,
+    JsonLinesWriter,
+    Output,
+    ParquetWriter,
+    ShardedWriter,
+    describe,
+)
 from tests.disks import small_disk
 
 datasets.disable_progress_bars()
@@ -132,12 +139,12 @@ def test_a_full_disk_is_told_in_one_sentence(to: str, tmp_path: Path) -> None:
 
 def test_without_a_size_there_is_one_file_of_the_very_name(tmp_path: Path) -> None:
     for path, name in ((tmp_path / "a[b]{}.parquet", "."), (tmp_path, "x.parquet")):
-        with Files(ParquetFile, path, name) as files:
+        with ShardedWriter(ParquetWriter, path, name) as files:
             for batch in batches_of("parquet", [3, 4]):
                 files.write(batch)
             assert [file["path"] for file in files.publish()] == [name]
         assert numbers_in("parquet", path / name) == list(range(7))
-    with Files(JsonLinesFile, tmp_path, "never.jsonl") as files:
+    with ShardedWriter(JsonLinesWriter, tmp_path, "never.jsonl") as files:
         assert files.publish() == []
 
 
@@ -147,7 +154,7 @@ split_names = st.from_regex(datasets.naming._split_re, fullmatch=True)
 @settings(max_examples=50)
 @given(st.lists(split_names, min_size=1, max_size=4, unique=True))
 def test_the_glob_of_one_split_finds_no_file_of_another(splits: list[str]) -> None:
-    names = [place_name(config, split, splits) for config in ("kept", "dropped", "errors") for split in splits]
+    names = [stem_of(config, split, splits) for config in ("kept", "dropped", "errors") for split in splits]
     assert len(set(names)) == 3 * len(splits)
     for name in names:
         assert [other for other in names if fnmatchcase(f"{other}-00000-of-00001.jsonl", f"{name}-*.jsonl")] == [name]
@@ -163,7 +170,7 @@ def test_sizes_are_read_as_decimal_or_binary_units_whatever_their_case() -> None
 
 @pytest.mark.parametrize("size", ["", "10", "1.5GB", "MB", "-1MB", "0KB", 0, "lots"])
 def test_what_is_no_size_is_refused(size: str | int) -> None:
-    with pytest.raises(UsageError, match=f"'{size}' is not a size of files: write it like 100MB or 1GB"):
+    with pytest.raises(UsageError, match=f"'{size}' is not a file size: write it like 100MB or 1GB"):
         Output.of("parquet", size, False)
 
 
