@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from sqsd_filter.corpus.addresses import Opener, expand
 from sqsd_filter.corpus.json_schema import to_rows
 from sqsd_filter.corpus.sources import Corpus
-from sqsd_filter.pipeline.scores.scored import Scored
+from sqsd_filter.pipeline.scores.scored import ScoreCounts, Scored
 from sqsd_filter.pipeline.selecting.selection import ERROR, Selection
 
 SPLITS = ("kept", "dropped", "errors")
@@ -30,16 +30,16 @@ def write_jsonl(path: Path, lines: Iterable[object]) -> Path:
     return path
 
 
-def by_hand(corpus: Corpus, place: Sequence[int], unscored: Iterable[int] = ()) -> tuple[Scored, Selection]:
-    """Scores that no model made, and a selection that puts each row where it is said to go."""
+def by_hand(corpus: Corpus, fates: Sequence[int], unscored: Iterable[int] = ()) -> tuple[Scored, Selection]:
+    """Scores that no model made, and a selection with these fates of the rows."""
     n = corpus.n_rows
-    codes = (np.array(place) == ERROR).astype(np.uint8)
+    codes = (np.array(fates) == ERROR).astype(np.uint8)
     codes[list(unscored)] = 1
     probes = {"danger": np.where(codes, np.nan, np.arange(n) / 7), "safety": np.where(codes, np.nan, 0.1)}
     risk = probes["danger"] - probes["safety"]
-    counts = {"scored": int((codes == 0).sum()), "reused": 0, "duplicates": 0}
+    counts: ScoreCounts = {"scored": int((codes == 0).sum()), "reused": 0, "duplicates": 0}
     scored = Scored(corpus, None, ["scored", "no_answer"], codes, probes, risk, np.zeros(n, np.int32), counts, {})
-    return scored, Selection(np.array(place, np.uint8), None, 0)
+    return scored, Selection(np.array(fates, np.uint8), [], 0)
 
 
 def open_corpus(sources: Iterable[Any], **how: Any) -> Corpus:
@@ -63,11 +63,12 @@ def ids_of(dest: Path, split: str = "kept") -> list[int]:
 
 def content(dest: Path) -> dict[str, Any]:
     """Every file that a run left, by its name: bytes, and the report without its timing."""
-    found: dict[str, Any] = {str(p.relative_to(dest)): p.read_bytes() for p in dest.rglob("*") if p.is_file()}
-    report = json.loads(found["sqsd/report.json"])
+    files: dict[str, Any] = {str(p.relative_to(dest)): p.read_bytes() for p in dest.rglob("*") if p.is_file()}
+    report = json.loads(files["sqsd/report.json"])
     del report["timing"]
-    return {**found, "sqsd/report.json": report}
+    return {**files, "sqsd/report.json": report}
 
 
 def read_report(dest: Path) -> dict[str, Any]:
-    return json.loads((dest / "sqsd" / "report.json").read_text())
+    report: dict[str, Any] = json.loads((dest / "sqsd" / "report.json").read_text())
+    return report

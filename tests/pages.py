@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sqsd_filter.corpus.row_formats import RowFormat
 from sqsd_filter.pipeline.page.notes import Notes, NoteTaker
@@ -25,7 +26,7 @@ ALPACA = RowFormat("alpaca", prompt="instruction", answer="output")
 
 
 def noted(
-    folder: Path, rows: Sequence[Any], risk: Sequence[float] | None = None, form: RowFormat | None = ALPACA, **cut: Any
+    folder: Path, rows: Sequence[Any], risk: ArrayLike | None = None, form: RowFormat | None = ALPACA, **cut: Any
 ) -> tuple[Report, Notes]:
     """Report and notes of a run on these rows with these risks; without, a later row has a higher one."""
     corpus = open_corpus([write_jsonl(folder / "in.jsonl", rows)])

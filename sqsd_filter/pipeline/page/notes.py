@@ -151,7 +151,7 @@ class NoteTaker:
                 for k, row in enumerate(self._riskiest)
             ],
             "errors": {status: [self._errors[row] for row in rows] for status, rows in self._failed.items()},
-            "modules": {name: self._means(each) for name, each in scored.modules.items()},
+            "modules": {name: self.means(each) for name, each in scored.modules.items()},
         }
 
     def _by_length(self) -> Lengths | None:
@@ -171,7 +171,7 @@ class NoteTaker:
             "bands": [[float(np.median(length[b])), *np.quantile(risk[b], [0.25, 0.5, 0.75]).tolist()] for b in bands],
         }
 
-    def _means(self, modules: PerModule) -> ModuleMeans:
+    def means(self, modules: PerModule) -> ModuleMeans:
         """A probe's mean cosine at each of its modules, over all scored rows and over the riskiest ones."""
         total, scored = np.zeros(len(modules.names)), self.scored.scored
         for start in range(0, len(scored), BLOCK):

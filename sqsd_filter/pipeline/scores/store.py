@@ -252,8 +252,8 @@ def _codes(stored: StoredScores, batch: pa.RecordBatch) -> np.ndarray:
     """The statuses of a batch as codes (n,) of `stored`."""
     column = batch["status"]
     codes = np.array([stored.code(status) for status in column.dictionary.to_pylist()], np.uint8)
-    indices: np.ndarray = column.indices.to_numpy()
-    return codes[indices]
+    of_rows: np.ndarray = codes[column.indices.to_numpy()]
+    return of_rows
 
 
 def _digest(keys: Sequence[bytes] | np.ndarray) -> str:

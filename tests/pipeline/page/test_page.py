@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,8 +19,10 @@ from PIL import Image
 from sqsd_filter import Cut, Scoring, SQSDScorer, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.errors import DestinationExists, InputError, SQSDError
+from sqsd_filter.pipeline.page.notes import ModuleMeans
 from sqsd_filter.pipeline.page.page import remake_page, write_page
 from sqsd_filter.pipeline.publishing.hub import PushTo
+from sqsd_filter.pipeline.report import FinishedReport, PieceFigures
 from sqsd_filter.pipeline.writing.destination import lock_run
 from tests.corpora import make_rows, read_report, write_jsonl
 from tests.disks import small_disk
@@ -39,23 +41,23 @@ def row(prompt: str, answer: str) -> dict[str, str]:
 
 def test_nothing_in_a_row_is_markup(tmp_path: Path) -> None:
     rows = [row("plain", "plain"), row(HOSTILE, HOSTILE[::-1])]
-    found = Seen(page_of(tmp_path, rows))
-    assert found.texts == [HOSTILE, HOSTILE[::-1], "plain", "plain"]
-    assert {"script", "img", "iframe", "object", "link", "form"}.isdisjoint(tag for tag, _ in found.elements)
-    assert not [name for _, attributes in found.elements for name in attributes if name.startswith("on")]
+    seen = Seen(page_of(tmp_path, rows))
+    assert seen.texts == [HOSTILE, HOSTILE[::-1], "plain", "plain"]
+    assert {"script", "img", "iframe", "object", "link", "form"}.isdisjoint(tag for tag, _ in seen.elements)
+    assert not [name for _, attributes in seen.elements for name in attributes if name.startswith("on")]
 
 
 def test_control_characters_are_seen_and_do_no_harm(tmp_path: Path) -> None:
-    found = Seen(page_of(tmp_path, [row("a\0b\x1b[31mc\x7f\x85", "one\r\ntwo\tthree\rfour")]))
-    assert found.texts == ["a␀b␛[31mc␡\ufffd", "one\ntwo\tthree\nfour"]
+    seen = Seen(page_of(tmp_path, [row("a\0b\x1b[31mc\x7f\x85", "one\r\ntwo\tthree\rfour")]))
+    assert seen.texts == ["a␀b␛[31mc␡\ufffd", "one\ntwo\tthree\nfour"]
 
 
-def test_text_from_right_to_left_stays_in_its_place(tmp_path: Path) -> None:
+def test_text_from_right_to_left_stays_isolated(tmp_path: Path) -> None:
     arabic = "\u0645\u0631\u062d\u0628\u0627 \u202e override"
-    found = Seen(page_of(tmp_path, [row(arabic, arabic)]))
-    assert found.texts == [arabic, arabic]
-    assert [a["dir"] for _, a in found.elements if a.get("class") == "text"] == ["auto", "auto"]
-    assert "unicode-bidi: isolate" in found.page
+    seen = Seen(page_of(tmp_path, [row(arabic, arabic)]))
+    assert seen.texts == [arabic, arabic]
+    assert [a["dir"] for _, a in seen.elements if a.get("class") == "text"] == ["auto", "auto"]
+    assert "unicode-bidi: isolate" in seen.page
 
 
 @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -64,27 +66,27 @@ def test_any_text_leaves_the_page_with_the_same_elements(tmp_path: Path, text: s
     report, notes = noted(tmp_path, [row("a", "b")])
     plain = [tag for tag, _ in Seen(write_page(tmp_path, report, notes).read_text(encoding="utf-8")).elements]
     notes["riskiest"][0]["prompt"]["text"] = notes["riskiest"][0]["file"] = text
-    found = Seen(write_page(tmp_path, report, notes).read_text(encoding="utf-8"))
-    assert [tag for tag, _ in found.elements] == plain
+    seen = Seen(write_page(tmp_path, report, notes).read_text(encoding="utf-8"))
+    assert [tag for tag, _ in seen.elements] == plain
 
 
 # ---------------------------------------------------------------------------------------------- the page
 
 
 def test_the_page_asks_for_nothing_and_names_no_address(tmp_path: Path) -> None:
-    found = Seen(page_of(tmp_path, make_rows(30)))
-    assert found.requests == []
-    assert "//" not in found.page
-    policies = [a["content"] for _, a in found.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    seen = Seen(page_of(tmp_path, make_rows(30)))
+    assert seen.requests == []
+    assert "//" not in seen.page
+    policies = [a["content"] for _, a in seen.elements if a.get("http-equiv") == "Content-Security-Policy"]
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
 def test_pictures_take_the_colour_of_the_text_and_say_what_they_show(tmp_path: Path) -> None:
-    found = Seen(page_of(tmp_path, make_rows(30)))
-    pictures = [a for tag, a in found.elements if tag == "svg"]
+    seen = Seen(page_of(tmp_path, make_rows(30)))
+    pictures = [a for tag, a in seen.elements if tag == "svg"]
     assert len(pictures) == 2
     assert all(a["aria-label"] for a in pictures)
-    assert "#000000" not in found.page.partition("<body>")[2]  # black on a dark page
+    assert "#000000" not in seen.page.partition("<body>")[2]  # black on a dark page
 
 
 LOOKED_AT = """<script>
@@ -95,7 +97,7 @@ parent.postMessage(JSON.stringify({asked: innerWidth, room: seen.clientWidth, wi
 </script>"""
 PHONE = """<!doctype html><meta name="color-scheme" content="light dark">
 <body><iframe src="copy.html" width="360" height="800" style="border: 0"></iframe>
-<script>onmessage = told => document.body.replaceChildren(told.data)</script>"""
+<script>onmessage = message => document.body.replaceChildren(message.data)</script>"""
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 
 
@@ -104,8 +106,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_page_fits_a_phone_and_a_dark_screen(tmp_path: Path, dark: bool) -> None:
     report, notes = noted(tmp_path, [row("x" * 500, "word " * 200) for _ in range(30)])
-    group = {"scored": 10**9, "dropped": 10**6, "threshold": 0.123456789}
-    report["groups"] = {"column": "kind", "spared": 0, "groups": [{**group, "split": "s" * 99, "value": "v" * 99}]}
+    group = PieceFigures(split="s" * 99, value="v" * 99, scored=10**9, dropped=10**6, threshold=0.123456789)
+    report["groups"] = {"column": "kind", "spared": 0, "groups": [group]}
     report["command"] = ["sqsd-filter", "/" + "a" * 300]
     page = write_page(tmp_path, report, notes).read_text(encoding="utf-8")
     assert page.count('<meta http-equiv="Content-Security-Policy"') == 1
@@ -125,44 +127,47 @@ def test_the_page_fits_a_phone_and_a_dark_screen(tmp_path: Path, dark: bool) -> 
 def test_the_worst_rows_make_no_heavy_page(tmp_path: Path) -> None:
     rows = [row("<&'\"" * 500, "\U0001f469" * 2000) for _ in range(50)]
     report, notes = noted(tmp_path, rows)
-    group = {"scored": 10, "dropped": 1, "threshold": 0.123456789}
-    groups = [{**group, "value": "<" * 1000} for _ in range(10_000)]
-    report["groups"] = {"column": "kind", "spared": 3, "groups": groups}
+    group = PieceFigures(value="<" * 1000, scored=10, dropped=1, threshold=0.123456789)
+    report["groups"] = {"column": "kind", "spared": 3, "groups": [group] * 10_000}
     report["inputs"] *= 1000
     report["command"] = ["sqsd-filter", *(f"in-{k}.jsonl" for k in range(10_000))]
     assert write_page(tmp_path, report, notes).stat().st_size < 1_000_000
 
 
 def test_fifty_rows_are_shown_at_most_the_riskiest_first(tmp_path: Path) -> None:
-    found = Seen(page_of(tmp_path, [row(f"prompt {k}", "answer") for k in range(60)]))
-    assert found.texts[::2] == [f"prompt {k}" for k in range(59, 9, -1)]
-    assert len([tag for tag, _ in found.elements if tag == "article"]) == 50
+    seen = Seen(page_of(tmp_path, [row(f"prompt {k}", "answer") for k in range(60)]))
+    assert seen.texts[::2] == [f"prompt {k}" for k in range(59, 9, -1)]
+    assert len([tag for tag, _ in seen.elements if tag == "article"]) == 50
 
 
 def test_the_same_run_gives_the_same_bytes_whenever_it_was(tmp_path: Path) -> None:
     report, notes = noted(tmp_path, make_rows(30))
-    one = write_page(tmp_path, {**report, "timing": {"seconds": 1}}, notes).read_bytes()
-    assert write_page(tmp_path, {**report, "timing": {"seconds": 2}}, notes).read_bytes() == one
+
+    def page_after(seconds: float) -> bytes:
+        finished = cast("FinishedReport", {**report, "status": "ok", "timing": {"seconds": seconds}})
+        return write_page(tmp_path, finished, notes).read_bytes()
+
+    assert page_after(1) == page_after(2)
 
 
-def test_cosines_by_module_are_drawn_a_picture_a_probe(tmp_path: Path) -> None:
+def test_cosines_by_module_are_drawn_in_a_picture_per_probe(tmp_path: Path) -> None:
     report, notes = noted(tmp_path, make_rows(9))
-    places = [[layer, kind] for layer in (None, *range(80)) for kind in ("mlp.up_proj", "self_attn.q_proj")]
-    cosines = {"places": places, "all": [0.0] * 162, "riskiest": [k / 100 for k in range(162)]}
+    places = [(layer, kind) for layer in (None, *range(80)) for kind in ("mlp.up_proj", "self_attn.q_proj")]
+    cosines = ModuleMeans(places=places, all=[0.0] * 162, riskiest=[k / 100 for k in range(162)])
     notes["modules"] = {"danger": cosines, "$safety": cosines}
-    found = Seen(write_page(tmp_path, report, notes).read_text(encoding="utf-8"))
-    names = [str(a["aria-label"]) for tag, a in found.elements if tag == "svg"]
+    seen = Seen(write_page(tmp_path, report, notes).read_text(encoding="utf-8"))
+    names = [str(a["aria-label"]) for tag, a in seen.elements if tag == "svg"]
     assert [name.split(" by layer")[0] for name in names[2:]] == [
         "Mean cosine with the direction danger",
         "Mean cosine with the direction $safety",
     ]
-    assert found.requests == []
-    assert "image" not in [tag for tag, _ in found.elements]
+    assert seen.requests == []
+    assert "image" not in [tag for tag, _ in seen.elements]
 
 
 def test_modules_are_called_by_their_last_name_where_that_is_theirs_alone(tmp_path: Path) -> None:
     report, notes = noted(tmp_path, make_rows(9))
-    places = [[0, kind] for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")]
+    places: list[tuple[int | None, str]] = [(0, kind) for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")]
     notes["modules"] = {"danger": {"places": places, "all": [0.1] * 3, "riskiest": [0.2] * 3}}
     page = write_page(tmp_path, report, notes).read_text(encoding="utf-8")
     assert all(f">{name}</text>" in page for name in ("c_attn", "attn.c_proj", "mlp.c_proj"))
@@ -187,8 +192,8 @@ def test_a_risk_that_goes_with_length_is_pointed_at(tmp_path: Path, sign: int, w
 )
 @pytest.mark.filterwarnings("error")
 def test_any_risks_make_a_page(tmp_path: Path, risk: list[float]) -> None:
-    found = Seen(page_of(tmp_path, [row("a", "b" * k) for k in range(1, 5)], risk=risk))
-    assert len(found.texts) == 2 * int(np.isfinite(risk).sum())
+    seen = Seen(page_of(tmp_path, [row("a", "b" * k) for k in range(1, 5)], risk=risk))
+    assert len(seen.texts) == 2 * int(np.isfinite(risk).sum())
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
@@ -246,7 +251,7 @@ def test_a_cut_of_scored_files_reads_rows_as_they_were_scored(folder: Path, tiny
     assert "No answer could be measured" in read("guessed/sqsd")
 
 
-def test_the_page_is_made_anew_from_what_the_run_left_alone(folder: Path, scorer: SQSDScorer) -> None:
+def test_the_page_is_made_again_only_from_files_of_the_run(folder: Path, scorer: SQSDScorer) -> None:
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
     before = read("out/sqsd")
     (folder / "in.jsonl").unlink()
@@ -277,7 +282,7 @@ def test_a_run_at_work_is_waited_for(folder: Path) -> None:
 def test_a_run_without_sound_notes_makes_them_again_as_the_error_says(
     folder: Path, scorer: SQSDScorer, left: str | None
 ) -> None:
-    def run() -> dict[str, Any]:
+    def run() -> FinishedReport:
         return filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
 
     run()

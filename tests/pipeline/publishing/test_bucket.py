@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import pytest
@@ -21,6 +21,7 @@ from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import DestinationExists, SQSDError, UsageError
 from sqsd_filter.pipeline.publishing.bucket import Bucket
 from sqsd_filter.pipeline.publishing.target import MARKER, Finished
+from sqsd_filter.pipeline.report import FinishedReport
 
 FILES = {
     "README.md": b"card",
@@ -36,7 +37,9 @@ def finished(folder: Path, run: str = "one", files: dict[str, bytes] = FILES) ->
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    return Finished(run, {name: folder / name for name in files}, report, lambda report, name: "")
+    return Finished(
+        run, {name: folder / name for name in files}, cast("FinishedReport", report), lambda report, name: ""
+    )
 
 
 @pytest.fixture

@@ -7,13 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from sqsd_filter.errors import DestinationExists, SQSDError, UsageError
 from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished
+from sqsd_filter.pipeline.report import Config, FinishedReport
 from tests.hub import Hub
 
 DATA = {
@@ -50,7 +51,7 @@ def finished(folder: Path, run: str = "one", more: bytes = b"") -> Finished:
     def card(report: Any, name: str) -> str:
         return f"# {name}: {', '.join(file['config'] for file in report['files'])}\n"
 
-    return Finished(run, {name: folder / name for name in files}, report, card)
+    return Finished(run, {name: folder / name for name in files}, cast("FinishedReport", report), card)
 
 
 def test_a_private_repository_is_made_and_holds_all_rows_in_one_commit(hub: Hub, tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_a_private_repository_is_made_and_holds_all_rows_in_one_commit(hub: Hub,
     assert len(hub.seen("POST", "/commit/")) == 1
     assert pushed == {**pushed, "repo": "org/out", "rows": ["kept", "dropped", "errors"]}
     assert pushed["commit"] in pushed["url"]
-    report = target.published("one")
+    report: Any = target.published("one")
     assert report is not None
     assert b"somebody" not in files[REPORT]
     assert b"/var" not in files[REPORT]
@@ -84,7 +85,7 @@ def test_a_private_repository_is_made_and_holds_all_rows_in_one_commit(hub: Hub,
     ],
 )
 def test_only_the_kept_rows_go_public_unless_others_are_named(
-    rows: Sequence[str] | None, more: set[str], hub: Hub, tmp_path: Path
+    rows: Sequence[Config] | None, more: set[str], hub: Hub, tmp_path: Path
 ) -> None:
     PushTo("org/out", private=False, rows=rows).publish(finished(tmp_path))
     files = hub.files("org/out")
@@ -236,6 +237,6 @@ def test_a_token_that_may_not_write_is_one_sentence(
         ("org/out", ["kept", "bad"], "There are no rows 'bad' to push: choose from kept, dropped, errors"),
     ],
 )
-def test_senseless_requests_are_usage_errors(repo: str, rows: list[str] | None, said: str) -> None:
+def test_senseless_requests_are_usage_errors(repo: str, rows: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         PushTo(repo, rows=rows)

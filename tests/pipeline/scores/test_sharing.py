@@ -19,6 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from sqsd_filter import Scoring
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import InputError, SQSDError, UsageError
+from sqsd_filter.pipeline.report import FinishedReport
 from sqsd_filter.pipeline.run import filter_dataset, score_dataset
 from sqsd_filter.pipeline.scores import sharing
 from sqsd_filter.pipeline.scores.keys import KEYS
@@ -48,16 +49,16 @@ def scorer(tiny_pack: Path) -> SQSDScorer:
     return SQSDScorer(tiny_pack)
 
 
-def run(source: str, dest: str, scorer: SQSDScorer, store: str | None = "store", **named: Any) -> dict[str, Any]:
+def run(source: str, dest: str, scorer: SQSDScorer, store: str | None = "store", **named: Any) -> FinishedReport:
     return filter_dataset(source, dest, drop_top="5%", scorer=scorer, score_store=store, **named)
 
 
-def counts(report: dict[str, Any]) -> tuple[int, int]:
+def counts(report: FinishedReport) -> tuple[int, int]:
     return report["rows"]["scored"], report["rows"]["reused"]
 
 
 def assert_same(dest: str, other: str) -> None:
-    """The same rows at the same places, and the same scores but for what a row's batch mates do to the last bits."""
+    """The same rows in the same order with the same scores, up to the last bits, which depend on the batch."""
     for split in SPLITS:
         ours, theirs = rows_of(Path(dest), split), rows_of(Path(other), split)
         assert [row["id"] for row in ours] == [row["id"] for row in theirs]

@@ -123,7 +123,9 @@ def test_runs_and_scored_files_of_two_packs_go_together(folder: Path, tiny_pack:
     report = select_dataset("run", "out", cut, scores=["other.parquet"], consensus="mean-rank")
     select_dataset("run", "same", cut, scores=["another"], consensus="mean-rank")
     assert [pack["column"] for pack in report["consensus"]["packs"]] == ["sqsd_risk_tiny", "sqsd_risk_other"]
-    assert report["consensus"]["packs"][1]["pack"]["fingerprint"] == other.pack.fingerprint
+    pack = report["consensus"]["packs"][1]["pack"]
+    assert pack is not None
+    assert pack["fingerprint"] == other.pack.fingerprint
     assert report["unscored"] == {"no_answer": 1}
     assert "pack" not in report
     rows = all_rows("out")

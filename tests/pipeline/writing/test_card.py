@@ -6,7 +6,7 @@ import shlex
 from html.parser import HTMLParser
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import pyarrow as pa
@@ -18,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from sqsd_filter.pipeline.writing.card import card_text, write_card
+from sqsd_filter.pipeline.report import Report
+from sqsd_filter.pipeline.writing import card as cards
+from sqsd_filter.pipeline.writing.card import write_card
 
 datasets.disable_progress_bars()
 
@@ -68,13 +70,22 @@ Fifteen thousand rows.
 nasty = st.text(st.characters() | st.sampled_from("`|\\\n\r<>*_[]#$&- "), min_size=1, max_size=12)
 
 
+def report_with(**changes: Any) -> Report:
+    """`REPORT` with these changes: as much of a report as a card needs."""
+    return cast("Report", {**REPORT, **changes})
+
+
+def card_text(originals: list[tuple[str, str]], name: str | None = None, **changes: Any) -> str:
+    return cards.card_text(report_with(**changes), originals, name)
+
+
 def card(originals: dict[str, str] | None = None, name: str | None = None, **changes: Any) -> tuple[Any, str]:
     """The card's header and body for a run whose report differs from `REPORT` by these."""
-    text = card_text({**REPORT, **changes}, list((originals or {}).items()), name)
-    _, header, body = text.split("---\n", 2)
-    found = yaml.safe_load(header)
-    assert DatasetCard(text).data.to_dict() == found
-    return found, body
+    text = card_text(list((originals or {}).items()), name, **changes)
+    _, start, body = text.split("---\n", 2)
+    header = yaml.safe_load(start)
+    assert DatasetCard(text).data.to_dict() == header  # type: ignore[no-untyped-call]
+    return header, body
 
 
 class Page(HTMLParser):
@@ -124,7 +135,7 @@ def test_every_config_loads_with_all_its_files_and_splits_in_order(tmp_path: Pat
         pq.write_table(pa.table({"file": [path.name] * (k + 1)}), path)
         file = {"path": f"data/{path.name}", "config": config, "split": split, "rows": k + 1, "sha256": path.name}
         files.append(file)
-    write_card(tmp_path, {**REPORT, "files": files})
+    write_card(tmp_path, report_with(files=files))
     for config in ("kept", "dropped"):
         name = "default" if config == "kept" else config
         builder = datasets.load_dataset_builder(str(tmp_path), name, cache_dir=str(tmp_path / "cache"))
@@ -201,8 +212,8 @@ def test_what_holds_for_the_rows_is_carried_over_and_what_holds_for_the_sources_
 def test_licences_come_together_and_other_fields_only_where_all_sources_agree(
     headers: list[str], carried: dict[str, Any]
 ) -> None:
-    found, body = card({f"org/{k}": f"---\n{header}\n---\n" for k, header in enumerate(headers)})
-    assert {name: found[name] for name in found if name not in ("tags", "size_categories", "configs")} == carried
+    header, body = card({f"org/{k}": f"---\n{text}\n---\n" for k, text in enumerate(headers)})
+    assert {name: header[name] for name in header if name not in ("tags", "size_categories", "configs")} == carried
     assert ("not known" in body) == ("license" not in carried)
     for licence in [carried["license"]] if isinstance(carried.get("license"), str) else carried.get("license", []):
         assert f"`{licence}`" in body
@@ -211,9 +222,9 @@ def test_licences_come_together_and_other_fields_only_where_all_sources_agree(
 def test_without_a_source_or_with_one_of_the_hub_that_has_no_card_the_licence_is_to_be_looked_up() -> None:
     assert "license" not in card()[0]
     assert "Look it up" in card()[1]
-    found, body = card({"org/a": ORIGINAL}, datasets=[{"id": "org/a"}, {"id": "org/b"}])
-    assert "license" not in found
-    assert found["source_datasets"] == ["org/a", "org/b"]
+    header, body = card({"org/a": ORIGINAL}, datasets=[{"id": "org/a"}, {"id": "org/b"}])
+    assert "license" not in header
+    assert header["source_datasets"] == ["org/a", "org/b"]
     assert "- `org/a`: `cc-by-sa-3.0`\n- `org/b`: not known" in body
 
 
@@ -231,8 +242,8 @@ BROKEN = {
 
 @pytest.mark.parametrize("header", BROKEN.values(), ids=BROKEN)
 def test_of_a_broken_header_only_the_text_below_is_taken(header: str) -> None:
-    found, body = card({"org/a": f"---\n{header}\n---\nFifteen thousand rows.\n"})
-    assert set(found) == {"tags", "size_categories", "configs"}
+    header, body = card({"org/a": f"---\n{header}\n---\nFifteen thousand rows.\n"})
+    assert set(header) == {"tags", "size_categories", "configs"}
     assert body.endswith("## The original card of `org/a`\n\nFifteen thousand rows.\n")
 
 
@@ -425,27 +436,27 @@ def test_the_original_text_stands_below_in_a_section_of_its_own() -> None:
 
 
 def test_filtering_twice_nests_nothing_and_keeps_the_first_sources_card() -> None:
-    first = card_text({**REPORT, "datasets": [{"id": "org/dolly"}]}, [("org/dolly", ORIGINAL)])
-    second = card_text(REPORT, [("out", first)])
+    first = card_text([("org/dolly", ORIGINAL)], datasets=[{"id": "org/dolly"}])
+    second = card_text([("out", first)])
     for source in (first, second):
-        found, body = card({"out": source})
+        header, body = card({"out": source})
         assert headings(body).count((2, "The original card of `org/dolly`")) == 1
         assert body.endswith("### Dolly\n\nFifteen thousand rows.\n")
         assert body.count("## Limits") == 1
         assert "Filtered before by this tool: `out`" in body
-        assert found["source_datasets"] == ["org/dolly"]
-        assert found["license"] == "cc-by-sa-3.0"
-        assert found["tags"] == ["instructions", "sqsd-filter", "safety", "data-filtering"]
-    assert card_text(REPORT, [("out", second)]) == second
+        assert header["source_datasets"] == ["org/dolly"]
+        assert header["license"] == "cc-by-sa-3.0"
+        assert header["tags"] == ["instructions", "sqsd-filter", "safety", "data-filtering"]
+    assert card_text([("out", second)]) == second
 
 
 def test_a_card_without_text_below_it_adds_no_section() -> None:
-    _, body = card({"out": card_text(REPORT), "two": ORIGINAL.split("# Dolly")[0]})
+    _, body = card({"out": card_text([]), "two": ORIGINAL.split("# Dolly")[0]})
     assert "original card" not in body
     assert "Filtered before by this tool: `out`" in body
 
 
-def test_a_source_by_its_path_is_told_by_its_last_part() -> None:
+def test_a_source_by_its_path_is_named_by_its_last_part() -> None:
     _, body = card({"/home/somebody/corpus": ORIGINAL})
     assert "somebody" not in body
     assert "The original card of `corpus`" in body
@@ -460,8 +471,8 @@ def test_another_card_cannot_pass_for_the_end_of_ours() -> None:
 
 
 def test_two_sources_of_one_name_keep_both_their_licences() -> None:
-    cards = [("/a/corpus", "---\nlicense: cc-by-nc-4.0\n---\nfirst"), ("/b/corpus", "---\nlicense: mit\n---\nsecond")]
-    text = card_text(REPORT, cards)
+    sources = [("/a/corpus", "---\nlicense: cc-by-nc-4.0\n---\nfirst"), ("/b/corpus", "---\nlicense: mit\n---\nsecond")]
+    text = card_text(sources)
     assert yaml.safe_load(text.split("---")[1])["license"] == ["cc-by-nc-4.0", "mit"]
     assert "first" in text
     assert "second" in text

@@ -1,4 +1,4 @@
-"""Rows on their way out: each to one place, in order, with the values, types and bytes that it came with."""
+"""Rows on their way out: each to one file, in order, with the values, types and bytes that it came with."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import InputError
+from sqsd_filter.pipeline.report import Written
 from sqsd_filter.pipeline.writing.export import FATES, REASONS, check_columns, export_splits
 from sqsd_filter.pipeline.writing.writers import Output
 from sqsd_filter.progress import Silent
@@ -37,18 +38,18 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def export(
-    corpus: Corpus, place: list[int], root: Path, to: str, shard_size: int = 1, with_scores: bool = False, **more: Any
-) -> dict[str, Any]:
+    corpus: Corpus, fates: list[int], root: Path, to: str, shard_size: int = 1, with_scores: bool = False, **more: Any
+) -> Written:
     output = Output(to, shard_size, with_scores)
     check_columns(corpus, output)
-    return export_splits(*by_hand(corpus, place, **more), root, output, Silent())
+    return export_splits(*by_hand(corpus, fates, **more), root, output, Silent())
 
 
-def paths(root: Path, report: dict[str, Any], config: str, split: str = "train") -> list[Path]:
+def paths(root: Path, report: Written, config: str, split: str = "train") -> list[Path]:
     return [root / f["path"] for f in report["files"] if (f["config"], f["split"]) == (config, split)]
 
 
-def tables(root: Path, to: str, report: dict[str, Any], config: str) -> pa.Table:
+def tables(root: Path, to: str, report: Written, config: str) -> pa.Table:
     """What people read of a config, without the columns that were added."""
     if to == "parquet":
         table = pq.read_table(paths(root, report, config))
@@ -57,7 +58,7 @@ def tables(root: Path, to: str, report: dict[str, Any], config: str) -> pa.Table
     return table.select([name for name in table.column_names if not name.startswith("sqsd_")]).combine_chunks()
 
 
-def raw_lines(root: Path, report: dict[str, Any], config: str) -> list[bytes]:
+def raw_lines(root: Path, report: Written, config: str) -> list[bytes]:
     return [line for path in paths(root, report, config) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
@@ -118,10 +119,10 @@ def any_table(draw: st.DrawFn, leaves: list[Column]) -> tuple[pa.Table, list[int
     columns = draw(st.lists(nested(leaves), min_size=1, max_size=3))
     n = draw(st.integers(1, 12))
     arrays = [pa.array(draw(st.lists(st.none() | v, min_size=n, max_size=n)), kind) for kind, v in columns]
-    return pa.table(arrays, [f"c{k}" for k in range(len(arrays))]), draw(places(n))
+    return pa.table(arrays, [f"c{k}" for k in range(len(arrays))]), draw(fate_lists(n))
 
 
-def places(n: int) -> st.SearchStrategy[list[int]]:
+def fate_lists(n: int) -> st.SearchStrategy[list[int]]:
     return st.lists(st.sampled_from(list(FATES.values())), min_size=n, max_size=n)
 
 
@@ -129,22 +130,23 @@ def places(n: int) -> st.SearchStrategy[list[int]]:
 @MANY
 @given(case=any_table([*IN_JSON, *NOT_IN_JSON]), shard_size=st.sampled_from([1, 10**9]))
 def test_any_table_comes_back_as_it_was(to: str, case: tuple[pa.Table, list[int]], shard_size: int) -> None:
-    table, place = case
+    table, fates = case
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         pq.write_table(table, root / "in.parquet")
         source = pq.read_table(root / "in.parquet")
-        report = export(open_corpus([str(root / "in.parquet")]), place, root, to, shard_size)
-        assert sum(f["rows"] for f in report["files"]) == len(place)
+        report = export(open_corpus([str(root / "in.parquet")]), fates, root, to, shard_size)
+        assert sum(f["rows"] for f in report["files"]) == len(fates)
         for config, code in FATES.items():
-            expected = source.filter(pa.array([p == code for p in place])).combine_chunks()
-            found = tables(root, to, report, config)
-            assert found.schema.equals(expected.schema)
-            assert found.equals(expected)
+            expected = source.filter(pa.array([p == code for p in fates])).combine_chunks()
+            table_read = tables(root, to, report, config)
+            assert table_read.schema.equals(expected.schema)
+            assert table_read.equals(expected)
             again = open_corpus(
                 [str(root / config)] if to == "arrow" else [str(p) for p in paths(root, report, config)]
             )
-            rows = [{name: row.value[name] for name in table.column_names} for row in again.read(0, again.n_rows)]
+            values = [row.value or {} for row in again.read(0, again.n_rows)]
+            rows = [{name: value[name] for name in table.column_names} for value in values]
             assert rows == expected.to_pylist()
 
 
@@ -185,18 +187,20 @@ def test_features_of_every_kind_survive(to: str, tmp_path: Path) -> None:
         columns.append(pa.ExtensionArray.from_storage(kind.type, array) if extended else array)
     table = pa.Table.from_arrays(columns, schema=FEATURES.arrow_schema)
     pq.write_table(table, tmp_path / "in.parquet")
-    place = [0, 1, 2, 0, 0, 0, 0, 0, 0, 0]
-    report = export(open_corpus([str(tmp_path / "in.parquet")]), place, tmp_path / "out", to)
+    fates = [0, 1, 2, 0, 0, 0, 0, 0, 0, 0]
+    report = export(open_corpus([str(tmp_path / "in.parquet")]), fates, tmp_path / "out", to)
     for config, code in FATES.items():
         if to == "arrow":
-            found = datasets.load_from_disk(str(tmp_path / "out"))[config]
+            loaded = datasets.load_from_disk(str(tmp_path / "out"))[config]
         else:
             files = [str(path) for path in paths(tmp_path / "out", report, config)]
-            found = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
-        found = found.select_columns(list(FEATURES))
-        assert found.features == FEATURES
-        expected = datasets.Dataset(table).select([k for k, p in enumerate(place) if p == code])
-        assert found.with_format("arrow")[:].to_pylist() == expected.with_format("arrow")[:].to_pylist()
+            loaded = datasets.load_dataset(
+                "parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache")
+            )
+        loaded = loaded.select_columns(list(FEATURES))
+        assert loaded.features == FEATURES
+        expected = datasets.Dataset(table).select([k for k, p in enumerate(fates) if p == code])
+        assert loaded.with_format("arrow")[:].to_pylist() == expected.with_format("arrow")[:].to_pylist()
 
 
 def in_json(value: Any) -> Any:
@@ -215,18 +219,18 @@ def in_json(value: Any) -> Any:
 def test_any_table_becomes_lines_of_exact_values(
     case: tuple[pa.Table, list[int]], shard_size: int, with_scores: bool
 ) -> None:
-    table, place = case
+    table, fates = case
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         pq.write_table(table, root / "in.parquet")
         rows = pq.read_table(root / "in.parquet").to_pylist()
-        report = export(open_corpus([str(root / "in.parquet")]), place, root, "jsonl", shard_size, with_scores)
+        report = export(open_corpus([str(root / "in.parquet")]), fates, root, "jsonl", shard_size, with_scores)
         for config, code in FATES.items():
-            found = [json.loads(line) for line in raw_lines(root, report, config)]
+            objects = [json.loads(line) for line in raw_lines(root, report, config)]
             added = SCORES if with_scores and config != "errors" else []
-            assert all(list(row) == [*table.column_names, *added] for row in found)
-            own = [{name: row[name] for name in table.column_names} for row in found]
-            assert own == [in_json(row) for row, p in zip(rows, place, strict=True) if p == code]
+            assert all(list(row) == [*table.column_names, *added] for row in objects)
+            own = [{name: row[name] for name in table.column_names} for row in objects]
+            assert own == [in_json(row) for row, p in zip(rows, fates, strict=True) if p == code]
 
 
 # ---------------------------------------------------------------------------------------------- any lines
@@ -249,50 +253,50 @@ unreadable = st.sampled_from([b"", b"\r", b"{", b"\xff", b"[1]", b'{"a": 1, "a":
 @st.composite
 def any_lines(draw: st.DrawFn) -> tuple[list[bytes], list[int]]:
     """Lines, some of which are no rows, and where each is to go: those only to errors."""
-    found = draw(st.lists(lines.map(lambda line: (line, None)) | unreadable.map(lambda line: (line, 2)), min_size=1))
-    sorted_out = draw(places(len(found)))
-    return [line for line, _ in found], [p if q is None else q for (_, q), p in zip(found, sorted_out, strict=True)]
+    drawn = draw(st.lists(lines.map(lambda line: (line, None)) | unreadable.map(lambda line: (line, 2)), min_size=1))
+    sorted_out = draw(fate_lists(len(drawn)))
+    return [line for line, _ in drawn], [p if q is None else q for (_, q), p in zip(drawn, sorted_out, strict=True)]
 
 
 @MANY
 @given(case=any_lines(), shard_size=st.sampled_from([1, 10**9]), last=st.booleans())
 def test_lines_come_out_byte_for_byte(case: tuple[list[bytes], list[int]], shard_size: int, last: bool) -> None:
-    source, place = case
+    source, fates = case
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         content = b"".join(line + b"\n" for line in source)
         (root / "in.jsonl").write_bytes(content if last or not source[-1] else content[:-1])
-        report = export(open_corpus([str(root / "in.jsonl")]), place, root, "jsonl", shard_size)
+        report = export(open_corpus([str(root / "in.jsonl")]), fates, root, "jsonl", shard_size)
         out = {code: iter(raw_lines(root, report, config)) for config, code in FATES.items()}
-        assert b"".join(next(out[p]) + b"\n" for p in place) == content
+        assert b"".join(next(out[p]) + b"\n" for p in fates) == content
         assert [next(rest, None) for rest in out.values()] == [None] * 3
         reasons = [json.loads(line) for line in (root / REASONS).read_bytes().splitlines()]
-        assert [r["line"] for r in reasons] == [k for k, p in enumerate(place, 1) if p == 2]
+        assert [r["line"] for r in reasons] == [k for k, p in enumerate(fates, 1) if p == 2]
 
 
 @MANY
 @given(case=any_lines())
 def test_scores_join_any_lines_and_nothing_else_of_them_changes(case: tuple[list[bytes], list[int]]) -> None:
-    source, place = case
+    source, fates = case
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         (root / "in.jsonl").write_bytes(b"".join(line + b"\n" for line in source))
         corpus = open_corpus([str(root / "in.jsonl")])
-        scored, _ = by_hand(corpus, place)
-        report = export(corpus, place, root, "jsonl", with_scores=True)
+        scored, _ = by_hand(corpus, fates)
+        report = export(corpus, fates, root, "jsonl", with_scores=True)
         out = {code: iter(raw_lines(root, report, config)) for config, code in FATES.items()}
-        for k, (line, p) in enumerate(zip(source, place, strict=True)):
-            found = next(out[p])
+        for k, (line, p) in enumerate(zip(source, fates, strict=True)):
+            written = next(out[p])
             if p == 2:
-                assert found == line
+                assert written == line
                 continue
             scores = [scored.risk[k], scored.probes["danger"][k], scored.probes["safety"][k], "scored"]
             value = json.loads(line)
             others = [(name, cell) for name, cell in value.items() if name not in SCORES]
-            assert list(json.loads(found).items()) == [*others, *zip(SCORES, scores, strict=True)]
+            assert list(json.loads(written).items()) == [*others, *zip(SCORES, scores, strict=True)]
             if len(others) == len(value):
-                assert found.startswith(line.rstrip()[:-1])
-                assert found.endswith(line[len(line.rstrip()) - 1 :])
+                assert written.startswith(line.rstrip()[:-1])
+                assert written.endswith(line[len(line.rstrip()) - 1 :])
 
 
 @pytest.mark.parametrize("to", ["parquet", "arrow"])
@@ -306,8 +310,8 @@ def test_json_of_any_shape_survives_a_way_through_tables(to: str, source: list[d
         files = [root / "there/kept"] if to == "arrow" else paths(root / "there", report, "kept")
         corpus = open_corpus([str(path) for path in files])
         report = export(corpus, [0] * len(source), root / "back", "jsonl")
-        found = [json.loads(line) for line in raw_lines(root / "back", report, "kept")]
-        assert found == [{name: row.get(name) for name in corpus.schema.names if name not in SCORES} for row in source]
+        kept = [json.loads(line) for line in raw_lines(root / "back", report, "kept")]
+        assert kept == [{name: row.get(name) for name in corpus.schema.names if name not in SCORES} for row in source]
 
 
 # ---------------------------------------------------------------------------------------------- examples
@@ -425,8 +429,8 @@ def split_corpus(folder: Path) -> Corpus:
 
 @pytest.mark.parametrize("to", ["parquet", "arrow", "jsonl"])
 def test_each_split_has_files_of_its_own(to: str, folder: Path) -> None:
-    place = [0, 1, 0, 0, 0, 2, 0, 1, 0]
-    report = export(split_corpus(folder), place, folder / "out", to)
+    fates = [0, 1, 0, 0, 0, 2, 0, 1, 0]
+    report = export(split_corpus(folder), fates, folder / "out", to)
     assert [(f["config"], f["split"]) for f in report["files"] if f["rows"] == 0] == [
         ("kept", "nothing"),
         ("dropped", "test"),
@@ -434,19 +438,19 @@ def test_each_split_has_files_of_its_own(to: str, folder: Path) -> None:
         ("errors", "train"),
         ("errors", "nothing"),
     ]
-    found = {}
+    values = {}
     for config in FATES:
         for split in ("train", "test", "nothing"):
             files = paths(folder / "out", report, config, split)
             stem = folder / "out" / (f"{config}_{split}/data" if to == "arrow" else f"data/{config}_{split}")
             assert all(str(path).startswith(f"{stem}-0000") for path in files)
             if to == "arrow":
-                found[config, split] = datasets.load_from_disk(str(folder / "out"))[f"{config}_{split}"]["a"][:]
+                values[config, split] = datasets.load_from_disk(str(folder / "out"))[f"{config}_{split}"]["a"][:]
             elif to == "parquet":
-                found[config, split] = pq.read_table(files)["a"].to_pylist()
+                values[config, split] = pq.read_table(files)["a"].to_pylist()
             else:
-                found[config, split] = [row["a"] for row in read_back(files)]  # type: ignore[index]
-    assert found == {
+                values[config, split] = [row["a"] for row in read_back(files)]  # type: ignore[index]
+    assert values == {
         ("kept", "train"): [0, 2, 3, 21],
         ("kept", "test"): [10, 12],
         ("kept", "nothing"): [],

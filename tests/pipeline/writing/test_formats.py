@@ -25,7 +25,12 @@ FORMATS = ("parquet", "arrow", "jsonl")
 ROWS: list[dict[str, Any]] = [
     {"id": k, "text": "é" * k, "sqsd_risk": (k * 7 % 20) / 3, "sqsd_status": "scored"} for k in range(20)
 ]
-LINES = [*ROWS[:9], b"broken", {"id": 9, "sqsd_risk": None, "sqsd_status": "no_answer"}, *ROWS[9:]]
+LINES: list[dict[str, Any] | bytes] = [
+    *ROWS[:9],
+    b"broken",
+    {"id": 9, "sqsd_risk": None, "sqsd_status": "no_answer"},
+    *ROWS[9:],
+]
 
 
 @pytest.fixture
@@ -42,21 +47,21 @@ def cut(dest: str, to: str, **writing: Any) -> FinishedReport:
 
 
 def loaded(dest: Path, report: RunContent, config: Config) -> list[dict[str, Any]]:
-    """What the call gives that is told to people."""
+    """What the call gives that is shown to people."""
     names = {
         "load_from_disk": datasets.load_from_disk,
         "load_dataset": functools.partial(datasets.load_dataset, split="train", cache_dir=str(dest / "cache")),
     }
-    return eval(load_calls(report, repr(str(dest)))[config], names).to_list()
+    return list(eval(load_calls(report, repr(str(dest)))[config], names))
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_what_a_run_writes_is_told_and_loads_as_is_told(to: str, folder: Path) -> None:
+def test_what_a_run_writes_is_listed_and_loads_as_the_card_says(to: str, folder: Path) -> None:
     report = cut("out", to)
     assert [f["config"] for f in report["files"]] == ["kept"] * 8 + ["dropped"] * 6 + ["errors"]
-    told = [*(f["path"] for f in report["files"]), *report["extra_files"]]
-    told += [f"sqsd/{name}" for name in ("report.json", "run.json", "report.html", "notes.json")]
-    assert sorted(told) == sorted(str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file())
+    listed = [*(f["path"] for f in report["files"]), *report["extra_files"]]
+    listed += [f"sqsd/{name}" for name in ("report.json", "run.json", "report.html", "notes.json")]
+    assert sorted(listed) == sorted(str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file())
     assert (report["to"], report["shard_size"], report["with_scores"]) == (to, 1, False)
     card = Path("out/README.md").read_text()
     for config, code in load_calls(report, "path").items():
@@ -65,9 +70,9 @@ def test_what_a_run_writes_is_told_and_loads_as_is_told(to: str, folder: Path) -
             with pytest.raises(datasets.exceptions.DatasetGenerationError):
                 loaded(Path("out"), report, config)  # a line of it is no JSON, as the card says
             continue
-        found = loaded(Path("out"), report, config)
-        assert len(found) == report["rows"][config]
-        assert all(row["text"] == "é" * row["id"] for row in found if row["text"] is not None)
+        rows = loaded(Path("out"), report, config)
+        assert len(rows) == report["rows"][config]
+        assert all(row["text"] == "é" * row["id"] for row in rows if row["text"] is not None)
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -151,24 +156,24 @@ def test_what_was_written_can_be_cut_again(to: str, folder: Path) -> None:
     sources = kept if to == "arrow" else [f"out/{path}" for path in kept]
     again = select_dataset(sources, "again", Cut.of(keep_lowest=3), Writing(to="jsonl", with_scores=True))
     lowest = sorted(ROWS, key=lambda row: row["sqsd_risk"])[:3]
-    found = [json.loads(line) for line in Path("again/data/kept-00000-of-00001.jsonl").read_text().splitlines()]
-    assert sorted(found, key=lambda row: row["sqsd_risk"]) == lowest
+    lines = [json.loads(line) for line in Path("again/data/kept-00000-of-00001.jsonl").read_text().splitlines()]
+    assert sorted(lines, key=lambda row: row["sqsd_risk"]) == lowest
     assert again["rows"]["kept"] == 3
 
 
 def test_a_run_writes_the_lines_of_its_input(folder: Path, tiny_pack: Path) -> None:
-    lines = [*make_rows(9), b"broken", b'{"instruction":"q" , "output":"a"}\r', {"id": 1}]
+    lines: list[dict[str, Any] | bytes] = [*make_rows(9), b"broken", b'{"instruction":"q" , "output":"a"}\r', {"id": 1}]
     write_jsonl(folder / "plain.jsonl", lines)
     scorer = SQSDScorer(tiny_pack)
     report = filter_dataset("plain.jsonl", "out", drop_count=3, to="jsonl", scorer=scorer)
-    found = {
+    written = {
         c: Path(f"out/data/{c}-00000-of-00001.jsonl").read_bytes().splitlines(True)
         for c in ("kept", "dropped", "errors")
     }
-    assert sorted(line for several in found.values() for line in several) == sorted(
+    assert sorted(line for several in written.values() for line in several) == sorted(
         (folder / "plain.jsonl").read_bytes().splitlines(True)
     )
-    assert found["errors"] == [b"broken\n", b'{"id": 1}\n']
+    assert written["errors"] == [b"broken\n", b'{"id": 1}\n']
     reasons = [json.loads(line) for line in Path("out/data/reasons.jsonl").read_text().splitlines()]
     assert reasons == [
         {"file": "plain.jsonl", "line": 10, "status": "bad_json", "reason": "not JSON: Expecting value at column 1"},
@@ -179,7 +184,7 @@ def test_a_run_writes_the_lines_of_its_input(folder: Path, tiny_pack: Path) -> N
     scored = select_dataset("out", "scored", Cut.of(drop_count=3), Writing(to="jsonl", with_scores=True))
     for config in ("kept", "dropped"):
         path = f"data/{config}-00000-of-00001.jsonl"
-        for line, more in zip(found[config], Path("scored", path).read_bytes().splitlines(True), strict=True):
+        for line, more in zip(written[config], Path("scored", path).read_bytes().splitlines(True), strict=True):
             assert more.startswith(line.rstrip()[:-1].rstrip())
             assert line[len(line.rstrip()) - 1 :] in more
             row = json.loads(more)
@@ -199,7 +204,7 @@ def test_a_column_without_a_form_is_refused_before_anything_is_scored(folder: Pa
     assert not Path("out").exists()
 
 
-def test_the_one_file_of_scores_is_told_of_too(folder: Path, tiny_pack: Path) -> None:
+def test_the_one_file_of_scores_is_listed_too(folder: Path, tiny_pack: Path) -> None:
     write_jsonl(folder / "plain.jsonl", make_rows(3))
     report = score_dataset("plain.jsonl", "scored.parquet", Scoring(scorer=SQSDScorer(tiny_pack)))
     [file] = report["files"]
@@ -210,7 +215,7 @@ def test_the_one_file_of_scores_is_told_of_too(folder: Path, tiny_pack: Path) ->
 @pytest.mark.parametrize("to", FORMATS)
 def test_each_split_is_loaded_by_its_name(to: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def scan(*arguments: Any, scan: Any = Corpus.scan, **options: Any) -> Corpus:
-        corpus = scan(*arguments, **options)
+        corpus: Corpus = scan(*arguments, **options)
         names = ("train", "test.a")
         parts = [dataclasses.replace(part, split=name) for part, name in zip(corpus.parts, names, strict=True)]
         return dataclasses.replace(corpus, parts=parts)
@@ -222,12 +227,12 @@ def test_each_split_is_loaded_by_its_name(to: str, folder: Path, monkeypatch: py
     assert read_report(Path("out")) == report
     if to == "arrow":
         every = datasets.load_from_disk("out")
-        found = {split: every[f"kept_{split}"] for split in ("train", "test.a")}
+        splits = {split: every[f"kept_{split}"] for split in ("train", "test.a")}
         assert 'load_from_disk(path)["kept_test.a"]' in Path("out/README.md").read_text()
     else:
-        found = datasets.load_dataset("out", cache_dir=str(folder / "cache"))
-    assert list(found) == ["train", "test.a"]
-    ids = {split: found[split]["id"][:] for split in found}
+        splits = datasets.load_dataset("out", cache_dir=str(folder / "cache"))
+    assert list(splits) == ["train", "test.a"]
+    ids = {split: splits[split]["id"][:] for split in splits}
     assert all(k < 100 for k in ids["train"])
     assert all(k >= 100 for k in ids["test.a"])
     assert sum(map(len, ids.values())) == 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from sqsd_filter.pipeline.report import Report
 from sqsd_filter.pipeline.selecting.selection import DROPPED, ERROR, KEPT, Cut, cut_rows
 from sqsd_filter.pipeline.summary import QUANTILES
 from sqsd_filter.pipeline.writing import histogram
@@ -31,8 +32,8 @@ def draw(path: Path, risk: np.ndarray, **changes: Any) -> np.ndarray:
     """The picture (500, 1200, 4) of rows that lost their riskiest 5 %, in a run whose report differs by these."""
     scored = np.isfinite(risk)
     selection = cut_rows(risk, scored, changes.pop("cut", Cut.of(drop_top="5%")))
-    report = {"risk_quantiles": quantiles(risk[scored]), "threshold": selection.threshold, "rows": {"kept": 0}}
-    report |= changes
+    figures = {"risk_quantiles": quantiles(risk[scored]), "threshold": selection.threshold, "rows": {"kept": 0}}
+    report = cast("Report", figures | changes)  # as much of it as a picture needs
     write_histogram(path, count_bars(risk, scored, selection.fate, report), report)
     return np.asarray(Image.open(path))
 
@@ -50,26 +51,26 @@ risks = st.floats(-1e6, 1e6) | st.sampled_from([0.0, 1.0])
 
 @given(st.lists(st.tuples(risks, st.sampled_from([KEPT, DROPPED, ERROR])), min_size=1, max_size=40))
 def test_every_scored_row_is_counted_once_where_it_belongs(rows: list[tuple[float, int]]) -> None:
-    risk, place = np.array([r for r, _ in rows]), np.array([p for _, p in rows])
-    scored = place != ERROR
+    risk, fate = np.array([r for r, _ in rows]), np.array([f for _, f in rows])
+    scored = fate != ERROR
     edges = bar_edges(MOST_BARS, quantiles(risk[scored]), None)
-    counts = count_rows(edges, risk, scored, place)
-    for code, found in zip((KEPT, DROPPED), counts.tolist(), strict=True):
-        own = [r for r, p in rows if p == code]
+    counts = count_rows(edges, risk, scored, fate)
+    for code, row_counts in zip((KEPT, DROPPED), counts.tolist(), strict=True):
+        own = [r for r, f in rows if f == code]
         inside = [sum(low <= r < high for r in own) for low, high in pairwise(edges)]
-        assert found == [sum(r < edges[0] for r in own), *inside, sum(r >= edges[-1] for r in own)]
+        assert row_counts == [sum(r < edges[0] for r in own), *inside, sum(r >= edges[-1] for r in own)]
 
 
 def test_rows_are_counted_block_by_block_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(histogram, "BLOCK", 10_000)
     risk = np.random.default_rng(0).normal(size=1_000_003)
-    place = (risk > 1).astype(np.uint8)
+    fate = (risk > 1).astype(np.uint8)
     edges, scored = bar_edges(MOST_BARS, quantiles(risk), 1.0), np.ones(len(risk), bool)
     tracemalloc.start()
-    counts = count_rows(edges, risk, scored, place)
+    counts = count_rows(edges, risk, scored, fate)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert counts.sum(axis=1).tolist() == [(place == KEPT).sum(), (place == DROPPED).sum()]
+    assert counts.sum(axis=1).tolist() == [(fate == KEPT).sum(), (fate == DROPPED).sum()]
     assert peak < 1_000_000  # a copy of the risks would be eight times that
 
 
