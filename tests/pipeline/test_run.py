@@ -560,10 +560,10 @@ def test_rows_without_scores_cannot_be_selected_from(folder: Path) -> None:
 
 def test_selecting_from_what_was_selected_or_from_half_a_run_says_what_to_do(nasty: Path, scorer: SQSDScorer) -> None:
     select_dataset("run", "selected", Cut.of(drop_count=1))
-    with pytest.raises(InputError, match="itself cut from scores"):
+    with pytest.raises(InputError, match="was made by select"):
         select_dataset("selected", "again", Cut.of(drop_count=1))
     Path("run/sqsd/report.json").unlink()
-    with pytest.raises(InputError, match="never finished"):
+    with pytest.raises(InputError, match="holds an unfinished run"):
         select_dataset("run", "other", Cut.of(drop_count=1))
 
 

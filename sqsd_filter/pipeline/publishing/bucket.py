@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pyarrow import fs
 
 from sqsd_filter.errors import DestinationExists, SQSDError, first_line
-from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished, judge, marker
+from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished, Marker, judge, marker
 from sqsd_filter.pipeline.report import FinishedReport, Published
 from sqsd_filter.storage.folder import connect
 from sqsd_filter.storage.retries import with_retries
@@ -65,7 +65,7 @@ class Bucket:
         self.write(MARKER, marker(finished.run, rows, ours, complete=True))
         return {"url": self.url}
 
-    def _judge(self, run: str | None) -> dict[str, Any]:
+    def _judge(self, run: str | None) -> Marker:
         sizes = self.sizes()
         return judge(self.url, sizes, self.read(MARKER) if MARKER in sizes else None, run, overwrite=self._overwrite)
 

@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from sqsd_filter.corpus.repositories import HUB
 from sqsd_filter.errors import SQSDError, UsageError, first_line
-from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished, judge, marker
+from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished, Marker, judge, marker
 from sqsd_filter.pipeline.report import CONFIGS, Config, FinishedReport, Published
 from sqsd_filter.pipeline.writing.export import REASONS
 from sqsd_filter.storage.retries import with_retries
@@ -30,7 +31,7 @@ class _State:
 
     commit: str | None
     names: frozenset[str]
-    known: Mapping[str, Any]
+    known: Marker
     private: bool
     has_branch: bool = True  # if False, the branch will be created as a copy of this commit
 
@@ -102,13 +103,13 @@ class PushTo:
                     return report
         return None
 
-    def _pull_requests(self) -> list[tuple[Mapping[str, Any], str]]:
+    def _pull_requests(self) -> list[tuple[Marker, str]]:
         """What the markers of the latest pull requests say, each with its commit."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
         refs = with_retries(lambda: HfApi().list_repo_refs(self.repo, repo_type="dataset", include_pull_requests=True))
-        markers: list[tuple[Mapping[str, Any], str]] = []
+        markers: list[tuple[Marker, str]] = []
         for ref in (refs.pull_requests or [])[-_PULL_REQUESTS:]:
             with suppress(RemoteEntryNotFoundError):
                 stored = self._read(MARKER, ref.target_commit)
@@ -119,14 +120,15 @@ class PushTo:
         from huggingface_hub import HfApi
         from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-        new: dict[str, Any] = {"repo_type": "dataset", "exist_ok": True}
         there, shown = self._look(finished.run), not are_progress_bars_disabled()
         disable_progress_bars()
         try:
             with self._push_errors():
-                with_retries(lambda: HfApi().create_repo(self.repo, private=there.private, **new))
+                create_repo = partial(HfApi().create_repo, self.repo, repo_type="dataset", exist_ok=True)
+                with_retries(partial(create_repo, private=there.private))
                 if self.revision is not None:
-                    with_retries(lambda: HfApi().create_branch(self.repo, branch=str(self.revision), **new))
+                    create_branch = partial(HfApi().create_branch, self.repo, repo_type="dataset", exist_ok=True)
+                    with_retries(partial(create_branch, branch=self.revision))
                 # a new branch must not keep the files of the branch that it was made from
                 target = self if there.has_branch else replace(self, overwrite=True)
                 return with_retries(lambda: target.commit(finished), transient_statuses=_OUTDATED)
@@ -164,8 +166,8 @@ class PushTo:
     def _read(self, name: str, commit: str | None) -> bytes:
         from huggingface_hub import hf_hub_download
 
-        where: Any = {"repo_type": "dataset", "revision": commit}
-        return Path(with_retries(lambda: hf_hub_download(self.repo, name, **where))).read_bytes()
+        path = with_retries(lambda: hf_hub_download(self.repo, name, repo_type="dataset", revision=commit))
+        return Path(path).read_bytes()
 
     def _rows(self, there: _State) -> list[Config]:
         if self.rows is not None:

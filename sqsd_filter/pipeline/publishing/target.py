@@ -7,13 +7,22 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypedDict, cast
 
 from sqsd_filter.errors import DestinationExists
 from sqsd_filter.pipeline.report import FinishedReport, Published, Report
 
 MARKER = "sqsd/published.json"
 REPORT = "sqsd/report.json"
+
+
+class Marker(TypedDict, total=False):
+    """The content of a marker: the run, the configs and the files of it that the target holds, and whether all."""
+
+    run: str
+    rows: list[str]
+    files: list[str]
+    complete: bool
 
 
 @dataclass(frozen=True)
@@ -46,20 +55,18 @@ class Target(Protocol):
         """Upload the run, and say where it is. Safe to call again after a failure."""
 
 
-def run_id(identity: Mapping[str, Any]) -> str:
+def run_id(identity: Mapping[str, object]) -> str:
     """16 hex digits, different for any two runs."""
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def marker(run: str, rows: Iterable[str], files: Iterable[str], *, complete: bool) -> bytes:
     """The content of the marker file, which says that these files are the run's."""
-    known = {"run": run, "rows": sorted(set(rows)), "files": sorted(files), "complete": complete}
+    known = Marker(run=run, rows=sorted(set(rows)), files=sorted(files), complete=complete)
     return (json.dumps(known) + "\n").encode()
 
 
-def judge(
-    where: str, names: Iterable[str], stored: bytes | None, run: str | None, *, overwrite: bool
-) -> dict[str, Any]:
+def judge(where: str, names: Iterable[str], stored: bytes | None, run: str | None, *, overwrite: bool) -> Marker:
     """What the marker of a target says; {} where there is none.
 
     Unless `overwrite`, raises `DestinationExists` for a target that holds files (`names`) but no marker, or the marker
@@ -80,10 +87,10 @@ def judge(
     return known
 
 
-def _known(stored: bytes | None) -> dict[str, Any]:
+def _known(stored: bytes | None) -> Marker:
     try:
         known = json.loads(stored or b"{}")
     except ValueError:
         return {}
-    whole = isinstance(known, dict) and known.keys() >= {"run", "rows", "files", "complete"}
-    return known if whole else {}
+    whole = isinstance(known, dict) and known.keys() >= Marker.__annotations__.keys()
+    return cast("Marker", known) if whole else {}

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +31,7 @@ REUSED = "reused"  # in the names of segments whose scores were copied from anot
 AT_ONCE = 1 << 20  # keys that are read or written at a time
 
 
-def settings_id(settings: Mapping[str, Any]) -> str:
+def settings_id(settings: Mapping[str, object]) -> str:
     """16 hex digits, different for any two settings that scores depend on."""
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
@@ -92,7 +91,7 @@ class StoredScores:
 class ScoreStore:
     """The segments in a folder or at a URL that belong to the given settings."""
 
-    def __init__(self, where: Folder | Path, settings: Mapping[str, Any], probes: Sequence[str]) -> None:
+    def __init__(self, where: Folder | Path, settings: Mapping[str, object], probes: Sequence[str]) -> None:
         self.folder = where if isinstance(where, Folder) else Folder(where)
         self.settings, self.probes = dict(settings), list(probes)
         self.id = settings_id(settings)

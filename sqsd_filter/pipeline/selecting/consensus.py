@@ -1,11 +1,10 @@
-"""Several packs' risks of the same rows, combined to one risk a row by their ranks: risks have no common scale."""
+"""Several packs' risks of the same rows, combined by ranks to one risk per row, since risks have no common scale."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from string import ascii_lowercase
-from typing import Any
 
 import numpy as np
 
@@ -19,22 +18,22 @@ from sqsd_filter.pipeline.selecting.earlier import Earlier
 from sqsd_filter.statistics import ranks
 
 
-def check_rule(others: Sequence[Any], rule: str | None) -> None:
-    """Raise `UsageError` unless there is a rule just where there are further scores."""
+def check_rule(others: Sequence[object], rule: str | None) -> None:
+    """Raise `UsageError` for an unknown rule, for a rule without further scores, or further scores without a rule."""
     if rule is not None and rule not in CONSENSUS:
         raise UsageError(f"{option('consensus')} must be one of {', '.join(CONSENSUS)}, not '{rule}'.")
     if others and rule is None:
-        raise UsageError(f"Say how the scores are combined by {option('consensus')}: {' or '.join(CONSENSUS)}.")
+        raise UsageError(f"Say how to combine the scores with {option('consensus')}: {' or '.join(CONSENSUS)}.")
     if rule is not None and not others:
         raise UsageError(
-            f"{option('consensus')} combines several packs' scores: name the others' by {option('scores')}."
+            f"{option('consensus')} combines several packs' scores: name the other ones with {option('scores')}."
         )
     if len(others) >= len(ascii_lowercase):
-        raise UsageError(f"No more than {len(ascii_lowercase)} packs' scores can be combined.")
+        raise UsageError(f"The scores of at most {len(ascii_lowercase)} packs can be combined.")
 
 
 def agree(packs: Sequence[Earlier], rule: str) -> Earlier:
-    """The rows of the first pack with the risk on which all agree by the rule; each pack's own is `sqsd_risk_NAME`.
+    """The rows of the first pack with the risk by the rule; each pack's own risk becomes `sqsd_risk_NAME`.
 
     Raises `InputError` where the packs did not score the same rows in the same order.
     """
@@ -52,7 +51,7 @@ def agree(packs: Sequence[Earlier], rule: str) -> Earlier:
 
 
 def combine(packs: Sequence[Scored], names: Sequence[str], rule: str) -> Scored:
-    """One risk in (0, 1] for each of n rows that all packs could score: the mean of its ranks, or the largest one.
+    """One risk in (0, 1] for each of n rows that all packs could score: the mean of its ranks, or the largest rank.
 
     A row that a pack could not score has no risk, and the status that the first such pack gave it.
     """
@@ -73,8 +72,8 @@ def combine(packs: Sequence[Scored], names: Sequence[str], rule: str) -> Scored:
     risk = np.full(len(both), np.nan)
     risk[both] = 0.0
     for pack in packs:
-        places = ranks(pack.risk[both])
-        risk[both] = risk[both] + places if rule == "mean-rank" else np.maximum(risk[both], places)
+        pack_ranks = ranks(pack.risk[both])
+        risk[both] = risk[both] + pack_ranks if rule == "mean-rank" else np.maximum(risk[both], pack_ranks)
     scale = int(both.sum()) * (len(packs) if rule == "mean-rank" else 1)
     risk[both] /= scale
     own = {f"risk_{name}": np.where(pack.scored, pack.risk, np.nan) for name, pack in zip(names, packs, strict=True)}
@@ -83,21 +82,21 @@ def combine(packs: Sequence[Scored], names: Sequence[str], rule: str) -> Scored:
 
 
 def check_same(first: Earlier, other: Earlier) -> None:
-    """Raise `InputError` where the two are not scores of the same conversations in the same order."""
+    """Raise `InputError` unless the two are scores of the same conversations in the same order."""
     here, there = first.keys, other.keys
     n = min(len(here), len(there))
     apart = np.flatnonzero(here[:n] != there[:n])
     if not len(apart) and len(here) == len(there):
         return
     row = int(apart[0]) if len(apart) else n
-    found = "another conversation" if len(apart) else "a row more"
+    difference = "another conversation" if len(apart) else "an additional row"
     raise InputError(
         f"{first.where} ({len(here):,} rows) and {other.where} ({len(there):,}) are not scores of the same rows: the "
-        f"first difference is row {row + 1}, where one has {found}. Score the same rows with each pack."
+        f"first difference is row {row + 1}, where one has {difference}. Score the same rows with each pack."
     )
 
 
 def _names(packs: Sequence[Earlier]) -> Sequence[str]:
-    """The packs' names; a, b, c, ... where one is not known or two are the same."""
+    """The packs' names; a, b, c, ... if one is not known or two are equal."""
     names = [pack.pack["name"] for pack in packs if pack.pack]
     return names if len(set(names)) == len(packs) else ascii_lowercase[: len(packs)]

@@ -1,4 +1,4 @@
-"""Rows that have been scored before: in the folder of an earlier run, or in files with score columns."""
+"""Rows that were scored before: in the folder of an earlier run, or in files with score columns."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from sqsd_filter.progress import Progress
 
 @dataclass(frozen=True)
 class Earlier:
-    """Scored rows and where they are from.
+    """Scored rows and their origin.
 
-    `identity` tells them from others, `facts` are for the report. `keys` (n,) S16 are those of the conversations, zero
-    where there is none, `pack` is what is known of the pack, and `form` how rows were read, or are for the keys.
+    `identity` is different for other rows or scores; `facts` are for the report. `keys` (n,) S16 are the keys of the
+    conversations, zero where a row has none. `pack` is what is known of the pack, and `form` the format in which rows
+    were read, or are read for the keys.
     """
 
     where: str
@@ -41,7 +42,7 @@ class Earlier:
 
 
 def read_earlier(
-    given: Sequence[Any],
+    given: Sequence[object],
     opener: Opener,
     per_group: str | None,
     progress: Progress,
@@ -49,16 +50,17 @@ def read_earlier(
     keyed: bool = False,
     likely: RowFormat | None = None,
 ) -> Earlier:
-    """The rows of an earlier run's folder, or of scored files; the keys of the latter only if they are to be `keyed`:
-    of files that nothing more is known of as `likely`, which needs all its columns, or else as they look.
+    """The rows of an earlier run's folder, or of scored files.
 
-    Raises `InputError` where rows have no scores yet.
+    Rows of files have keys only if `keyed`. The format to read them in is the one that `score` left beside the file,
+    else `likely` if the rows have all its columns, else the one that their columns suggest. Raises `InputError` where
+    rows have no scores yet.
     """
     home = Path(given[0]) / "sqsd" if len(given) == 1 and isinstance(given[0], str | Path) else None
     if home is not None and (home / RUN_FILE).is_file():
         return _run(home, opener, per_group, progress)
     sources = opener.open(given)
-    beside = Path(f"{given[0]}.sqsd") if home is not None else None  # left by `score`
+    beside = Path(f"{given[0]}.sqsd") if home is not None else None  # as `score` leaves it
     form = _form(beside)
     if keyed and form is None:
         form = _likely_form(sources, beside, likely)
@@ -87,13 +89,13 @@ def read_earlier(
 
 
 def _form(beside: Path | None) -> RowFormat | None:
-    """How rows were read when they were scored, if that is known."""
+    """The format in which rows were read when they were scored, if it is known."""
     known = read_run(beside) if beside is not None else None
     return RowFormat(**known["row_format"]) if known else None
 
 
 def _likely_form(sources: Sequence[Source], beside: Path | None, likely: RowFormat | None) -> RowFormat:
-    """How they are read where it is not known. Raises `InputError` where it can't be told."""
+    """The format to read rows in where it is not known. Raises `InputError` where no format fits."""
     rows = peek(sources)
     if likely is not None and {name for row in rows for name in row}.issuperset(likely.columns):
         return likely
@@ -102,7 +104,7 @@ def _likely_form(sources: Sequence[Source], beside: Path | None, likely: RowForm
     except InputError as problem:
         file = beside.name if beside is not None else "FILE.sqsd"
         raise InputError(
-            f"It can't be told which columns were scored: keep {file} beside the file, as 'sqsd-filter score' left it."
+            f"The columns that were scored are not known: keep {file} beside the file, as 'sqsd-filter score' left it."
         ) from problem
 
 
@@ -113,8 +115,8 @@ def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) 
     report = read_report(home)
     if not (home / "scores").is_dir() or not report or "pack" not in report:
         if report and report.get("status") == "ok":
-            raise InputError(f"{home.parent} was itself cut from scores: select from what it was cut from.")
-        raise InputError(f"{home.parent} holds a run that was never finished: finish it first.")
+            raise InputError(f"{home.parent} was made by select: select from the scores that it was made from.")
+        raise InputError(f"{home.parent} holds an unfinished run: finish it first.")
     form = RowFormat(**known["row_format"])
     index = Index(form)
     sources = opener.open(input_specs(home))
@@ -128,11 +130,11 @@ def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) 
     store = ScoreStore(home / "scores", known["scoring"], list(pack["weights"]))
     scored = from_store(corpus, index, store, pack["weights"], groups)
     identity = {**known, "inputs": corpus.inputs}
-    identity.pop("explain", None)  # of the earlier cut
+    identity.pop("explain", None)  # belongs to the earlier cut
     facts: ScoreFacts = {"pack": pack, **_scorer(report)}
     return Earlier(str(home.parent), sources, scored, identity, facts, index.keys, pack, form)
 
 
 def _scorer(report: ScoreFacts) -> ScoreFacts:
-    """What the report says of the scorer, for another one."""
+    """What the report says about the scorer, for another report."""
     return {"scorer": report["scorer"]} if "scorer" in report else {}

@@ -1,1 +1,1 @@
-"""What goes out: every row to one place, with a report and a card, where nothing is half replaced."""
+"""Output: every row in one file, with a report and a card; a destination is never replaced by half."""

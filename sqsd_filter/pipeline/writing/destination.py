@@ -59,7 +59,7 @@ class Destination:
         """The home of the run that will be replaced."""
         return self._home_of(self.target) if self.replaces else None
 
-    def claim(self, identity: Mapping[str, Any]) -> bool:
+    def claim(self, identity: Mapping[str, object]) -> bool:
         """Claim the destination for the run with this identity; True if that run is already finished here.
 
         Raises `DestinationExists` for another run (naming what differs), for one that is writing right now, or where
@@ -99,7 +99,7 @@ class Destination:
         """These sources without what an earlier run left here; see `without`."""
         return without(self.target, [self._home_of(self.target)], given)
 
-    def spare(self, given: Iterable[Any]) -> None:
+    def spare(self, given: Iterable[object]) -> None:
         """Raise `DestinationExists` if --overwrite would delete one of these inputs."""
         if self._overwrite:
             spare(self.target, given)
@@ -196,7 +196,7 @@ def lock_run(path: Path, target: object) -> IO[bytes]:
         raise DestinationExists(f"Another run is writing to {target} right now: wait for it.") from None
 
 
-def spare(target: Path, given: Iterable[Any]) -> None:
+def spare(target: Path, given: Iterable[object]) -> None:
     """Raise `DestinationExists` if replacing the target would delete one of these inputs."""
     for path in given:
         if isinstance(path, str | Path) and Path(path).resolve().is_relative_to(target.resolve()):
@@ -272,7 +272,7 @@ def read_report(home: Path) -> FinishedReport | None:
     return cast("FinishedReport | None", read_json(home / REPORT_FILE))
 
 
-def difference(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+def difference(known: Mapping[str, object], asked: Mapping[str, object]) -> str:
     """The first few settings that differ, as "name: 1 there, 2 here"."""
     parts = []
     for key in sorted({*known, *asked}):

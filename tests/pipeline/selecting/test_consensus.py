@@ -172,7 +172,7 @@ def test_groups_and_weights_are_those_of_the_common_risk(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda rows: rows[:-1], r"a\.parquet \(8 rows\) and b\.parquet \(7\).*row 8, where one has a row more"),
+        (lambda rows: rows[:-1], r"a\.parquet \(8 rows\) and b\.parquet \(7\).*row 8, where one has an additional row"),
         (lambda rows: [*rows[:2], rows[3], rows[2], *rows[4:]], "row 3, where one has another conversation"),
         (lambda rows: [*rows[:7], {**rows[7], "output": "?"}], "row 8, where one has another conversation"),
     ],

@@ -282,7 +282,7 @@ def test_it_says_when_nothing_was_dropped_and_when_rows_without_a_score_were_kep
     text = Page(body).text
     assert "5 of 6 rows, with their risk" in text
     assert "No row was dropped" in text
-    assert "3 no_answer, 1 bad_json; in errors 1, kept 3." in text
+    assert "3 no_answer, 1 bad_json (1 in errors, 3 kept)." in text
     assert "The scores were already in the input." in text
 
 
