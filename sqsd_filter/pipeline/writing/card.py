@@ -229,7 +229,10 @@ def _groups(figures: GroupFigures, *, weighted: bool) -> str:
         lines.append([f"others: {len(rest):,}", *[""] * (len(keys) - 1), *map(number, sums)])
     words = "Each split" if column is None else f"Each group of rows with the same {code(column)}"
     words += " in each split" if len(keys) == 2 else ""
-    parts = [f"{words} on its own:", table([*keys.values(), *(f":{name}" for name in numbers)], lines)]
+    parts = [
+        f"{words} was {'weighted' if weighted else 'cut'} on its own:",
+        table([*keys.values(), *(f":{name}" for name in numbers)], lines),
+    ]
     if figures["spared"]:
         parts.append(f"Kept so that no group is emptied: {many(figures['spared'], 'row')}.")
     return "\n\n".join(parts)
@@ -268,7 +271,8 @@ def _contents(report: Report, where: str) -> str:
 def _lines(report: Report) -> str:
     """What lines of JSON hold, and what can go wrong with them."""
     words = "Each line is the line of the input, byte for byte"
-    words += ", with the scores at its end." if report["with_scores"] else "."
+    added = ["its scores"] * report["with_scores"] + ["its weight"] * bool(report.get("weights"))
+    words += f", with {' and '.join(added)} added at the end." if added else "."
     words += " `load_dataset` reads dates in text as timestamps."
     if _has_errors(report):
         words += " It fails if a line in `errors` is not JSON."

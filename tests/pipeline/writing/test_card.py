@@ -330,7 +330,7 @@ def test_groups_get_a_line_each_up_to_fifty_and_the_others_one() -> None:
     assert table[0] == ["`52`", "62", "52", "6.5"]
     assert table[49] == ["`3`", "13", "3", "0.375"]
     assert table[50] == ["others: 3", str(10 + 11 + 12), str(0 + 1 + 2)]
-    assert "with the same `topic` on its own" in body
+    assert "with the same `topic` was cut on its own" in body
     assert "no group is emptied: 4 rows" in body
 
 
@@ -341,7 +341,7 @@ def test_splits_are_told_with_their_groups_or_alone() -> None:
     del piece["value"]
     _, alone = card(groups={"column": None, "groups": [piece], "spared": 0})
     assert rows_of_table(alone, "| split | scored | dropped | threshold |") == [["`test`", "3", "0"]]
-    assert "Each split on its own" in alone
+    assert "Each split was cut on its own" in alone
     assert "emptied" not in alone
 
 
@@ -363,6 +363,21 @@ def test_weighted_rows_are_said_to_be_weighted_and_none_dropped() -> None:
     assert "sqsd_weight" in text
     assert "1 / (1 + exp(risk)) with the threshold 0.5 and the scale 0.25. The weights add up to 2.75." in text
     assert "| dropped" not in body
+
+
+@pytest.mark.parametrize(
+    ("with_scores", "weighted", "words"),
+    [
+        (False, False, "byte for byte. "),
+        (True, False, "byte for byte, with its scores added at the end. "),
+        (False, True, "byte for byte, with its weight added at the end. "),
+        (True, True, "byte for byte, with its scores and its weight added at the end. "),
+    ],
+)
+def test_what_is_added_to_lines_of_json_is_named(with_scores: bool, weighted: bool, words: str) -> None:
+    weights = {"formula": "f", "threshold": 0.5, "scale": 0.25, "sum": 1.5}
+    changes = {"weights": weights, "rows": WEIGHTED} if weighted else {}
+    assert words in card(to="jsonl", with_scores=with_scores, **changes)[1]
 
 
 def test_groups_that_are_weighted_apart_have_their_own_scales() -> None:
