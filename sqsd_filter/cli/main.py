@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import sqsd_filter
 from sqsd_filter.cli import options, output, settings
 from sqsd_filter.cli.base import DEFAULT, FilterFirst, examples
 from sqsd_filter.cli.check import check
@@ -37,7 +36,9 @@ if TYPE_CHECKING:
 
 def _show_version(context: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked and not context.resilient_parsing:
-        click.echo(f"sqsd-filter, version {sqsd_filter.__version__}")
+        from sqsd_filter import __version__
+
+        click.echo(f"sqsd-filter, version {__version__}")
         context.exit()
 
 

@@ -64,6 +64,7 @@ def numbers_in(to: str, path: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("to", FORMATS)
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 200), min_size=1, max_size=8), shard_size=st.integers(1, 5000))
 def test_a_file_ends_with_the_batch_that_fills_it(to: str, sizes: list[int], shard_size: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +159,7 @@ def test_without_a_size_there_is_one_file_of_the_very_name(tmp_path: Path) -> No
 split_names = st.from_regex(r"\w+(\.\w+)*", fullmatch=True)  # what `datasets` allows
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(split_names, min_size=1, max_size=4, unique=True))
 def test_the_glob_of_one_split_finds_no_file_of_another(splits: list[str]) -> None:
     names = [stem_of(config, split, splits) for config in ("kept", "dropped", "errors") for split in splits]
