@@ -376,7 +376,7 @@ def test_weighted_rows_are_said_to_be_weighted_and_none_dropped() -> None:
 )
 def test_what_is_added_to_lines_of_json_is_named(with_scores: bool, weighted: bool, words: str) -> None:
     weights = {"formula": "f", "threshold": 0.5, "scale": 0.25, "sum": 1.5}
-    changes = {"weights": weights, "rows": WEIGHTED} if weighted else {}
+    changes: dict[str, Any] = {"weights": weights, "rows": WEIGHTED} if weighted else {}
     assert words in card(to="jsonl", with_scores=with_scores, **changes)[1]
 
 
