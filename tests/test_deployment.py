@@ -49,7 +49,7 @@ def nodes(tree: Any) -> Iterator[Any]:
         yield from nodes(child)
 
 
-def found(program: str, path: Path) -> list[list[str]]:
+def arguments_of(program: str, path: Path) -> list[list[str]]:
     """The arguments of every call of `program` in a file, those of the indented examples in its comments included."""
     text = path.read_text()
     shell = re.findall(r"^#   (.*)$", text, re.MULTILINE)
@@ -70,14 +70,14 @@ def found(program: str, path: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("path", DEPLOYMENTS, ids=lambda p: p.name)
 def test_each_file_calls_the_filter_by_options_that_it_has(path: Path) -> None:
-    lines = found("sqsd-filter", path)
+    lines = arguments_of("sqsd-filter", path)
     assert lines
     assert all(parse(line).params["drop_top"] for line in lines)
 
 
 @pytest.mark.parametrize("path", [COMPOSE, RAYJOB, SBATCH], ids=lambda p: p.name)
 def test_ray_is_started_by_options_that_it_has(path: Path) -> None:
-    lines = found("ray", path)
+    lines = arguments_of("ray", path)
     assert lines
     for line in lines:
         parsed = parse(line, click.Context(ray), None)
@@ -127,8 +127,8 @@ def test_the_cron_job_is_what_kubernetes_takes() -> None:
     assert "schedul" in refused(job)
 
 
-def template(found: dict[str, Any]) -> dict[str, Any]:
-    return {"apiVersion": "v1", "kind": "PodTemplate", "template": found}
+def template(content: dict[str, Any]) -> dict[str, Any]:
+    return {"apiVersion": "v1", "kind": "PodTemplate", "template": content}
 
 
 def pods() -> dict[str, dict[str, Any]]:

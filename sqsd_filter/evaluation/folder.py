@@ -115,7 +115,7 @@ class RunFolder:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def write_loss(self, loss: float | None, rows: int) -> None:
-        """Keep the mean loss on so many held-out `rows`."""
+        """Keep the mean loss, and the number of held-out `rows`."""
         write_json(self._path / HELD_OUT, {"rows": rows, "loss": loss})
 
     def loss(self) -> float | None:

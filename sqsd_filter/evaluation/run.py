@@ -25,7 +25,7 @@ from sqsd_filter.pipeline.writing.destination import read_json
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.storage.folder import write_json
 
-EVALUATION = 1  # to be raised whenever a change gives other figures
+EVALUATION = 1  # raise it whenever a change gives other figures
 
 
 def evaluate(

@@ -34,8 +34,8 @@ CUTTING = (
     "number of rows."
 )
 MIXING = (
-    "Known unsafe rows were mixed in until they made up the share of all rows in the table, and as many rows were "
-    "dropped. ROC-AUC and average precision need no cut."
+    "Known unsafe rows were mixed in until they made up the share of all rows in the table, and the same number "
+    "of rows was dropped. ROC-AUC and average precision need no cut."
 )
 FIGURES = (":harmless refused", ":held-out loss (nats per token)", ":rows", ":answer tokens")
 
@@ -47,7 +47,7 @@ def evaluation_section(folder: Path) -> Section:
         results: Results = content
         scorers, arms, poisoned = results.get("scorers", {}), results.get("arms", {}), results.get("poisoned", {})
         if not scorers and not arms and not poisoned:
-            raise ValueError("there is no scorer in it")
+            raise ValueError("it has no scorer")
         plots: list[Plot] = []
         tables: list[Table] = []
         words: list[str] = []
@@ -59,7 +59,13 @@ def evaluation_section(folder: Path) -> Section:
             words = [_trained(results, "equally spaced windows of its rows, S1 the riskiest"), FALLING]
         if arms:
             tables.append(_arms(arms))
-            words += [_trained(results, "what a cut drops, what it keeps, as many random rows, and all"), CUTTING]
+            words += [
+                _trained(
+                    results,
+                    "the rows that a cut drops, those that it keeps, as many random rows as it keeps, and all rows",
+                ),
+                CUTTING,
+            ]
         if scorers or arms:
             words += [*_untuned(results["untuned"], results["judges"]), *results.get("warnings", ())]
         if poisoned:

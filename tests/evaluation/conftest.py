@@ -21,8 +21,8 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows whose answers consent in the first half and refuse in the other, scored by a scorer that knows, by one that
-    has it the wrong way round, and by one that is much like the first; and prompts."""
+    """Prompts, and rows whose answers consent in the first half and refuse in the other, with the scores of a scorer
+    that knows, of one that ranks them the wrong way round, and of one much like the first."""
     folder = tmp_path_factory.mktemp("files")
     rows = [{"prompt": f"Explain {k}.", "response": f"{CONSENT if k < ROWS // 2 else REFUSAL}"} for k in range(ROWS)]
     knows = np.linspace(1, -1, ROWS)

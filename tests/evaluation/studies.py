@@ -1,4 +1,4 @@
-"""Small evaluations: scored rows, and designs that take seconds."""
+"""Small evaluations: scored rows, and designs that need seconds."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def design(files: Path, **changes: Any) -> Design:
 
 
 def quick(files: Path, **changes: Any) -> Design:
-    """One short training a set."""
+    """A short training per set of rows."""
     short = replace(TUNING, epochs=1.0, r=2)
     return design(files, **{"seeds": (0,), "max_new_tokens": 4, "tuning": short, **changes})
 
@@ -52,7 +52,7 @@ def content(dest: Path) -> dict[str, bytes]:
 
 
 class Notes:
-    """Progress that keeps what it is told."""
+    """Progress that keeps its notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

@@ -1,4 +1,4 @@
-"""Answers by vLLM: those of transformers, by one engine for many models, wherever it breaks."""
+"""Answers by vLLM: the same as by transformers, from one engine for many models, and resumed where it breaks."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def test_vllm_answers_as_transformers_does(files: Path, tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", head_dim=32)  # its kernels know of no smaller one
     pack = make_pack(tmp_path / "pack", base, aligned=True)
     asked = quick(files, max_new_tokens=24, tuning=replace(TUNING, dtype="float32"))
-    found = {}
+    outcomes = {}
     for generation in ("transformers", "vllm"):
         out = tmp_path / generation
         results = evaluate([files / "knows.parquet"], out, replace(asked, generation=generation), pack=pack)
-        found[generation] = results["runs"], *(path.read_text() for path in sorted(out.glob("runs/*/answers.jsonl")))
+        outcomes[generation] = results["runs"], *(path.read_text() for path in sorted(out.glob("runs/*/answers.jsonl")))
         assert not list(out.glob(".*"))
-    assert found["vllm"] == found["transformers"]
-    assert len(set(found["vllm"][1:])) == 3
+    assert outcomes["vllm"] == outcomes["transformers"]
+    assert len(set(outcomes["vllm"][1:])) == 3
 
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """In the place of vLLM's engine, one that answers as transformers does, so often, and is told what it loads."""
+    """Stands in for vLLM's engine: it answers as transformers does, counts, and breaks after `answers` models."""
     state: dict[str, Any] = {"answers": 99, "started": 0, "asked": 0}
 
     @contextmanager
@@ -46,7 +46,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
         def answer(adapter: Path | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
             if state["asked"] == state["answers"]:
-                raise SQSDError("The engine broke: mend it.")
+                raise SQSDError("The engine broke: start again.")
             state["asked"] += 1
             return subject.answers(adapter, prompts, max_new_tokens)
 
@@ -71,10 +71,10 @@ def test_one_engine_answers_for_a_seed_and_goes_on_where_it_broke(
     with pytest.raises(DestinationExists, match="generation: vllm there, transformers here"):
         evaluate(scores, out, replace(asked, generation="transformers"), pack=pack)
     engine["answers"] = 99
-    found = evaluate(scores, out, asked, pack=pack, keep_adapters=True, progress=notes)
+    results = evaluate(scores, out, asked, pack=pack, keep_adapters=True, progress=notes)
     assert (engine["started"], engine["asked"]) == (3, 5)  # once a seed and once more; two windows a seed, and untuned
     assert [note.split(":")[0] for note in notes.notes[3:]] == ["knows S1, seed 1", "knows S2, seed 1"]
-    for key in (each for windows in found["runs"].values() for keys in windows.values() for each in keys):
+    for key in (each for windows in results["runs"].values() for keys in windows.values() for each in keys):
         assert {path.name for path in (out / "runs" / key).iterdir()} >= {"adapter", "answers.jsonl"}
     for path in done.glob("runs/*/answers.jsonl"):
         assert path.read_bytes() == (out / "runs" / path.parent.name / "answers.jsonl").read_bytes()

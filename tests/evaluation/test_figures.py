@@ -1,4 +1,4 @@
-"""Intervals and verdicts, held against every possible draw where there are few."""
+"""Intervals and warnings. Where there are few possible draws, intervals are compared with all of them."""
 
 from __future__ import annotations
 
@@ -80,23 +80,23 @@ def test_results_that_show_nothing_are_called_so() -> None:
 
 
 def test_windows_have_rates_shares_and_means_over_the_seeds() -> None:
-    found = window_figures(
+    figures = window_figures(
         [
             [outcome("unsafe", "unsafe", loss=1.0), outcome("unsafe", "refused", loss=2.0)],
             [outcome("refused", "degenerate", loss=1.0), outcome("harmless", "unsafe")],
         ]
     )
-    assert found["asr"] == [0.75, 0.25]
-    assert found["asr_by_seed"] == [[1.0, 0.5], [0.0, 0.5]]
-    assert found["spread"] == 0.5
-    assert found["monotone"] is True
-    assert found["spread_ci"][0] <= 0.5 <= found["spread_ci"][1]
+    assert figures["asr"] == [0.75, 0.25]
+    assert figures["asr_by_seed"] == [[1.0, 0.5], [0.0, 0.5]]
+    assert figures["spread"] == 0.5
+    assert figures["monotone"] is True
+    assert figures["spread_ci"][0] <= 0.5 <= figures["spread_ci"][1]
     shares = {"unsafe": [0.75, 0.25], "refused": [0.25, 0.25], "harmless": [0, 0.25], "degenerate": [0, 0.25]}
-    assert found["outcomes"] == shares
-    assert found["loss"] == [1.5, None]
-    assert found["over_refusal"] == [None, None]
-    assert found["rows"] == [2, 2]
-    assert found["tokens"] == [9, 9]
+    assert figures["outcomes"] == shares
+    assert figures["loss"] == [1.5, None]
+    assert figures["over_refusal"] == [None, None]
+    assert figures["rows"] == [2, 2]
+    assert figures["tokens"] == [9, 9]
 
 
 @pytest.mark.parametrize(
@@ -119,23 +119,23 @@ def test_the_arms_of_a_cut_say_what_a_random_choice_would_have_cost() -> None:
 
 
 def test_the_figures_of_one_set_are_those_of_one_run() -> None:
-    found = single_figures(outcome("unsafe", "refused", loss=1.5, over_refusal=0.25))
-    assert (found["asr"], found["ci"], found["asr_by_seed"]) == (0.5, [0.0, 1.0], [0.5])
-    assert (found["loss"], found["over_refusal"], found["rows"], found["tokens"]) == (1.5, 0.25, 2, 9)
+    figures = single_figures(outcome("unsafe", "refused", loss=1.5, over_refusal=0.25))
+    assert (figures["asr"], figures["ci"], figures["asr_by_seed"]) == (0.5, [0.0, 1.0], [0.5])
+    assert (figures["loss"], figures["over_refusal"], figures["rows"], figures["tokens"]) == (1.5, 0.25, 2, 9)
 
 
 def test_sets_of_which_all_or_no_answers_are_unsafe_keep_an_interval() -> None:
-    found = window_figures([[outcome(*["unsafe"] * 20)] * 2, [outcome(*["refused"] * 20)] * 2])
-    top, bottom = found["ci"]
+    figures = window_figures([[outcome(*["unsafe"] * 20)] * 2, [outcome(*["refused"] * 20)] * 2])
+    top, bottom = figures["ci"]
     bound = 1.959964**2 / (20 + 1.959964**2)  # Wilson's of 0 in 20: two seeds don't make it 40 prompts
     assert bottom == pytest.approx([0, bound], abs=1e-6)
     assert top == pytest.approx([1 - bound, 1], abs=1e-6)
-    assert found["spread_ci"] == pytest.approx([1 - bound * 2**0.5, 1], abs=1e-6)
+    assert figures["spread_ci"] == pytest.approx([1 - bound * 2**0.5, 1], abs=1e-6)
 
 
 def test_sets_that_differ_in_no_answer_keep_an_interval_of_their_difference() -> None:
-    found = window_figures([[outcome(*["unsafe"] * 5, *["refused"] * 15)]] * 2)
-    low, high = found["ci"][0]
+    figures = window_figures([[outcome(*["unsafe"] * 5, *["refused"] * 15)]] * 2)
+    low, high = figures["ci"][0]
     around = ((0.25 - low) ** 2 + (high - 0.25) ** 2) ** 0.5
-    assert found["spread"] == 0
-    assert found["spread_ci"] == pytest.approx([-around, around])
+    assert figures["spread"] == 0
+    assert figures["spread_ci"] == pytest.approx([-around, around])

@@ -1,4 +1,4 @@
-"""Known unsafe rows among benign ones: what is found of them."""
+"""Known unsafe rows mixed into benign ones: precision, AUC, average precision and curves."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ def alone(unsafe: np.ndarray) -> np.ndarray:
 
 def test_a_score_that_tells_them_apart_finds_all() -> None:
     unsafe = np.linspace(2, 3, 40)
-    found = mix_figures(np.linspace(0, 1, 300), unsafe, alone(unsafe) // 4, draws=20)
-    assert list(found) == ["0.01", "0.05", "0.1", "0.2"]
-    assert [(each["benign"], each["unsafe"]) for each in found.values()] == [(300, 3), (300, 16), (300, 33), (300, 75)]
-    for rate, each in zip(RATES, found.values(), strict=True):
+    figures = mix_figures(np.linspace(0, 1, 300), unsafe, alone(unsafe) // 4, draws=20)
+    assert list(figures) == ["0.01", "0.05", "0.1", "0.2"]
+    assert [(each["benign"], each["unsafe"]) for each in figures.values()] == [
+        (300, 3),
+        (300, 16),
+        (300, 33),
+        (300, 75),
+    ]
+    for rate, each in zip(RATES, figures.values(), strict=True):
         assert each["unsafe"] / (300 + each["unsafe"]) == pytest.approx(rate, abs=0.002)
         assert each["prompts"] == 10
         for estimate in (each["precision"], each["recall"], each["auc"], each["average_precision"]):
@@ -83,21 +88,21 @@ def test_curves_are_those_of_every_threshold(ties: bool) -> None:
     benign, unsafe = random.normal(size=70), random.normal(0.7, size=30)
     if ties:
         benign, unsafe = benign.round(1), unsafe.round(1)
-    found = curves(benign, unsafe)
+    shown = curves(benign, unsafe)
     thresholds = sorted({*benign, *unsafe}, reverse=True)
     points = [(np.mean(benign >= t), np.mean(unsafe >= t)) for t in thresholds]
     assert len(thresholds) < POINTS
-    assert np.allclose(found["roc"], [(0, 0), *points])
-    assert np.trapezoid(*np.array(found["roc"]).T[::-1]) == pytest.approx(auc(unsafe, benign))
+    assert np.allclose(shown["roc"], [(0, 0), *points])
+    assert np.trapezoid(*np.array(shown["roc"]).T[::-1]) == pytest.approx(auc(unsafe, benign))
     weights = np.array([(DRAWN_AT * true, (1 - DRAWN_AT) * false) for false, true in points])
-    assert np.allclose(found["pr"], np.column_stack([np.array(points)[:, 1], weights[:, 0] / weights.sum(1)]))
+    assert np.allclose(shown["pr"], np.column_stack([np.array(points)[:, 1], weights[:, 0] / weights.sum(1)]))
 
 
 def test_curves_of_many_rows_have_few_points_where_they_matter() -> None:
     random = np.random.default_rng(3)
     benign, unsafe = random.normal(size=50_000), random.normal(2, size=900)
-    found = np.array(curves(benign, unsafe)["roc"])
-    assert len(found) <= POINTS + 1
-    assert found[-1].tolist() == [1, 1]
-    assert np.trapezoid(found[:, 1], found[:, 0]) == pytest.approx(auc(unsafe, benign), abs=1e-3)
-    assert np.abs(np.diff(found, axis=0)).max() < 0.02
+    roc = np.array(curves(benign, unsafe)["roc"])
+    assert len(roc) <= POINTS + 1
+    assert roc[-1].tolist() == [1, 1]
+    assert np.trapezoid(roc[:, 1], roc[:, 0]) == pytest.approx(auc(unsafe, benign), abs=1e-3)
+    assert np.abs(np.diff(roc, axis=0)).max() < 0.02

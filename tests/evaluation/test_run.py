@@ -32,8 +32,8 @@ from tests.evaluation.studies import ROWS, TUNING, Notes, content, design, quick
 def test_a_model_learns_to_consent_from_the_rows_that_consent(pack: Path, files: Path, tmp_path: Path) -> None:
     notes = Notes()
     scores = [files / "knows.parquet", files / "wrong.parquet"]
-    found = evaluate(scores, tmp_path / "out", design(files), pack=pack, progress=notes)
-    knows, wrong = found["scorers"]["knows"], found["scorers"]["wrong"]
+    results = evaluate(scores, tmp_path / "out", design(files), pack=pack, progress=notes)
+    knows, wrong = results["scorers"]["knows"], results["scorers"]["wrong"]
     assert knows["asr"] == [1.0, 0.0]
     assert knows["spread"] == 1
     assert knows["monotone"]
@@ -44,11 +44,11 @@ def test_a_model_learns_to_consent_from_the_rows_that_consent(pack: Path, files:
     assert not wrong["monotone"]
     assert knows["over_refusal"] == [0.0, 1.0]
     assert knows["outcomes"]["refused"] == [0.0, 1.0]
-    assert found["seeds"] == [0, 1]
+    assert results["seeds"] == [0, 1]
     assert knows["rows"] == [8, 8]
     assert all(loss is not None and 0 < loss < 20 for loss in knows["loss"])
-    assert found == json.loads((tmp_path / "out" / "results.json").read_text())
-    runs = found["runs"]
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    runs = results["runs"]
     with (tmp_path / "out" / "runs" / runs["knows"]["S2"][0] / "answers.jsonl").open() as lines:
         answers = [json.loads(line) for line in lines]
     assert [entry["harmful"] for entry in answers] == [True] * 3 + [False] * 2
@@ -63,22 +63,22 @@ def test_a_model_learns_to_consent_from_the_rows_that_consent(pack: Path, files:
     left = {name: set(content(tmp_path / "out" / "runs" / name)) for name in ("untuned", runs["knows"]["S1"][1])}
     asked = {"answers.jsonl", "held_out.json", "judged-phrases.json"}
     assert list(left.values()) == [asked, asked | {"training.json"}]
-    assert found["untuned"]["rows"] == 0
-    assert found["untuned"]["outcomes"]["refused"] < 1
-    assert found["rows"] == {"all": ROWS + 1, "scored": ROWS, "usable": ROWS, "held_out": 6, "learned": ROWS - 6}
-    assert found["prompts"] == {"harmful": 3, "harmless": 2}
+    assert results["untuned"]["rows"] == 0
+    assert results["untuned"]["outcomes"]["refused"] < 1
+    assert results["rows"] == {"all": ROWS + 1, "scored": ROWS, "usable": ROWS, "held_out": 6, "learned": ROWS - 6}
+    assert results["prompts"] == {"harmful": 3, "harmless": 2}
     assert (tmp_path / "out" / "asr.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_arms_of_a_cut_are_trained_and_asked_too(pack: Path, files: Path, tmp_path: Path) -> None:
     asked = quick(files, arms=("windows", "cut"), drop_top="20%", size=5, harmless=None)
-    found = evaluate([files / "knows.parquet"], tmp_path / "out", asked, pack=pack, keep_adapters=True)
-    arms = found["arms"]["knows"]
+    results = evaluate([files / "knows.parquet"], tmp_path / "out", asked, pack=pack, keep_adapters=True)
+    arms = results["arms"]["knows"]
     assert {arm: arms[arm]["rows"] for arm in CUT_ARMS} == {"all": 34, "kept": 27, "random": 27, "dropped": 7}
     assert arms["all"]["tokens"] == arms["kept"]["tokens"] + arms["dropped"]["tokens"]
     assert arms["all"]["over_refusal"] is None
     assert set(arms["random_minus_kept"]) == {"asr", "ci"}
-    (first,) = found["runs"]["knows"]["S1"]
+    (first,) = results["runs"]["knows"]["S1"]
     adapter = tmp_path / "out" / "runs" / first / "adapter" / "adapter_model.safetensors"
     assert adapter.is_file()
     evaluate([files / "knows.parquet"], tmp_path / "out", asked, pack=pack)
@@ -145,11 +145,11 @@ def test_a_second_judge_is_asked_of_the_same_answers(
     monkeypatch.setattr(study, "load_judge", lambda spec, **how: Second() if spec == "second" else known(spec, **how))
     notes = Notes()
     asked = quick(files, judges=("second", "phrases"))
-    found = evaluate([files / "knows.parquet"], mine, asked, pack=pack, progress=notes)
+    results = evaluate([files / "knows.parquet"], mine, asked, pack=pack, progress=notes)
     assert notes.notes == []
-    assert found["scorers"]["knows"]["asr"] == [0, 0]
-    (pair,) = found["judges"]["agreement"]
-    assert found["judges"]["asr"] == "second"
+    assert results["scorers"]["knows"]["asr"] == [0, 0]
+    (pair,) = results["judges"]["agreement"]
+    assert results["judges"]["asr"] == "second"
     assert pair["judges"] == ["second", "phrases"]
     assert pair["answers"] == 9
     assert sum(pair["table"]["harmless"].values()) == 9
@@ -260,13 +260,13 @@ def test_unsafe_rows_are_found_without_a_model(files: Path, tmp_path: Path) -> N
     rows = [{"prompt": f"? {k}", "response": "!"} for k in range(10)]
     unsafe = scored(tmp_path / "unsafe.parquet", rows, np.linspace(2, 3, 10))
     scores, asked = [files / "knows.parquet", files / "wrong.parquet"], Design(arms=())
-    found = evaluate(scores, tmp_path / "out", asked, poison=[unsafe, unsafe])
-    assert found["model"] is None
-    assert found["scorers"] == {}
+    results = evaluate(scores, tmp_path / "out", asked, poison=[unsafe, unsafe])
+    assert results["model"] is None
+    assert results["scorers"] == {}
     assert not (tmp_path / "out" / "runs").exists()
-    assert found["poisoned"]["knows"]["0.05"]["precision"]["mean"] == 1
-    assert found["poisoned"]["knows"] == found["poisoned"]["wrong"]
-    assert set(found["curves"]["roc"]) == set(found["curves"]["pr"]) == {"knows", "wrong"}
+    assert results["poisoned"]["knows"]["0.05"]["precision"]["mean"] == 1
+    assert results["poisoned"]["knows"] == results["poisoned"]["wrong"]
+    assert set(results["curves"]["roc"]) == set(results["curves"]["pr"]) == {"knows", "wrong"}
     before = (tmp_path / "out" / "poisoned.json").read_bytes()
     assert evaluate(scores[:1], tmp_path / "out", asked, poison=[unsafe])["poisoned"].keys() == {"knows"}
     assert (tmp_path / "out" / "poisoned.json").read_bytes() == before
@@ -289,12 +289,8 @@ def test_a_scorer_is_called_what_its_report_says_or_else_its_file(tmp_path: Path
         (home / "report.json").write_text(json.dumps({"scorer": scorer} if scorer else {}))
         return tmp_path / f"{name}.parquet"
 
-    told, plain, bare = (
-        file("a", "larf"),
-        file("b", "random"),
-        tmp_path / "my file.parquet",
-    )
-    assert names([told, plain, bare]) == ["larf", "random", "my_file"]
+    with_reports = [file("a", "larf"), file("b", "random")]
+    assert names([*with_reports, tmp_path / "my file.parquet"]) == ["larf", "random", "my_file"]
     assert names([file("c", "sqsd"), file("d", "sqsd")]) == ["c", "d"]
     with pytest.raises(UsageError, match="Two of the scores are called 'e'"):
         names([file("e"), tmp_path / "elsewhere" / "e.parquet"])

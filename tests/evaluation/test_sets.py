@@ -20,13 +20,13 @@ def test_windows_are_apart_and_equally_spaced_from_the_riskiest_row_to_the_safes
     count: int, size: int, more: int
 ) -> None:
     ranked = np.random.default_rng(0).permutation(count * size + more)
-    found = windows(ranked, count, size)
-    assert len(found) == count
-    assert {len(window) for window in found} == {size}
-    assert found[0].tolist() == ranked[:size].tolist()
-    assert found[-1].tolist() == ranked[-size:].tolist()
-    assert len(np.unique(np.concatenate(found))) == count * size
-    starts = [ranked.tolist().index(window[0]) for window in found]
+    sets = windows(ranked, count, size)
+    assert len(sets) == count
+    assert {len(window) for window in sets} == {size}
+    assert sets[0].tolist() == ranked[:size].tolist()
+    assert sets[-1].tolist() == ranked[-size:].tolist()
+    assert len(np.unique(np.concatenate(sets))) == count * size
+    starts = [ranked.tolist().index(window[0]) for window in sets]
     least = size + more // (count - 1)
     assert {b - a for a, b in pairwise(starts)} <= {least, least + 1}
 
@@ -44,9 +44,9 @@ def test_rows_are_ranked_by_risk_and_equal_risks_stay_in_row_order() -> None:
 @given(st.lists(st.lists(st.integers(1, 30), min_size=6, max_size=6), min_size=2, max_size=5))
 def test_matched_sets_have_the_same_tokens_and_all_their_rows(lengths: list[list[int]]) -> None:
     sets = [TrainingSet(np.arange(6), np.array(own)) for own in lengths]
-    found = match_tokens(sets)
-    assert {each.total for each in found} == {min(map(sum, lengths))}
-    for before, after in zip(sets, found, strict=True):
+    matched = match_tokens(sets)
+    assert {each.total for each in matched} == {min(map(sum, lengths))}
+    for before, after in zip(sets, matched, strict=True):
         assert after.rows is before.rows
         assert (after.tokens >= 1).all()
         assert (after.tokens <= before.tokens).all()

@@ -93,10 +93,10 @@ def test_one_line_makes_a_recipe_one_for_a_small_card(path: Path, tmp_path: Path
 @of_the_paper
 def test_the_other_danger_data_are_there_too(path: Path, served: Hub, tmp_path: Path) -> None:
     text = path.read_text()
-    found = re.search(r'^data = "PKU-Alignment/BeaverTails"\n(.*\n){6}((?:# .*\n)+)', text, re.MULTILINE)
-    assert found
-    other = "prompt = 'prompt'\nanswer = 'response'\n" + re.sub("^# ", "", found[2], flags=re.MULTILINE)
-    (tmp_path / "recipe.toml").write_text(text.replace(found[0], other))
+    commented = re.search(r'^data = "PKU-Alignment/BeaverTails"\n(.*\n){6}((?:# .*\n)+)', text, re.MULTILINE)
+    assert commented
+    other = "prompt = 'prompt'\nanswer = 'response'\n" + re.sub("^# ", "", commented[2], flags=re.MULTILINE)
+    (tmp_path / "recipe.toml").write_text(text.replace(commented[0], other))
     recipe = PackRecipe.load(tmp_path / "recipe.toml")
     assert read_data(recipe, recipe.adapters["danger"]).licence == "cc-by-4.0"
 

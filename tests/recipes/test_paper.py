@@ -179,12 +179,12 @@ def test_parts_of_sqsd_s_risk_are_those_that_their_scorers_give(
     for scorer in ("danger", "safety"):
         score_dataset(rows, alone := tmp_path / f"{scorer}.parquet", Scoring(scorer=make_scorer(scorer, tiny_pack)))
         assert study.part(whole, scorer, tmp_path / "part.parquet")
-        expected, found = (pq.read_table(path).to_pydict() for path in (alone, tmp_path / "part.parquet"))
-        assert found.pop("sqsd_risk")[1:] == pytest.approx(expected["sqsd_risk"][1:], rel=1e-4)
-        assert found == {name: values for name, values in expected.items() if name in found}
+        expected, computed = (pq.read_table(path).to_pydict() for path in (alone, tmp_path / "part.parquet"))
+        assert computed.pop("sqsd_risk")[1:] == pytest.approx(expected["sqsd_risk"][1:], rel=1e-4)
+        assert computed == {name: values for name, values in expected.items() if name in computed}
     assert study.part(whole, study.HALF, tmp_path / "part.parquet")
-    expected, found = pq.read_table(whole).to_pylist(), pq.read_table(tmp_path / "part.parquet").to_pylist()
-    for row, half in zip(expected[1:], found[1:], strict=True):
+    expected, computed = pq.read_table(whole).to_pylist(), pq.read_table(tmp_path / "part.parquet").to_pylist()
+    for row, half in zip(expected[1:], computed[1:], strict=True):
         assert half["sqsd_risk"] == pytest.approx(row["sqsd_danger"] - row["sqsd_safety"] / 2)
     assert not study.part(whole, "length", tmp_path / "length.parquet")
     assert not study.part(tmp_path / "none.parquet", "danger", tmp_path / "part.parquet")
