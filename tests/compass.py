@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -41,8 +40,8 @@ def teach(
 ) -> None:
     """Train a LoRA on each of the replies to each question."""
     torch.manual_seed(0)
-    model: Any = load_model(str(base), dtype=torch.float32, adapter=adapter)
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    loaded = load_model(str(base), dtype=torch.float32, adapter=adapter)
+    model = get_peft_model(loaded, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     encoded = ChatEncoder(load_tokenizer(str(base))).encode([chat(q, reply) for reply in replies for q in QUESTIONS])
     ids, targets = next_tokens([row for row in encoded if isinstance(row, Encoded)], torch.device("cpu"))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
@@ -52,4 +51,4 @@ def teach(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))

@@ -48,7 +48,7 @@ def test_float32_scores_equal_the_dense_float64_form() -> None:
 
 
 def test_every_module_of_the_model_takes_part() -> None:
-    assert SQSDScorer(PACK).engine.coverage == {"danger": 210, "safety": 210}
+    assert SQSDScorer(PACK).model.coverage == {"danger": 210, "safety": 210}
 
 
 def test_the_first_command_of_the_readme_drops_three_of_sixty_rows(tmp_path: Path) -> None:

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from sqsd_filter.corpus.conversation import Message
+from sqsd_filter.scoring.chat_encoder import Encoded
+from sqsd_filter.scoring.scorer import Scorer
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -101,7 +105,7 @@ def make_adapter(
         for name, parameter in wrapped.named_parameters():
             if "lora_A" in name or ("lora_B" in name and not fresh):
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
-    wrapped.save_pretrained(folder)
+    wrapped.save_pretrained(str(folder))
     return folder
 
 
@@ -146,10 +150,24 @@ def make_pack(
     return folder
 
 
-def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
+def chat(*contents: str, system: str | None = None) -> list[Message]:
     """Turns from their contents, user first, then in alternation."""
-    turns = [{"role": "system", "content": system}] if system else []
+    turns: list[Message] = [{"role": "system", "content": system}] if system else []
     return turns + [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(contents)]
+
+
+def embedding_of(model: PreTrainedModel) -> torch.Tensor:
+    """The embedding of each token, (vocabulary, hidden)."""
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
+    return embedding.weight
+
+
+def encoded(scorer: Scorer, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
+    """The tokens of conversations that can all be scored."""
+    rows = [row for row in scorer.encoder.encode(conversations) if isinstance(row, Encoded)]
+    assert len(rows) == len(conversations)
+    return rows
 
 
 CONVERSATIONS = [

@@ -37,7 +37,7 @@ def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizer
     return fast
 
 
-def make_pack(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, **shape: int | bool) -> Pack:
+def make_pack(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, **shape: int) -> Pack:
     """A pack with the usual two probes on a Llama of this shape (`transformers.LlamaConfig`'s arguments)."""
     torch.manual_seed(0)
     if tokenizer is not None:
@@ -51,7 +51,7 @@ def make_pack(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, **
             for key, parameter in wrapped.named_parameters():
                 if "lora_" in key:
                     parameter.copy_(torch.randn_like(parameter) * 0.01)
-        wrapped.save_pretrained(folder / name)
+        wrapped.save_pretrained(str(folder / name))
         model = wrapped.unload()
     probes = [
         {"name": n, "weight": w, "direction": "direction", "state": "state", "state_scaling": s}

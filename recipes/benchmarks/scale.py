@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import random
@@ -27,7 +28,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -45,7 +45,7 @@ from sqsd_filter.pipeline.stage.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.stage.scan import Scan
 from sqsd_filter.progress import Silent
 from sqsd_filter.scoring.pack import Pack
-from sqsd_filter.scoring.scorer import Scores
+from sqsd_filter.scoring.results import Scores
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 AT_ONCE = 1 << 20  # keys in a segment
@@ -53,7 +53,7 @@ MIDDLE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, 
 
 
 def write_rows(path: Path, count: int, words: tuple[int, int], *, prompt: int = 8, seed: int = 0) -> Path:
-    """So many different rows, with prompts and answers of so many random words."""
+    """`count` different rows with prompts of `prompt` random words and answers of between `words` of them."""
     source = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz"
     vocabulary = ["".join(source.choices(letters, k=source.randint(2, 9))) for _ in range(2000)]
@@ -71,16 +71,19 @@ def make_pack(folder: Path, rows: Path, shape: dict[str, int], vocabulary: int =
     return random_pack.make_pack(folder, random_pack.make_tokenizer(texts, vocabulary), **shape)
 
 
-def timed(pack: Pack, source: Path, folder: Path, engine: Engine, **named: Any) -> tuple[float, dict[str, Any]]:
-    """Seconds of a run into a fresh destination, and its report."""
+def timed(
+    pack: Pack, source: Path, folder: Path, engine: Engine, *, score_store: Path | None = None
+) -> tuple[float, int]:
+    """Seconds of a run into a fresh destination, and how many rows it scored."""
     dest = folder / "out"
     shutil.rmtree(dest, ignore_errors=True)
+    scorer = SQSDScorer(pack.path)
     began = time.perf_counter()
-    report = filter_dataset(source, dest, drop_top="5%", scorer=SQSDScorer(pack.path), engine=engine, **named)
-    return time.perf_counter() - began, report
+    report = filter_dataset(source, dest, drop_top="5%", scorer=scorer, engine=engine, score_store=score_store)
+    return time.perf_counter() - began, report["rows"]["scored"]
 
 
-def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def engines(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     import ray
 
     from sqsd_filter.pipeline.stage.ray_engine import RayEngine
@@ -88,7 +91,7 @@ def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = write_rows(folder / "rows.jsonl", options.rows, (10, 120))
     one = write_rows(folder / "one.jsonl", 1, (10, 120))
     pack = make_pack(folder / "pack", rows, MIDDLE)
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     kinds: dict[str, Callable[[], Engine]] = {
         "local": LocalEngine,
         "ray": lambda: RayEngine(1),
@@ -112,41 +115,42 @@ def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def nightly(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def nightly(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     rows = write_rows(folder / "first.jsonl", options.rows, (10, 120))
-    new = write_rows(folder / "new.jsonl", options.rows // 100, (10, 120), seed=1)
+    added = max(1, options.rows // 100)
+    new = write_rows(folder / "new.jsonl", added, (10, 120), seed=1)
     second = folder / "second.jsonl"
     second.write_text(rows.read_text() + new.read_text())
     one = write_rows(folder / "one.jsonl", 1, (10, 120))
     pack = make_pack(folder / "pack", rows, MIDDLE)
-    found = []
+    rounds = []
     for number in range(options.rounds):
         store = folder / f"store-{number}"
         start = timed(pack, one, folder, LocalEngine())[0]
-        first = timed(pack, rows, folder, LocalEngine(), score_store=store)[0] - start
-        seconds, report = timed(pack, second, folder, LocalEngine(), score_store=store)
-        assert report["rows"]["scored"] == options.rows // 100
-        found.append((first, seconds - start, (seconds - start) / first))
+        first_seconds = timed(pack, rows, folder, LocalEngine(), score_store=store)[0] - start
+        seconds, scored = timed(pack, second, folder, LocalEngine(), score_store=store)
+        assert scored == added
+        rounds.append((first_seconds, seconds - start))
     return {
         "rows": options.rows,
-        "new": options.rows // 100,
-        "seconds of first and second": [(round(a, 2), round(b, 2)) for a, b, _ in found],
-        "second / first": statistics.median(ratio for _, _, ratio in found),
+        "new": added,
+        "seconds of first and second": [(round(a, 2), round(b, 2)) for a, b in rounds],
+        "second / first": statistics.median(b / a for a, b in rounds),
     }
 
 
-def known(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def known(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     rows = write_rows(folder / "rows.jsonl", options.rows, (5, 15))
     pack = make_pack(folder / "pack", rows, SMALL, vocabulary=512)
     keys = Scan(Opener().open([rows]), Columns(), None, Silent()).index.conversations.keys
     fill(ScoreStore(folder / "store", SQSDScorer(pack.path).settings(), ["danger", "safety"]), keys)
-    found = [watched(rows, options.rows, folder, pack, "local", folder / "store") for _ in range(options.rounds)]
-    assert all(run["scored"] == 0 for run in found)
-    return {f"{options.rows} rows": sorted(found, key=lambda run: run["seconds"])[len(found) // 2]}
+    runs = [watched(rows, options.rows, folder, pack, "local", folder / "store") for _ in range(options.rounds)]
+    assert all(run["scored"] == 0 for run in runs)
+    return {f"{options.rows} rows": sorted(runs, key=lambda run: float(str(run["seconds"])))[len(runs) // 2]}
 
 
-def memory(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    sizes = sorted({options.rows // 10, options.rows})
+def memory(options: argparse.Namespace, folder: Path) -> dict[str, object]:
+    sizes = sorted({max(1, options.rows // 10), options.rows})
     rows = write_rows(folder / "rows.jsonl", sizes[-1], (1, 3), prompt=2)
     pack = make_pack(folder / "pack", rows, SMALL, vocabulary=512)
     return {
@@ -157,7 +161,7 @@ def memory(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def fill(store: ScoreStore, keys: np.ndarray) -> None:
-    """Scores out of nowhere for these keys."""
+    """Random scores for these keys."""
     for start in range(0, len(keys), AT_ONCE):
         part = keys[start : start + AT_ONCE]
         n = len(part)
@@ -166,7 +170,7 @@ def fill(store: ScoreStore, keys: np.ndarray) -> None:
         store.append(f"part-{start}", part, Scores(probes, values, ["scored"] * n, [""] * n, np.ones(n, np.int32)))
 
 
-def watched(rows: Path, size: int, folder: Path, pack: Pack, engine: str, store: Path) -> dict[str, Any]:
+def watched(rows: Path, size: int, folder: Path, pack: Pack, engine: str, store: Path) -> dict[str, object]:
     """One run of the command: seconds and rows/s by phase, peak MiB of the command and of the largest replica."""
     out = folder / "watched"
     shutil.rmtree(out, ignore_errors=True)
@@ -204,7 +208,7 @@ def peak_memory(pid: int | str) -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
-def lookup(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def lookup(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     store = ScoreStore(folder, {"pack": "random"}, ["danger", "safety"])
     keys = np.random.default_rng(0).integers(0, 2**63, 2 * options.keys, dtype=np.uint64).view(KEYS)
     fill(store, keys)
@@ -217,8 +221,7 @@ from scale import ScoreStore, peak_memory
 keys = np.load({str(folder / "keys.npy")!r})
 store = ScoreStore(Path({str(folder)!r}), {{"pack": "random"}}, ["danger", "safety"])
 before, began = peak_memory("self"), time.perf_counter()
-found = store.lookup(keys)
-assert found.known.all()
+assert store.lookup(keys).known.all()
 print(time.perf_counter() - began, peak_memory("self") - before, keys.nbytes / 2**20)
 """
     spent, added, given = subprocess.run(
@@ -227,7 +230,7 @@ print(time.perf_counter() - began, peak_memory("self") - before, keys.nbytes / 2
     return {"keys": options.keys, "seconds": float(spent), "MiB": float(added), "MiB of the keys": float(given)}
 
 
-def selection(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def selection(options: argparse.Namespace, _: Path) -> dict[str, object]:
     risk = np.random.default_rng(0).normal(size=options.scores)
     risk[::7] = np.round(risk[::7], 2)  # with ties
     cut, groups = Cut.of(drop_top="5%"), None
@@ -235,27 +238,37 @@ def selection(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         codes = np.random.default_rng(1).integers(0, options.groups, options.scores, dtype=np.int32)
         cut, groups = Cut.of(drop_top="5%", per_group="group"), Groups(codes, list(range(options.groups)))
     began = time.perf_counter()
-    found = cut_rows(risk, np.ones(len(risk), dtype=bool), cut, groups=groups)
+    fates = cut_rows(risk, np.ones(len(risk), dtype=bool), cut, groups=groups)
     seconds = time.perf_counter() - began
     k = -(-options.scores // 20)
-    assert found.count(1) == k
+    assert fates.count(1) == k
     exact = np.lexsort((np.arange(len(risk)), -risk))[:k] if options.check else None
     return {
         "scores": options.scores,
         "groups": options.groups,
         "seconds": seconds,
-        "dropped": found.count(1),
-        **({"the same as by sorting": bool((found.fate[exact] == 1).all())} if exact is not None else {}),
+        "dropped": fates.count(1),
+        **({"the same as by sorting": bool((fates.fate[exact] == 1).all())} if exact is not None else {}),
         "peak MiB": peak_memory("self"),
     }
 
 
-def rounded(found: Any) -> Any:
-    if isinstance(found, dict):
-        return {name: rounded(value) for name, value in found.items()}
-    if isinstance(found, float):
-        return round(found, 3) if found < 100 else round(found)
-    return found
+def rounded(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, float):
+        return round(value, 3) if value < 100 else round(value)
+    return value
+
+
+MEASUREMENTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, object]]] = {
+    "engines": engines,
+    "nightly": nightly,
+    "known": known,
+    "memory": memory,
+    "lookup": lookup,
+    "selection": selection,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -271,16 +284,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kinds.add_parser("lookup").add_argument("--keys", type=int, default=10_000_000)
     sub = kinds.add_parser("selection")
     sub.add_argument("--scores", type=int, default=100_000_000)
-    sub.add_argument("--groups", type=int, default=0, help="cut within so many groups")
+    sub.add_argument("--groups", type=int, default=0, help="number of groups to cut within (0: no groups)")
     sub.add_argument("--check", action="store_true", help="compare a cut without groups with a full sort, for minutes")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     transformers.logging.disable_progress_bar()
-    measure: Callable[[argparse.Namespace, Path], dict[str, Any]] = globals()[options.kind]
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(options, Path(folder))
+        measured = MEASUREMENTS[options.kind](options, Path(folder))
     machine = f"{platform.machine()} with {os.cpu_count()} CPUs, Python {platform.python_version()}"
-    print(json.dumps({options.kind: rounded(found), "machine": machine}, indent=2))
+    print(json.dumps({options.kind: rounded(measured), "machine": machine}, indent=2))
 
 
 if __name__ == "__main__":

@@ -195,14 +195,13 @@ def _cosines(
     scorer: SQSDScorer, rows: Mapping[int, Encoded], reasons: Counter[str], progress: Progress
 ) -> dict[int, dict[str, np.ndarray]]:
     """Each row's cosines (p, m) at every state, in the order of the rows; those that fail are left out."""
-    from sqsd_filter.scoring.batching import micro_batches, retry_in_halves
-    from sqsd_filter.scoring.engine import run_parallel
+    from sqsd_filter.scoring.batching import micro_batches, retry_in_halves, run_parallel
 
-    engine, numbers, lock = scorer.engine, list(rows), threading.Lock()
+    model, numbers, lock = scorer.model, list(rows), threading.Lock()
     found: dict[int, dict[str, np.ndarray]] = {}
 
     def run(members: list[int]) -> None:
-        cosines = {at: c.double().cpu().numpy() for (at, _), c in engine.cosines([rows[k] for k in members]).items()}
+        cosines = {at: c.double().cpu().numpy() for (at, _), c in model.cosines([rows[k] for k in members]).items()}
         with lock:
             for n, k in enumerate(members):
                 found[k] = {at: cos_bpm[n] for at, cos_bpm in cosines.items()}
@@ -214,9 +213,9 @@ def _cosines(
 
     work = [
         [numbers[m] for m in members]
-        for members in micro_batches([len(e) for e in rows.values()], engine.default_budget)
+        for members in micro_batches([len(e) for e in rows.values()], model.default_budget)
     ]
-    run_parallel(lambda members: retry_in_halves(run, members, give_up), work, engine.workers)
+    run_parallel(lambda members: retry_in_halves(run, members, give_up), work, model.workers)
     finite = {k for k, at in found.items() if all(np.isfinite(cos).all() for cos in at.values())}
     reasons.update([NONFINITE] * (len(found) - len(finite)))
     return {k: found[k] for k in numbers if k in finite}

@@ -10,7 +10,7 @@ from sqsd_filter.corpus.conversation import Message
 from sqsd_filter.errors import SQSDError, UsageError, option
 from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.progress import Progress
-from sqsd_filter.scoring.explain import explain
+from sqsd_filter.scoring.explain import Explanation, explain
 from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
 from sqsd_filter.storage.folder import write_text
 
@@ -50,14 +50,14 @@ def write_explained(path: Path, scored: Scored, scorer: SQSDScorer, count: int, 
             continue
         assert row.value is not None
         about = {"row": row.index, "file": row.file, "line": row.line, "risk": float(scored.risk[row.index])}
-        found[row.index] = about | _explained(scorer, row.index, scored.form.conversation(row.value))
+        found[row.index] = {**about, **_explained(scorer, row.index, scored.form.conversation(row.value))}
         progress.advance(1)
     content = {"pack": scorer.pack.fingerprint, "dtype": scorer.dtype, "rows": list(found.values())}
     write_text(path, json.dumps(content, indent=1) + "\n")
     return len(rows)
 
 
-def _explained(scorer: SQSDScorer, index: int, turns: list[Message]) -> dict[str, Any]:
+def _explained(scorer: SQSDScorer, index: int, turns: list[Message]) -> Explanation:
     from sqsd_filter.scoring.batching import is_out_of_memory
 
     try:

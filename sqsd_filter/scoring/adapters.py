@@ -1,7 +1,7 @@
-"""LoRA factors read from PEFT adapter folders: what a state or a direction is made of.
+"""LoRA factors of states and directions, read from PEFT adapter folders.
 
-Only plain LoRA on linear layers is a low-rank product on the effective weight; everything else PEFT can save under
-the same name (DoRA, trained biases, embeddings, whole modules) is refused by name instead of being half read.
+Only plain LoRA on linear layers is a low-rank product on the effective weight. Anything else that PEFT can save in such
+a folder (DoRA, trained biases, embeddings, whole modules) is refused by its name.
 """
 
 from __future__ import annotations
@@ -12,21 +12,25 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from sqsd_filter.errors import PackError
 from sqsd_filter.scoring.pack import Probe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$")
 
-# Settings that change the forward pass beyond y = Wx + s·B(Ax), and what to say of each.
+# Settings that change the forward pass beyond y = Wx + s·B(Ax), and the name of each in an error.
 _REFUSED: dict[str, str] = {
     "use_dora": "DoRA",
     "lora_bias": "a LoRA bias",
@@ -43,7 +47,7 @@ _REFUSED: dict[str, str] = {
     "velora_config": "VeLoRA",
 }
 _AGAIN = "copy or build the adapter again"
-_MUTATING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")  # they change the base weights too
+_MUTATING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")  # these change the base model's tensors, too
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ def load_adapter(folder: str | Path) -> Adapter:
     """
     folder = Path(folder)
     config = read_config(folder)
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
         if list(folder.glob("*.bin")):
             raise PackError(
                 f"{folder} holds pickled weights (.bin), which are never loaded: save the adapter again with "
@@ -85,9 +89,9 @@ def load_adapter(folder: str | Path) -> Adapter:
             )
         raise PackError(f"{folder} is not a complete PEFT adapter folder, it has no {WEIGHTS_FILE}: {_AGAIN}.")
     try:
-        tensors = load_file(weights)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as problem:
-        raise PackError(f"{weights} can't be read ({problem}): {_AGAIN}.") from problem
+        raise PackError(f"{path} can't be read ({problem}): {_AGAIN}.") from problem
 
     sides: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -109,17 +113,19 @@ def load_adapter(folder: str | Path) -> Adapter:
 
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:
-    """In float64, or what comes closest to it on this device."""
+    """The tensor in float64, or in float32 on a device without float64."""
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
 def inner(a: LoraFactors, b: LoraFactors) -> float:
-    """⟨s_a B_a A_a, s_b B_b A_b⟩ = s_a s_b ⟨B_aᵀ B_b, A_a A_bᵀ⟩, of r-sized matrices, on the device of `a`.
+    """⟨s_a B_a A_a, s_b B_b A_b⟩ = s_a s_b ⟨B_aᵀ B_b, A_a A_bᵀ⟩, from r-sized matrices, on the device of `a`.
 
-    Raises `PackError` where the two belong to modules of other shapes.
+    Raises `PackError` where the two belong to modules of different shapes.
     """
     if a.A.shape[1] != b.A.shape[1] or a.B.shape[0] != b.B.shape[0]:
-        raise PackError("Two adapters of the pack are of other shapes in one module: they belong to different models.")
+        raise PackError(
+            "Two adapters of the pack have different shapes in one module: they belong to different models."
+        )
     return a.scaling * b.scaling * _gram(a, b)
 
 
@@ -130,52 +136,55 @@ def norm(factors: LoraFactors) -> float:
 
 
 def _gram(a: LoraFactors, b: LoraFactors) -> float:
-    there = a.A.device
-    gram_B, gram_A = exact(a.B).T @ exact(b.B.to(there)), exact(a.A) @ exact(b.A.to(there)).T
+    device = a.A.device
+    gram_B, gram_A = exact(a.B).T @ exact(b.B.to(device)), exact(a.A) @ exact(b.A.to(device)).T
     return float((gram_B * gram_A).sum())
 
 
 def probe_modules(probes: Iterable[Probe], adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
-    """The modules that each probe sums the cosines of, which its state and its direction both adapt: by name, numbers
-    in it by their value."""
+    """The modules over which each probe sums cosines: those that its state and its direction both adapt.
 
-    def order(name: str) -> list[Any]:
+    They are sorted by name, with numbers in a name sorted by value.
+    """
+
+    def order(name: str) -> list[int | str]:
         return [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]
 
     both = {p.name: set(adapters[p.state].factors) & set(adapters[p.direction].factors) for p in probes}
     return {probe: sorted(names, key=order) for probe, names in both.items()}
 
 
-def adapted(model: Any, adapter: Adapter) -> Iterator[tuple[Any, LoraFactors]]:
+def adapted(model: nn.Module, adapter: Adapter) -> Iterator[tuple[nn.Module, LoraFactors]]:
     """The modules of the model that the adapter adapts, each with its factors.
 
-    Raises `PackError` where the adapter does not fit.
+    Raises `PackError` where the adapter does not fit the model.
     """
     modules = dict(model.named_modules())
     for name, factors in adapter.factors.items():
         module = modules.get(name)
         weight = getattr(module, "weight", None)
-        if weight is None:
+        if module is None or weight is None:
             raise PackError(f"{adapter.path} adapts '{name}', which {type(model).__name__} does not have.")
         shape = [factors.B.shape[0], factors.A.shape[1]]
-        if list(weight.shape) != (shape if isinstance(module, torch.nn.Linear) else shape[::-1]):
-            raise PackError(f"{adapter.path} does not fit the model: '{name}' has another shape there.")
+        if list(weight.shape) != (shape if isinstance(module, nn.Linear) else shape[::-1]):
+            raise PackError(f"{adapter.path} does not fit the model: '{name}' has a different shape there.")
         yield module, factors
 
 
-def merge(model: Any, adapter: Adapter, dtype: torch.dtype) -> Any:
-    """The model in `dtype` with W + s·B·A in the place of W, each sum taken in float32 at least and rounded once.
+def merge(model: PreTrainedModel, adapter: Adapter, dtype: torch.dtype) -> PreTrainedModel:
+    """Replace W by W + s·B·A and convert the model to `dtype`, each sum computed in float32 at least and rounded once.
 
-    Buffers stay as they are: the frequencies of rotary embeddings are float32 whatever the weights. Raises `PackError`
-    where the adapter does not fit.
+    Buffers stay as they are: the frequencies of rotary embeddings are float32 in every dtype. Returns the model. Raises
+    `PackError` where the adapter does not fit it.
     """
     with torch.no_grad():
         for module, factors in adapted(model, adapter):
             weight = module.weight
+            assert isinstance(weight, torch.Tensor)
             exact = torch.promote_types(torch.promote_types(weight.dtype, dtype), torch.float32)
             change = factors.scaling * (factors.B.to(weight.device, exact) @ factors.A.to(weight.device, exact))
-            if not isinstance(module, torch.nn.Linear):
-                change = change.t()  # GPT-2's Conv1D has it the other way round
+            if not isinstance(module, nn.Linear):
+                change = change.t()  # GPT-2's Conv1D stores the transposed weight
             weight.data = (weight.to(exact) + change).to(dtype)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -184,7 +193,7 @@ def merge(model: Any, adapter: Adapter, dtype: torch.dtype) -> Any:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings of a PEFT LoRA folder. Raises `PackError` where they can't be read or are not of plain LoRA."""
+    """The settings of a PEFT LoRA folder. Raises `PackError` where they can't be read or are not plain LoRA."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise PackError(f"{folder} is not a PEFT adapter folder, it has no {CONFIG_FILE}: {_AGAIN}.")
@@ -209,7 +218,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         try:
             re.compile(pattern)
         except re.error as problem:
-            raise PackError(f"{path} has an alpha_pattern that is no pattern, '{pattern}' ({problem}).") from problem
+            raise PackError(
+                f"{path} has an alpha_pattern that is not a valid pattern, '{pattern}' ({problem})."
+            ) from problem
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_MUTATING_INITS):
         raise PackError(
@@ -220,7 +231,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    alpha = config.get("lora_alpha", 8)
+    alpha: float = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = value

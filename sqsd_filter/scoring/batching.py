@@ -1,33 +1,37 @@
-"""Rows into bins: sorted by length, as many as a token budget holds, halved when memory runs out or a row fails; and
-bins into tensors."""
+"""Micro-batches: rows of similar length that run through the model together.
+
+They are as large as a token budget allows, become tensors, run in parallel on a CPU, and are halved where memory runs
+out or a row fails.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
 from sqsd_filter.errors import SQSDError
 from sqsd_filter.scoring.chat_encoder import Encoded
+from sqsd_filter.scoring.placement import thread_pool
 
-# Rough bytes a token's activations take between forward and backward, as multiples of a layer's widths: residuals,
-# norms, attention and its inputs (hidden), the gated product and its factors (intermediate).
+# Roughly how many values per token and layer are kept between forward and backward pass, as multiples of the layer's
+# widths: residuals, norms, attention and its inputs (hidden), the gated product and its factors (intermediate).
 _PER_HIDDEN = 16
 _PER_INTERMEDIATE = 5
 
-
-# A bin of so many tokens keeps a device busy; from there on it takes no row shorter than this share of its longest one.
+# A micro-batch of _FULL tokens keeps a device busy. A larger one takes only rows of at least _ALIKE times its longest.
 _FULL = 2048
 _ALIKE = 0.8
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of rows in bins, longest first: rows times the bin's longest length stays within `budget` tokens.
+    """Indices of the rows of each micro-batch, longest first; rows times longest length stay within `budget` tokens.
 
-    A row longer than the budget is a bin of its own, and a bin that is large enough ends where padding would become
-    dear. The order within equal lengths is the input's, so that the same
-    rows always give the same bins.
+    A row longer than the budget is a micro-batch of its own. A micro-batch that is large enough ends where padding
+    would become expensive. Rows of equal length keep the order of the input, so that the same rows always give the same
+    micro-batches.
     """
     order = sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))
     at = 0
@@ -42,7 +46,11 @@ def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def default_budget(*, free_bytes: int | None, layers: int, hidden: int, intermediate: int, bytes_per_value: int) -> int:
-    """Tokens a bin may hold. On a CPU (`free_bytes` None) larger bins are no faster; on a GPU half the free memory."""
+    """Padded tokens of a micro-batch.
+
+    They are 512 on a CPU (`free_bytes` None), where larger ones are no faster. On a GPU they fill half of the free
+    memory.
+    """
     if free_bytes is None:
         return 512
     per_token = bytes_per_value * layers * (_PER_HIDDEN * hidden + _PER_INTERMEDIATE * intermediate)
@@ -50,11 +58,11 @@ def default_budget(*, free_bytes: int | None, layers: int, hidden: int, intermed
 
 
 def next_tokens(rows: Sequence[Encoded], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded inputs and next-token targets (b, t), the target -1 where nothing is supervised.
+    """Right-padded inputs and next-token targets (b, t); the target is -1 where nothing is supervised.
 
     A causal model needs no attention mask for right padding: no real token sees a pad, and pads get no gradient.
     """
-    lasts = [int(np.flatnonzero(row.answer)[-1]) for row in rows]  # nothing after it has a gradient
+    lasts = [int(np.flatnonzero(row.answer)[-1]) for row in rows]  # later tokens have no gradient
     ids_bt = torch.zeros((len(rows), max(lasts)), dtype=torch.long)
     targets_bt = torch.full((len(rows), max(lasts)), -1, dtype=torch.long)
     for k, (row, last) in enumerate(zip(rows, lasts, strict=True)):
@@ -65,7 +73,7 @@ def next_tokens(rows: Sequence[Encoded], device: torch.device) -> tuple[torch.Te
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Did this exception come from a failed allocation, on a GPU or on the host?"""
+    """Does this exception come from a failed allocation, on a GPU or on the host?"""
     return isinstance(problem, torch.OutOfMemoryError | MemoryError) or (
         isinstance(problem, RuntimeError) and "can't allocate memory" in str(problem)
     )
@@ -78,8 +86,11 @@ def is_device_lost(problem: BaseException) -> bool:
 
 
 def retry_in_halves(run: Callable[[list[int]], None], rows: list[int], give_up: Callable[[int, str], None]) -> None:
-    """`run(rows)`; where that fails the halves are run instead, and a single row that fails is given up: `give_up` is
-    told its error, "" for a lack of memory. Errors that aren't a row's (the device's, `SQSDError`) come through."""
+    """`run(rows)`; where that fails, run its halves instead, and so on down to single rows.
+
+    A single row that fails goes to `give_up` with its error, which is "" where memory ran out. Errors that no row has
+    caused (a lost device, `SQSDError`) are raised.
+    """
     try:
         run(rows)
         return
@@ -97,3 +108,27 @@ def retry_in_halves(run: Callable[[list[int]], None], rows: list[int], give_up: 
     middle = len(rows) // 2
     retry_in_halves(run, rows[:middle], give_up)
     retry_in_halves(run, rows[middle:], give_up)
+
+
+def run_parallel(run: Callable[[list[int]], None], batches: Iterable[list[int]], workers: int) -> None:
+    """`run` every micro-batch, `workers` of them at a time, each in a single thread; with 0 workers, one after the
+    other in the calling thread.
+
+    The first error is raised once the micro-batches that are running have ended.
+    """
+    if workers == 0:
+        for members in batches:
+            run(members)
+        return
+    outside = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with thread_pool(workers, partial(torch.set_num_threads, 1)) as pool:
+            try:
+                for future in [pool.submit(run, members) for members in batches]:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(outside)

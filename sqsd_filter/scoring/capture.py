@@ -1,26 +1,28 @@
-"""What one shared backward pass hands out: each adapted module's x, h, d and e, projected on the spot.
+"""Projections taken during one shared backward pass: each adapted module's x, h, d and e are contracted there.
 
 The adapted linears of a model are replaced by `SideLinear`s. Linears that read the same tensor (q, k and v; gate and
 up) form a group that owns their stacked weights and runs them as one autograd Function: one product forward, one
 backward, and the narrow products of the side paths stacked beside them. The base stays frozen, so only input
-gradients are computed; nothing is merged into the weights, which bfloat16 would not survive. Threads may run passes
-side by side.
+gradients are computed. Nothing is merged into the base tensors, since bfloat16 would lose it. Threads may run passes
+in parallel.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from sqsd_filter.errors import ModelError, PackError
-from sqsd_filter.scoring.adapters import Adapter
+from sqsd_filter.scoring.adapters import Adapter, LoraFactors
+from sqsd_filter.scoring.models import input_device, output_head
 from sqsd_filter.scoring.projection import (
     GroupProjection,
     contract,
@@ -30,6 +32,9 @@ from sqsd_filter.scoring.projection import (
     prepare,
     towards,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -42,22 +47,24 @@ class GroupState:
     projection: GroupProjection | None
 
 
-# What to take from a group's backward pass beside what is contracted, of its projection, x, h, d, e (b, t, …), ‖ΔW‖²
-# (b, r) and the ranks of its modules.
+# Computes something more in a group's backward pass, from its projection, x, h, d, e (b, t, …), ‖ΔW‖² (b, r) and the
+# ranks of its modules: a tensor, or the pair of sums that `projection.summed` gives.
+Collected = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Collect = Callable[
-    [GroupProjection, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int]], Any
+    [GroupProjection, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int]], Collected
 ]
+Key = TypeVar("Key", bound=Hashable)
 
 
 class _ThreadState:
-    """What a group is doing for one thread: each thread sits at a state and runs rows of its own."""
+    """A group's state in one thread: each thread uses one of the adapter states and runs its own rows."""
 
     def __init__(self) -> None:
         self.shape = (0, 0)  # rows and tokens of the batch
         self.state: GroupState | None = None
         self.collect: Collect | None = None
-        self.found: tuple[torch.Tensor, torch.Tensor] | None = None  # what the last backward pass contracted
-        self.kept: Any = None  # and what it took besides
+        self.contracted: tuple[torch.Tensor, torch.Tensor] | None = None  # by the last backward pass
+        self.collected: Collected | None = None  # by its `collect`
         self.x: torch.Tensor | None = None
         self.outputs: dict[int, torch.Tensor] = {}
 
@@ -86,7 +93,7 @@ class LinearGroup:
         return now
 
     def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
-        """The member's output for x; the first member asked computes all of them."""
+        """The member's output for x; the first member that is called computes all outputs."""
         now = self.now
         if now.x is not x or member not in now.outputs:
             now.x = x
@@ -97,16 +104,16 @@ class LinearGroup:
         return y
 
     def reset(self) -> None:
-        self.now.x, self.now.outputs, self.now.found, self.now.kept = None, {}, None, None
+        self.now.x, self.now.outputs, self.now.contracted, self.now.collected = None, {}, None, None
 
 
 class SideLinear(nn.Module):
-    """Stands where an adapted linear stood, and asks its group."""
+    """Replaces an adapted linear; its group computes the output."""
 
     def __init__(self, group: LinearGroup, member: int) -> None:
         super().__init__()
         self.group, self.member = group, member
-        # Some models look at a linear's weight (for its dtype or device); this is a view, not a copy.
+        # Some models read a linear's weight (for its dtype or device). This is a view, not a copy.
         start = sum(group.widths[:member])
         self.weight = nn.Parameter(group.weight_oi[start : start + group.widths[member]], requires_grad=False)
 
@@ -114,10 +121,19 @@ class SideLinear(nn.Module):
         return self.group.output(self.member, x)
 
 
+class _Context(FunctionCtx):
+    """What forward keeps for backward."""
+
+    group: LinearGroup
+    now: _ThreadState
+    state: GroupState | None
+    saved_tensors: tuple[torch.Tensor, ...]
+
+
 class _GroupFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: LinearGroup) -> tuple[torch.Tensor, ...]:
-        # The thread that asked, which on a GPU is not the one that runs backward.
+    def forward(ctx: _Context, x: torch.Tensor, group: LinearGroup) -> tuple[torch.Tensor, ...]:
+        # The calling thread's state: on a GPU, another thread runs backward.
         ctx.group, ctx.now = group, group.now
         state = ctx.now.state
         y = F.linear(x, group.weight_oi, group.bias_o)
@@ -130,7 +146,7 @@ class _GroupFunction(torch.autograd.Function):
         return y.split(group.widths, dim=-1) if len(group.widths) > 1 else (y,)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: _Context, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         group, state = ctx.group, ctx.state
         d = torch.cat(grads, dim=-1) if len(grads) > 1 else grads[0].contiguous()
         dx = d.matmul(group.weight_oi)
@@ -140,52 +156,50 @@ class _GroupFunction(torch.autograd.Function):
             if state.projection is not None:
                 x, h = ctx.saved_tensors
                 x, h, d, e = (_by_row(v, ctx.now.shape) for v in (x, h, d, e))
-                ctx.now.found = contract(state.projection, x, h, d, e)
+                ctx.now.contracted = contract(state.projection, x, h, d, e)
                 if ctx.now.collect is not None:
                     ranks = [r for r in state.ranks if r]
-                    ctx.now.kept = ctx.now.collect(state.projection, x, h, d, e, ctx.now.found[1], ranks)
+                    norms_br = ctx.now.contracted[1]
+                    ctx.now.collected = ctx.now.collect(state.projection, x, h, d, e, norms_br, ranks)
         return dx, None
 
 
 def _by_row(values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """(b, t, …) of what a module was handed, which some models flatten to (b·t, …)."""
+    """A module's values as (b, t, …); some models flatten them to (b·t, …)."""
     if values.shape[:2] == shape:
         return values
     if values.dim() == 2 and values.shape[0] == shape[0] * shape[1]:
         return values.view(*shape, -1)
-    raise ModelError("A linear layer sees some of the tokens only (a routed expert?): this model can't be scored.")
+    raise ModelError("A linear layer sees only some of the tokens (a routed expert?): this model can't be scored.")
 
 
-class Capture:
-    """A model with its adapted linears replaced, able to sit at any of several states.
+class Capture(Generic[Key]):
+    """A model with its adapted linears replaced, which can run at any of several states.
 
-    `states` maps a key to (state adapter, the direction adapters to project on there), or None for these where the
-    gradient itself is wanted, not the update that it causes. Raises `PackError` when an adapter does not fit the model,
-    or a direction shares no module with its state.
+    `states` maps a key to the state's adapter and the direction adapters to project on there. None in the place of
+    directions asks for products with the gradient itself instead of the update that it causes. Raises `PackError` when
+    an adapter does not fit the model, or a direction shares no module with its state.
     """
 
-    def __init__(
-        self, model: nn.Module, states: Mapping[Any, tuple[Adapter, Sequence[Adapter] | None]], probe_input: Any
-    ) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, states: Mapping[Key, tuple[Adapter, Sequence[Adapter] | None]]) -> None:
         wanted = {m: state.path for state, _ in states.values() for m in state.factors}
         linears = _find_linears(model, wanted)
         self.groups = []
-        for names in _sharing_input(model, linears, probe_input):
+        for names in _sharing_input(model, linears):
             group = LinearGroup(names, [linears.pop(name) for name in names])
-            for member, name in enumerate(names):  # at once, so that no more than a group's weights are there twice
+            for member, name in enumerate(names):  # now, so that only one group's weights exist twice
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, SideLinear(group, member))
             self.groups.append(group)
-        self._states = {key: self._place(state, directions) for key, (state, directions) in states.items()}
+        self._states = {key: self._prepare(state, directions) for key, (state, directions) in states.items()}
 
-    def coverage(self, key: Any) -> list[int]:
-        """How many modules each direction of a state covers together with it."""
+    def coverage(self, key: Key) -> list[int]:
+        """The number of modules that a state and each of its directions both adapt."""
         norms = [s.projection.norm_pm for s in self._states[key].values() if s.projection is not None]
         return [int(sum((n[p] > 0).sum() for n in norms)) for p in range(len(norms[0]) if norms else 0)]
 
-    def modules(self, key: Any) -> list[str]:
-        """Names of the modules that `cosines` speaks of, in its order."""
+    def modules(self, key: Key) -> list[str]:
+        """Names of the modules whose cosines `cosines` gives, in its order."""
         return [
             name
             for group in self.groups
@@ -194,16 +208,18 @@ class Capture:
             if rank
         ]
 
-    def use(self, key: Any, shape: tuple[int, int], *, collect: Collect | None = None) -> None:
-        """Sit at a state: this thread's next forward pass, of so many rows and tokens, runs there. Its backward pass
-        keeps what `collect` takes."""
+    def use(self, key: Key, shape: tuple[int, int], *, collect: Collect | None = None) -> None:
+        """Use a state for this thread's next forward pass, whose input has this shape (rows, tokens).
+
+        Its backward pass keeps what `collect` returns.
+        """
         for group in self.groups:
             group.reset()
             group.now.shape, group.now.collect = shape, collect
             group.now.state = self._states[key].get(id(group))
 
-    def towards(self, key: Any, gradients: Sequence[Mapping[int, tuple[torch.Tensor, torch.Tensor]]]) -> None:
-        """From now on project the gradient at this state on these p gradients: each has sums of what `kept` gives."""
+    def towards(self, key: Key, gradients: Sequence[Mapping[int, tuple[torch.Tensor, torch.Tensor]]]) -> None:
+        """From now on, project the gradient at this state on these p gradients, each given as sums by group number."""
         for number, group in enumerate(self.groups):
             state = self._states[key].get(id(group))
             if state is not None and state.projection is not None:
@@ -218,35 +234,36 @@ class Capture:
         """<ΔW, V> (b, p, m), ‖ΔW‖² (b, m) and ‖V‖ (p, m) of the rows of the backward pass that just ran."""
         parts: list[tuple[torch.Tensor, ...]] = []
         for group in self.groups:
-            state, found = group.now.state, group.now.found
+            state, contracted = group.now.state, group.now.contracted
             if state is None or state.projection is None:
                 continue
-            if found is None:
+            if contracted is None:
                 raise ModelError(f"The model's loss does not depend on {', '.join(group.names)}: it can't be scored.")
-            dots_bpr, norms_br = found
+            dots_bpr, norms_br = contracted
             ranks = [r for r in state.ranks if r]
             sums = per_module(dots_bpr, ranks), per_module(norms_br, ranks), state.projection.norm_pm
-            home = parts[0][0].device if parts else dots_bpr.device  # a model may be spread over devices
-            parts.append(tuple(t.to(home) for t in sums))
+            device = parts[0][0].device if parts else dots_bpr.device  # a model may be spread over devices
+            parts.append(tuple(t.to(device) for t in sums))
             group.reset()
         dots, norms2, norms = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))
         return dots, norms2, norms
 
-    def kept(self) -> dict[int, Any]:
-        """What `collect` took, by the group's number; ask before `products`, which forgets it."""
-        return {number: g.now.kept for number, g in enumerate(self.groups) if g.now.kept is not None}
+    def collected(self) -> dict[int, Collected]:
+        """What `collect` returned, by the group's number. Call it before `products`, which resets it."""
+        return {number: g.now.collected for number, g in enumerate(self.groups) if g.now.collected is not None}
 
     def token_parts(self) -> torch.Tensor:
-        """What each position adds to the sum of all cosines (b, t, p), where the pass kept them (`by_token`)."""
-        parts = list(self.kept().values())
+        """Each position's part of the sum of all cosines (b, t, p), after a pass that collects `by_token`."""
+        parts = [part for part in self.collected().values() if isinstance(part, torch.Tensor)]
         return torch.stack([part.to(parts[0].device) for part in parts]).sum(0)
 
-    def _place(self, state: Adapter, given: Sequence[Adapter] | None) -> dict[int, GroupState]:
+    def _prepare(self, state: Adapter, given: Sequence[Adapter] | None) -> dict[int, GroupState]:
+        """The state's side paths and projection for each group that it adapts, by the group's `id`."""
         directions = given or ()
         for direction in directions:
             if not set(direction.factors) & set(state.factors):
                 raise PackError(f"{direction.path} and {state.path} have no module in common: nothing can be scored.")
-        placed = {}
+        prepared = {}
         for group in self.groups:
             present = [state.factors.get(name) for name in group.names]
             factors = [f for f in present if f is not None]
@@ -271,30 +288,37 @@ class Capture:
                 widths.append(width)
                 o0 += width
             names = group.names
-            found = [[d.factors.get(n) for n in names] for d in directions]
-            for direction, row in zip(directions, found, strict=True):
-                for name, width, factor in zip(names, widths, row, strict=True):
+            targets = [[d.factors.get(n) for n in names] for d in directions]
+            for direction, target in zip(directions, targets, strict=True):
+                for name, width, factor in zip(names, widths, target, strict=True):
                     if factor is not None and (factor.A.shape[1], factor.B.shape[0]) != (weight.shape[1], width):
-                        raise PackError(f"{direction.path} does not fit the model: '{name}' has another shape there.")
+                        raise PackError(
+                            f"{direction.path} does not fit the model: '{name}' has a different shape there."
+                        )
             projection = None
-            covered = any(f is not None and s is not None for row in found for f, s in zip(row, present, strict=True))
+            covered = any(f is not None and s is not None for t in targets for f, s in zip(t, present, strict=True))
             if covered or given is None:
-                projection = _project(present, found, weight.shape[1], widths, gradient=given is None)
+                projection = _project(present, targets, weight.shape[1], widths, gradient=given is None)
                 exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
                 projection = projection.to(weight.device, exact)
-            placed[id(group)] = GroupState(
+            prepared[id(group)] = GroupState(
                 A_ri.to(weight.device, weight.dtype), sB_or.to(weight.device, weight.dtype), ranks, projection
             )
-        return placed
+        return prepared
 
 
 def _project(
-    present: Sequence[Any], found: Sequence[Sequence[Any]], d_in: int, widths: list[int], *, gradient: bool
+    present: Sequence[LoraFactors | None],
+    directions: Sequence[Sequence[LoraFactors | None]],
+    d_in: int,
+    widths: list[int],
+    *,
+    gradient: bool,
 ) -> GroupProjection:
     """`prepare` over the members that the state adapts, widened to the whole group's outputs."""
     here = [m for m, f in enumerate(present) if f is not None]
-    states = [present[m] for m in here]
-    narrow = prepare(states, [[row[m] for m in here] for row in found], d_in, [widths[m] for m in here])
+    states = [factors for factors in present if factors is not None]
+    narrow = prepare(states, [[factors[m] for m in here] for factors in directions], d_in, [widths[m] for m in here])
     narrow = of_gradient(narrow, states) if gradient else narrow
     if len(here) == len(present):
         return narrow
@@ -306,17 +330,18 @@ def _project(
 
 
 def _weight_oi(linear: nn.Module) -> torch.Tensor:
-    weight: torch.Tensor = linear.weight.detach()  # type: ignore[operator]
-    return weight if isinstance(linear, nn.Linear) else weight.t()
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach() if isinstance(linear, nn.Linear) else weight.detach().t()
 
 
-def _find_linears(model: nn.Module, wanted: Mapping[str, Path]) -> dict[str, nn.Module]:
-    """The modules to adapt, by name; `wanted` says for each which adapter asks for it."""
+def _find_linears(model: PreTrainedModel, wanted: Mapping[str, Path]) -> dict[str, nn.Module]:
+    """The modules to adapt, by name; `wanted` names the adapter that adapts each."""
     from transformers.pytorch_utils import Conv1D
 
     modules = dict(model.named_modules())
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    found: dict[str, nn.Module] = {}
+    head = output_head(model)
+    linears: dict[str, nn.Module] = {}
     for name, adapter in sorted(wanted.items()):
         module = modules.get(name)
         if module is None:
@@ -328,12 +353,12 @@ def _find_linears(model: nn.Module, wanted: Mapping[str, Path]) -> dict[str, nn.
             raise PackError(f"{adapter} adapts the output head '{name}', which can't be scored: train without it.")
         if not isinstance(module, Conv1D) and not _is_plain(module):
             raise PackError(f"'{name}' is a {type(module).__name__}, not a plain linear layer: it can't be scored.")
-        found[name] = module
-    return found
+        linears[name] = module
+    return linears
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Does it compute Wx + b with the weights as they are? Quantised subclasses of Linear store something else."""
+    """Is this a linear layer with an ordinary weight? Quantised subclasses of Linear store it in another form."""
     floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     return (
         isinstance(module, nn.Linear)
@@ -342,13 +367,13 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def _sharing_input(model: nn.Module, linears: Mapping[str, nn.Module], probe_input: Any) -> list[list[str]]:
-    """Run a few tokens through the model and see which linears are handed the very same tensor."""
+def _sharing_input(model: PreTrainedModel, linears: Mapping[str, nn.Module]) -> list[list[str]]:
+    """The names of linears that get the very same tensor as input, found by running two tokens through the model."""
     seen: list[tuple[torch.Tensor, list[str]]] = []
     calls: dict[str, int] = {}
 
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def note(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             calls[name] = calls.get(name, 0) + 1
             if seen and seen[-1][0] is arguments[0]:
                 seen[-1][1].append(name)
@@ -360,12 +385,12 @@ def _sharing_input(model: nn.Module, linears: Mapping[str, nn.Module], probe_inp
     handles = [module.register_forward_pre_hook(note(name)) for name, module in linears.items()]
     try:
         with torch.no_grad():
-            model(probe_input, use_cache=False)
+            model(torch.zeros((1, 2), dtype=torch.long, device=input_device(model)), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     if repeated := [name for name, count in calls.items() if count > 1]:
         raise ModelError(
-            f"{repeated[0]} runs more than once in a forward pass: models that share layers are not scored."
+            f"{repeated[0]} runs more than once in a forward pass: models that share layers can't be scored."
         )
     return [names for _, names in seen]

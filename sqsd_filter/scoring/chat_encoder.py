@@ -1,11 +1,11 @@
-"""A conversation becomes tokens and a mask of those that are supervised, or the reason why it can't be scored."""
+"""Encodes a conversation as tokens and a mask of the supervised ones, or gives the reason why it can't be scored."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,10 +13,13 @@ from sqsd_filter.corpus.conversation import NO_ANSWER, PROMPT_TOO_LONG, Message,
 from sqsd_filter.errors import ModelError
 from sqsd_filter.scoring.chat_template import ChatTemplate, Span
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation as the model sees it: `ids` (t,) int64, `answer` (t,) bool, true where a token is supervised."""
+    """One conversation's tokens: `ids` (t,) int64 and `answer` (t,) bool, true where a token is supervised."""
 
     ids: np.ndarray
     answer: np.ndarray
@@ -26,7 +29,7 @@ class Encoded:
 
 
 def cut_answer(row: Encoded, answer_tokens: int | None) -> Encoded:
-    """The row without what follows its first `answer_tokens` supervised tokens."""
+    """The row up to its first `answer_tokens` supervised tokens; the whole row for None."""
     positions = np.flatnonzero(row.answer)
     if answer_tokens is None or len(positions) <= answer_tokens:
         return row
@@ -38,14 +41,14 @@ def cut_answer(row: Encoded, answer_tokens: int | None) -> Encoded:
 class ChatEncoder:
     """Renders conversations with a tokenizer's chat template and marks the answers, as `ChatTemplate` finds them.
 
-    Nothing depends on `{% generation %}` markers. The head of a conversation longer than `max_length` tokens is kept.
+    Nothing depends on `{% generation %}` markers. A conversation longer than `max_length` tokens is cut at its end.
 
     Raises `ModelError` when the tokenizer has no chat template or can't map tokens back to the text.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     max_length: int = 1024
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_kwargs: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         name = getattr(self.tokenizer, "name_or_path", "") or "the model"
@@ -59,15 +62,15 @@ class ChatEncoder:
         self.template = ChatTemplate(self.tokenizer, self.template_kwargs)
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | RowError]:
-        """Tokens and answer mask of each conversation, or the reason why it has none."""
-        out: list[Encoded | RowError] = []
+        """Tokens and answer mask of each conversation, or the reason why it can't be scored."""
+        encoded: list[Encoded | RowError] = []
         rendered: list[tuple[int, str, list[Span]]] = []
         for number, turns in enumerate(conversations):
             try:
                 rendered.append((number, *self.template.render(turns)))
-                out.append(RowError(NO_ANSWER, ""))  # its place; filled below
+                encoded.append(RowError(NO_ANSWER, ""))  # replaced below
             except RowError as problem:
-                out.append(problem)
+                encoded.append(problem)
         if rendered:
             batch = self.tokenizer(
                 [text for _, text, _ in rendered],
@@ -78,12 +81,11 @@ class ChatEncoder:
             for (number, _, spans), ids, offsets in zip(
                 rendered, batch["input_ids"], batch["offset_mapping"], strict=True
             ):
-                out[number] = self._mask(ids, offsets, spans)
-        return out
+                encoded[number] = self._mask(ids, offsets, spans)
+        return encoded
 
     def texts(self, turns: Sequence[Message]) -> list[str]:
-        """The text of a whole conversation, cut where its tokens end: one piece a token. Of tokens that share a
-        character the first one has it."""
+        """The text of each token of a whole conversation. Where tokens share a character, the first one has it."""
         text, _ = self.template.render(turns)
         batch = self.tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
         ends = np.maximum.accumulate([0, *(end for _, end in batch["offset_mapping"][0])])
@@ -91,17 +93,17 @@ class ChatEncoder:
 
     def _mask(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[Span]) -> Encoded | RowError:
         kept = ids[: self.max_length]
-        where = np.asarray(offsets[: self.max_length], dtype=np.int64).reshape(-1, 2)
-        begins, ends = where[:, 0], where[:, 1]
-        # Some tokenizers trim whitespace from their offsets: a token left with none stands right after the one before.
+        offsets_t2 = np.asarray(offsets[: self.max_length], dtype=np.int64).reshape(-1, 2)
+        begins, ends = offsets_t2[:, 0], offsets_t2[:, 1]
+        # Some tokenizers trim whitespace from their offsets: an empty token starts where the previous one ends.
         fills = np.where(ends > begins, begins, np.concatenate(([0], ends[:-1]))[: len(ends)])
         special = np.fromiter((i in self.template.special for i in kept), dtype=bool, count=len(kept))
         answer = np.zeros(len(kept), dtype=bool)
         for start, stop in spans:
-            # A token counts when it holds any of the answer's characters, but never a marker of the prompt (some
-            # markers swallow the whitespace after them, the answer's too).
+            # A token with any of the answer's characters is supervised, except a marker of the prompt: some markers
+            # swallow the whitespace after them, even the answer's.
             answer |= (ends > start) & (fills < stop) & (ends > fills) & ~(special & (begins < start))
-        answer[:1] = False  # nothing predicts the first token
+        answer[:1] = False  # no position predicts the first token
         if not answer.any():
             if len(ids) > self.max_length:
                 return RowError(PROMPT_TOO_LONG, f"the prompt leaves no room for an answer in {self.max_length} tokens")

@@ -1,7 +1,7 @@
-"""A conversation becomes text with the places of its answers: the model's own chat template renders it.
+"""Renders a conversation with the model's own chat template and locates its answers in the text.
 
-Nobody knows what a template does, so answers are located by rendering once more with marks in their place. Where the
-two renderings don't fit together the row is a `template_error`, never a guess.
+A template is an arbitrary program, so answers are located by a second rendering, with marks in their place. Where the
+two renderings don't fit together, the row is a `template_error`, never a guess.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, product
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqsd_filter.corpus.conversation import (
     BAD_ROW,
@@ -24,14 +24,19 @@ from sqsd_filter.corpus.conversation import (
 )
 from sqsd_filter.errors import ModelError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Span = tuple[int, int]
 # A prompt that ends with an opening tag, or with an empty block
 _OPENED = re.compile(r"(?P<tag><(?P<name>[\w:]+)>)(?P<space>\s*)(?P<closing></(?P=name)>\s*)?\Z")
 
 
 class _Frame(NamedTuple):
-    """How the template shows an answer: `opening` before its first mark, `closing` after its last and `end`, which ends
-    the turn, are the template's words. `shown` are ways in which the answer itself, with opening and closing, may look.
+    """How the template shows an answer.
+
+    The template's own text is `opening` before the first mark, `closing` after the last one, and `end`, which ends the
+    turn. `shown` are the forms that the answer itself, with opening and closing, may have.
     """
 
     opening: str
@@ -42,18 +47,18 @@ class _Frame(NamedTuple):
 
 @dataclass
 class ChatTemplate:
-    """A tokenizer's chat template, and what was learned about it by trying it on small conversations.
+    """A tokenizer's chat template, with properties found by rendering small conversations.
 
-    Every assistant turn is an answer, unless its weight is 0: its text and its tool calls, as the template writes them,
-    and the token that ends the turn; not what the template adds after that. A last answer of text alone follows the
-    template's generation prompt, as the model would be asked. A template that knows no tool calls leaves an
-    answer its text.
+    Every assistant turn is an answer, unless its weight is 0. The answer is its text, its tool calls as the template
+    writes them, and the token that ends the turn, but nothing that the template adds after that. If the last answer is
+    text alone, it follows the template's generation prompt, as in generation. With a template that ignores tool calls,
+    an answer is its text.
 
-    Raises `ModelError` when a plain question and answer don't come through.
+    Raises `ModelError` when the template can't render a plain question and answer.
     """
 
-    tokenizer: Any
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase
+    kwargs: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.special = set(self.tokenizer.all_special_ids) | {
@@ -63,7 +68,7 @@ class ChatTemplate:
         self.calls = self._learn_calls()
 
     def render(self, turns: Sequence[Message]) -> tuple[str, list[Span]]:
-        """The text up to the end of the last answer, and the characters that each answer takes in it.
+        """The text up to the end of the last answer, and the range of characters of each answer.
 
         Raises `RowError`.
         """
@@ -92,8 +97,11 @@ class ChatTemplate:
         return text, [*((start, stop + len(end)) for start, stop, end in spans), (start, len(text))]
 
     def _answered(self, turns: Sequence[Message], prompt: str) -> tuple[str, str]:
-        """What stands before the last turn's text, and that text: as the template shows it after the prompt, or just as
-        it is where it shows it in another way. A block that the prompt has opened is not opened again."""
+        """The text before the last turn's text, and that text.
+
+        It is taken as the template shows it after the prompt, or unchanged where the template shows it differently
+        there. A block that the prompt has opened is not opened again.
+        """
         whole, answer = self._apply(turns), turns[-1]["content"]
         before = prompt + self._lead
         if not whole.startswith(before):
@@ -115,7 +123,7 @@ class ChatTemplate:
         return before, answer.removeprefix(space)
 
     def _locate(self, turns: Sequence[Message], text: str, *, asks: bool = False) -> list[tuple[int, int, str]]:
-        """Where the answers stand in `text`, which is these turns rendered, and what ends each of their turns there."""
+        """The range of each answer in `text`, the rendering of these turns, and the text that ends its turn there."""
         answers = [k for k, t in enumerate(turns) if is_supervised(t)]
         if not answers:
             return []
@@ -128,14 +136,14 @@ class ChatTemplate:
         frames, pieces = [], []  # the template's own text between the answers
         for k, mark in zip(answers, marks, strict=True):
             frame = self._frame(turns, k, mark, _mark(len(answers), salt))
-            before, found, rest = rest.partition(mark)
-            if not found:
+            before, separator, rest = rest.partition(mark)
+            if not separator:
                 raise RowError(TEMPLATE_ERROR, "the chat template leaves out an earlier assistant turn")
             if "tool_calls" in turns[k]:
                 rest = rest.rpartition(mark)[2]
             opening = next(filter(before.endswith, self._with_and_without_lead(frame.opening)), None)
             if opening is None or not rest.startswith(frame.closing):
-                raise RowError(TEMPLATE_ERROR, "the chat template shows an earlier tool call in another way")
+                raise RowError(TEMPLATE_ERROR, "the chat template shows an earlier tool call in different forms")
             pieces.append(before.removesuffix(opening))
             rest = rest.removeprefix(frame.closing)
             frames.append(frame)
@@ -147,7 +155,7 @@ class ChatTemplate:
             for shown in frame.shown:
                 if text.startswith(shown + following, at):
                     break
-            else:  # the template rewrites earlier answers (drops their reasoning, say): take what it shows
+            else:  # the template changes earlier answers (drops their reasoning, say): take what it shows
                 stop = text.find(following, at)
                 if stop < 0 or not text.startswith(piece, at - len(piece)):
                     raise RowError(TEMPLATE_ERROR, "the chat template rewrites an earlier assistant turn")
@@ -163,11 +171,11 @@ class ChatTemplate:
         return spans
 
     def _frame(self, turns: Sequence[Message], k: int, mark: str, before: str) -> _Frame:
-        """How answer `k` is shown. `before` is another mark, for the turn before it.
+        """How answer `k` is shown. `before` is a different mark, for the turn before it.
 
-        A tool call is in the template's words. They begin after the generation prompt, or else where the turn, rendered
-        as the last one, parts from a plain answer in its place. They end where what follows a plain answer begins, or
-        else with their last special token.
+        The template writes a tool call in its own form. It begins after the generation prompt, or else where the turn,
+        rendered as the last one, starts to differ from a plain answer in its place. It ends where the text that follows
+        a plain answer begins, or else with its last special token.
         """
         turn = turns[k]
         if "tool_calls" not in turn:
@@ -176,8 +184,8 @@ class ChatTemplate:
 
         def after_before(*more: Message) -> str:
             text = self._apply([*turns[: k - 1], _marked(turns[k - 1], before), *more], asks=not more)
-            _, found, rest = text.rpartition(before)
-            if not found:
+            _, separator, rest = text.rpartition(before)
+            if not separator:
                 raise RowError(TEMPLATE_ERROR, "the chat template leaves out the turn before a tool call")
             return rest
 
@@ -200,17 +208,19 @@ class ChatTemplate:
         return text, text.removeprefix(self._lead)
 
     def _apply(self, turns: Sequence[Message], *, asks: bool = False) -> str:
-        """The turns rendered, and with `asks` the generation prompt."""
+        """Render the turns, with `asks` also the generation prompt."""
         tools = next((t["content"] for t in turns if t["role"] == TOOLS), None)
-        options = {**self.kwargs, **({"tools": tools} if tools else {})}
+        options: dict[str, Any] = {**self.kwargs, **({"tools": tools} if tools else {})}
         messages = [self._taken(t) for t in turns if t["role"] != TOOLS]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **options)
-        except Exception as problem:  # Jinja templates raise what they like
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **options)
+        except Exception as problem:  # Jinja templates raise any exception
             raise RowError(TEMPLATE_ERROR, f"the chat template refuses it: {problem}") from problem
+        assert isinstance(text, str)
+        return text
 
     def _taken(self, turn: Message) -> Message:
-        """A turn as the template takes it."""
+        """A turn in the form that the template expects."""
         turn = {name: value for name, value in turn.items() if name != "weight"}
         if "tool_calls" in turn:
             assert self.calls is not None
@@ -222,8 +232,9 @@ class ChatTemplate:
         return turn
 
     def _learn_turn(self) -> None:
-        """Is there a generation prompt? What stands between it and an answer (mostly nothing), what follows an answer
-        and the part of it through the token that ends the turn, and is the answer trimmed?"""
+        """Find out whether there is a generation prompt and whether an answer is trimmed; find the text between the
+        generation prompt and an answer (mostly none), the text after an answer, and its part up to the token that ends
+        the turn."""
         mark = _mark()
         ask = {"role": "user", "content": "x"}
         try:
@@ -233,32 +244,32 @@ class ChatTemplate:
             self._trims = plain == self._apply([ask, {"role": "assistant", "content": f" {mark} "}])
         except RowError as problem:
             raise ModelError(f"The chat template fails on a plain question and answer: {problem.detail}") from problem
-        before, found, self._tail = plain.partition(mark)
-        if not found:
+        before, separator, self._tail = plain.partition(mark)
+        if not separator:
             raise ModelError("The chat template leaves out the assistant's turn: give another one in the pack.")
         self._lead = before[len(prompt) :] if before.startswith(prompt) else ""
         stop = min(self._specials(self._tail), default=None)
         self._end = self._tail[:stop] if stop else self.tokenizer.eos_token or ""
 
     def _learn_calls(self) -> tuple[bool, bool] | None:
-        """How the template takes tool calls: whether their turn has empty text rather than none, whether arguments are
-        JSON text rather than an object. None where no way shows them."""
+        """The form in which the template expects tool calls: whether their turn has empty text rather than none, and
+        whether their arguments are JSON text rather than an object. None where the template shows them in no form."""
         mark = _mark()
         call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {mark: mark}}}
         turns: list[Message] = [{"role": "user", "content": "x"}]
         turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
-        for way in product((True, False), (False, True)):
-            self.calls = way
+        for form in product((True, False), (False, True)):
+            self.calls = form
             try:
                 text = self._apply(turns)
             except RowError:
                 continue
             if mark in text and repr({mark: mark}) not in text:
-                return way
+                return form
         return None
 
     def _specials(self, text: str) -> list[int]:
-        """Where the special tokens of a text end."""
+        """The positions at which the special tokens of a text end."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [stop for token, (_, stop) in pairs if token in self.special]
@@ -274,7 +285,7 @@ def _mark(k: int = 0, salt: int = 0) -> str:
 
 
 def _marked(turn: Message, mark: str) -> Message:
-    """The turn with a mark for its text, and for the arguments of each of its tool calls."""
+    """The turn with a mark in place of its text and of the arguments of each of its tool calls."""
     if "tool_calls" not in turn:
         return {**turn, "content": mark}
     calls = [_with_arguments(call, lambda _: {mark: mark}) for call in turn["tool_calls"]]
@@ -282,12 +293,12 @@ def _marked(turn: Message, mark: str) -> Message:
 
 
 def _shared(a: str, b: str) -> str:
-    """The text with which both begin."""
-    parted = (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return a[: next(parted, min(len(a), len(b)))]
+    """The longest common prefix."""
+    differing = (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return a[: next(differing, min(len(a), len(b)))]
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -1,13 +1,13 @@
-"""Why a row's risk is what it is: which layers, modules and tokens carry it.
+"""Explains a row's risk: which layers, modules and tokens carry it.
 
-Every figure is a part of the risk. By module it is a probe's weight times the module's cosine; by token it is the
-weight times what one position adds to all cosines (`projection.by_token`). Both ways the parts sum to the row's risk,
-up to the rounding of the scorer's dtype. The row is run alone here: the risk that a run stored was taken in a batch,
-and may differ from the parts' sum by as much.
+Every figure is a part of the risk. A module's part is a probe's weight times the module's cosine; a token's part is the
+weight times one position's part of all cosines (`projection.by_token`). Both kinds of parts sum to the row's risk, up
+to the rounding of the scorer's dtype. The row is run alone here. A stored risk was computed in a micro-batch and may
+differ from the sum by as much.
 
-At position t the model reads token t and is trained to give token t + 1. The position's part is put down to the token
-that it gives, so that each answer token has exactly one. What is left are the positions after which nothing is
-supervised: the prompt, whose part of the update is what the answers read there through attention.
+At position t the model reads token t and is trained to give token t + 1. The position's part is assigned to the token
+that it gives, so that each answer token has exactly one. The positions after which nothing is supervised remain: the
+prompt, which takes part in the update through attention.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import TypedDict, TypeVar
 
 import numpy as np
 
@@ -23,56 +23,99 @@ from sqsd_filter.corpus.conversation import Message
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.scorer import SQSDScorer
 
-TOP = 10  # modules that are named one by one
-DIGITS = 7  # after the point
+Key = TypeVar("Key", int | None, str)
+
+TOP = 10  # modules that are listed one by one
+DIGITS = 7  # after the decimal point
 
 
-def explain(scorer: SQSDScorer, turns: Sequence[Message]) -> dict[str, Any]:
-    """The parts of the risk of a conversation that can be scored. Loads the model if it isn't.
+class Part(TypedDict):
+    """A part of the risk, and each probe's share of it by the probe's name, weighted."""
 
-    Each part has its "risk" and what the "probes" add to that, weighted; `total` is such a sum of all modules. `layers`
-    and `module_types` (a module's name behind its layer's number) have all modules, `modules` the `TOP` that add most;
-    `prompt` and `answer` have all positions, `tokens` those of the answers, one by one with their text.
-    """
-    from sqsd_filter.scoring.engine import run_parallel
+    risk: float
+    probes: dict[str, float]
 
-    engine, (row,) = scorer.engine, scorer.encoder.encode([turns])
+
+class LayerPart(Part):
+    """The part of a layer's modules; `layer` is None for modules outside of all layers."""
+
+    layer: int | None
+
+
+class TypePart(Part):
+    """The part of all modules of one type: a module's name after its layer's number."""
+
+    type: str
+
+
+class ModulePart(Part):
+    """The part of one module."""
+
+    module: str
+
+
+class TokenPart(Part):
+    """The part of one answer token, with its text."""
+
+    text: str
+
+
+class Explanation(TypedDict):
+    """A row's risk in parts: `layers` and `module_types` cover all modules, `modules` the `TOP` with the largest parts;
+    `prompt` and `answer` cover all positions, `tokens` each token of the answers."""
+
+    total: Part
+    layers: list[LayerPart]
+    module_types: list[TypePart]
+    modules: list[ModulePart]
+    prompt: Part
+    answer: Part
+    tokens: list[TokenPart]
+
+
+def explain(scorer: SQSDScorer, turns: Sequence[Message]) -> Explanation:
+    """The parts of the risk of a conversation that can be scored. Loads the model if necessary."""
+    from sqsd_filter.scoring.batching import run_parallel
+
+    model, (row,) = scorer.model, scorer.encoder.encode([turns])
     assert isinstance(row, Encoded)
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    run_parallel(lambda _: found.extend(engine.parts(row)), [[0]], min(1, engine.workers))  # in one thread, as bins are
-    weights = np.array([probe.weight for probe in engine.probes])
-    modules = list(dict.fromkeys(chain(*engine.probe_modules.values())))
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    # in one thread, as micro-batches are
+    run_parallel(lambda _: parts.extend(model.parts(row)), [[0]], min(1, model.workers))
+    weights = np.array([probe.weight for probe in model.probes])
+    modules = list(dict.fromkeys(chain(*model.probe_modules.values())))
     by_module = np.zeros((len(modules), len(weights)))
-    for k, (names, (cosines_m, _)) in enumerate(zip(engine.probe_modules.values(), found, strict=True)):
+    for k, (names, (cosines_m, _)) in enumerate(zip(model.probe_modules.values(), parts, strict=True)):
         by_module[[modules.index(name) for name in names], k] = weights[k] * cosines_m
-    by_token = weights * np.stack([parts_t for _, parts_t in found], axis=1)
+    by_token = weights * np.stack([parts_t for _, parts_t in parts], axis=1)
     gives_answer = row.answer[1 : len(by_token) + 1]
     texts = scorer.encoder.texts(turns)
 
-    def told(parts: np.ndarray) -> dict[str, Any]:
+    def part(values: np.ndarray) -> Part:
         """The sum of parts (…, probes)."""
-        total = parts.reshape(-1, len(weights)).sum(axis=0)
-        each = {probe.name: round(float(value), DIGITS) for probe, value in zip(engine.probes, total, strict=True)}
-        return {"risk": round(float(total.sum()), DIGITS), "probes": each}
+        total = values.reshape(-1, len(weights)).sum(axis=0)
+        probes = {probe.name: round(float(value), DIGITS) for probe, value in zip(model.probes, total, strict=True)}
+        return {"risk": round(float(total.sum()), DIGITS), "probes": probes}
 
-    def grouped(what: str, keys: Sequence[Any]) -> list[dict[str, Any]]:
-        """The modules' parts summed by these keys, one a module; the riskiest first."""
-        groups = [{what: key, **told(by_module[[k == key for k in keys]])} for key in dict.fromkeys(keys)]
-        return sorted(groups, key=lambda group: -group["risk"])
+    def grouped(keys: Sequence[Key]) -> list[tuple[Key, Part]]:
+        """The modules' parts summed by these keys, one per module; the riskiest first."""
+        groups = [(key, part(by_module[[k == key for k in keys]])) for key in dict.fromkeys(keys)]
+        return sorted(groups, key=lambda group: -group[1]["risk"])
 
-    places = [layer_and_type(module) for module in modules]
+    layers_and_types = [layer_and_type(module) for module in modules]
+    layers, types = grouped([layer for layer, _ in layers_and_types]), grouped([kind for _, kind in layers_and_types])
     return {
-        "total": told(by_module),
-        "layers": grouped("layer", [layer for layer, _ in places]),
-        "module_types": grouped("type", [kind for _, kind in places]),
-        "modules": grouped("module", modules)[:TOP],
-        "prompt": told(by_token[~gives_answer]),
-        "answer": told(by_token[gives_answer]),
-        "tokens": [{"text": texts[t + 1], **told(by_token[t])} for t in np.flatnonzero(gives_answer)],
+        "total": part(by_module),
+        "layers": [{"layer": layer, **own} for layer, own in layers],
+        "module_types": [{"type": kind, **own} for kind, own in types],
+        "modules": [{"module": module, **own} for module, own in grouped(modules)[:TOP]],
+        "prompt": part(by_token[~gives_answer]),
+        "answer": part(by_token[gives_answer]),
+        "tokens": [{"text": texts[t + 1], **part(by_token[t])} for t in np.flatnonzero(gives_answer)],
     }
 
 
 def layer_and_type(module: str) -> tuple[int | None, str]:
-    """The number of a module's layer, None outside of all, and the module's name within it."""
-    found = re.search(r"\.(\d+)\.", module)
-    return (int(found[1]), module[found.end() :]) if found else (None, module)
+    """The number of a module's layer (None outside of all layers) and the module's name within it."""
+    match = re.search(r"\.(\d+)\.", module)
+    return (int(match[1]), module[match.end() :]) if match else (None, module)

@@ -1,6 +1,6 @@
 """One step of `datasets`' `map` or Ray Data's `map_batches`: a batch of rows in, their score columns out.
 
-Of a batch only the columns that the row format names are read: images, audio or JSON beside them are never decoded.
+Only the columns that the row format names are read: images, audio or JSON in other columns are never decoded.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -17,14 +17,20 @@ from sqsd_filter.corpus.conversation import is_turn
 from sqsd_filter.errors import UsageError
 
 if TYPE_CHECKING:
+    import pandas
+
     from sqsd_filter.scoring.results import Scores
+
+# The forms in which `datasets` and Ray Data hand over a batch: columns by name, an Arrow table, a data frame.
+BatchData: TypeAlias = "Mapping[str, Any] | pa.Table | pandas.DataFrame"
+Column = Any  # a list, an array, a tensor, an Arrow column, a series; or one value, where a single row came as a batch
 
 
 class Batch:
-    """The rows of a batch, whatever it came as; a column is read when a row is asked for it, once."""
+    """The rows of a batch in any of its forms. A column is read once, when it is first used."""
 
-    def __init__(self, given: Any) -> None:
-        """Raises `UsageError` for what is no batch."""
+    def __init__(self, given: BatchData) -> None:
+        """Raises `UsageError` for anything but a batch."""
         self._given = given
         self._columns: dict[str, list[Any]] = {}
         if isinstance(given, pa.Table):
@@ -38,11 +44,11 @@ class Batch:
                 f"SQSDScorer takes batches of rows with named columns, not {type(given).__name__}: call map with "
                 "batched=True, without input_columns, in one of the formats None, arrow, numpy, pandas and torch."
             )
-        # A batch of `datasets` keeps each value that was read, to encode it again. The copy's are forgotten.
+        # A batch of `datasets` keeps each value that was read and encodes it again. So values are read from a copy.
         self._source = copy.copy(given) if isinstance(given, Mapping) else given
 
     def column(self, name: str) -> list[Any]:
-        """One value a row. Raises `UsageError` where it isn't, because a single row came as a batch."""
+        """One value per row. Raises `UsageError` where the batch turns out to be a single row."""
         if name not in self._columns:
             values = self._read(self._source[name])
             first = next((v for v in values if v is not None), None) if isinstance(values, list) else values
@@ -52,13 +58,13 @@ class Batch:
         return self._columns[name]
 
     def _may_be_a_row(self) -> bool:
-        """Could this be a single row? Its columns are no lists, or of several lengths; or it has but one."""
+        """Could this be a single row? Some column is not a list, lengths differ, or there is only one column."""
         if not isinstance(self._source, Mapping) or hasattr(self._source, "pa_table"):
             return False
         lengths = {_length(values) for values in self._source.values()}
         return len(lengths) > 1 or None in lengths or len(self.names) == 1
 
-    def _read(self, values: Any) -> Any:
+    def _read(self, values: Column) -> Column:
         if isinstance(self._source, pa.Table):
             from datasets import Features
 
@@ -68,7 +74,7 @@ class Batch:
             return pa.array(values, from_pandas=True).to_pylist()
         return _plain(values)
 
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+    def __iter__(self) -> Iterator[Mapping[str, object]]:
         return (_Row(self, k) for k in range(self._count()))
 
     def _count(self) -> int:
@@ -82,9 +88,12 @@ class Batch:
             raise _single_row()
         return length
 
-    def with_scores(self, scores: Scores) -> Any:
-        """What the caller takes back: `datasets` the new columns alone, so that it leaves the others as they are, but a
-        table or data frame as a whole; Ray Data always the whole batch."""
+    def with_scores(self, scores: Scores) -> BatchData:
+        """The batch to return.
+
+        `datasets` gets only the new columns, so that it leaves the others unchanged, but a whole table or data frame.
+        Ray Data always gets the whole batch.
+        """
         columns = scores.columns()
         if isinstance(self._given, pa.Table):
             table = self._given
@@ -94,22 +103,24 @@ class Batch:
                 table = table.append_column(name, pa.array(values, kind, from_pandas=True))
             return table
         if _is_frame(self._given):
-            from pandas import Series  # of objects: pandas' own text would be a large_string in Arrow
+            from pandas import Series
 
-            status = Series(columns["sqsd_status"], index=self._given.index, dtype=object)
-            return self._given.assign(**columns | {"sqsd_status": status})
+            # of objects: the text type of pandas would be a large_string in Arrow
+            frame: pandas.DataFrame = self._given
+            status = Series(columns["sqsd_status"], index=frame.index, dtype=object)
+            return frame.assign(**columns | {"sqsd_status": status})
         if _from_ray(self._given):
             return {**self._given, **columns}
         return {name: _Floats(v) if isinstance(v, np.ndarray) else v for name, v in columns.items()}
 
 
-class _Row(Mapping[str, Any]):
+class _Row(Mapping[str, object]):
     """Row k of a batch."""
 
     def __init__(self, batch: Batch, k: int) -> None:
         self._batch, self._k = batch, k
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> object:
         if name not in self._batch.names:
             raise KeyError(name)
         return self._batch.column(name)[self._k]
@@ -122,7 +133,7 @@ class _Row(Mapping[str, Any]):
 
 
 class _Floats(list[float | None]):
-    """Floats, None for NaN, that become an Arrow column of floats even where all of them are None."""
+    """Floats, None for NaN, which become an Arrow column of floats even where all of them are None."""
 
     def __init__(self, values: np.ndarray) -> None:
         super().__init__(None if np.isnan(v) else v for v in values.tolist())
@@ -135,16 +146,16 @@ def _single_row() -> UsageError:
     return UsageError("SQSDScorer takes batches of rows, and this is a single row: call map with batched=True.")
 
 
-def _length(values: Any) -> int | None:
-    """How many values a column has; None where it is one value."""
+def _length(values: Column) -> int | None:
+    """The number of values of a column; None where it is a single value."""
     try:
         return None if isinstance(values, str | bytes | Mapping) else len(values)
     except TypeError:  # a number, say, or an array of one
         return None
 
 
-def _plain(value: Any) -> Any:
-    """Lists in the place of arrays and tensors, which a nested column may be made of too."""
+def _plain(value: Column) -> Column:
+    """The value with lists in place of arrays and tensors, at every level."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -152,18 +163,18 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _is_lazy_row(batch: Any) -> bool:
+def _is_lazy_row(batch: object) -> bool:
     datasets = sys.modules.get("datasets.formatting.formatting")
     return datasets is not None and isinstance(batch, datasets.LazyRow)
 
 
-def _is_frame(batch: Any) -> bool:
+def _is_frame(batch: object) -> bool:
     pandas = sys.modules.get("pandas")
     return pandas is not None and isinstance(batch, pandas.DataFrame)
 
 
 def _from_ray(batch: Mapping[str, Any]) -> bool:
-    """Did Ray Data make this batch? `datasets` may give arrays, too, but hardly in a task of Ray."""
+    """Did Ray Data make this batch? `datasets` may also give arrays, but hardly in a Ray task."""
     ray = sys.modules.get("ray")
     return (
         ray is not None

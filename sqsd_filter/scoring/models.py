@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sqsd_filter.errors import ModelError, UsageError, first_line, option
 from sqsd_filter.scoring.embedded import EMBEDDED, cache_dir, fetch_gguf, kept
@@ -20,6 +20,7 @@ from sqsd_filter.storage.locks import take_lock
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +29,9 @@ _MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin", ".p
 
 
 def locate(base_model: str) -> str:
-    """The folder or Hub id that transformers can load for `base_model`; fetches an embedded model the first time.
+    """The folder or Hub id that transformers can load for `base_model`; fetches an embedded model on first use.
 
-    Raises `ModelError` when an embedded model can't be fetched, or isn't what it should be.
+    Raises `ModelError` when an embedded model can't be fetched or is another file than expected.
     """
     embedded = EMBEDDED.get(base_model)
     if embedded is None:
@@ -68,16 +69,16 @@ def is_here(base_model: str, revision: str | None = None) -> bool:
     names = ("model.safetensors", "model.safetensors.index.json")
     try:
         return any(isinstance(try_to_load_from_cache(base_model, n, revision=revision), str) for n in names)
-    except HFValidationError:  # a path where nothing is
+    except HFValidationError:  # a path at which nothing exists
         return False
 
 
 def content_id(base_model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> str | None:
-    """What tells the weights behind a name from others that it may stand for at another time or place.
+    """An id of the weights behind a name, which may stand for others at another time or on another machine.
 
-    For an embedded model its known hash, for a Hub id the commit, for a folder a hash of its files: of small ones
-    whole, of large ones the size and 4 KiB of each MiB, which no retraining leaves as they were. None where it can't be
-    told here; loading the model will say why.
+    For an embedded model it is its known hash, for a Hub id the commit, for a folder a hash of its files: all bytes of
+    small ones; the size and 4 KiB of each MiB of large ones, which no retraining leaves unchanged. None where it can't
+    be determined; loading the model will say why.
     """
     if base_model in EMBEDDED:
         return EMBEDDED[base_model].sha256[:16]
@@ -105,11 +106,11 @@ def content_id(base_model: str, revision: str | None = None, *, trust_remote_cod
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """GGUF to safetensors in float32, which holds every dequantised value exactly."""
+    """Convert GGUF to safetensors in float32, which represents every dequantised value exactly."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # The GGUF names a training artefact of its own as the model; transformers copies that into the config.
+    # The GGUF file gives the name of a training run as the model; transformers copies it into the config.
     with _quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
@@ -121,7 +122,9 @@ def _convert(gguf: Path, target: Path) -> None:
         model.save_pretrained(target)
 
 
-def load_tokenizer(base_model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    base_model: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model. Raises `ModelError`."""
     from transformers import AutoTokenizer
 
@@ -130,8 +133,23 @@ def load_tokenizer(base_model: str, revision: str | None = None, *, trust_remote
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """The device on which a model takes its tokens."""
+    import torch
+
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.device
+
+
+def output_head(model: PreTrainedModel) -> torch.nn.Module:
+    """The linear layer that makes the logits."""
+    head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # untyped in transformers
+    return head
+
+
 def longest_input(base_model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> int | None:
-    """How many tokens a base model has positions for, or None where it doesn't say. Raises `ModelError`."""
+    """The number of positions that a base model has, or None where its configuration has none. Raises `ModelError`."""
     from transformers import AutoConfig
 
     path = locate(base_model)
@@ -142,7 +160,7 @@ def longest_input(base_model: str, revision: str | None = None, *, trust_remote_
 
 
 def weights_folder(base_model: str, revision: str | None = None) -> Path:
-    """The folder with a base model's safetensors, fetched from the Hub where it has to be. Raises `ModelError`."""
+    """The folder with a base model's safetensors, fetched from the Hub if necessary. Raises `ModelError`."""
     from huggingface_hub import snapshot_download
 
     folder = Path(locate(base_model)).expanduser()
@@ -152,14 +170,15 @@ def weights_folder(base_model: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(base_model, revision=revision, allow_patterns=["*.json", "model*.safetensors"]))
 
 
-def skeleton(base_model: str, revision: str | None = None) -> Any:
+def skeleton(base_model: str, revision: str | None = None) -> PreTrainedModel:
     """A base model's modules without their weights (on the device `meta`). Raises `ModelError`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = locate(base_model)
     with _quiet_transformers(), _as_model_error(base_model, "configuration"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, revision=revision))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, revision=revision))
+        return model
 
 
 def load_model(
@@ -171,11 +190,11 @@ def load_model(
     attention: str | None = None,
     adapter: Path | None = None,
     trust_remote_code: bool = False,
-) -> Any:
+) -> PreTrainedModel:
     """A frozen causal language model in evaluation mode; device None spreads it over all GPUs.
 
-    `adapter` is a LoRA folder to merge into the weights before they are rounded to `dtype`. Raises
-    `ModelError`, `PackError`; `UsageError` where the kernel named by `attention` can't be had.
+    `adapter` is a LoRA folder, merged into the weights before they are rounded to `dtype`. Raises `ModelError`,
+    `PackError`; `UsageError` where the kernel named by `attention` is not available.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -183,29 +202,31 @@ def load_model(
     from sqsd_filter.scoring.adapters import load_adapter, merge
 
     path = locate(base_model)
-    where: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _quiet_transformers(), _as_model_error(base_model, "weights", attention):
         exact = True
         if adapter is not None:
-            stored = AutoConfig.from_pretrained(path, **where).dtype
+            stored = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code).dtype
             exact = stored is not None and torch.promote_types(stored, dtype) == dtype
         model = AutoModelForCausalLM.from_pretrained(
             path,
-            **where,
-            dtype=dtype if exact else "auto",  # to spread it takes the size that it will have
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype if exact else "auto",  # where it is spread over GPUs, its size counts
             device_map="auto" if device is None else None,
             attn_implementation=attention,
         )
-    placed: Any = model
     if device is not None:
-        placed = placed.to(device)
+        torch.nn.Module.to(model, device)  # transformers wraps it in a type that takes no device
     if adapter is not None:
-        placed = merge(placed, load_adapter(adapter), dtype)
-    return placed.eval().requires_grad_(False)
+        merge(model, load_adapter(adapter), dtype)
+    model.eval().requires_grad_(False)
+    return model
 
 
-def load_in_4bit(base_model: str, revision: str | None = None, *, dtype: torch.dtype, device: str | None) -> Any:
-    """A frozen model whose linear layers hold 4-bit NormalFloat weights, to train adapters on; it computes in `dtype`.
+def load_in_4bit(
+    base_model: str, revision: str | None = None, *, dtype: torch.dtype, device: str | None
+) -> PreTrainedModel:
+    """A frozen model whose linear layers hold 4-bit NormalFloat weights, for QLoRA; it computes in `dtype`.
 
     Device None spreads it over all GPUs. Raises `ModelError`.
     """
@@ -224,7 +245,8 @@ def load_in_4bit(base_model: str, revision: str | None = None, *, dtype: torch.d
             device_map="auto" if device is None else {"": device},
         )
     # not in evaluation mode, in which a CPU would repack the weights for a product that has no gradient
-    return model.requires_grad_(False).train()
+    model.requires_grad_(False).train()
+    return model
 
 
 @contextmanager

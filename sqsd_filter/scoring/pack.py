@@ -1,4 +1,4 @@
-"""A pack is the compass on disk: `pack.json` beside PEFT adapter folders, and the base model they belong to.
+"""A pack on disk: `pack.json` beside the PEFT adapter folders of its states and directions.
 
     {"format": 1, "name": "...", "base_model": "<hub id | path | embedded id>", "base_revision": null,
      "chat_template_kwargs": {}, "max_length": 1024,
@@ -6,7 +6,7 @@
                 {"name": "safety", "weight": -1.0, "direction": "safety", "state": "safety", "state_scaling": 1.0}]}
 
 `direction` and `state` are adapter folders inside the pack. `state_scaling` null keeps the adapter's own α/r.
-`base_adapter`, if there is one, is an adapter folder, too: it is merged into the base model before all else.
+`base_adapter`, if given, is an adapter folder that is merged into the base model first.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from sqsd_filter.errors import PackError, UsageError, first_line
 
 PACK_FILE = "pack.json"
 FORMAT = 1
 PACKS_DIR = Path(__file__).resolve().parent.parent / "packs"  # the embedded ones
-PROBE_NAME = re.compile(r"(?!.*_modules$)[a-z][a-z0-9_]*")  # sqsd_<probe>_modules is a column of another kind
-RESERVED = ("risk", "status", "reason", "file", "line", "raw")  # other columns are called sqsd_ and this
+PROBE_NAME = re.compile(r"(?!.*_modules$)[a-z][a-z0-9_]*")  # sqsd_<probe>_modules is the column of --per-module
+RESERVED = ("risk", "status", "reason", "file", "line", "raw")  # other columns are called sqsd_<one of these>
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -45,13 +45,13 @@ class Probe:
 
     @property
     def at(self) -> tuple[str, float | None]:
-        """Where the gradient is taken. Probes that share it share one forward and backward pass."""
+        """The state at which the gradient is taken. Probes at the same one share a forward and backward pass."""
         return self.state, self.state_scaling
 
 
 @dataclass(frozen=True)
 class Pack:
-    """A validated pack. Adapters are read by the scorer; here are only their places."""
+    """A validated pack. It has the paths of the adapters; the scorer reads them."""
 
     path: Path
     name: str
@@ -61,7 +61,7 @@ class Pack:
     base_adapter: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 1024
-    notes: Mapping[str, Any] = field(default_factory=dict)  # provenance, licences, quantiles: kept, not interpreted
+    notes: Mapping[str, Any] = field(default_factory=dict)  # JSON: provenance, licences, quantiles; not interpreted
 
     def adapter(self, name: str) -> Path:
         """The folder of one of the pack's adapters."""
@@ -69,7 +69,7 @@ class Pack:
 
     @property
     def base_folder(self) -> Path | None:
-        """The folder of the adapter that makes the base model what the others were trained on."""
+        """The folder of the adapter that turns the base model into the one that the others were trained on."""
         return self.adapter(self.base_adapter) if self.base_adapter else None
 
     @property
@@ -84,14 +84,14 @@ class Pack:
 
     @property
     def shared_state(self) -> str | None:
-        """The one state at which probes of danger and of safety (by the signs of their weights) are taken together: the
-        fast mode, not the paper's form."""
-        places, signs = {p.at for p in self.probes}, {math.copysign(1, p.weight) for p in self.probes if p.weight}
-        return self.probes[0].state if len(places) == 1 and len(signs) == 2 else None
+        """The state at which all probes are, where there is only one and some of them are of danger, some of safety (by
+        the signs of their weights). This is the fast mode; the paper has two states."""
+        states, signs = {p.at for p in self.probes}, {math.copysign(1, p.weight) for p in self.probes if p.weight}
+        return self.probes[0].state if len(states) == 1 and len(signs) == 2 else None
 
     def at_one_state(self, state: str) -> Pack:
-        """The pack with every probe at this one of its states, with the scaling that it has there: one forward and
-        backward pass for all. These are other scores, so it is another fingerprint.
+        """The pack with every probe at this one of its states, with the scaling that the state has there: all share one
+        forward and backward pass. Scores differ, so the fingerprint does.
 
         Raises `UsageError` where no probe is at that state.
         """
@@ -104,8 +104,8 @@ class Pack:
         return replace(self, probes=tuple(probes))
 
     def of_sign(self, sign: int) -> Pack:
-        """The pack with its probes of danger alone, whose weight is positive, or (-1) with those of safety: another
-        fingerprint, too.
+        """The pack with only its danger probes, whose weight is positive, or (-1) only its safety probes. Its
+        fingerprint differs.
 
         Raises `UsageError` where it has none.
         """
@@ -118,7 +118,7 @@ class Pack:
     def fingerprint(self) -> str:
         """16 hex digits over everything that can change a score: the settings and the adapters' bytes.
 
-        The pack's name, its place on disk and its notes do not enter.
+        The pack's name, its path and its notes are left out.
         """
         digest = hashlib.blake2b(digest_size=8)
         settings = {
@@ -138,16 +138,16 @@ class Pack:
 
 
 def embedded_packs() -> list[str]:
-    """Names of the packs that come with the package."""
+    """Names of the packs that are part of the package."""
     return sorted(p.parent.name for p in PACKS_DIR.glob(f"*/{PACK_FILE}"))
 
 
 def load_pack(where: str | Path) -> Pack:
     """Load a pack by the name of an embedded one, from a folder, or from a Hub repository (`org/name[@revision]`).
 
-    A folder with the name of an embedded pack is meant by `./name`.
+    Write `./name` for a folder with the name of an embedded pack.
 
-    Raises `PackError` when there is none, or what is there is not a valid pack.
+    Raises `PackError` where no pack is found or it is not valid.
     """
     text = str(where)
     folder = Path(text).expanduser()
@@ -174,15 +174,15 @@ def _download(where: str) -> Path:
 
 @contextmanager
 def from_hub(what: str) -> Iterator[None]:
-    """Turns what the Hub's client raises while it gets `what` into `PackError`."""
-    from huggingface_hub.errors import HFValidationError, HTTPError
+    """Turn what the Hub's client raises while it fetches `what` into `PackError`."""
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # httpx, or its fork
 
     try:
         yield
     except (HTTPError, HFValidationError, OSError) as problem:
         raise PackError(
-            f"The {what} is no folder here and can't be had from the Hub ({first_line(problem)}): check the name, the "
-            "network and, for a private repository, the token in HF_TOKEN."
+            f"The {what} is not a local folder and can't be fetched from the Hub ({first_line(problem)}): check the "
+            "name, the network and, for a private repository, the token in HF_TOKEN."
         ) from problem
 
 
@@ -231,10 +231,17 @@ CORE = {
     *("format", "name", "base_model", "base_revision", "base_adapter"),
     *("chat_template_kwargs", "max_length", "probes"),
 }
-_REQUIRED: Any = object()
+_REQUIRED = object()
+Value = TypeVar("Value")
+Default = TypeVar("Default")
 
 
-def _field(data: Mapping[str, Any], key: str, kind: type, path: Path, default: Any = _REQUIRED) -> Any:
+@overload
+def _field(data: Mapping[str, Any], key: str, kind: type[Value], path: Path) -> Value: ...
+@overload
+def _field(data: Mapping[str, Any], key: str, kind: type[Value], path: Path, default: Default) -> Value | Default: ...
+def _field(data: Mapping[str, Any], key: str, kind: type, path: Path, default: object = _REQUIRED) -> object:
+    """A field of `pack.json`. Raises `PackError` where it has another type, or is missing and has no default."""
     value = data.get(key, default)
     if value is _REQUIRED:
         raise PackError(f"{path} lacks '{key}'.")
@@ -245,7 +252,7 @@ def _field(data: Mapping[str, Any], key: str, kind: type, path: Path, default: A
     return value
 
 
-def _probe(entry: Any, path: Path) -> Probe:
+def _probe(entry: object, path: Path) -> Probe:
     if not isinstance(entry, dict):
         raise PackError(f"{path}: each probe must be an object, not {entry!r}.")
     scaling = _field(entry, "state_scaling", float, path, None)

@@ -1,4 +1,4 @@
-"""Where a scorer runs: on which device, and in which threads of which process."""
+"""Where a scorer runs: the device, the threads and the process."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ os.register_at_fork(after_in_child=_remember)
 
 
 def choose_device(named: str | None, rank: int | None = None) -> str:
-    """The device that was named, else a GPU where there is one, else the CPU. A process with a rank takes the GPU of
-    that number, counted round; a GPU that was named by its number stays."""
+    """The device that was named, else a GPU where there is one, else the CPU.
+
+    A process with a rank takes the GPU with that number, modulo the number of GPUs; a GPU named by its number is kept.
+    """
     if named not in (None, "cuda"):
         return named
     import torch
 
-    gpus = torch.cuda.device_count()  # is_available would start CUDA, and a fork could not use it any more
+    gpus = torch.cuda.device_count()  # is_available would start CUDA, which no fork could use then
     if not gpus:
         return named or "cpu"
     return "cuda" if rank is None else f"cuda:{rank % gpus}"
@@ -50,13 +52,13 @@ def check_device(device: str) -> None:
         fix = (
             "call multiprocess.set_start_method('spawn') before anything else"
             if "forked subprocess" in first
-            else "name one that torch has here"
+            else "name a device that torch has on this machine"
         )
         raise UsageError(f"The device '{device}' can't be used ({first}): {fix}.") from problem
 
 
 def free_memory(device: str) -> int:
-    """Bytes that are free on a GPU, or on this machine."""
+    """Free bytes of a GPU's memory, or of this machine's."""
     import psutil
     import torch
 
@@ -65,8 +67,8 @@ def free_memory(device: str) -> int:
 
 
 def limit_threads() -> None:
-    """Let one of several processes of `map` compute with one thread: its siblings have the other cores."""
-    multiprocess = sys.modules.get("multiprocess")  # which `datasets` uses in the place of multiprocessing
+    """Limit one of several processes of `map` to one thread: the other processes have the other cores."""
+    multiprocess = sys.modules.get("multiprocess")  # which `datasets` uses instead of multiprocessing
     if multiprocess is not None and multiprocess.parent_process() is not None:
         import torch
 
@@ -75,10 +77,10 @@ def limit_threads() -> None:
 
 @contextmanager
 def thread_pool(threads: int, prepare: Callable[[], object] = lambda: None) -> Iterator[ThreadPoolExecutor]:
-    """A pool whose threads, each of which runs `prepare` first, are gone when it is left.
+    """A pool whose threads, each of which runs `prepare` first, no longer exist when the block ends.
 
-    Before Python 3.13 a thread that was joined may still be on its way out. MKL then takes locks to free its buffers,
-    and a fork at that moment would have them held for ever (seen in torch 2.13: `mm_account_ptr_by_tid` spins).
+    Before Python 3.13 a joined thread may still be exiting. MKL then takes locks to free its buffers, and after a fork
+    at that moment they would stay locked in the child (seen with torch 2.13: `mm_account_ptr_by_tid` spins).
     """
     started: list[int] = []
 
@@ -96,8 +98,8 @@ def thread_pool(threads: int, prepare: Callable[[], object] = lambda: None) -> I
 
 
 def sound(run: Callable[[], T]) -> T:
-    """`run()`; after a fork in a thread of its own, because in this one OpenMP may wait for ever for threads that only
-    the parent has."""
+    """`run()`, in a new thread after a fork: in the forked thread, OpenMP may wait forever for threads that exist only
+    in the parent."""
     if not _forked:
         return run()
     with thread_pool(1) as pool:

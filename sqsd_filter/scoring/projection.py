@@ -1,4 +1,4 @@
-"""The maths of a projection, in r-sized matrices only: no d_out × d_in matrix is ever formed.
+"""The maths of a projection, with r-sized matrices only: no d_out × d_in matrix is ever formed.
 
 For a module y = Wx + s·B(Ax) and one row's loss gradients G_A, G_B, the row's first-order update of the effective
 weight is ΔW = -(G_B A + B G_A). Against a direction V = B_V A_V:
@@ -10,13 +10,13 @@ weight is ΔW = -(G_B A + B G_A). Against a direction V = B_V A_V:
 with x the module's input, h = Ax, d = ∂L/∂y and e = s Bᵀ d, so that G_B = s dᵀ h and G_A = eᵀ x (SQSD,
 arXiv 2605.04572; the cross term holds because G_Bᵀ B = hᵀ e = (G_A Aᵀ)ᵀ).
 
-Both products on the right are sums over the row's tokens t, in which d enters once: with the norms held fixed, cos_m is
-a sum of what each position adds,
+Both products on the right are sums over the row's tokens t, each linear in d: with the norms fixed, cos_m is a sum over
+positions of
 
     -( s d_tᵀ B_V A_V Aᵀ h_t + e_tᵀ Bᵀ B_V A_V x_t ) / (‖ΔW‖ ‖V‖).
 
-Modules that share their input are handled together, their ranks stacked: off-diagonal blocks of the stacked products
-belong to no module and are masked.
+Modules that share their input are handled together, with their ranks stacked. Off-diagonal blocks of the stacked
+products belong to no module and are masked.
 
 Shapes, as suffixes: b rows, t tokens, i = d_in, o = d_out (stacked over the group's modules), r = the state's rank
 (stacked likewise), k = a direction's rank, p = directions, m = modules.
@@ -35,11 +35,11 @@ from sqsd_filter.scoring.adapters import LoraFactors
 
 @dataclass(frozen=True)
 class GroupProjection:
-    """What a group of modules needs to project rows from one state on p directions; made once per state.
+    """A group's fixed factors for projecting rows from one state on p directions; computed once per state.
 
-    `query_A_rip` and `query_B_rop` are the right-hand factors of <ΔW, V>, `gram_*_rr` those of ‖ΔW‖², `block_ro` is 1
-    where row and column belong to the same module, `block_rr` where they do so in its cross term. `norm_pm` is ‖V‖, 0
-    where a direction does not cover a module.
+    `query_A_rip` and `query_B_rop` are the right-hand factors of <ΔW, V>, `gram_*_rr` those of ‖ΔW‖². `block_ro` is 1
+    where row and column belong to the same module; `block_rr` is the same for the cross term of ‖ΔW‖². `norm_pm` is
+    ‖V‖, 0 where a direction does not cover a module.
     """
 
     query_A_rip: torch.Tensor
@@ -49,9 +49,10 @@ class GroupProjection:
     block_ro: torch.Tensor
     block_rr: torch.Tensor
     norm_pm: torch.Tensor
-    masked: bool  # has blocks that don't count
+    masked: bool  # are there blocks to mask?
 
     def to(self, device: torch.device, dtype: torch.dtype) -> GroupProjection:
+        """The same factors on a device, in a dtype."""
         moved: dict[str, Any] = {k: v.to(device, dtype) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
 
@@ -77,7 +78,7 @@ def prepare(
         rows, columns = slice(r0, r0 + ranks[m]), slice(o0, o0 + d_out[m])
         r0, o0 = rows.stop, columns.stop
         A_ri, B_or, s = state.A.to(double), state.B.to(double), state.scaling
-        gram_A_rr[rows, rows] = s * s * (A_ri @ A_ri.T)  # s², because the stacked G_B is taken without its s
+        gram_A_rr[rows, rows] = s * s * (A_ri @ A_ri.T)  # s², since the stacked G_B lacks its factor s
         gram_B_rr[rows, rows] = B_or.T @ B_or
         block_rr[rows, rows] = 1
         block_ro[rows, columns] = 1
@@ -93,11 +94,11 @@ def prepare(
 
 
 def of_gradient(group: GroupProjection, states: Sequence[LoraFactors]) -> GroupProjection:
-    """The same group for the gradient itself: `contract` then gives ‖G_A‖² + ‖G_B‖² in the place of ‖ΔW‖²."""
+    """The same group for the gradient itself: `contract` then gives ‖G_A‖² + ‖G_B‖² instead of ‖ΔW‖²."""
     scaling_r = torch.cat([group.gram_A_rr.new_full((len(s.A),), s.scaling) for s in states])
     return replace(
         group,
-        gram_A_rr=torch.diag(scaling_r**2),  # s², because the stacked G_B is taken without its s
+        gram_A_rr=torch.diag(scaling_r**2),  # s², since the stacked G_B lacks its factor s
         gram_B_rr=torch.eye(len(scaling_r), dtype=scaling_r.dtype),
         block_rr=torch.zeros_like(group.block_rr),
         masked=True,
@@ -105,13 +106,13 @@ def of_gradient(group: GroupProjection, states: Sequence[LoraFactors]) -> GroupP
 
 
 def towards(group: GroupProjection, gradients: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> GroupProjection:
-    """A group of `of_gradient` with p gradients, as `summed` gives them, in the place of directions: `contract` then
-    gives <G_A, G_A'> + <G_B, G_B'> with each. Their norms are not taken."""
+    """A group of `of_gradient` with p gradients, as `summed` gives them, instead of directions: `contract` then gives
+    <G_A, G_A'> + <G_B, G_B'> with each. Their norms are not computed."""
     A_pri, B_pro = (torch.stack(side) for side in zip(*gradients, strict=True))
     scaled_B_pro = group.gram_A_rr @ B_pro
     return replace(
         group,
-        query_A_rip=-A_pri.permute(1, 2, 0).contiguous(),  # `contract` takes a step, against the gradient
+        query_A_rip=-A_pri.permute(1, 2, 0).contiguous(),  # `contract` negates, for a step against the gradient
         query_B_rop=-scaled_B_pro.permute(1, 2, 0).contiguous(),
     )
 
@@ -124,7 +125,7 @@ def summed(
     d_bto: torch.Tensor,
     e_btr: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ_b weight_b · (G_A (r, i), G_B (r, o) without its s): no row's own gradient is formed."""
+    """Σ_b weight_b · (G_A (r, i), G_B (r, o) without its factor s), without forming any row's own gradient."""
     dtype = group.gram_A_rr.dtype
     weight_b11 = weight_b.to(x_bti.device, dtype)[:, None, None]
     A_ri = torch.einsum("btr,bti->ri", e_btr.to(dtype) * weight_b11, x_bti.to(dtype))
@@ -135,20 +136,20 @@ def summed(
 def contract(
     group: GroupProjection, x_bti: torch.Tensor, h_btr: torch.Tensor, d_bto: torch.Tensor, e_btr: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """<ΔW, V> (b, p, r) and ‖ΔW‖² (b, r) of every row, still spread over the ranks of each module.
+    """<ΔW, V> (b, p, r) and ‖ΔW‖² (b, r) of every row, each still one term per rank.
 
-    Sum over a module's ranks (`per_module`) for the module's value. The large products run in the inputs' dtype, the
-    small ones in the projection's.
+    Sum over a module's ranks (`per_module`) for the module's value. The large products are computed in the inputs'
+    dtype, the small ones in the projection's.
     """
     dtype = group.gram_A_rr.dtype
     e_brt, h_brt = e_btr.transpose(1, 2), h_btr.transpose(1, 2)
     G_A_bri = torch.bmm(e_brt, x_bti).to(dtype)
-    G_B_bro = torch.bmm(h_brt, d_bto).to(dtype)  # dᵀh, without its s
+    G_B_bro = torch.bmm(h_brt, d_bto).to(dtype)  # hᵀd, without its factor s
     cross_brr = torch.bmm(h_brt, e_btr).to(dtype)
     if group.masked:
         G_B_bro.mul_(group.block_ro)
         cross_brr.mul_(group.block_rr)
-    # One small product a rank: (r, b, i) by (r, i, p).
+    # One small product per rank: (r, b, i) by (r, i, p).
     dots_rbp = torch.bmm(G_A_bri.transpose(0, 1), group.query_A_rip)
     dots_rbp.baddbmm_(G_B_bro.transpose(0, 1), group.query_B_rop)
     norms_brr = torch.bmm(G_B_bro, G_B_bro.transpose(1, 2)).mul_(group.gram_A_rr)
@@ -166,9 +167,9 @@ def by_token(
     norms_br: torch.Tensor,
     ranks: Sequence[int],
 ) -> torch.Tensor:
-    """What each position adds to the sum of the group's cosines: (b, t, p), whose sum over t that sum is.
+    """Each position's part of the sum of the group's cosines: (b, t, p), which sums over t to that sum.
 
-    `norms_br` is ‖ΔW‖² as `contract` gives it, `ranks` has those of the group's modules.
+    `norms_br` is ‖ΔW‖² as `contract` gives it; `ranks` are the ranks of the group's modules.
     """
     dtype = group.gram_A_rr.dtype
     terms_bptr = torch.einsum("bto,rop->bptr", d_bto.to(dtype), group.query_B_rop).mul_(h_btr.to(dtype).unsqueeze(1))
@@ -186,7 +187,7 @@ def per_module(values: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
 
 
 def cosines(dots_bpm: torch.Tensor, norms2_bm: torch.Tensor, norm_pm: torch.Tensor) -> torch.Tensor:
-    """cos of each row's update with each direction, a module: (b, p, m); 0 where either norm is 0."""
+    """cos of each row's update with each direction, per module: (b, p, m); 0 where either norm is 0."""
     return _ratio(dots_bpm, _scale(norms2_bm, norm_pm))
 
 
@@ -196,4 +197,4 @@ def _scale(norms2_bm: torch.Tensor, norm_pm: torch.Tensor) -> torch.Tensor:
 
 
 def _ratio(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return torch.where(scale == 0, 0, part / scale)  # what is not finite stays so, to be seen
+    return torch.where(scale == 0, 0, part / scale)  # values that are not finite stay so, and are reported

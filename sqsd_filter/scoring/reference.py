@@ -1,14 +1,15 @@
-"""The textbook form, for tests and checks: one row at a time, PEFT's own model, dense d_out × d_in matrices.
+"""The reference implementation, for tests and checks: one row at a time, with dense d_out × d_in matrices.
 
-It has the fast scorer's signature and shares its tokens, but no line of its maths: adapters are loaded by PEFT, the
-gradients are autograd's on lora_A and lora_B, ΔW and V are multiplied out.
+It has the fast scorer's signature and tokens, but none of its maths: PEFT loads the adapters, autograd computes the
+gradients of lora_A and lora_B, and ΔW and V are formed as dense matrices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
@@ -17,29 +18,45 @@ from torch.nn import functional as F
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.models import load_model
-from sqsd_filter.scoring.results import Results
-from sqsd_filter.scoring.scorer import Scorer
+from sqsd_filter.scoring.pack import Pack
+from sqsd_filter.scoring.results import ScoreCollector
+from sqsd_filter.scoring.scorer import Scorer, ScorerSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
 
 class ReferenceScorer(Scorer):
-    """SQSD as the formula says it, slow on purpose. float64 unless told otherwise."""
+    """SQSD written as the formula, slow on purpose; float64 by default."""
 
     default_dtype = "float64"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._peft: Any = None
-        self._dense: dict[str, dict[str, torch.Tensor]] = {}
+    def __init__(self, pack: str | Path | Pack, model: str | None = None, **settings: Unpack[ScorerSettings]) -> None:
+        super().__init__(pack, model, **settings)
+        self._peft: PeftModel | None = None
+        self.directions: dict[str, dict[str, torch.Tensor]] = {}  # V of each module, dense, by adapter
 
-    def _score(self, rows: Mapping[int, Encoded], results: Results) -> None:
+    @property
+    def peft(self) -> PeftModel:
+        """The loaded model with all adapters of the pack."""
+        if self._peft is None:
+            self._peft = self._load()
+        return self._peft
+
+    def _score(self, rows: Mapping[int, Encoded], collector: ScoreCollector) -> None:
         self.load()
         for k, row in rows.items():
-            results.done([k], self.project(row))
+            collector.done([k], self.project(row))
 
     def load(self) -> None:
-        """Load the model with every adapter of the pack, and multiply the directions out."""
-        if self._peft is not None:
+        """Load the model with every adapter of the pack and compute the dense directions, the first time."""
+        if self.directions:
             return
+        for name in {p.direction for p in self.pack.probes}:
+            self.directions[name] = {m: _multiplied(layer, name) for m, layer in self._layers(name)}
+
+    def _load(self) -> PeftModel:
         from peft import PeftModel
 
         dtype = getattr(torch, self.dtype)
@@ -51,50 +68,51 @@ class ReferenceScorer(Scorer):
             trust_remote_code=self.trust_remote_code,
         )
         if (base := self.pack.base_folder) is not None:
-            aligned: Any = PeftModel.from_pretrained(model, base, autocast_adapter_dtype=False).to(dtype)
+            aligned = PeftModel.from_pretrained(model, str(base), autocast_adapter_dtype=False).to(dtype)
             model = aligned.merge_and_unload()
         first, *others = self.pack.adapters
-        self._peft = PeftModel.from_pretrained(
-            model, self.pack.adapter(first), adapter_name=first, autocast_adapter_dtype=False
+        peft = PeftModel.from_pretrained(
+            model, str(self.pack.adapter(first)), adapter_name=first, autocast_adapter_dtype=False
         )
         for name in others:
-            self._peft.load_adapter(self.pack.adapter(name), adapter_name=name, autocast_adapter_dtype=False)
-        self._peft.to(dtype).eval()
-        for name in {p.direction for p in self.pack.probes}:
-            self._dense[name] = {m: self._multiplied(layer, name) for m, layer in self._layers(name)}
+            peft.load_adapter(str(self.pack.adapter(name)), adapter_name=name, autocast_adapter_dtype=False)
+        peft.to(dtype).eval()
+        return peft
 
     @property
     def dense_bytes(self) -> int:
-        """What the matrices take: all directions, and one state's update while the next is made."""
+        """Bytes of the dense matrices: all directions, and one state's update while the next is computed."""
         adapters = {name: load_adapter(self.pack.adapter(name)) for name in self.pack.adapters}
         values = {
             name: sum(len(f.B) * f.A.shape[1] for f in adapter.factors.values()) for name, adapter in adapters.items()
         }
         directions = sum(values[name] for name in {p.direction for p in self.pack.probes})
         update = max(values[p.state] for p in self.pack.probes)
-        return (directions + 2 * update) * getattr(torch, self.dtype).itemsize
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return (directions + 2 * update) * itemsize
 
     def project(self, row: Encoded) -> np.ndarray:
         """Σ_m cos of one row for each probe: (1, probes)."""
-        out = np.zeros((1, len(self.pack.probes)))
+        self.load()
+        sums_1p = np.zeros((1, len(self.pack.probes)))
         for at in dict.fromkeys(p.at for p in self.pack.probes):
-            update = self._update(row, *at)
+            update = self.update(row, *at)
             for k, probe in enumerate(self.pack.probes):
                 if probe.at == at:
-                    out[0, k] = sum(
-                        _cosine(update[m], V) for m, V in self._dense[probe.direction].items() if m in update
+                    sums_1p[0, k] = sum(
+                        cosine(update[m], V) for m, V in self.directions[probe.direction].items() if m in update
                     )
-        return out
+        return sums_1p
 
-    def _update(self, row: Encoded, state: str, scaling: float | None) -> dict[str, torch.Tensor]:
-        """ΔW of every module that the state adapts, dense."""
+    def update(self, row: Encoded, state: str, scaling: float | None) -> dict[str, torch.Tensor]:
+        """ΔW (d_out, d_in) of every module that the state adapts."""
         ids = torch.from_numpy(row.ids).to(self.device)
         answer = torch.from_numpy(row.answer).to(self.device)
         layers = dict(self._layers(state))
-        with self._sitting_at(state, scaling, layers):
-            factors = {m: (layer.lora_A[state].weight, layer.lora_B[state].weight) for m, layer in layers.items()}
+        with self._at_state(state, scaling, layers):
+            factors = {m: _factors(layer, state) for m, layer in layers.items()}
             leaves = [w.requires_grad_() for pair in factors.values() for w in pair]
-            logits = self._peft(input_ids=ids[None], use_cache=False).logits[0]
+            logits = self.peft(input_ids=ids[None], use_cache=False).logits[0]
             loss = F.cross_entropy(logits[:-1][answer[1:]], ids[1:][answer[1:]])
             grads = iter(torch.autograd.grad(loss, leaves, allow_unused=True))
             update = {}
@@ -105,8 +123,8 @@ class ReferenceScorer(Scorer):
         return update
 
     @contextmanager
-    def _sitting_at(self, state: str, scaling: float | None, layers: dict[str, Any]) -> Iterator[None]:
-        self._peft.set_adapter(state)
+    def _at_state(self, state: str, scaling: float | None, layers: dict[str, LoraLayer]) -> Iterator[None]:
+        self.peft.set_adapter(state)
         own = {m: layer.scaling[state] for m, layer in layers.items()}
         try:
             for m, layer in layers.items():
@@ -116,17 +134,27 @@ class ReferenceScorer(Scorer):
             for m, layer in layers.items():
                 layer.scaling[state] = own[m]
 
-    def _layers(self, adapter: str) -> Iterator[tuple[str, Any]]:
-        for name, module in self._peft.base_model.model.named_modules():
-            if adapter in getattr(module, "lora_A", {}):
+    def _layers(self, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
+        from peft.tuners.lora import LoraLayer
+
+        for name, module in self.peft.get_base_model().named_modules():
+            if isinstance(module, LoraLayer) and adapter in module.lora_A:
                 yield name, module
 
-    @staticmethod
-    def _multiplied(layer: Any, adapter: str) -> torch.Tensor:
-        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        return (layer.scaling[adapter] * (B @ A)).detach()
+
+def _multiplied(layer: LoraLayer, adapter: str) -> torch.Tensor:
+    A, B = _factors(layer, adapter)
+    return (B @ A).detach() * layer.scaling[adapter]
 
 
-def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+def _factors(layer: LoraLayer, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    assert isinstance(A, torch.Tensor)
+    assert isinstance(B, torch.Tensor)
+    return A, B
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The cosine of two matrices as vectors; 0 where either is 0."""
     scale = a.norm() * b.norm()
     return float((a * b).sum() / scale) if scale > 0 else 0.0

@@ -1,11 +1,10 @@
-"""What a scorer gives back, how it is gathered, and who is told of it meanwhile."""
+"""What a scorer returns, how it is collected from threads, and the callbacks that report progress."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,28 +13,28 @@ from sqsd_filter.scoring.chat_encoder import Encoded
 
 
 class ScoringCallbacks:
-    """Told of the work while it goes on, by row numbers of the call. The default looks away."""
+    """Called while rows are scored, with row numbers of the call to `score`. By default nothing happens."""
 
     apart: frozenset[int] = frozenset()  # rows to score one by one after the others
-    given_up: frozenset[int] = frozenset()  # rows not to try again: they took their process with them
+    given_up: frozenset[int] = frozenset()  # rows not to try again: their process died each time
 
     def starting(self, rows: Sequence[int]) -> None:
-        """These rows are about to be run together."""
+        """A micro-batch of these rows is about to run."""
 
     def finished(self, rows: Sequence[int]) -> None:
-        """That came to an end, whatever it was."""
+        """The micro-batch of these rows has ended, with scores or an error."""
 
     def done(self, rows: int, tokens: int) -> None:
-        """So many more rows, with so many tokens, have their score or their reason."""
+        """`rows` more rows, with `tokens` tokens in all, have a score or a reason for none."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What became of n conversations, in their order.
+    """The scores of n conversations, in their order.
 
-    `probes` maps each of the scorer's `values` to (n,) float64, NaN where a row could not be scored; `risk` is the
-    weighted sum of those that are probes;
-    `status` is "scored" or the reason; `detail` says more about a reason; `tokens` counts each row's tokens.
+    `probes` maps each of the scorer's `values` to (n,) float64, NaN where a row could not be scored. `risk` is the sum
+    of the probes' values times their weights. `status` is "scored" or the reason for no score, `detail` explains the
+    reason, and `tokens` counts each row's tokens.
     """
 
     probes: Mapping[str, np.ndarray]
@@ -44,7 +43,7 @@ class Scores:
     detail: list[str]
     tokens: np.ndarray
 
-    def columns(self) -> dict[str, Any]:
+    def columns(self) -> dict[str, np.ndarray | list[str]]:
         """The score columns by their names in a dataset."""
         return {
             "sqsd_risk": self.risk,
@@ -53,12 +52,14 @@ class Scores:
         }
 
 
-class Results:
-    """Where the scores of one call are gathered, from any thread."""
+class ScoreCollector:
+    """Collects the scores of one call to `score`, from any thread."""
 
-    def __init__(self, encoded: Sequence[Encoded | RowError], values: Sequence[str], watch: ScoringCallbacks) -> None:
+    def __init__(
+        self, encoded: Sequence[Encoded | RowError], values: Sequence[str], callbacks: ScoringCallbacks
+    ) -> None:
         n = len(encoded)
-        self.watch = watch
+        self.callbacks = callbacks
         self.probes = {name: np.full(n, np.nan) for name in values}
         self.status, self.detail = [SCORED] * n, [""] * n
         self.tokens = np.zeros(n, dtype=np.int64)
@@ -79,9 +80,9 @@ class Results:
                     continue
                 for column, value in zip(self.probes.values(), values, strict=True):
                     column[k] = value
-            self.watch.done(len(rows), int(self.tokens[list(rows)].sum()))
+            self.callbacks.done(len(rows), int(self.tokens[list(rows)].sum()))
 
     def failed(self, row: int, status: str, detail: str) -> None:
         with self._lock:
             self.status[row], self.detail[row] = status, detail
-            self.watch.done(1, 0)
+            self.callbacks.done(1, 0)

@@ -1,7 +1,7 @@
 """The scorer: conversations in; danger, safety, risk and a status for each out.
 
-A row is scored by one forward and one backward pass at each state of the pack, in bins of rows of similar length.
-What a row gets depends on its conversation, the pack and the settings, not on the rows that share its bin.
+A row is scored by one forward and one backward pass at each state of the pack, in micro-batches of similar length.
+Its score depends on its conversation, the pack and the settings, not on the other rows of its micro-batch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Protocol, Self, TypedDict, Unpack, cast
 
 import numpy as np
 
@@ -18,25 +18,61 @@ from sqsd_filter.corpus.conversation import Message, RowError
 from sqsd_filter.corpus.row_formats import Columns, RowFormat
 from sqsd_filter.errors import UsageError
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
-from sqsd_filter.scoring.fingerprint import State
+from sqsd_filter.scoring.fingerprint import PickleState
 from sqsd_filter.scoring.pack import Pack, load_pack
 from sqsd_filter.scoring.placement import check_device, choose_device, limit_threads, sound
-from sqsd_filter.scoring.results import Results, Scores, ScoringCallbacks
+from sqsd_filter.scoring.results import ScoreCollector, Scores, ScoringCallbacks
 
 if TYPE_CHECKING:
     from datasets import Features
 
+    from sqsd_filter.scoring.map_step import BatchData
+    from sqsd_filter.scoring.scoring_model import SQSDModel
+
 OUT_OF_MEMORY = "out_of_memory"  # a row too large for this device even alone
-CRASHED = "crashed"  # a row whose process died again and again
+CRASHED = "crashed"  # a row whose process died on every attempt
 FAILED = "failed"  # a row that makes the model fail; the detail has the error
-TRANSIENT = (OUT_OF_MEMORY, FAILED, CRASHED)  # reasons that may be gone at the next try
-SCORING = 3  # to be raised whenever a change gives a row another score or reason
-SQSD = "sqsd"  # the scorer that this package is about
+TRANSIENT = (OUT_OF_MEMORY, FAILED, CRASHED)  # reasons that may not hold on the next run
+SCORING = 3  # raise it with every change that gives a row a different score or reason
+SQSD = "sqsd"  # the name of `SQSDScorer`
 DTYPES = ("float32", "bfloat16", "float64")
 
 
+class ScorerSettings(TypedDict, total=False):
+    """Keyword arguments of `Scorer`, beside the pack and the model."""
+
+    device: str | None
+    dtype: str | None
+    max_length: int | None
+    columns: Columns | None
+    trust_remote_code: bool
+
+
+class BatchedSettings(ScorerSettings, total=False):
+    """Keyword arguments of `BatchedScorer`, beside the pack and the model."""
+
+    token_budget: int | None
+    attention: str | None
+
+
+class SQSDSettings(BatchedSettings, total=False):
+    """Keyword arguments of `SQSDScorer`, beside the pack and the model."""
+
+    per_module: bool
+
+
+class RowModel(Protocol):
+    """What a `BatchedScorer` scores rows with: a loaded model in most cases (`scoring_model.ScoringModel`)."""
+
+    workers: int  # threads; 0 for the calling one
+    default_budget: int  # padded tokens of a micro-batch
+
+    def project(self, rows: Sequence[Encoded]) -> np.ndarray:
+        """The scorer's values of each row: (b, values) float64."""
+
+
 class Scorer:
-    """What the fast and the dense scorer share: the pack, the settings, the model loaded on first use, the tokens."""
+    """The common part of the fast and the dense scorer: the pack, the settings and the tokens of each row."""
 
     default_dtype: str | None = None
 
@@ -52,10 +88,10 @@ class Scorer:
         trust_remote_code: bool = False,
     ) -> None:
         """`model` overrides the pack's base model, `max_length` (tokens) its truncation; `dtype` defaults to float32 on
-        a CPU and bfloat16 on a GPU. `columns` says how the rows of a batch are read; see `__call__`. Nothing is loaded
-        until the first row is scored, except the pack's own page.
+        a CPU and bfloat16 on a GPU. `columns` says how the rows of a batch are read; see `__call__`. Only `pack.json`
+        is read now; the model and the adapters are loaded when the first row is scored.
 
-        Raises `PackError` where there is no valid pack, `UsageError` for an unknown dtype or a senseless length.
+        Raises `PackError` where there is no valid pack, `UsageError` for an unknown dtype or a length below 2.
         """
         self.pack = pack if isinstance(pack, Pack) else load_pack(pack)
         if dtype is not None and dtype not in DTYPES:
@@ -67,7 +103,7 @@ class Scorer:
         self.max_length = max_length or self.pack.max_length
         self.columns = columns or Columns()
         self.trust_remote_code = trust_remote_code
-        self._device, self._dtype = device, dtype or self.default_dtype
+        self.named_device, self.named_dtype = device, dtype or self.default_dtype
         self._content: tuple[str | None] | None = None
         self._encoder: ChatEncoder | None = None
         self._form: tuple[frozenset[str], RowFormat] | None = None
@@ -75,7 +111,7 @@ class Scorer:
 
     @property
     def device(self) -> str:
-        return choose_device(self._device, self._rank)
+        return choose_device(self.named_device, self._rank)
 
     def check_device(self) -> None:
         """Raise `UsageError` where this process can't use the device."""
@@ -83,7 +119,7 @@ class Scorer:
 
     @property
     def dtype(self) -> str:
-        return self._dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
+        return self.named_dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
 
     @property
     def encoder(self) -> ChatEncoder:
@@ -91,33 +127,34 @@ class Scorer:
         if self._encoder is None:
             from sqsd_filter.scoring.models import load_tokenizer, longest_input
 
-            where: Any = {"revision": self.base_revision, "trust_remote_code": self.trust_remote_code}
-            tokenizer = load_tokenizer(self.base_model, **where)
-            longest = min(self.max_length, longest_input(self.base_model, **where) or self.max_length)
+            trust = self.trust_remote_code
+            tokenizer = load_tokenizer(self.base_model, self.base_revision, trust_remote_code=trust)
+            positions = longest_input(self.base_model, self.base_revision, trust_remote_code=trust)
+            longest = min(self.max_length, positions or self.max_length)
             self._encoder = ChatEncoder(tokenizer, longest, self.pack.chat_template_kwargs)
         return self._encoder
 
     @property
     def base_content(self) -> str | None:
-        """What tells the base model's weights from others under the same name; see `weights.content_id`."""
+        """An id of the base model's weights; see `models.content_id`."""
         if self._content is None:
             from sqsd_filter.scoring.models import content_id
 
-            where: Any = {"revision": self.base_revision, "trust_remote_code": self.trust_remote_code}
-            self._content = (content_id(self.base_model, **where),)
+            trust = self.trust_remote_code
+            self._content = (content_id(self.base_model, self.base_revision, trust_remote_code=trust),)
         return self._content[0]
 
     @property
     def weights(self) -> dict[str, float]:
-        """The values whose weighted sum is the risk, by name."""
+        """The weight in the risk of each value that enters it, by the value's name."""
         return {p.name: p.weight for p in self.pack.probes}
 
     @property
     def values(self) -> list[str]:
-        """Names of what is kept of each row."""
+        """The names of the values of each row."""
         return list(self.weights)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Everything besides the conversation that a score depends on."""
         return {
             "pack": self.pack.fingerprint,
@@ -129,47 +166,47 @@ class Scorer:
             "max_length": self.max_length,
         }
 
-    def score(self, conversations: Sequence[Sequence[Message]], watch: ScoringCallbacks | None = None) -> Scores:
-        """Score conversations (lists of turns as `conversation` describes them), telling `watch` as it goes.
+    def score(self, conversations: Sequence[Sequence[Message]], callbacks: ScoringCallbacks | None = None) -> Scores:
+        """Score conversations (lists of turns as in `corpus.conversation`), and call `callbacks` meanwhile.
 
-        A row that can't be scored gets a status, never an exception. Raises `ModelError` when the model can't be
-        loaded or isn't one that can be scored with.
+        A row that can't be scored gets a status, never an exception. Raises `ModelError` when the model can't be loaded
+        or can't be scored with.
         """
         encoded = self.encoder.encode(conversations)
-        results = Results(encoded, self.values, watch or ScoringCallbacks())
-        if results.rows:
-            self._score(results.rows, results)
-        risk = np.sum([weight * results.probes[name] for name, weight in self.weights.items()], axis=0)
-        return Scores(results.probes, risk, results.status, results.detail, results.tokens)
+        collector = ScoreCollector(encoded, self.values, callbacks or ScoringCallbacks())
+        if collector.rows:
+            self._score(collector.rows, collector)
+        risk = np.sum([weight * collector.probes[name] for name, weight in self.weights.items()], axis=0)
+        return Scores(collector.probes, risk, collector.status, collector.detail, collector.tokens)
 
-    def _score(self, rows: Mapping[int, Encoded], results: Results) -> None:
-        """Score all rows, by their number, and give `results` the values of each or the reason why it has none."""
+    def _score(self, rows: Mapping[int, Encoded], collector: ScoreCollector) -> None:
+        """Score all rows, by their number, and give the collector each row's values or the reason for none."""
         raise NotImplementedError
 
     @property
     def features(self) -> Features:
-        """The types of the score columns, to be named where `datasets` can't know them: in a stream."""
+        """The types of the score columns. `datasets` needs them for a stream."""
         from datasets import Features, Value
 
         floats = ["sqsd_risk", *(f"sqsd_{name}" for name in self.values)]
         return Features({**{name: Value("float64") for name in floats}, "sqsd_status": Value("string")})
 
-    def __call__(self, batch: Any, rank: int | None = None) -> Any:
-        """The score columns of a batch: a step of `map(..., batched=True)` of anything that `datasets` has, in the
-        formats None, arrow, numpy, pandas and torch, or of Ray Data's `map_batches` as a callable class (then the batch
-        with the columns added).
+    def __call__(self, batch: BatchData, rank: int | None = None) -> BatchData:
+        """The score columns of a batch, for `map(..., batched=True)` of any dataset of `datasets`, in the formats None,
+        arrow, numpy, pandas and torch; or, with the batch's own columns, for Ray Data's `map_batches`, which takes the
+        scorer as a callable class.
 
-        Columns of the same names are replaced; of the others only those of the row format are read. A row without a
-        score has a null risk and its reason in `sqsd_status`. The row format is decided by `columns` on the first batch
-        and kept while batches have the same columns. With `rank` (`map(..., with_rank=True)`) processes take turns on
-        the GPUs.
+        Existing columns of the same names are replaced, and only the columns of the row format are read. A row without
+        a score has a null risk and its reason in `sqsd_status`. The row format is chosen by `columns` on the first
+        batch and kept while batches have the same columns. With `rank` (`map(..., with_rank=True)`), processes are
+        spread over the GPUs.
 
         Raises `InputError` where no format fits, `UsageError` for a single row.
         """
         from sqsd_filter.scoring.map_step import Batch
 
         if rank is not None and not isinstance(rank, int):
-            raise UsageError("SQSDScorer has no use for row numbers: call map with batched=True, without with_indices.")
+            raise UsageError("SQSDScorer takes no row numbers: call map with batched=True, without with_indices.")
         if self._rank is None:
             self._rank = rank
         rows = Batch(batch)
@@ -192,103 +229,108 @@ class Scorer:
 
 
 class BatchedScorer(Scorer):
-    """A scorer that runs bins of rows on an engine: its own, this process's or another's device, the same statuses."""
+    """A scorer that runs micro-batches of rows, on a device of this process or of another one."""
 
-    name: str  # by which the command line and the report know it
+    name: str  # on the command line and in the report
     per_module = False
 
     def __init__(
-        self, *args: Any, token_budget: int | None = None, attention: str | None = None, **kwargs: Any
+        self,
+        pack: str | Path | Pack,
+        model: str | None = None,
+        *,
+        token_budget: int | None = None,
+        attention: str | None = None,
+        **settings: Unpack[ScorerSettings],
     ) -> None:
-        """As `Scorer`; `token_budget` caps a bin's padded tokens (default: by the device), `attention` names the
-        attention kernel as transformers does."""
-        super().__init__(*args, **kwargs)
+        """As `Scorer`. `token_budget` limits the padded tokens of a micro-batch (default: by the device), `attention`
+        names the attention kernel as in transformers."""
+        super().__init__(pack, model, **settings)
         if token_budget is not None and token_budget < 1:
             raise UsageError("token_budget must be at least 1.")
         self.token_budget, self.attention, self.gpus = token_budget, attention, 1.0
-        self._engine: Any = None
+        self._model: RowModel | None = None
         self._process: int | None = None
 
     @property
-    def engine(self) -> Any:
-        """What scores the rows of a bin: the loaded model in most cases (`engine.ModelEngine`)."""
-        if self._engine is None or self._process != os.getpid():  # a fork's parent keeps what its model runs on
+    def model(self) -> RowModel:
+        """The loaded model, which is loaded on first use in each process."""
+        if self._model is None or self._process != os.getpid():  # after a fork, threads and GPU belong to the parent
             self.check_device()
             limit_threads()
-            self._engine, self._process = sound(self._load), os.getpid()
-        return self._engine
+            self._model, self._process = sound(self._load), os.getpid()
+        return self._model
 
     @property
     def passes(self) -> int:
-        """How often a row goes through the model."""
+        """The number of passes of each row through the model."""
         return 1
 
-    def _load(self) -> Any:
-        """The engine of this scorer: it has `project`, `workers` and `default_budget` as `engine.ModelEngine`."""
+    def _load(self) -> RowModel:
+        """Load the model of this scorer."""
         raise NotImplementedError
 
     @property
     def modules(self) -> dict[str, list[str]]:
-        """The modules whose cosines are values, too, by probe."""
+        """By probe, the modules whose cosines are values as well."""
         return {}
 
-    def settings(self) -> dict[str, Any]:
-        """As `Scorer`. The kernel counts where one was named: who does that mistrusts the default one, and must not be
-        given the scores that it made."""
+    def settings(self) -> dict[str, object]:
+        """As `Scorer`, with the attention kernel where one was named: the user who names one must not get stored scores
+        that the default kernel made."""
         named = {"scorer": self.name} if self.name != SQSD else {}
         return super().settings() | named | ({"attention": self.attention} if self.attention else {})
 
-    def _score(self, rows: Mapping[int, Encoded], results: Results) -> None:
-        from sqsd_filter.scoring.batching import micro_batches, retry_in_halves
-        from sqsd_filter.scoring.engine import run_parallel
+    def _score(self, rows: Mapping[int, Encoded], collector: ScoreCollector) -> None:
+        from sqsd_filter.scoring.batching import micro_batches, retry_in_halves, run_parallel
 
-        engine, watch = self.engine, results.watch
+        model, callbacks = self.model, collector.callbacks
 
         def run(members: list[int]) -> None:
-            watch.starting(members)
+            callbacks.starting(members)
             try:
-                values = engine.project([rows[k] for k in members])
+                values = model.project([rows[k] for k in members])
             finally:
-                watch.finished(members)
-            results.done(members, values)
+                callbacks.finished(members)
+            collector.done(members, values)
 
         def give_up(row: int, error: str) -> None:
             too_large = f"{len(rows[row])} tokens don't fit into the device's memory"
-            results.failed(row, FAILED if error else OUT_OF_MEMORY, error or too_large)
+            collector.failed(row, FAILED if error else OUT_OF_MEMORY, error or too_large)
 
         numbers = list(rows)
         work = [
             [numbers[m] for m in members]
-            for members in micro_batches([len(e) for e in rows.values()], self.token_budget or engine.default_budget)
+            for members in micro_batches([len(e) for e in rows.values()], self.token_budget or model.default_budget)
         ]
-        together = [members for members in work if watch.apart.isdisjoint(members)]
-        alone = [[k] for members in work if not watch.apart.isdisjoint(members) for k in members]
-        run_parallel(lambda members: retry_in_halves(run, members, give_up), together, engine.workers)
-        for (k,) in [row for row in alone if row[0] in watch.given_up]:
-            results.failed(k, CRASHED, "the process that scored it died, again and again")
-        rest = [row for row in alone if row[0] not in watch.given_up]
-        run_parallel(lambda row: retry_in_halves(run, row, give_up), rest, min(1, engine.workers))
+        together = [members for members in work if callbacks.apart.isdisjoint(members)]
+        alone = [[k] for members in work if not callbacks.apart.isdisjoint(members) for k in members]
+        run_parallel(lambda members: retry_in_halves(run, members, give_up), together, model.workers)
+        for (k,) in [row for row in alone if row[0] in callbacks.given_up]:
+            collector.failed(k, CRASHED, "the process that scored it died on every attempt")
+        rest = [row for row in alone if row[0] not in callbacks.given_up]
+        run_parallel(lambda row: retry_in_halves(run, row, give_up), rest, min(1, model.workers))
 
     def on_device(self, device: str, *, gpus: float = 1.0) -> Self:
-        """The same scorer for a device that may be another process's: for a share of a GPU, or with the model laid over
-        several.
+        """The same scorer for a device, which may be another process's: with `gpus` < 1 for a share of a GPU, with
+        `gpus` > 1 for a model spread over several.
 
-        A device that was named stays, as does a dtype.
+        A device or dtype that the user named is kept.
         """
         placed = copy.copy(self)
-        placed._device = self._device or device
+        placed.named_device = self.named_device or device
         placed.gpus = gpus
         return placed
 
     def changed(self, *, device: str | None = None, dtype: str | None = None, attention: str | None = None) -> Self:
-        """The same scorer, its model not loaded, with other settings where they are given."""
+        """The same scorer with other settings where they are given; its model is not loaded."""
         other = copy.copy(self)
-        other._device, other._dtype = device or self._device, dtype or self._dtype
+        other.named_device, other.named_dtype = device or self.named_device, dtype or self.named_dtype
         other.attention = attention or self.attention
         return other
 
     def beside(self, placed: Self) -> Self:
-        """This scorer for rows of its own in this process, exactly as `placed`, made of it, scores elsewhere."""
+        """This scorer for rows of this process, with the same scores as `placed`, its copy that scores elsewhere."""
         if placed is self:
             return self
         own = self.changed(dtype=placed.dtype)
@@ -296,23 +338,23 @@ class BatchedScorer(Scorer):
         return own
 
     def with_pack(self, pack: Pack) -> Self:
-        """The same scorer with its pack read from another place."""
+        """The same scorer with its pack read from another folder."""
         moved = copy.copy(self)
         moved.pack = pack
         return moved
 
-    def content(self) -> dict[str, Any]:
-        """Everything that tells this step of `map` from another, for the cache of `datasets`."""
+    def content(self) -> dict[str, object]:
+        """Everything that the result of `map` depends on, for the cache of `datasets`."""
         return {**self.settings(), "columns": vars(self.columns)}
 
-    def __getstate__(self) -> State:
-        """Configuration only: hashing and pickling never see a loaded model."""
-        loaded = dict.fromkeys(("_engine", "_process", "_encoder", "_form", "_content", "_rank"))
-        return State({**vars(self), **loaded}, self.content)
+    def __getstate__(self) -> PickleState:
+        """The configuration only: hashing and pickling never see a loaded model."""
+        loaded = dict.fromkeys(("_model", "_process", "_encoder", "_form", "_content", "_rank"))
+        return PickleState({**vars(self), **loaded}, self.content)
 
 
 class SQSDScorer(BatchedScorer):
-    """SQSD (arXiv 2605.04572), batched: one shared backward pass a bin, projected in low rank.
+    """SQSD (arXiv 2605.04572), batched: one shared backward pass per micro-batch, projected in low rank.
 
     >>> from datasets import Dataset
     >>> rows = Dataset.from_list([{"question": "2+2?", "answer": "4"}, {"question": "And 3+3?", "answer": ""}])
@@ -322,34 +364,45 @@ class SQSDScorer(BatchedScorer):
     >>> scored["sqsd_status"][:]
     ['scored', 'no_answer']
 
-    Rows with other columns: `SQSDScorer("smollm2-135m", columns=Columns(prompt="q", answer="a"))`. A stream forgets its
-    types in `map`, unless they are named: `stream.map(scorer, batched=True, features=Features({**stream.features,
+    Rows with other columns: `SQSDScorer("smollm2-135m", columns=Columns(prompt="q", answer="a"))`. A stream loses its
+    types in `map` unless they are given: `stream.map(scorer, batched=True, features=Features({**stream.features,
     **scorer.features}))`.
     """
 
     name = SQSD
 
-    def __init__(self, *args: Any, per_module: bool = False, **kwargs: Any) -> None:
-        """As `BatchedScorer`. With `per_module` the cosine at each module is a value, too, named PROBE/MODULE."""
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        pack: str | Path | Pack,
+        model: str | None = None,
+        *,
+        per_module: bool = False,
+        **settings: Unpack[BatchedSettings],
+    ) -> None:
+        """As `BatchedScorer`. With `per_module`, the cosine of each module is a value as well, named PROBE/MODULE."""
+        super().__init__(pack, model, **settings)
         self.per_module = per_module
         self._modules: dict[str, list[str]] | None = None
 
     @property
+    def model(self) -> SQSDModel:
+        return cast("SQSDModel", super().model)  # what `_load` gives
+
+    @property
     def passes(self) -> int:
-        """Once at each state."""
+        """One at each state."""
         return len({p.at for p in self.pack.probes})
 
-    def _load(self) -> Any:
-        from sqsd_filter.scoring.engine import SQSDModel
+    def _load(self) -> SQSDModel:
+        from sqsd_filter.scoring.scoring_model import SQSDModel
 
-        engine = SQSDModel.load(self)
-        self._modules = engine.probe_modules  # from now on the pack's files are not needed
-        return engine
+        model = SQSDModel.load(self)
+        self._modules = model.probe_modules  # from now on, the pack's files are not needed
+        return model
 
     @property
     def modules(self) -> dict[str, list[str]]:
-        """The modules that each probe sums the cosines of, in their order in files; {} unless `per_module`."""
+        """The modules over which each probe sums cosines, in their order in files; {} unless `per_module`."""
         if not self.per_module:
             return {}
         if self._modules is None:
@@ -363,8 +416,8 @@ class SQSDScorer(BatchedScorer):
     def values(self) -> list[str]:
         return super().values + [f"{name}/{module}" for name, modules in self.modules.items() for module in modules]
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         return super().settings() | ({"per_module": True} if self.per_module else {})
 
-    def __getstate__(self) -> State:
-        return State({**super().__getstate__(), "_modules": None}, self.content)
+    def __getstate__(self) -> PickleState:
+        return PickleState({**super().__getstate__(), "_modules": None}, self.content)

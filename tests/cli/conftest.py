@@ -28,7 +28,7 @@ def processes() -> ForkServerContext:
     """Starts processes that have imported everything and run nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.cli.children", "sqsd_filter.scoring.engine", "sqsd_filter.pipeline.run", "datasets"]
+        ["tests.cli.children", "sqsd_filter.scoring.scoring_model", "sqsd_filter.pipeline.run", "datasets"]
     )
     forkserver.ensure_running()
     return context

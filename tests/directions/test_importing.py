@@ -144,7 +144,7 @@ def test_an_import_that_broke_off_goes_on_and_one_that_is_done_stays(
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.add(REPO, files(published / "SQSD"), kind="models")
     hub.fail("GET", rf"/resolve/.*{SAFETY}/adapter_model", status=403)
-    with pytest.raises(PackError, match="can't be had from the Hub"):
+    with pytest.raises(PackError, match="can't be fetched from the Hub"):
         import_pack(REPO, "tiny", tmp_path / "pack")
     assert not [p for p in tmp_path.iterdir() if p.name != "huggingface"]
     first = len(hub.requests)

@@ -30,7 +30,7 @@ from sqsd_filter.directions.states import (
 )
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.progress import Silent
-from sqsd_filter.scoring.engine import LossGradient
+from sqsd_filter.scoring.loss_gradient import LossGradient
 from sqsd_filter.scoring.pack import ADAPTER_FILES, Probe, load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.scorer import SQSDScorer

@@ -58,9 +58,9 @@ def dense_without_norms(pack: Pack) -> np.ndarray:
     scorer.load()
     risk = []
     for row in scorer.encoder.encode(TURNS):
-        updates = {p.name: scorer._update(row, *p.at) for p in pack.probes}
+        updates = {p.name: scorer.update(row, *p.at) for p in pack.probes}
         dots = {
-            p.name: sum(float((updates[p.name][m] * V).sum()) for m, V in scorer._dense[p.direction].items())
+            p.name: sum(float((updates[p.name][m] * V).sum()) for m, V in scorer.directions[p.direction].items())
             for p in pack.probes
         }
         risk.append(sum(p.weight * dots[p.name] for p in pack.probes))

@@ -160,8 +160,8 @@ def test_the_dense_form_is_left_out_where_it_does_not_fit_into_memory(
     dense = ReferenceScorer(tiny_pack, dtype="float64")
     dense.load()
     (row,) = dense.encoder.encode([[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]])
-    updates = [dense._update(row, *at).values() for at in {probe.at for probe in dense.pack.probes}]
-    matrices = [*chain.from_iterable(updates), *chain.from_iterable(each.values() for each in dense._dense.values())]
+    updates = [dense.update(row, *at).values() for at in {probe.at for probe in dense.pack.probes}]
+    matrices = [*chain.from_iterable(updates), *chain.from_iterable(each.values() for each in dense.directions.values())]
     need = dense.dense_bytes
     assert need == sum(matrix.nbytes for matrix in matrices)
     model = AutoModelForCausalLM.from_pretrained(dense.base_model, dtype=torch.float64)

@@ -21,7 +21,7 @@ from sqsd_filter.pipeline.scores.upkeep import compact_all, describe
 from sqsd_filter.pipeline.stage import shards
 from sqsd_filter.pipeline.stage.replica import _to_table, from_bytes
 from sqsd_filter.scoring.pack import load_pack
-from sqsd_filter.scoring.reference import ReferenceScorer, _cosine
+from sqsd_filter.scoring.reference import ReferenceScorer, cosine
 from tests.corpora import make_rows, write_jsonl
 from tests.tiny import CONVERSATIONS, make_adapter, make_pack
 
@@ -58,8 +58,8 @@ def test_the_lists_are_the_dense_cosines_in_the_order_that_is_named(folder: Path
     for row, turns in zip(table.to_pylist(), CONVERSATIONS, strict=False):
         (encoded,) = dense.encoder.encode([turns])
         for probe in dense.pack.probes:
-            update, V = dense._update(encoded, *probe.at), dense._dense[probe.direction]
-            expected = [_cosine(update[name], V[name]) for name in names[probe.name]]
+            update, V = dense.update(encoded, *probe.at), dense.directions[probe.direction]
+            expected = [cosine(update[name], V[name]) for name in names[probe.name]]
             assert row[f"sqsd_{probe.name}_modules"] == pytest.approx(expected, abs=1e-5)
             assert sum(expected) == pytest.approx(row[f"sqsd_{probe.name}"], abs=1e-4)
     unscored, twice = table.to_pylist()[-2:]
@@ -143,7 +143,7 @@ def test_a_loaded_scorer_needs_the_packs_files_no_more(tmp_path: Path, pack: Pat
         copy = shutil.copytree if (pack / name).is_dir() else shutil.copy
         copy(pack / name, tmp_path / name)
     elsewhere = pickle.loads(pickle.dumps(scorer)).with_pack(load_pack(tmp_path))  # as on another node
-    elsewhere.engine  # noqa: B018  (loads the model)
+    elsewhere.model  # noqa: B018  (loads the model)
     shutil.rmtree(tmp_path)
     for name, values in elsewhere.score(CONVERSATIONS).probes.items():
         assert np.array_equal(values, scorer.score(CONVERSATIONS).probes[name])

@@ -119,19 +119,21 @@ every_style = pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 
 
 def encode(encoder: ChatEncoder, turns: Sequence[Message]) -> Encoded:
-    (found,) = encoder.encode([turns])
-    assert isinstance(found, Encoded), found.detail
-    return found
+    (row,) = encoder.encode([turns])
+    assert isinstance(row, Encoded), row.detail
+    return row
 
 
 def status(encoder: ChatEncoder, turns: Sequence[Message]) -> str:
-    (found,) = encoder.encode([turns])
-    assert isinstance(found, RowError)
-    return found.status
+    (problem,) = encoder.encode([turns])
+    assert isinstance(problem, RowError)
+    return problem.status
 
 
 def text_of(encoder: ChatEncoder, ids: np.ndarray) -> str:
-    return encoder.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = encoder.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
 
 
 def supervised(encoder: ChatEncoder, turns: Sequence[Message]) -> list[str]:

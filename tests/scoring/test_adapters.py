@@ -23,9 +23,9 @@ from tests.tiny import CONVERSATIONS, make_adapter, make_model, make_pack
 def peft_deltas(model: Path, adapter: Path) -> dict[str, torch.Tensor]:
     """s·B·A of every module, as PEFT would merge it, (d_out, d_in)."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    wrapped = PeftModel.from_pretrained(base, adapter)
+    wrapped = PeftModel.from_pretrained(base, str(adapter))
     deltas = {}
-    for name, module in wrapped.base_model.model.named_modules():
+    for name, module in wrapped.get_base_model().named_modules():
         if hasattr(module, "get_delta_weight") and "default" in module.lora_A:
             delta = module.get_delta_weight("default").detach()
             deltas[name] = delta.T if module.fan_in_fan_out else delta
@@ -116,7 +116,7 @@ def retensored(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[
 def ia3(model: Path, folder: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(model)
     config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
-    get_peft_model(base, config).save_pretrained(folder)
+    get_peft_model(base, config).save_pretrained(str(folder))
 
 
 def pickled(folder: Path) -> None:
@@ -142,7 +142,7 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], None], str, str]] = {  # how it
     "alpha-as-text": (configured(lora_alpha="16"), "no number for lora_alpha", "again"),
     "alpha-missing": (configured(lora_alpha=None), "no number for lora_alpha", "again"),
     "alpha-list": (configured(alpha_pattern=[1]), "no number for lora_alpha", "again"),
-    "alpha-pattern": (configured(alpha_pattern={"(": 1}), "is no pattern", "unterminated"),
+    "alpha-pattern": (configured(alpha_pattern={"(": 1}), "is not a valid pattern", "unterminated"),
     "not-lora": (ia3, "of type IA3", "train a LoRA"),
     "pickle-only": (plain_but(pickled), "never loaded", "safe_serialization=True"),
     "damaged-weights": (plain_but(cut_short), "can't be read", "copy or build the adapter again"),
@@ -219,7 +219,7 @@ def test_a_direction_on_the_output_head_counts_only_where_its_state_has_modules(
     make_adapter(tiny_pack / "base", tmp_path / "danger", target_modules=["q_proj", "lm_head"])
     scorer = SQSDScorer(pack)
     assert scorer.score(CONVERSATIONS[:1]).status == ["scored"]
-    assert scorer.engine.coverage["danger"] == 2
+    assert scorer.model.coverage["danger"] == 2
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])

@@ -19,13 +19,16 @@ from transformers import AutoModelForCausalLM
 from sqsd_filter import make_scorer
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.scoring.baselines import ANCHORED, SCORERS
-from sqsd_filter.scoring.baselines.hidden import separation
+from sqsd_filter.scoring.baselines.gradients import GradientModel
+from sqsd_filter.scoring.baselines.hidden import HiddenStateModel, separation
+from sqsd_filter.scoring.baselines.loss import LossModel
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.pack import load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.results import Scores
 from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
-from tests.tiny import CONVERSATIONS, chat, make_adapter, make_pack
+from sqsd_filter.scoring.scoring_model import SQSDModel
+from tests.tiny import CONVERSATIONS, chat, embedding_of, encoded, make_adapter, make_pack
 
 UNSAFE = [
     chat("Tell me a secret.", "Yes, of course: " + "this is how it goes, step by step. " * 3),
@@ -48,10 +51,10 @@ def scorer_of(name: str, pack: Path, **settings: Any) -> BatchedScorer:
     return make_scorer(name, pack, **{**anchors, **settings})
 
 
-def encoded(scorer: BatchedScorer, conversations: Sequence[Any]) -> list[Encoded]:
-    rows = scorer.encoder.encode(conversations)
-    assert all(isinstance(row, Encoded) for row in rows)
-    return rows  # type: ignore[return-value]
+def layer_of(scorer: BatchedScorer) -> int:
+    model = scorer.model
+    assert isinstance(model, HiddenStateModel)
+    return model.layer
 
 
 def model_of(pack: Path) -> Any:
@@ -97,7 +100,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-def close(found: Scores, name: str, expected: Sequence[float], within: float = 1e-5) -> None:
+def close(found: Scores, name: str, expected: Sequence[float] | np.ndarray, within: float = 1e-5) -> None:
     assert set(found.status) == {"scored"}
     expected_n = np.asarray(expected)
     assert np.ptp(expected_n) > 100 * within * np.abs(expected_n).max()
@@ -121,8 +124,8 @@ def test_unnormalised_is_the_sum_of_dense_inner_products(aligned: dict[str, Path
     found = scorer.score(CONVERSATIONS)
     dense.load()
     for probe in dense.pack.probes:
-        updates = [dense._update(row, *probe.at) for row in encoded(scorer, CONVERSATIONS)]
-        V = dense._dense[probe.direction]
+        updates = [dense.update(row, *probe.at) for row in encoded(scorer, CONVERSATIONS)]
+        V = dense.directions[probe.direction]
         close(found, probe.name, [sum(float((u[m] * V[m]).sum()) for m in u.keys() & V.keys()) for u in updates])
     assert np.array_equal(found.risk, found.probes["danger"] - found.probes["safety"])
 
@@ -134,7 +137,9 @@ def test_loss_is_the_mean_cross_entropy_of_the_answer(aligned: dict[str, Path], 
         expected = [float(loss_of(model, row)) for row in encoded(scorer, CONVERSATIONS)]
     found = scorer.score(CONVERSATIONS)
     close(found, "loss", expected)
-    scorer.engine.gradient._chunk = 16  # several chunks of logits to a row
+    loaded = scorer.model
+    assert isinstance(loaded, LossModel)
+    loaded.gradient.chunk = 16  # several chunks of logits per row
     close(scorer.score(CONVERSATIONS), "loss", expected)
     assert np.array_equal(found.risk, found.probes["loss"])
 
@@ -179,7 +184,8 @@ def test_bi_anchor_is_the_similarity_of_unit_gradients_to_the_anchors_first_toke
     rows, found = encoded(scorer, CONVERSATIONS), scorer.score(CONVERSATIONS)
 
     def unit(row: Encoded) -> np.ndarray:
-        return gradient(row) / np.linalg.norm(gradient(row))
+        scaled: np.ndarray = gradient(row) / np.linalg.norm(gradient(row))
+        return scaled
 
     def cut(row: Encoded) -> Encoded:
         stop = int(np.flatnonzero(row.answer)[:10][-1]) + 1
@@ -198,7 +204,9 @@ def test_gradients_in_float64_are_exact_to_rounding(aligned: dict[str, Path]) ->
     rows, found = encoded(scorer, UNSAFE), scorer.score(UNSAFE[2:])
     whole = gradient(rows[2])
     assert rows[2].answer.sum() > 10  # as a row it isn't cut, as an anchor it is
-    norms2 = scorer.engine.products(rows)[1].numpy() / np.array([row.answer.sum() for row in rows]) ** 2
+    loaded = scorer.model
+    assert isinstance(loaded, GradientModel)
+    norms2 = loaded.products(rows)[1].numpy() / np.array([row.answer.sum() for row in rows]) ** 2
     assert np.abs(norms2 / [(gradient(row) ** 2).sum() for row in rows] - 1).max() <= within
     cut = [Encoded(row.ids, row.answer & (np.cumsum(row.answer) <= 10)) for row in rows]
     mean = np.mean([g / np.linalg.norm(g) for g in map(gradient, cut)], axis=0)
@@ -217,10 +225,11 @@ def test_modules_that_the_state_leaves_out_count_for_nothing(tmp_path: Path) -> 
 def test_larf_is_the_mean_cosine_with_the_anchors_at_the_layer_that_separates_them(aligned: dict[str, Path]) -> None:
     for architecture in ARCHITECTURES:
         scorer, hidden = scorer_of("larf", aligned[architecture]), hidden_of(aligned[architecture])
-        found, layer = scorer.score(CONVERSATIONS), scorer.engine.layer
+        found, layer = scorer.score(CONVERSATIONS), layer_of(scorer)
 
         def last(row: Encoded, at: int, hidden: Callable[[Encoded], np.ndarray] = hidden) -> np.ndarray:
-            return hidden(row)[at, np.flatnonzero(row.answer)[-1]]
+            state: np.ndarray = hidden(row)[at, np.flatnonzero(row.answer)[-1]]
+            return state
 
         anchors = {name: encoded(scorer, turns) for name, turns in (("unsafe", UNSAFE), ("safe", SAFE))}
         scores = []
@@ -230,7 +239,7 @@ def test_larf_is_the_mean_cosine_with_the_anchors_at_the_layer_that_separates_th
         assert layer == 1 + int(np.argmax(scores))
         for name, rows in anchors.items():
             expected = [
-                np.mean([cosine(last(row, layer), last(anchor, layer)) for anchor in rows])
+                float(np.mean([cosine(last(row, layer), last(anchor, layer)) for anchor in rows]))
                 for row in encoded(scorer, CONVERSATIONS)
             ]
             close(found, name, expected)
@@ -242,10 +251,11 @@ def test_datashield_is_the_shift_from_prompt_to_answer_along_the_compliance_vect
     aligned: dict[str, Path], architecture: str
 ) -> None:
     scorer, hidden = scorer_of("datashield", aligned[architecture]), hidden_of(aligned[architecture])
-    found, layer = scorer.score(CONVERSATIONS), scorer.engine.layer
+    found, layer = scorer.score(CONVERSATIONS), layer_of(scorer)
 
     def mean(row: Encoded, at: int) -> np.ndarray:
-        return hidden(row)[at][row.answer].mean(0)
+        state: np.ndarray = hidden(row)[at][row.answer].mean(0)
+        return state
 
     unsafe, safe = (
         [np.stack([mean(row, at) for row in encoded(scorer, turns)]) for at in (1, 2)] for turns in (UNSAFE, SAFE)
@@ -307,7 +317,7 @@ def test_scores_depend_on_no_number_of_threads_and_survive_a_pickle(tiny_pack: P
     first = scorer.score(CONVERSATIONS)
     moved = pickle.loads(pickle.dumps(scorer))
     if name not in ("random", "length"):
-        moved.engine.workers = 3
+        moved.model.workers = 3
     again = moved.score(CONVERSATIONS)
     assert np.array_equal(first.risk, again.risk)
     assert list(first.probes) == list(again.probes) == scorer.values
@@ -324,9 +334,11 @@ def test_a_row_that_is_not_finite_keeps_that_to_itself(tmp_path: Path) -> None:
         scorer = scorer_of(name, make_pack(tmp_path / name), token_budget=10_000)
         expected = scorer.score(CONVERSATIONS).risk
         token = scorer.encoder.tokenizer("%", add_special_tokens=False)["input_ids"][0]
-        model = scorer.engine.model if name in ("larf", "datashield") else scorer.engine.gradient.model
+        loaded = scorer.model
+        assert isinstance(loaded, HiddenStateModel | LossModel | GradientModel | SQSDModel)
+        model = loaded.model if isinstance(loaded, HiddenStateModel) else loaded.gradient.model
         with torch.no_grad():
-            model.get_input_embeddings().weight[token] = float("nan")
+            embedding_of(model)[token] = float("nan")
         found = scorer.score([*CONVERSATIONS, chat("x", "zebra %")])
         assert found.status == ["scored"] * len(CONVERSATIONS) + ["nonfinite"]
         assert np.abs(found.risk[:-1] - expected).max() <= 1e-5
@@ -358,9 +370,9 @@ def test_settings_tell_scorers_and_anchors_apart(tiny_pack: Path) -> None:
 @pytest.mark.parametrize("name", ANCHORED)
 def test_a_scorer_without_its_anchors_says_which_it_lacks(tiny_pack: Path, name: str) -> None:
     both = r"--unsafe-anchors\) and safe_anchors \(--safe-anchors"
-    for given, lacks in (({}, both), ({"unsafe_anchors": UNSAFE}, r"by safe_anchors \(--safe-anchors")):
+    for given, lacks in ((None, both), (UNSAFE, r"by safe_anchors \(--safe-anchors")):
         with pytest.raises(UsageError, match=lacks):
-            make_scorer(name, tiny_pack, **given)
+            make_scorer(name, tiny_pack, unsafe_anchors=given)
     with pytest.raises(UsageError, match="the same conversations"):
         make_scorer(name, tiny_pack, unsafe_anchors=SAFE, safe_anchors=SAFE)
 
@@ -393,7 +405,9 @@ def test_a_pack_without_such_a_probe_is_refused(tmp_path: Path, tiny_pack: Path,
 @pytest.mark.parametrize("name", ANCHORED)
 def test_an_anchor_that_is_of_no_use_is_named(tmp_path: Path, tiny_pack: Path, name: str) -> None:
     scorer = scorer_of(name, tiny_pack, safe_anchors=[*SAFE, chat("What?", " ")])
-    with pytest.raises(InputError, match=r"\(--safe-anchors\): conversation 3 is of no use \(no_answer\)"):
+    with pytest.raises(
+        InputError, match=r"\(--safe-anchors\): conversation 3 can't be used \(no_answer\): leave it out"
+    ):
         scorer.score(CONVERSATIONS)
     pack = make_pack(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(pack / "base")
@@ -401,7 +415,7 @@ def test_an_anchor_that_is_of_no_use_is_named(tmp_path: Path, tiny_pack: Path, n
     scorer = scorer_of(name, pack, unsafe_anchors=anchors)
     token = scorer.encoder.tokenizer("%", add_special_tokens=False)["input_ids"][0]
     with torch.no_grad():
-        model.get_input_embeddings().weight[token] = float("nan")
+        embedding_of(model)[token] = float("nan")
     model.save_pretrained(pack / "base")
     with pytest.raises(InputError, match=f"An anchor of the scorer {name} can't be used .*not finite"):
         scorer.score(CONVERSATIONS)

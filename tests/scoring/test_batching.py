@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from sqsd_filter.errors import ModelError
 from sqsd_filter.scoring.batching import default_budget, is_out_of_memory, micro_batches, retry_in_halves
 from sqsd_filter.scoring.chat_encoder import Encoded
-from sqsd_filter.scoring.engine import _room
 from sqsd_filter.scoring.results import ScoringCallbacks
 from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.scoring.scoring_model import memory_share
 from tests.tiny import CONVERSATIONS
 
 lengths_of_rows = st.lists(st.integers(1, 300), max_size=60)
@@ -168,7 +168,7 @@ def short_of_memory(
     scorer: SQSDScorer, monkeypatch: pytest.MonkeyPatch, fits: Callable[[Sequence[Encoded]], bool]
 ) -> None:
     """Let the engine do its whole work and then fail on bins that don't fit, as a real lack of memory would: late."""
-    project = scorer.engine.project
+    project = scorer.model.project
 
     def stingy(rows: Sequence[Encoded]) -> Any:
         found = project(rows)
@@ -176,7 +176,7 @@ def short_of_memory(
             no_gpu_memory()
         return found
 
-    monkeypatch.setattr(scorer.engine, "project", stingy)
+    monkeypatch.setattr(scorer.model, "project", stingy)
 
 
 def test_a_scorer_short_of_memory_scores_every_row_the_same(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +212,7 @@ def test_memory_that_runs_out_in_the_middle_of_a_pass_leaves_no_trace(tiny_pack:
         elif output.requires_grad:
             output.register_hook(fail)
 
-    scorer.engine.gradient.model.model.layers[1].mlp.register_forward_hook(hook)
+    scorer.model.gradient.model.model.layers[1].mlp.register_forward_hook(hook)
     scores = scorer.score(CONVERSATIONS)
     assert not failures_left
     assert np.abs(scores.risk - expected.risk).max() <= 1e-5
@@ -238,4 +238,4 @@ def test_the_room_on_a_gpu_depends_on_the_share_and_the_model_not_on_what_is_fre
     model = torch.nn.Linear(100, 10, bias=False)  # 4,000 bytes
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=100_000))
     here = torch.device("cpu")
-    assert [_room(model, here, gpus) for gpus in (1.0, 2.0, 0.5, 0.01)] == [96_000, 96_000, 46_000, 0]
+    assert [memory_share(model, here, gpus) for gpus in (1.0, 2.0, 0.5, 0.01)] == [96_000, 96_000, 46_000, 0]

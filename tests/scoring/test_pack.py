@@ -72,7 +72,7 @@ def test_an_unknown_name_or_folder_says_what_there_is(
 
 @pytest.mark.parametrize("where", ["org/no-such-pack", "org/no--such..pack", "org/pack@v1"])
 def test_a_pack_that_the_hub_cannot_give_is_one_sentence(where: str) -> None:
-    with pytest.raises(PackError, match="can't be had from the Hub") as problem:
+    with pytest.raises(PackError, match="can't be fetched from the Hub") as problem:
         load_pack(where)
     assert where in str(problem.value)
     assert "\n" not in str(problem.value)

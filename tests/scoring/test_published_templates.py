@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import BatchEncoding
 
 from sqsd_filter.corpus.conversation import Message
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
@@ -65,6 +66,7 @@ def test_what_is_supervised_is_what_the_marks_of_a_published_template_say(name: 
         whole = tokenizer.apply_chat_template(
             [t for t in turns if t["role"] != "tools"], tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
+        assert isinstance(whole, BatchEncoding)
         ids, generated = np.array(whole["input_ids"]), np.array(whole["assistant_masks"], dtype=bool)
         if not np.array_equal(ids[: len(row)], row.ids):
             continue  # the last answer follows a generation prompt that the template writes in no answer

@@ -17,12 +17,22 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import ModelError, PackError, UsageError
 from sqsd_filter.scoring.chat_encoder import Encoded
-from sqsd_filter.scoring.engine import LossGradient
+from sqsd_filter.scoring.loss_gradient import LossGradient
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.results import Scores
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import write_jsonl
-from tests.tiny import ARCHITECTURES, CONVERSATIONS, PECULIAR, chat, make_adapter, make_model, make_pack
+from tests.tiny import (
+    ARCHITECTURES,
+    CONVERSATIONS,
+    PECULIAR,
+    chat,
+    embedding_of,
+    encoded,
+    make_adapter,
+    make_model,
+    make_pack,
+)
 
 
 def gap(a: Scores, b: Scores) -> float:
@@ -104,13 +114,13 @@ def test_modules_that_only_one_adapter_covers_are_left_out(tmp_path: Path, tiny_
     )
     scorer = SQSDScorer(pack)
     assert gap(scorer.score(CONVERSATIONS), ReferenceScorer(pack).score(CONVERSATIONS)) <= 1e-4
-    assert scorer.engine.coverage == {"danger": 4, "safety": 14}  # k_proj and up_proj of two layers; everything
+    assert scorer.model.coverage == {"danger": 4, "safety": 14}  # k_proj and up_proj of two layers; everything
 
 
 @pytest.mark.parametrize(
     "config", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 32}}]
 )
-def test_unusual_scalings_are_read_as_peft_reads_them(tmp_path: Path, tiny_pack: Path, config: dict) -> None:
+def test_unusual_scalings_are_read_as_peft_reads_them(tmp_path: Path, tiny_pack: Path, config: dict[str, Any]) -> None:
     pack = make_pack(tmp_path, tiny_pack / "base", safety_scaling=None)
     for name, seed in (("initial", 5), ("safety", 6)):
         make_adapter(tiny_pack / "base", tmp_path / name, seed=seed, **config)
@@ -139,7 +149,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_stays_with_its_row(tmp_path:
     marked = chat("x", "zebra %")
     token = scorer.encoder.tokenizer("%", add_special_tokens=False)["input_ids"][0]
     with torch.no_grad():
-        scorer.engine.gradient.model.get_input_embeddings().weight[token] = float("nan")
+        embedding_of(scorer.model.gradient.model)[token] = float("nan")
     scores = scorer.score([*CONVERSATIONS, marked])
     assert scores.status == ["scored"] * len(CONVERSATIONS) + ["nonfinite"]
     assert np.abs(scores.risk[:-1] - SQSDScorer(pack).score(CONVERSATIONS).risk).max() <= 1e-5
@@ -148,9 +158,9 @@ def test_a_gradient_that_is_not_finite_is_named_and_stays_with_its_row(tmp_path:
 def test_long_rows_keep_the_head_of_their_answer(tiny_pack: Path) -> None:
     long = chat("Count.", " ".join(str(k) for k in range(200)))
     short = SQSDScorer(tiny_pack, max_length=64)
-    encoded = short.encoder.encode([long])[0]
-    assert len(encoded) == 64
-    assert encoded.answer[-1]
+    (row,) = encoded(short, [long])
+    assert len(row) == 64
+    assert row.answer[-1]
     assert gap(short.score([long]), ReferenceScorer(tiny_pack, max_length=64).score([long])) <= 1e-4
 
 
@@ -199,24 +209,27 @@ def test_an_answer_that_the_model_is_sure_of_is_scored_as_exactly(tmp_path: Path
     pack = make_pack(tmp_path / "pack", base)
     fast, dense = SQSDScorer(pack), ReferenceScorer(pack)
     dense.load()
-    prompt = fast.encoder.encode([CONVERSATIONS[0]])[0].ids[:20]
+    prompt = encoded(fast, [CONVERSATIONS[0]])[0].ids[:20]
     with torch.no_grad():
-        answer = fast.engine.gradient.model(torch.from_numpy(prompt)[None]).logits[0, -1].argmax()
+        answer = fast.model.gradient.model(torch.from_numpy(prompt)[None]).logits[0, -1].argmax()
     sure = Encoded(np.append(prompt, int(answer)), np.arange(21) == 20)
-    assert np.abs(fast.engine.project([sure]) - dense.project(sure)).max() <= 1e-4
+    assert np.abs(fast.model.project([sure]) - dense.project(sure)).max() <= 1e-4
 
 
 def test_a_large_vocabulary_loses_nothing_for_short_answers() -> None:
     """With fewer than 4 positions BLAS takes another road through the 49,152 terms of each sum."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=49_152, **sizes)).requires_grad_(False)
+    shape = LlamaConfig(
+        vocab_size=49_152, hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    model = LlamaForCausalLM(shape)
+    model.requires_grad_(False)
     gradient = LossGradient(model)
-    n = gradient._chunk + 2  # so that the second chunk is a short one
+    n = gradient.chunk + 2  # so that the second chunk is a short one
     hidden_nh, targets_n = torch.randn(n, 64) * 20, torch.randint(49_152, (n,))
-    all_nh = gradient._head_gradient(hidden_nh, targets_n)
+    all_nh = gradient.head_gradient(hidden_nh, targets_n)
     for few in (slice(0, 1), slice(5, 7), slice(8, 11), slice(n - 3, n)):
-        few_nh = gradient._head_gradient(hidden_nh[few], targets_n[few])
+        few_nh = gradient.head_gradient(hidden_nh[few], targets_n[few])
         assert ((few_nh - all_nh[few]).norm(dim=1) / all_nh[few].norm(dim=1)).max() < 1e-6
     exact_nh = hidden_nh.double().requires_grad_()
     torch.nn.functional.cross_entropy(model.double().lm_head(exact_nh), targets_n, reduction="sum").backward()
@@ -236,7 +249,7 @@ def test_backward_may_run_in_another_thread_as_it_does_on_a_gpu(
 
     monkeypatch.setattr(torch.Tensor, "backward", elsewhere)
     scorer = SQSDScorer(tiny_pack)
-    scorer.engine.workers = 0
+    scorer.model.workers = 0
     assert gap(scorer.score(CONVERSATIONS), expected) <= 1e-6
 
 
@@ -259,12 +272,9 @@ def test_an_attention_kernel_that_fails_at_work_is_one_sentence_about_it(tiny_pa
 
 
 def test_scores_do_not_depend_on_the_number_of_threads(tiny_pack: Path) -> None:
-    scores = []
-    for threads in (1, 3):
-        scorer = SQSDScorer(tiny_pack, token_budget=64)
-        scorer.engine.workers = threads
-        scores.append(scorer.score(CONVERSATIONS * 3).risk)
-    assert np.array_equal(*scores)
+    by_one, by_three = SQSDScorer(tiny_pack, token_budget=64), SQSDScorer(tiny_pack, token_budget=64)
+    by_one.model.workers, by_three.model.workers = 1, 3
+    assert np.array_equal(by_one.score(CONVERSATIONS * 3).risk, by_three.score(CONVERSATIONS * 3).risk)
     assert torch.get_num_threads() == 1  # as conftest set it
 
 

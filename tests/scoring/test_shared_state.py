@@ -17,7 +17,7 @@ from sqsd_filter import Cut, filter_dataset, select_dataset
 from sqsd_filter.cli.main import cli
 from sqsd_filter.errors import DestinationExists, UsageError
 from sqsd_filter.pipeline.stage.ray_engine import RayEngine
-from sqsd_filter.scoring.engine import LossGradient
+from sqsd_filter.scoring.loss_gradient import LossGradient
 from sqsd_filter.scoring.pack import Pack, load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.results import Scores
@@ -66,7 +66,7 @@ def gap(a: Scores, b: Scores) -> float:
 
 def passes_a_row(pack: Pack, passes: list[int]) -> float:
     scorer = SQSDScorer(pack)
-    scorer.engine  # noqa: B018  (tries a row of its own)
+    scorer.model  # noqa: B018  (tries a row of its own)
     passes.clear()
     scorer.score(CONVERSATIONS)
     return sum(passes) / len(CONVERSATIONS)
@@ -83,8 +83,10 @@ def test_every_probe_has_a_column_and_the_risk_is_their_weighted_sum(four: Path)
     columns = scores.columns()
     names = ["beaver", "aegis", "early_safety", "safety"]
     assert list(columns) == ["sqsd_risk", *(f"sqsd_{name}" for name in names), "sqsd_status"]
-    weighted = sum(w * columns[f"sqsd_{name}"] for w, name in zip((0.75, 0.25, -0.5, -0.5), names, strict=True))
-    assert np.allclose(columns["sqsd_risk"], weighted, rtol=0, atol=1e-12)
+    weighted = np.sum(
+        [w * scores.probes[name] for w, name in zip((0.75, 0.25, -0.5, -0.5), names, strict=True)], axis=0
+    )
+    assert np.allclose(scores.risk, weighted, rtol=0, atol=1e-12)
     assert gap(scores, ReferenceScorer(four).score(CONVERSATIONS)) <= 1e-4
 
 

@@ -23,7 +23,7 @@ import torch
 from sqsd_filter.directions.states import FRESH, fresh_state, over_links
 from sqsd_filter.scoring.chat_encoder import Encoded, cut_answer
 from sqsd_filter.scoring.pack import Pack, Probe, load_pack
-from sqsd_filter.scoring.projection import per_module
+from sqsd_filter.scoring.projection import cosines
 from sqsd_filter.scoring.scorer import SQSDScorer
 from sqsd_filter.statistics import auc
 
@@ -144,26 +144,14 @@ def measure(scorer: SQSDScorer, rows: Sequence[Mapping[str, Any]], answer_tokens
 
 def _both(scorer: SQSDScorer, row: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
     """One row's cosines (p, m), and (p,) the ablation: <ΔW, V> summed over modules as it is, with the mean loss."""
-    engine, capture = scorer.engine, scorer.engine.capture
-    dots: list[torch.Tensor] = []
-
-    def noting() -> torch.Tensor:
-        found = [(g.now.found[0][0], g.now.state.ranks) for g in capture.groups if g.now.state and g.now.found]
-        dots.append(torch.stack([per_module(d, [r for r in ranks if r]).sum(-1) for d, ranks in found]).sum(0))
-        return type(capture).cosines(capture)
-
-    capture.cosines = noting
-    try:
-        cosines = engine.cosines([row])
-    finally:
-        del capture.cosines
-    modules: list[Any] = [None] * len(engine.probes)
-    raw = torch.zeros(len(engine.probes))
-    for at, total in zip(engine.passes, dots, strict=True):
-        raw[engine.members[at]] = total / int(row.answer.sum())
-        for member, cosine in zip(engine.members[at], cosines[at][0], strict=True):
-            modules[member] = cosine
-    return torch.stack(modules), raw
+    model = scorer.model
+    modules: dict[int, torch.Tensor] = {}
+    raw_p = torch.zeros(len(model.probes))
+    for at in model.run_passes([row]):
+        dots_bpm, norms2_bm, norm_pm = model.capture.products()
+        raw_p[model.members[at]] = dots_bpm[0].sum(-1) / int(row.answer.sum())
+        modules |= zip(model.members[at], cosines(dots_bpm, norms2_bm, norm_pm)[0], strict=True)
+    return torch.stack([modules[k] for k in range(len(model.probes))]), raw_p
 
 
 # ------------------------------------------------------------------------------------------------ combinations

@@ -111,7 +111,7 @@ class Replica:
                         f"The node {os.uname().nodename} has other weights at {scorer.base_model} than the node where "
                         "the command runs: copy the same model to all nodes."
                     )
-                self.scorer.engine  # noqa: B018  (loads the model and the pack's adapters)
+                self.scorer.model  # noqa: B018  (loads the model and the pack's adapters)
         except SQSDError as problem:
             self.problem = as_data(problem)
 

@@ -1,14 +1,14 @@
-"""Other published row scorers behind the interface of SQSD's: the same tokens, batches, statuses and stores.
+"""Other published row scorers with the interface of SQSD's: the same tokens, micro-batches, statuses and stores.
 
-A scorer's risk is higher where a row is to be dropped first. Each module cites its paper, with the formula and where
-this form departs from it. Nothing heavy is imported before a scorer is made.
+The rows with the highest risk are dropped first, whatever the scorer. Each module cites its paper, with the formula and
+where this implementation departs from it. Nothing heavy is imported before a scorer is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from sqsd_filter.errors import UsageError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sqsd_filter.corpus.conversation import Message
     from sqsd_filter.scoring.pack import Pack
-    from sqsd_filter.scoring.scorer import BatchedScorer
+    from sqsd_filter.scoring.scorer import BatchedScorer, SQSDSettings
 
 SCORERS = {
     "sqsd": "scorer.SQSDScorer",
@@ -39,32 +39,36 @@ MEANT_FOR = {"unsafe_anchors": ANCHORED, "safe_anchors": ANCHORED, "seed": ("ran
 def make_scorer(
     name: str,
     pack: str | Path | Pack,
+    model: str | None = None,
     *,
     unsafe_anchors: Sequence[Sequence[Message]] | None = None,
     safe_anchors: Sequence[Sequence[Message]] | None = None,
     seed: int | None = None,
-    **settings: Any,
+    **settings: Unpack[SQSDSettings],
 ) -> BatchedScorer:
-    """The scorer of that name, for `filter_dataset(scorer=...)` and the like; `settings` are those of `SQSDScorer`.
+    """The scorer with this name, for `filter_dataset(scorer=...)`; `model` and `settings` are those of `SQSDScorer`.
 
-    The anchors, conversations whose answers are unsafe and safe, are for bi-anchor, larf and datashield, which need
-    both; the `seed` (0) is for random. Raises `UsageError` for an unknown name, for anchors that are missing, and for
-    settings that such a scorer has no use for.
+    The anchors are conversations with unsafe and with safe answers; bi-anchor, larf and datashield need both. `seed`
+    (default 0) is for random. Raises `UsageError` for an unknown name, for missing anchors, and for settings that the
+    scorer does not have.
     """
     if name not in SCORERS:
         raise UsageError(f"There is no scorer '{name}': choose one of {', '.join(SCORERS)}.")
+    own: dict[str, Any] = {}
     if name in ANCHORED:
-        settings |= {"unsafe_anchors": unsafe_anchors or (), "safe_anchors": safe_anchors or ()}
+        own = {"unsafe_anchors": unsafe_anchors or (), "safe_anchors": safe_anchors or ()}
     elif unsafe_anchors is not None or safe_anchors is not None:
         raise UsageError(f"The scorer {name} has no use for anchors: leave them out, or choose {', '.join(ANCHORED)}.")
     if name == "random":
-        settings["seed"] = seed or 0
+        own = {"seed": seed or 0}
     elif seed is not None:
         raise UsageError(f"The scorer {name} has no use for a seed: leave it out, or choose random.")
-    if settings.pop("per_module", False):
-        if name not in ("sqsd", "danger", "safety"):
-            raise UsageError(f"The scorer {name} has no cosine at each module: leave out --per-module.")
-        settings["per_module"] = True
+    if not settings.get("per_module"):
+        settings.pop("per_module", None)  # most scorers don't have it
+    elif name not in ("sqsd", "danger", "safety"):
+        raise UsageError(f"The scorer {name} has no cosine at each module: leave out --per-module.")
     module, _, kind = SCORERS[name].rpartition(".")
-    scorer: BatchedScorer = getattr(import_module(f"sqsd_filter.scoring.{module}"), kind)(pack, **settings)
+    scorer: BatchedScorer = getattr(import_module(f"sqsd_filter.scoring.{module}"), kind)(
+        pack, model, **settings, **own
+    )
     return scorer

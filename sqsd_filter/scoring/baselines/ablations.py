@@ -1,23 +1,25 @@
-"""SQSD (arXiv 2605.04572) with a part of it left out, as in the paper's ablations.
+"""SQSD (arXiv 2605.04572) without one of its parts, as in the paper's ablations.
 
-- `danger`: the pack's probes of danger alone, risk = Σ weight · Σ_m cos_m over probes of positive weight.
-- `safety`: those of safety alone, of negative weight: the risk is minus the safety projection.
-- `unnormalised`: risk = Σ weight · Σ_m <ΔW_m, V_m>, neither norm divided out. ΔW is the update by the *mean* loss of
-  the answer's tokens, the loss of one training step on the row; with the sum in its place every value would grow with
-  the answer's length. V keeps its own norm: a longer direction counts more, as do modules where updates are large.
+- `danger`: only the pack's danger probes, risk = Σ weight · Σ_m cos_m over probes of positive weight.
+- `safety`: only its safety probes, of negative weight: the risk is minus the safety projection.
+- `unnormalised`: risk = Σ weight · Σ_m <ΔW_m, V_m>, not divided by either norm. ΔW is the update by the *mean* loss of
+  the answer's tokens, the loss of one training step on the row; with the sum, every value would grow with the answer's
+  length. V keeps its own norm: a longer direction counts more, as do modules where updates are large.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
 from sqsd_filter.scoring.baselines.base import Baseline
 from sqsd_filter.scoring.chat_encoder import Encoded
-from sqsd_filter.scoring.engine import SQSDModel
-from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.scoring.pack import Pack
+from sqsd_filter.scoring.scorer import SQSDScorer, SQSDSettings
+from sqsd_filter.scoring.scoring_model import SQSDModel
 
 
 class DangerScorer(SQSDScorer):
@@ -25,9 +27,9 @@ class DangerScorer(SQSDScorer):
 
     name = "danger"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Raises `UsageError` where the pack has no such probe."""
-        super().__init__(*args, **kwargs)
+    def __init__(self, pack: str | Path | Pack, model: str | None = None, **settings: Unpack[SQSDSettings]) -> None:
+        """As `SQSDScorer`. Raises `UsageError` where the pack has no such probe."""
+        super().__init__(pack, model, **settings)
         self.pack = self.pack.of_sign(1)
 
 
@@ -36,28 +38,29 @@ class SafetyScorer(SQSDScorer):
 
     name = "safety"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Raises `UsageError` where the pack has no such probe."""
-        super().__init__(*args, **kwargs)
+    def __init__(self, pack: str | Path | Pack, model: str | None = None, **settings: Unpack[SQSDSettings]) -> None:
+        """As `SQSDScorer`. Raises `UsageError` where the pack has no such probe."""
+        super().__init__(pack, model, **settings)
         self.pack = self.pack.of_sign(-1)
 
 
-class UnnormalisedEngine(SQSDModel):
-    """The inner products in the place of the cosines."""
+class UnnormalisedModel(SQSDModel):
+    """Inner products instead of cosines."""
 
     def project(self, rows: Sequence[Encoded]) -> np.ndarray:
         """Σ_m <ΔW_m, V_m> of the mean loss, for each row and probe: (b, probes)."""
-        out = np.empty((len(rows), len(self.probes)))
-        for at in self._passes(rows):
-            out[:, self.members[at]] = self.capture.products()[0].double().sum(-1).cpu().numpy()
-        return out / np.array([[row.answer.sum()] for row in rows])
+        sums_bp = np.empty((len(rows), len(self.probes)))
+        for at in self.run_passes(rows):
+            sums_bp[:, self.members[at]] = self.capture.products()[0].double().sum(-1).cpu().numpy()
+        values: np.ndarray = sums_bp / np.array([[row.answer.sum()] for row in rows])
+        return values
 
 
 class UnnormalisedScorer(Baseline):
     """SQSD's inner products without the per-module normalisation."""
 
     name = "unnormalised"
-    engine_type = UnnormalisedEngine
+    model_type = UnnormalisedModel
 
     @property
     def weights(self) -> dict[str, float]:

@@ -9,9 +9,9 @@ answers that refuse, here the unsafe and the safe anchors:
 
 at the layer with the highest compliance-aware score (see `hidden`). The value is `shift`.
 
-Departures: the layer's score is taken of the same anchors and states h̄, where the authors' scripts take other pairs of
-answers and the states of their last tokens; the token that ends an answer counts as one of its tokens. Of a
-conversation with several answers, h̄ is the mean over all of them, and h_p stands before the first.
+Departures: the layer's score uses the same anchors and states h̄; the authors' scripts use other pairs of answers and
+the states of their last tokens. The token that ends an answer counts as one of its tokens. In a conversation with
+several answers, h̄ is the mean over all of them, and h_p is the state before the first.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import numpy as np
 import torch
 
 from sqsd_filter.scoring.baselines.base import AnchoredScorer
-from sqsd_filter.scoring.baselines.hidden import HiddenEngine, answer_mean, unit
+from sqsd_filter.scoring.baselines.hidden import HiddenStateModel, answer_mean, unit
 
 
-class DataShieldEngine(HiddenEngine):
+class DataShieldModel(HiddenStateModel):
     """Shifts from the prompt to the answer along the compliance vector."""
 
     def read_anchor(self, hidden_bth: torch.Tensor, answer_bt: torch.Tensor) -> torch.Tensor:
         return answer_mean(hidden_bth, answer_bt)
 
     def read(self, hidden_bth: torch.Tensor, answer_bt: torch.Tensor) -> torch.Tensor:
-        before_b = answer_bt.int().argmax(-1) - 1  # the first token of a row is never answer
+        before_b = answer_bt.int().argmax(-1) - 1  # the first token of a row is never supervised
         prompt_bh = torch.stack([own[k] for own, k in zip(hidden_bth, before_b.tolist(), strict=True)])
         return answer_mean(hidden_bth, answer_bt) - prompt_bh
 
@@ -43,4 +43,4 @@ class DataShieldScorer(AnchoredScorer):
 
     name = "datashield"
     plus = ("shift",)
-    engine_type = DataShieldEngine
+    model_type = DataShieldModel

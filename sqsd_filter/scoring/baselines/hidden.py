@@ -1,53 +1,57 @@
-"""Hidden states of the pack's base model (with its base adapter, if it has one), read at one layer and held to vectors
-that the anchors give.
+"""Hidden states of the pack's base model (with its base adapter, if it has one) at one layer, compared with vectors
+computed from the anchors.
 
-The layer is the one at which the anchors are told apart best, by DataShield's compliance-aware score: of the readings
-of all anchors, each dimension standardised, projected on the difference v between the two kinds' means, the share of
-the variance that lies between the kinds,
+The layer is the one that separates the two kinds of anchors best, by DataShield's compliance-aware score. Each
+dimension of all anchors' readings is standardised, and they are projected on the difference v between the two kinds'
+means. The score is the share of the variance that lies between the kinds,
 
     CAS = vᵀ S_b v / vᵀ S_t v.
 
-Layers are counted as transformers counts hidden states: layer l is what block l puts out, the last one normed.
+Layers are numbered like the hidden states of transformers: layer l is the output of block l, the last one normalised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from sqsd_filter.scoring.baselines.base import AnchoredScorer, finite, over_anchors
 from sqsd_filter.scoring.chat_encoder import Encoded
-from sqsd_filter.scoring.engine import ModelEngine
+from sqsd_filter.scoring.models import input_device
+from sqsd_filter.scoring.scoring_model import ScoringModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-class HiddenEngine(ModelEngine):
-    """Forward passes only. What is read of a row's hidden states (b, t, h), and what makes vectors of the anchors'
-    readings, is a subclass's."""
+class HiddenStateModel(ScoringModel):
+    """Forward passes only. A subclass reads a vector from a row's hidden states (b, t, h), and computes the vectors to
+    compare it with from the anchors' readings."""
 
-    def __init__(self, model: Any, scorer: AnchoredScorer) -> None:
+    def __init__(self, model: PreTrainedModel, scorer: AnchoredScorer) -> None:
         super().__init__(model, scorer)
         self.model = model
-        self._alone = Lock()
+        self._lock = Lock()
         readings = [self._read_anchors(scorer, rows) for rows in scorer.encoded_anchors()]
-        by_layer = list(zip(*readings, strict=True))  # (n, h) of the unsafe and of the safe anchors at each layer
+        by_layer = list(zip(*readings, strict=True))  # per layer, (n, h) of the unsafe and of the safe anchors
         separations = [separation(unsafe_nh, safe_nh) for unsafe_nh, safe_nh in by_layer]
         self.layer = 1 + int(np.argmax(separations))
         self.vectors_vh = torch.from_numpy(self.vectors(*by_layer[self.layer - 1]))
 
     def read_anchor(self, hidden_bth: torch.Tensor, answer_bt: torch.Tensor) -> torch.Tensor:
-        """(b, h) of the anchors' states."""
+        """The anchors' readings (b, h)."""
         raise NotImplementedError
 
     def read(self, hidden_bth: torch.Tensor, answer_bt: torch.Tensor) -> torch.Tensor:
-        """(b, h) of the rows' states."""
+        """The rows' readings (b, h)."""
         raise NotImplementedError
 
     def vectors(self, unsafe_nh: np.ndarray, safe_nh: np.ndarray) -> np.ndarray:
-        """(v, h): what rows are held to, one a value, of the anchors' readings."""
+        """The vectors to compare rows with, (v, h), one per value, computed from the anchors' readings."""
         raise NotImplementedError
 
     def project(self, rows: Sequence[Encoded]) -> np.ndarray:
@@ -59,22 +63,23 @@ class HiddenEngine(ModelEngine):
 
     def _read_anchors(self, scorer: AnchoredScorer, rows: Sequence[Encoded]) -> np.ndarray:
         """(l, n, h) float64: the anchors' readings at every layer but the embedding."""
-        found: dict[int, np.ndarray] = {}
+        readings: dict[int, np.ndarray] = {}
 
         def run(members: list[int]) -> None:
             hidden, answer_bt = self._hidden([rows[k] for k in members])
             read = [self.read_anchor(exact(h), answer_bt.to(h.device)).cpu().double() for h in hidden[1:]]
-            found.update(zip(members, finite(torch.stack(read, dim=1)).numpy(), strict=True))
+            readings.update(zip(members, finite(torch.stack(read, dim=1)).numpy(), strict=True))
 
         over_anchors(self, scorer, rows, run)
-        return np.stack([found[k] for k in range(len(rows))], axis=1)
+        return np.stack([readings[k] for k in range(len(rows))], axis=1)
 
     def _hidden(self, rows: Sequence[Encoded]) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
-        """The states (b, t, h) of every layer, and which tokens are answer (b, t), up to the last of these."""
-        ids_bt, answer_bt = whole(rows, self.model.get_input_embeddings().weight.device)
-        with self._alone, torch.no_grad():  # some versions of transformers note the states in the model's own methods
+        """The hidden states (b, t, h) of every layer and the answer mask (b, t), up to the last answer token."""
+        ids_bt, answer_bt = whole(rows, input_device(self.model))
+        with self._lock, torch.no_grad():  # some versions of transformers record the states in the model's own methods
             output = self.model.base_model(input_ids=ids_bt, use_cache=False, output_hidden_states=True)
-        return output.hidden_states, answer_bt
+        hidden_states: Sequence[torch.Tensor] = output.hidden_states
+        return hidden_states, answer_bt
 
 
 def whole(rows: Sequence[Encoded], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,13 +104,14 @@ def answer_mean(hidden_bth: torch.Tensor, answer_bt: torch.Tensor) -> torch.Tens
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """The same of length 1, or 0 where there is none."""
+    """The vectors scaled to length 1; zero vectors stay 0."""
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+    units: np.ndarray = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+    return units
 
 
 def separation(unsafe_nh: np.ndarray, safe_nh: np.ndarray) -> float:
-    """The compliance-aware score of two kinds of readings, in [0, 1]; 0 where they don't differ."""
+    """The compliance-aware score of two kinds of readings, in [0, 1]; 0 where their means are equal."""
     pooled_nh = np.concatenate([unsafe_nh, safe_nh])
     mean_h, std_h = pooled_nh.mean(0), pooled_nh.std(0, ddof=1)
     v_h = np.divide(unsafe_nh.mean(0) - safe_nh.mean(0), std_h, out=np.zeros_like(std_h), where=std_h > 0)

@@ -5,12 +5,12 @@ With h(z) the hidden state of the last token at a safety-sensitive layer,
 
     risk(z) = mean of cos(h(z), h(a)) over the unsafe anchors a - that over the safe ones.
 
-A mean of cosines with many is the inner product with the mean of their unit vectors, which is held instead of them. The
-values are the two means, `unsafe` and `safe`.
+A mean of cosines is the inner product with the mean of the unit vectors, so only that mean is kept. The values are the
+two means, `unsafe` and `safe`.
 
-Departures: the authors find the layer by scaling the weights of each in turn and counting how many borderline prompts
-the model then refuses; here it is the layer that tells the anchors apart best (see `hidden`), which takes no
-generation. The last token is the one that ends the answer, where a template may add more.
+Departures: the authors find the layer by scaling the tensors of each in turn and counting how many borderline prompts
+the model then refuses. Here it is the layer that separates the anchors best (see `hidden`), which needs no generation.
+The last token is the one that ends the answer, even where a template adds more.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from sqsd_filter.scoring.baselines.base import AnchoredScorer
-from sqsd_filter.scoring.baselines.hidden import HiddenEngine
+from sqsd_filter.scoring.baselines.hidden import HiddenStateModel
 
 
-class LARFEngine(HiddenEngine):
-    """Directions of the last token's state."""
+class LARFModel(HiddenStateModel):
+    """Unit vectors of the last token's state."""
 
     def read(self, hidden_bth: torch.Tensor, answer_bt: torch.Tensor) -> torch.Tensor:
         last_bh = torch.stack([own[mask.nonzero()[-1, 0]] for own, mask in zip(hidden_bth, answer_bt, strict=True)])
@@ -40,4 +40,4 @@ class LARFScorer(AnchoredScorer):
 
     name = "larf"
     plus, minus = ("unsafe",), ("safe",)
-    engine_type = LARFEngine
+    model_type = LARFModel

@@ -1,19 +1,22 @@
-"""The two that every score has to beat, which ask no model: chance, and the length of the answer."""
+"""Two baselines without a model, which every score has to beat: chance and the length of the answer."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
 from sqsd_filter.scoring.baselines.base import Baseline
 from sqsd_filter.scoring.chat_encoder import Encoded
+from sqsd_filter.scoring.pack import Pack
+from sqsd_filter.scoring.scorer import BatchedSettings
 
 
 class NoModel:
-    """Stands where an engine would, and asks a row's tokens alone."""
+    """Takes the place of a model; a value depends on the row's tokens alone."""
 
     workers = 0
     default_budget = 1 << 20  # tokens; nothing is padded
@@ -22,12 +25,12 @@ class NoModel:
         self._value = value
 
     def project(self, rows: Sequence[Encoded]) -> np.ndarray:
-        """(b, 1)."""
+        """The value of each row: (b, 1)."""
         return np.array([[self._value(row)] for row in rows])
 
 
 class PlainScorer(Baseline):
-    """A baseline that loads no model, but the tokenizer."""
+    """A baseline that loads the tokenizer but no model."""
 
     @property
     def passes(self) -> int:
@@ -42,16 +45,18 @@ class PlainScorer(Baseline):
 
 
 class RandomScorer(PlainScorer):
-    """A number in [0, 1) from a hash of the seed and the row's tokens: equal rows get the same, wherever they stand."""
+    """A number in [0, 1) from a hash of the seed and the row's tokens: equal rows get the same number."""
 
     name = "random"
     plus = ("random",)
 
-    def __init__(self, *args: Any, seed: int = 0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, pack: str | Path | Pack, model: str | None = None, *, seed: int = 0, **settings: Unpack[BatchedSettings]
+    ) -> None:
+        super().__init__(pack, model, **settings)
         self.seed = seed
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         return super().settings() | {"seed": self.seed}
 
     def value(self, row: Encoded) -> float:
@@ -61,7 +66,7 @@ class RandomScorer(PlainScorer):
 
 
 class LengthScorer(PlainScorer):
-    """The number of the answer's tokens, those that end its turns among them."""
+    """The number of the answer's tokens, including those that end its turns."""
 
     name = "length"
     plus = ("length",)

@@ -165,14 +165,14 @@ def test_rows_that_did_not_fit_are_tried_again_by_the_next_run(
     tmp_path: Path, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, scorer = write_jsonl(tmp_path / "in.jsonl", make_rows(8)), SQSDScorer(tiny_pack)
-    project = scorer.engine.project
+    project = scorer.model.project
 
     def short_of_memory(rows: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(scorer.engine, "project", short_of_memory)
+    monkeypatch.setattr(scorer.model, "project", short_of_memory)
     with pytest.raises(RowErrorBudgetExceeded, match=r"8 out_of_memory.*line 1 \(\d+ tokens don't fit"):
         filter_dataset(source, tmp_path / "out", drop_count=1, scorer=scorer)
-    monkeypatch.setattr(scorer.engine, "project", project)
+    monkeypatch.setattr(scorer.model, "project", project)
     report = filter_dataset(source, tmp_path / "out", drop_count=1, scorer=scorer)
     assert (report["rows"]["kept"], report["rows"]["dropped"], report["rows"]["scored"]) == (7, 1, 8)

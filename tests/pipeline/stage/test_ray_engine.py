@@ -101,7 +101,7 @@ def die_once(mark: Path, how: int) -> Callable[..., None]:
     """A `_score` that takes its process with it in the middle of its first shard, once."""
 
     def score(self: Any, rows: Any, results: Any) -> None:
-        project = self.engine.project
+        project = self.model.project
 
         def deadly(members: Any) -> Any:
             found = project(members)
@@ -110,7 +110,7 @@ def die_once(mark: Path, how: int) -> Callable[..., None]:
                 os.kill(os.getpid(), how)
             return found
 
-        self.engine.project = deadly
+        self.model.project = deadly
         SQSDScorer._score(self, rows, results)
 
     return score
@@ -122,16 +122,16 @@ def test_a_row_that_keeps_killing_its_replica_is_set_apart_and_the_rest_is_score
     poison = ROWS[131]["instruction"]
 
     def score(self: Any, rows: Any, results: Any) -> None:
-        project = self.engine.project
+        project = self.model.project
 
         def deadly(members: Any) -> Any:
             if any(poison in self.encoder.tokenizer.decode(m.ids) for m in members):
                 os.kill(os.getpid(), signal.SIGSEGV)
             return project(members)
 
-        self.engine.project = deadly
+        self.model.project = deadly
         SQSDScorer._score(self, rows, results)
-        self.engine.project = project
+        self.model.project = project
 
     scorer = SQSDScorer(tiny_pack)
     scorer.__class__ = type("Poisoned", (SQSDScorer,), {"_score": score})
@@ -145,14 +145,14 @@ def short_of_memory(self: Any, members: Any) -> Any:
     """A `project` for which three rows at once are too many."""
     if len(members) > 2:
         raise MemoryError
-    return type(self.engine).project(self.engine, members)
+    return type(self.model).project(self.model, members)
 
 
 def failing_row(self: Any, members: Any) -> Any:
     """A `project` whose model can't do with one of the rows."""
     if any(ROWS[131]["instruction"] in self.encoder.tokenizer.decode(m.ids) for m in members):
         raise RuntimeError("no such shape")
-    return type(self.engine).project(self.engine, members)
+    return type(self.model).project(self.model, members)
 
 
 @pytest.mark.parametrize(("project", "unscored"), [(short_of_memory, {}), (failing_row, {"failed": 1})])
@@ -160,7 +160,7 @@ def test_what_a_batch_can_not_do_its_rows_do_apart_on_any_engine(
     session: None, source: Path, tiny_pack: Path, project: Any, unscored: dict[str, int]
 ) -> None:
     def score(self: Any, rows: Any, results: Any) -> None:
-        self.engine.project = partial(project, self)
+        self.model.project = partial(project, self)
         SQSDScorer._score(self, rows, results)
 
     for dest, engine in (("local", LocalEngine()), ("ray", RayEngine(2))):
