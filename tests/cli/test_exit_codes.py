@@ -78,7 +78,7 @@ def test_a_run_that_failed_before_its_first_score_does_not_bar_the_destination(c
 
 
 def test_a_bug_shows_its_traceback_only_when_asked_for(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sqsd_filter.pipeline.run.filter_dataset", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("sqsd_filter.pipeline.run.filter_rows", lambda *_, **__: 1 / 0)
     code, _, err = command("in.jsonl", "out", *CUT)
     assert code == 1
     assert "unexpected ZeroDivisionError" in err
