@@ -1,4 +1,4 @@
-"""What can go wrong for a user: one base error, one line a kind, each with the exit code the command gives."""
+"""What can go wrong for a user: one base error and a class for each kind, with the exit code of the command."""
 
 
 class SQSDError(Exception):
@@ -8,7 +8,7 @@ class SQSDError(Exception):
 
 
 def option(name: str) -> str:
-    """An option as Python and the command line spell it, for a sentence."""
+    """An option, spelled as in Python and as on the command line, for a sentence."""
     return f"{name} (--{name.replace('_', '-')})"
 
 
@@ -18,7 +18,7 @@ def first_line(problem: BaseException) -> str:
 
 
 class ModelError(SQSDError):
-    """The model or its tokenizer can't be had, or isn't one that can be scored with."""
+    """The model or its tokenizer can't be loaded, or can't be used for scoring."""
 
 
 class PackError(SQSDError):
@@ -42,7 +42,7 @@ class InputError(SQSDError):
 
 
 class RowErrorBudgetExceeded(SQSDError):
-    """More rows could not be scored than the run was allowed to leave unscored."""
+    """More rows could not be scored than the run allows."""
 
     exit_code = 4
 

@@ -1,4 +1,4 @@
-"""Pictures: PNG files and parts of a page, the same bytes for the same drawing, whatever the user's own style is."""
+"""Pictures as PNG files and as SVG in a page: the same drawing gives the same bytes, whatever the user's own style."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sqsd_filter.storage.folder import write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLUE, ORANGE = "#0072b2", "#d55e00"  # told apart with any colour vision, as all of these
+BLUE, ORANGE = "#0072b2", "#d55e00"  # these can be distinguished with any colour vision
 COLOURS = (ORANGE, BLUE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "os^Dv*"
 
 
 @contextmanager
 def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure to draw on, so many inches large at 100 pixels an inch; written to `path` when that is done."""
+    """A figure to draw on, `width` × `height` inches at 100 pixels per inch; it is written to `path` afterwards."""
     with _figure(width, height) as figure:
         figure.set_facecolor("white")
         yield figure
@@ -30,10 +30,10 @@ def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def as_svg(draw: Callable[[Figure], None], width: float, height: float, name: str, alt: str) -> str:
-    """What `draw` draws, so many inches large, as an element of an HTML page that is as wide as it may be.
+    """The SVG element, for an HTML page, of what `draw` draws on a figure of `width` × `height` inches.
 
-    What is black has the colour of the text there, what is white that of the page, `--page`, so that one picture does
-    in a light and in a dark one. `name` keeps the elements of several pictures of one page apart.
+    It scales to the width of its container. Black becomes the colour of the page's text and white that of the page,
+    `--page`, so that one picture serves a light and a dark page. `name` must differ between the pictures of a page.
     """
     import matplotlib
 
@@ -49,7 +49,7 @@ def as_svg(draw: Callable[[Figure], None], width: float, height: float, name: st
 
 
 def plain(text: str) -> str:
-    """The text as matplotlib shows it as it is: no formula in it, and one line."""
+    """The text so that matplotlib shows it literally: without formulas, on one line."""
     return "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")
 
 

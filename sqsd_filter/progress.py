@@ -1,4 +1,4 @@
-"""How a run tells what it is doing. The default says nothing; the command line shows bars or lines."""
+"""How a run reports its progress. The default is silent; the command line shows bars or lines."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NotRequired, Protocol, TypedDict
 
 
 class Progress(Protocol):
-    """Told of each phase, its size in rows (None if unknown), and of rows and tokens as they are done."""
+    """Gets each phase with its size in rows (None if unknown), and the rows and tokens as they are done."""
 
     def start(self, phase: str, rows: int | None) -> None: ...
 
     def advance(self, rows: int, tokens: int = 0) -> None: ...
 
     def replicas(self, alive: int, retried: int) -> None:
-        """How many models are at work, and how many shards had to be started again."""
+        """The number of models at work, and of shards that were started again."""
 
     def finish(self) -> None: ...
 
@@ -24,7 +24,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Says nothing."""
+    """Reports nothing."""
 
     def start(self, phase: str, rows: int | None) -> None:
         pass
@@ -55,7 +55,7 @@ class PhaseFigures(TypedDict):
 
 @dataclass
 class Phase:
-    """Rows and tokens done, of `expected` rows if that is known, and the clock's seconds at its start and end."""
+    """Rows and tokens done, of `expected` rows if that is known; start and end in seconds of the monotonic clock."""
 
     expected: int | None
     began: float = field(default_factory=time.monotonic)
@@ -77,7 +77,7 @@ class Phase:
 
 
 class Meter:
-    """Hands on to another `Progress` and keeps count. `alive` is None until replicas are heard of."""
+    """Passes everything on to another `Progress` and counts. `alive` is None until replicas are reported."""
 
     def __init__(self, inner: Progress) -> None:
         self._inner = inner
@@ -108,7 +108,7 @@ class Meter:
         self._inner.note(message)
 
     def figures(self) -> dict[str, PhaseFigures]:
-        """Every phase so far: rows, seconds, rows and tokens a second."""
+        """Every phase so far: rows, seconds, rows and tokens per second."""
         return {name: phase.figures() for name, phase in list(self.phases.items())}
 
     def _end(self) -> None:

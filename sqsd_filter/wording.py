@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 
-def many(count: int, what: str) -> str:
-    """So many of these: 1 row, 2,000 rows."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+def many(count: int, noun: str) -> str:
+    """A count with its noun: 1 row, 2,000 rows."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -29,7 +29,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from tests.hub_repo import Commit, File, Repo, by_lfs
+from tests.hub_repo import Commit, Repo, RepoFile, by_lfs
 from tests.hub_routes import MEMBER, Answer, Call, reply
 
 
@@ -102,7 +102,7 @@ class Hub:
         with self.lock:
             repo = self.repos.setdefault((kind, name), Repo(kind, name, private, gated))
             changes = {
-                path: None if data is None else File(data, by_lfs(path, len(data))) for path, data in files.items()
+                path: None if data is None else RepoFile(data, by_lfs(path, len(data))) for path, data in files.items()
             }
             ref = repo.ref(revision) or f"refs/heads/{revision}"
             parent = repo.at(revision if ref in repo.refs else "main")
@@ -160,7 +160,7 @@ class Hub:
         """The requests so far of this method whose path matches."""
         return [r for r in list(self.requests) if r.method == method and re.search(pattern, r.path)]
 
-    def _fault(self, method: str, path: str) -> Rule | None:
+    def fault(self, method: str, path: str) -> Rule | None:
         """Uses up the rules that a request meets, up to the first fault, which is returned."""
         for rule in list(self.rules):
             with self.lock:
@@ -201,7 +201,7 @@ class Hub:
         import transformers.utils.hub
         from datasets import config
         from huggingface_hub import HfFileSystem, constants, hf_api
-        from huggingface_hub.utils import close_session
+        from huggingface_hub.utils._http import close_session
 
         for name, text in self._settings(home, token).items():
             monkeypatch.setenv(name, text)
@@ -263,10 +263,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_call(self) -> None:
         hub, path = self.server.hub, unquote(self.path)
-        rule = hub._fault(self.command, path)
+        rule = hub.fault(self.command, path)
         if rule and rule.received is not None:
             self._body(rule.received)
-            return self._cut(path, rule)
+            self._cut(path, rule)
+            return
         body = self._body()
         with hub.lock:
             call = Call(hub.repos, hub.url, self.command, self.path, self.headers, body)
@@ -274,7 +275,8 @@ class _Handler(BaseHTTPRequestHandler):
         if rule and rule.sent is not None:
             if rule.sent:
                 self._send(answer, rule.sent)
-            return self._cut(path, rule)
+            self._cut(path, rule)
+            return
         hub.requests.append(Request(self.command, path, answer.status))
         self._send(answer)
 

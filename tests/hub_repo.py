@@ -22,7 +22,7 @@ class NoRevisionError(LookupError):
 
 
 @dataclass(frozen=True)
-class File:
+class RepoFile:
     data: bytes = field(repr=False)
     lfs: bool = False
 
@@ -55,7 +55,7 @@ class File:
 class Commit:
     title: str
     parents: tuple[str, ...]
-    files: dict[str, File] = field(repr=False)
+    files: dict[str, RepoFile] = field(repr=False)
     date: datetime = field(repr=False)
 
     @cached_property
@@ -85,13 +85,13 @@ class Repo:
         self.refs: dict[str, str] = {}
         self.stored: dict[str, bytes] = {}
         attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
-        self.commit("refs/heads/main", None, "initial commit", {".gitattributes": File(attributes.encode())})
+        self.commit("refs/heads/main", None, "initial commit", {".gitattributes": RepoFile(attributes.encode())})
 
     @property
     def web_path(self) -> str:
         return self.name if self.kind == "models" else f"{self.kind}/{self.name}"
 
-    def commit(self, ref: str, parent: Commit | None, title: str, changes: Mapping[str, File | None]) -> Commit:
+    def commit(self, ref: str, parent: Commit | None, title: str, changes: Mapping[str, RepoFile | None]) -> Commit:
         """Moves `ref` to `parent` with the changed files; None deletes one."""
         changed = {**(parent.files if parent else {}), **changes}
         files = {path: file for path, file in changed.items() if file is not None}

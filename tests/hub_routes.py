@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, unquote
 
 import yaml
 
-from tests.hub_repo import Commit, File, NoRevisionError, Repo, by_lfs
+from tests.hub_repo import Commit, NoRevisionError, Repo, RepoFile, by_lfs
 
 MEMBER, STRANGER = "hf_fake", "hf_stranger"
 
@@ -36,7 +36,7 @@ def reply(value: Any, status: int = 200, **headers: str) -> Answer:
     return Answer(json.dumps(value).encode(), status, {"Content-Type": "application/json", **headers})
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """An answer in the way the Hub says no; clients choose their exception by status and code."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
@@ -83,20 +83,21 @@ class Call:
     def answer(self) -> Answer:
         method = "GET" if self.method == "HEAD" else self.method
         if self.token not in (None, MEMBER, STRANGER):
-            return Refusal(401, "Invalid credentials in Authorization header").answer
+            return RefusalError(401, "Invalid credentials in Authorization header").answer
         for verb, pattern, handler in ROUTES:
             if verb == method and (match := pattern.fullmatch(self.path)):
                 self.named = {key: unquote(value) for key, value in match.groupdict().items() if value}
                 try:
                     return handler(self)
-                except Refusal as refusal:
+                except RefusalError as refusal:
                     return refusal.answer
                 except NoRevisionError as problem:
-                    return Refusal(404, f"Invalid rev id: {problem}", "RevisionNotFound").answer
+                    return RefusalError(404, f"Invalid rev id: {problem}", "RevisionNotFound").answer
         return reply({"error": f"This Hub has no {method} {self.path}."}, 404)
 
     def json(self) -> dict[str, Any]:
-        return json.loads(self.body)
+        body: dict[str, Any] = json.loads(self.body)
+        return body
 
     @cached_property
     def key(self) -> tuple[str, str]:
@@ -112,7 +113,7 @@ class Call:
         repo = self.repos.get(self.key)
         if repo is None or (repo.private and self.token != MEMBER):
             self.check_login()
-            raise Refusal(404, "Repository not found", "RepoNotFound")
+            raise RefusalError(404, "Repository not found", "RepoNotFound")
         return repo
 
     @property
@@ -127,18 +128,18 @@ class Call:
         if self.repo.gated and self.token != MEMBER:
             why = f"Access to {self.repo.kind[:-1]} {self.repo.name} is restricted"
             if self.token is None:
-                raise Refusal(401, f"{why}: log in first.", "GatedRepo")
-            raise Refusal(403, f"{why}: ask at {self.url}/{self.repo.web_path}.", "GatedRepo")
+                raise RefusalError(401, f"{why}: log in first.", "GatedRepo")
+            raise RefusalError(403, f"{why}: ask at {self.url}/{self.repo.web_path}.", "GatedRepo")
 
     def check_login(self) -> None:
         """Clients take any 401 that an https Hub gives about a repository for RepoNotFound; over http they are told."""
         if self.token is None:
-            raise Refusal(401, "Invalid username or password.", "RepoNotFound" if "name" in self.named else None)
+            raise RefusalError(401, "Invalid username or password.", "RepoNotFound" if "name" in self.named else None)
 
     def check_write(self) -> None:
         self.check_login()
         if self.token != MEMBER and "create_pr" not in self.query:
-            raise Refusal(403, "Forbidden: this token may not write here")
+            raise RefusalError(403, "Forbidden: this token may not write here")
 
     @route("GET", "/api/whoami-v2")
     def whoami(self) -> Answer:
@@ -197,7 +198,7 @@ class Call:
         prefix = f"{folder}/" if folder else ""
         files = {path for path in commit.files if path.startswith(prefix)}
         if folder and not files:
-            raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
+            raise RefusalError(404, f"{folder} does not exist", "EntryNotFound")
         folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
         found = {path for path in files | folders if path.startswith(prefix)}
         if self.query.get("recursive") != ["true"]:
@@ -239,7 +240,7 @@ class Call:
         sha = self.repo.at(revision).sha
         self.check_write()
         if ref in self.repo.refs:
-            raise Refusal(409, f"{ref} exists already")
+            raise RefusalError(409, f"{ref} exists already")
         self.repo.refs[ref] = sha
         return Answer()
 
@@ -271,14 +272,14 @@ class Call:
     def lfs_upload(self) -> Answer:
         """Needs no token: the address was given to someone who may write, as a signed one of S3 is."""
         if hashlib.sha256(self.body).hexdigest() != self.named["oid"]:
-            raise Refusal(400, "The content does not have this hash")
+            raise RefusalError(400, "The content does not have this hash")
         self.repos[self.key].stored[self.named["oid"]] = self.body
         return Answer()
 
     @route("POST", r"/lfs/(?P<kind>\w+)/(?P<name>.+)/(?P<oid>\w+)")
     def lfs_verify(self) -> Answer:
         if len(self.repo.stored.get(self.named["oid"], b"")) != self.json()["size"]:
-            raise Refusal(404, "No object of this hash and size was uploaded")
+            raise RefusalError(404, "No object of this hash and size was uploaded")
         return Answer()
 
     @route("POST", "{api}/commit/{rev}")
@@ -294,26 +295,26 @@ class Call:
             parent, ref = repo.at(wanted), f"refs/pr/{number}"
             pull = {"pullRequestUrl": f"{web}/discussions/{number}"}
         elif ref is None:
-            raise Refusal(404, f"{revision} is no branch", "RevisionNotFound")
+            raise RefusalError(404, f"{revision} is no branch", "RevisionNotFound")
         elif not parent.sha.startswith(wanted):
-            raise Refusal(412, "There was another commit since")
+            raise RefusalError(412, "There was another commit since")
         commit = repo.commit(ref, parent, header["value"]["summary"], self._changes(operations, parent.files))
         return reply({"success": True, "commitOid": commit.sha, "commitUrl": f"{web}/commit/{commit.sha}", **pull})
 
-    def _changes(self, operations: list[dict[str, Any]], there: Mapping[str, File]) -> dict[str, File | None]:
-        changes: dict[str, File | None] = {}
+    def _changes(self, operations: list[dict[str, Any]], there: Mapping[str, RepoFile]) -> dict[str, RepoFile | None]:
+        changes: dict[str, RepoFile | None] = {}
         for operation in operations:
             path: str = operation["value"]["path"]
             match operation:
                 case {"key": "file", "value": {"content": content}}:
-                    changes[path] = File(base64.b64decode(content))
+                    changes[path] = RepoFile(base64.b64decode(content))
                 case {"key": "lfsFile", "value": {"oid": oid}}:
                     if oid not in self.repo.stored:
-                        raise Refusal(400, f"The LFS object of {path} was not uploaded")
-                    changes[path] = File(self.repo.stored[oid], lfs=True)
+                        raise RefusalError(400, f"The LFS object of {path} was not uploaded")
+                    changes[path] = RepoFile(self.repo.stored[oid], lfs=True)
                 case {"key": "deletedFile"}:
                     if path not in there:
-                        raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
+                        raise RefusalError(404, "A file with this name doesn't exist", "EntryNotFound")
                     changes[path] = None
                 case {"key": "deletedFolder"}:
                     folder = path.rstrip("/") + "/"
@@ -326,7 +327,7 @@ class Call:
             self.check_gate()
         commit, file = self.commit, self.commit.files.get(self.file_path)
         if file is None:
-            raise Refusal(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.sha})
+            raise RefusalError(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.sha})
         size, etag = len(file.data), f'"{file.etag}"'
         headers = {"X-Repo-Commit": commit.sha, "ETag": etag, "Accept-Ranges": "bytes"}
         if file.lfs:
@@ -336,5 +337,5 @@ class Call:
         first = int(wanted[1])
         stop = min(size, int(wanted[2]) + 1) if wanted[2] else size
         if first >= size:
-            raise Refusal(416, "No such range", **{"Content-Range": f"bytes */{size}"})
+            raise RefusalError(416, "No such range", **{"Content-Range": f"bytes */{size}"})
         return Answer(file.data[first:stop], 206, {**headers, "Content-Range": f"bytes {first}-{stop - 1}/{size}"})

@@ -33,7 +33,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session, httpx
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the HTTP client that it uses, whichever that is
+from huggingface_hub.utils._http import get_session
 from huggingface_hub.utils.sha import git_hash
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -368,7 +369,7 @@ def test_a_hub_that_is_stopped_answers_nobody(hub: Hub) -> None:
 
 
 def test_what_goes_wrong_in_a_callback_comes_out_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ZeroDivisionError), Hub() as hub:
+    with pytest.raises(ZeroDivisionError), Hub() as hub:  # noqa: PT012  # it is raised when the Hub stops
         hub.connect(tmp_path, monkeypatch)
         hub.on("GET", "whoami", lambda: 1 / 0)
         with pytest.raises(httpx.RemoteProtocolError):

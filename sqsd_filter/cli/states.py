@@ -99,7 +99,6 @@ def _read(source: str, sample: int, positive: str | None) -> tuple[list[Any], li
     import numpy as np
 
     from sqsd_filter.corpus.addresses import Opener, expand, peek
-    from sqsd_filter.corpus.conversation import BAD_JSON, RowError
     from sqsd_filter.corpus.row_formats import Columns
     from sqsd_filter.corpus.sources import Corpus
 
@@ -114,14 +113,7 @@ def _read(source: str, sample: int, positive: str | None) -> tuple[list[Any], li
             raise UsageError(f"--positive names '{column}', but {source} has {', '.join(corpus.schema.names)}.")
         wanted = set(np.linspace(0, corpus.n_rows - 1, min(sample, corpus.n_rows)).astype(int).tolist())
         found = [row for row in corpus.read(0, corpus.n_rows) if row.index in wanted]
-    conversations: list[Any] = []
-    for row in found:
-        try:
-            if row.value is None:
-                raise RowError(BAD_JSON, row.problem)
-            conversations.append(form.conversation(row.value))
-        except RowError as problem:
-            conversations.append(problem)
+    conversations: list[Any] = [form.parse(row.value, row.problem) for row in found]
     if positive is None:
         return conversations, None
     texts = [(row.value or {}).get(column) for row in found]

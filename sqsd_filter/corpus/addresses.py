@@ -1,7 +1,7 @@
-"""What a user may name as a source, and the readers that it stands for.
+"""The sources that a user may name, and the readers for them.
 
-in.jsonl  'corpus/*.parquet'  folder/  saved/            files, globs, folders as load_dataset or load_from_disk read
-folder:config/split  saved:split                         them, with a configuration, splits (a+b) or both
+in.jsonl  'corpus/*.parquet'  folder/  saved/            files, globs, folders for load_dataset or load_from_disk
+folder:config/split  saved:split                         such folders with a configuration, splits (a+b) or both
 org/name  org/name@revision:config/split                 a dataset of the Hub
 s3://bucket/part-*.jsonl  hf://datasets/org/name@rev/*   files behind URLs
 -                                                        JSON Lines on standard input
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 from urllib.parse import quote, unquote
 
-from sqsd_filter.corpus.files import LocalFile, RemoteFile, plainly, unreadable
+from sqsd_filter.corpus.files import LocalFile, RemoteFile, as_os_errors, unreadable
 from sqsd_filter.corpus.formats import Reader, kind, open_file
 from sqsd_filter.corpus.repositories import HUB, Repository, check_splits, is_split, quiet_datasets
 from sqsd_filter.corpus.spool import stored
@@ -36,7 +36,7 @@ from sqsd_filter.storage.retries import with_retries
 
 SPLIT = "train"  # of rows that have no split of their own
 STDIN = "-"
-_READABLE = "/=,+@()"  # characters that a URL may hold as they are
+_UNQUOTED = "/=,+@()"  # characters that stay readable in a URL
 _ON_HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^:@]+))?(:(?P<part>.+))?")
 
 
@@ -51,21 +51,21 @@ class HubDataset(TypedDict):
 
 @dataclass(frozen=True)
 class Source:
-    """One reader and what its rows belong to."""
+    """One reader, and where its rows come from."""
 
     reader: Reader
-    spec: str | None  # opens just this again, with the revision fixed; "" where nothing does, None with the one before
+    spec: str | None  # opens it again at the same revision; "" if nothing can, None if the spec before does
     split: str = SPLIT
     dataset: HubDataset | None = None
-    card: tuple[str, str] | None = None  # the name of its dataset and the text of that one's README.md
+    card: tuple[str, str] | None = None  # the name of its dataset and the text of the dataset's README.md
     roots: tuple[str, ...] = ()  # the files, folders and URLs outside the Hub that it reads
 
 
 class Opener:
-    """Opens sources. What had to be stored for it (standard input, iterables) is gone after `close`."""
+    """Opens sources. Rows that had to be stored for this (standard input, iterables) are deleted by `close`."""
 
     def __init__(self, *, streaming: bool = False) -> None:
-        """With `streaming`, files of the Hub are read from there at each pass instead of being kept in its cache."""
+        """With `streaming`, files of the Hub are fetched again at each pass and never kept in its cache."""
         self._streaming = streaming
         self._stack = ExitStack()
 
@@ -76,14 +76,14 @@ class Opener:
         """The sources in order, globs sorted. Raises `InputError` for one that is missing or can't be read, and
         `UsageError` for standard input that is closed or given twice."""
         if sum(str(item) == STDIN for item in given if isinstance(item, str | Path)) > 1:
-            raise UsageError("Standard input can be read once only: give - once.")
+            raise UsageError("Standard input can be read only once: give - once.")
         try:
             with quiet_datasets():
                 return [source for item in given for source in self._one(item)]
         except OSError as problem:
             raise unreadable(problem.filename, problem) from problem
 
-    def _one(self, given: Any) -> Iterator[Source]:
+    def _one(self, given: object) -> Iterator[Source]:
         if not isinstance(given, str | Path):
             yield from self._object(given)
         elif given == "":
@@ -96,11 +96,11 @@ class Opener:
             yield from self._path(str(given))
 
     def _path(self, text: str) -> Iterator[Source]:
-        if there := _here(text):
-            yield from self._local(*there)
+        if local := _split_part(text):
+            yield from self._local(*local)
         elif glob.has_magic(text):
-            for found in expand([text]):
-                yield from self._local(Path(found), "")
+            for path in expand([text]):
+                yield from self._local(Path(path), "")
         elif (named := _ON_HUB.fullmatch(text)) and kind(LocalFile(text)) is None:
             yield from self._on_hub(**named.groupdict())
         else:
@@ -112,11 +112,11 @@ class Opener:
         elif (path / "sqsd" / "run.json").exists() and not part:
             kept = "kept" if (path / "dataset_dict.json").exists() else "default"
             raise InputError(
-                f"{path} holds what was filtered before; name what to read of it: '{path}:{kept}' for the kept rows."
+                f"{path} holds the output of an earlier run: name what to read, as '{path}:{kept}' for the kept rows."
             )
         elif (path / "state.json").exists():
             if part:
-                raise InputError(f"{path} is one split that was saved alone: leave out ':{part}'.")
+                raise InputError(f"{path} is a single saved split: leave out ':{part}'.")
             yield Source(SavedDataset(path), str(path), card=_card(path), roots=(str(path),))
         elif (path / "dataset_dict.json").exists():
             for split in _saved_splits(path, part):
@@ -135,42 +135,44 @@ class Opener:
             return
         first, _, rest = url.removeprefix(HUB).partition("/")
         second, _, path = rest.partition("/") if ":" not in rest.partition("/")[0] else (rest, "", "")
-        there = _ON_HUB.fullmatch(f"{first}/{unquote(second)}")
-        if there is None:
+        named = _ON_HUB.fullmatch(f"{first}/{unquote(second)}")
+        if named is None:
             raise InputError(f"{url} names no dataset: write {HUB}org/name.")
         if not path:
-            yield from self._on_hub(**there.groupdict())
+            yield from self._on_hub(**named.groupdict())
             return
-        repository = Repository.on_hub(there["name"], there["revision"], streaming=self._streaming)
+        repository = Repository.on_hub(named["name"], named["revision"], streaming=self._streaming)
         about = HubDataset(id=repository.where, revision=repository.commit, config=None, split=None)
         card = _named(repository.where, repository.card())
-        for found in _matching(path, repository.paths(), url):
-            yield Source(open_file(repository.file(found)), f"{repository.spec}/{found}", dataset=about, card=card)
+        for name in _matching(path, repository.paths(), url):
+            yield Source(open_file(repository.file(name)), f"{repository.spec}/{name}", dataset=about, card=card)
 
     def _stdin(self) -> JsonLines:
         if sys.stdin is None:
             raise UsageError("Standard input is closed: pipe JSON Lines into it, or name a file instead of -.")
-        path = self._room() / "stdin.jsonl"
+        path = self._temporary_folder() / "stdin.jsonl"
         with path.open("wb") as sink:
             shutil.copyfileobj(sys.stdin.buffer, sink, 1 << 20)
         return JsonLines(LocalFile(path, STDIN))
 
-    def _room(self) -> Path:
+    def _temporary_folder(self) -> Path:
         return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sqsd-filter-")))
 
-    def _object(self, given: Any, name: str = "the dataset") -> Iterator[Source]:
+    def _object(self, given: object, name: str = "the dataset") -> Iterator[Source]:
         from datasets import Dataset, IterableDataset
 
         if isinstance(given, Mapping):
             check_splits("The dataset", map(str, given))
             for split, dataset in given.items():
-                found = self._object(dataset, f"the split {split}")
-                yield from (Source(source.reader, "", str(split)) for source in found)
+                sources = self._object(dataset, f"the split {split}")
+                yield from (Source(source.reader, "", str(split)) for source in sources)
             return
         if not isinstance(given, Dataset | IterableDataset):
             raise InputError(f"A {type(given).__name__} can't be filtered: give paths, or a dataset of `datasets`.")
         split = str(given.split) if given.split is not None else SPLIT
-        rows = given if isinstance(given, Dataset) else stored(given, folder=self._room())  # to be read several times
+        rows = (
+            given if isinstance(given, Dataset) else stored(given, folder=self._temporary_folder())
+        )  # to be read several times
         yield Source(DatasetTable(name, rows), "", split if is_split(split) else SPLIT)
 
 
@@ -191,12 +193,12 @@ def _root(url: str) -> str:
     """The path of a file:// URL; any other as it is."""
     from pyarrow import fs
 
-    there, path = connect(url)
-    return path if isinstance(there, fs.LocalFileSystem) else url
+    filesystem, path = connect(url)
+    return path if isinstance(filesystem, fs.LocalFileSystem) else url
 
 
-def _here(text: str) -> tuple[Path, str] | None:
-    """The file or folder of this name, and what is asked for of it after a colon; None where there is none."""
+def _split_part(text: str) -> tuple[Path, str] | None:
+    """The local file or folder of this name, and the part of it that is named after a colon; None if neither exists."""
     if Path(text).exists():
         return Path(text), ""
     folder, _, part = text.rpartition(":")
@@ -204,41 +206,40 @@ def _here(text: str) -> tuple[Path, str] | None:
 
 
 def expand(paths: Sequence[Any]) -> list[Any]:
-    """The sources with each local glob in the place of what it finds, sorted. Raises `InputError` for one that finds
-    nothing."""
-    found: list[Any] = []
+    """The sources with each local glob replaced by the files that match, sorted. Raises `InputError` if none does."""
+    expanded: list[Any] = []
     for path in paths:
         text = str(path) if isinstance(path, str | Path) else ""
-        if not glob.has_magic(text) or "://" in text or _here(text):
-            found.append(path)
+        if not glob.has_magic(text) or "://" in text or _split_part(text):
+            expanded.append(path)
             continue
         matching = sorted(glob.glob(text, recursive=True))
         if not matching:
             raise InputError(f"No file matches {text}; check the pattern.")
-        found += matching
-    return found
+        expanded += matching
+    return expanded
 
 
 def _expand_url(url: str) -> list[RemoteFile]:
-    """The files that a URL names, with * and [...] in its path; sorted.
+    """The files that a URL names, sorted; its path may have * and [...].
 
-    URLs of pyarrow's own kinds are quoted and may have a query; those of fsspec packages are taken letter by letter.
+    URLs of pyarrow's own kinds are quoted and may have a query; those of fsspec packages are taken literally.
     """
     from pyarrow import fs
 
     path, mark, query = url.partition("?")
-    there, root = connect(_base(path) + mark + query)
-    quoted = not isinstance(there, fs.PyFileSystem)
+    filesystem, root = connect(_base(path) + mark + query)
+    quoted = not isinstance(filesystem, fs.PyFileSystem)
     if mark and not quoted and not url.startswith("http"):
         path, mark, query = url, "", ""
-        there, root = connect(_base(path))
+        filesystem, root = connect(_base(path))
     base = _base(path)
     if base == path:
         return [RemoteFile(url, url, root)]
     folder = base + mark + query
     try:
-        with plainly():
-            infos = with_retries(lambda: there.get_file_info(fs.FileSelector(root, recursive=True)))
+        with as_os_errors():
+            infos = with_retries(lambda: filesystem.get_file_info(fs.FileSelector(root, recursive=True)))
     except OSError as problem:
         raise InputError(
             f"{base} can't be listed ({problem.strerror}): check the address and your rights."
@@ -246,18 +247,18 @@ def _expand_url(url: str) -> list[RemoteFile]:
     listed = {i.path.removeprefix(root).lstrip("/"): i.path for i in infos if i.type == fs.FileType.File}
     pattern = path[len(base) + 1 :]
     if quoted:
-        glob_pattern = re.sub(r"(%[0-9A-Fa-f]{2})+", lambda found: glob.escape(unquote(found[0])), pattern)
+        glob_pattern = re.sub(r"(%[0-9A-Fa-f]{2})+", lambda escaped: glob.escape(unquote(escaped[0])), pattern)
     else:
         glob_pattern = pattern.replace("?", "[?]")
     names = [pattern] if pattern in listed and not quoted else _matching(glob_pattern, sorted(listed), url)
     return [
-        RemoteFile(f"{base}/{quote(name, safe=_READABLE) if quoted else name}{mark}{query}", folder, listed[name])
+        RemoteFile(f"{base}/{quote(name, safe=_UNQUOTED) if quoted else name}{mark}{query}", folder, listed[name])
         for name in names
     ]
 
 
 def _base(path: str) -> str:
-    """The folder above the first part that has * or [ in it; all of a path that has none."""
+    """The folder above the first part with * or [; the whole path if no part has one."""
     start, *magic = re.split(r"[*\[]", path, maxsplit=1)
     return start.rpartition("/")[0] if magic else path
 
@@ -266,10 +267,10 @@ def _matching(pattern: str, names: Sequence[str], asked: str) -> list[str]:
     from fsspec.utils import glob_translate
 
     regex = re.compile(glob_translate(pattern))
-    found = [name for name in names if name == pattern or regex.match(name)]
-    if not found:
+    matching = [name for name in names if name == pattern or regex.match(name)]
+    if not matching:
         raise InputError(f"No file matches {asked}; check the address.")
-    return found
+    return matching
 
 
 def _saved_splits(folder: Path, part: str) -> list[str]:
@@ -296,7 +297,7 @@ def _named(name: object, text: str | None) -> tuple[str, str] | None:
 
 
 def peek(sources: Sequence[Source], n: int = 1000) -> list[dict[str, Any]]:
-    """About `n` readable rows: the first ones of each source, or of `n` sources spread over the list."""
+    """About `n` readable rows: the first rows of each source, or of `n` sources spread over the list."""
     sources = sources[:: max(1, -(-len(sources) // n))]
     share = -(-n // max(1, len(sources)))
     rows: list[dict[str, Any]] = []

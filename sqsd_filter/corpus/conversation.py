@@ -1,9 +1,9 @@
-"""What a conversation is, the forms in which rows hold its turns, and the key that equal conversations share.
+"""What a conversation is, the forms that a row's turns may have, and the key that equal conversations share.
 
 A turn is `{"role", "content"}`: the role is system, user, assistant or tool, the content is text. An assistant's turn
 may also have `tool_calls` in OpenAI's form, their arguments as objects, and `"weight": 0` where it is not supervised; a
-tool's turn may have `tool_call_id` and `name`. The tools that a model may call lead the conversation as a turn of their
-own, `{"role": "tools", "content": [...]}`. All of it is JSON.
+tool's turn may have `tool_call_id` and `name`. The tools that a model may call are the first turn of the conversation,
+`{"role": "tools", "content": [...]}`. All of it is JSON.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = dict[str, Any]
+Conversation = list[Message]
 
 SCORED = "scored"
 NO_ANSWER = "no_answer"
 PROMPT_TOO_LONG = "prompt_too_long"
 NONFINITE = "nonfinite"
 BAD_JSON = "bad_json"
-BAD_ROW = "bad_row"  # the columns are there to be read, but hold something that is not a conversation
+BAD_ROW = "bad_row"  # the columns exist but hold no conversation
 TEMPLATE_ERROR = "template_error"  # the model's chat template refuses this conversation
 
-TOOLS = "tools"  # the role of the turn that leads with what the model may call
+TOOLS = "tools"  # the role of the first turn where the model may call tools
 _CALL = "function_call"  # an assistant's turn whose text is a tool call
 ROLES = {
     name: role
@@ -38,13 +39,13 @@ ROLES = {
     for name in names.split()
 }
 _SAID = ("content", "value", "text")  # keys of a turn for its text
-_CALLED = ("tool_calls", "function_call")  # and for its calls
+_CALLED = ("tool_calls", "function_call")  # keys of a turn for its tool calls
 _TEXTS = (None, "text", "input_text", "output_text")  # types of a part of the content that is text
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 class RowError(Exception):
-    """This row can't be scored: `status` is one of the reasons above, `detail` says more to a person."""
+    """This row can't be scored: `status` is one of the constants above, `detail` explains it to the user."""
 
     def __init__(self, status: str, detail: str) -> None:
         super().__init__(detail)
@@ -53,7 +54,7 @@ class RowError(Exception):
 
 
 def is_supervised(turn: Message) -> bool:
-    """Does this turn hold something to supervise?"""
+    """Is this turn trained on: an assistant's, with content or calls and without weight 0?"""
     if turn["role"] != "assistant" or turn.get("weight") == 0:
         return False
     return bool(turn["content"].strip() or turn.get("tool_calls"))
@@ -68,34 +69,34 @@ _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def conversation_key(turns: Sequence[Message]) -> bytes:
-    """16 bytes that equal conversations share: BLAKE2b over all that their turns hold."""
+    """The 16-byte BLAKE2b hash of everything in the turns: equal conversations share it."""
     items = [[turn["role"], turn["content"], *_more(turn)] for turn in turns]
     text = _COMPACT.encode(items)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _more(turn: Message) -> list[Message]:
-    """What a turn has beside role and content; a plain turn has nothing, and keys from before there was more."""
+    """What a turn holds beside role and content. A plain turn holds nothing: keys made by older versions stay valid."""
     return [{name: turn[name] for name in sorted(turn.keys() - {"role", "content"})}] if len(turn) > 2 else []
 
 
 # ---------------------------------------------------------------------------------------------- turns
 
 
-def is_turn(value: Any) -> bool:
-    """Does it look like a turn: an object with a known role and a place for what is said?"""
+def is_turn(value: object) -> bool:
+    """Does it look like a turn: an object with a known role and a key for text or calls?"""
     if not isinstance(value, Mapping):
         return False
     name = value.get("role") or value.get("from")
     return isinstance(name, str) and name.lower() in ROLES and not value.keys().isdisjoint((*_SAID, *_CALLED))
 
 
-def read_turns(value: Any, where: str) -> list[Message]:
-    """The turns that a list (or the JSON text of one) holds; `where` names it to a person.
+def read_turns(value: object, where: str) -> list[Message]:
+    """The turns of a list (or of the JSON text of one); `where` names it in messages.
 
-    Nulls are as good as missing, for a parquet file gives every turn the keys of all; but JSON text keeps those within
-    the arguments of its calls. Several system turns that lead are joined with a blank line. Raises `RowError` with
-    `bad_row`.
+    A null counts as missing, since a parquet file gives every turn the keys of all; only the arguments of tool calls
+    that were JSON text keep their nulls. Several leading system turns are joined with a blank line. Raises `RowError`
+    with `bad_row`.
     """
     exact, value = isinstance(value, str), parse_if_json(value)
     if not isinstance(value, list | tuple):
@@ -112,8 +113,8 @@ def read_turns(value: Any, where: str) -> list[Message]:
     return turns
 
 
-def _read_turn(turn: Any, where: str, exact: bool) -> Message | None:
-    """One turn; None for a system turn that is null. With `exact` its calls keep their nulls."""
+def _read_turn(turn: object, where: str, exact: bool) -> Message | None:
+    """One turn; None for a system turn without content. With `exact` its calls keep their nulls."""
     if not isinstance(turn, Mapping):
         raise RowError(BAD_ROW, f"{where} holds {type(turn).__name__}, not an object with role and content")
     name = turn.get("role") or turn.get("from")
@@ -142,8 +143,8 @@ def _read_turn(turn: Any, where: str, exact: bool) -> Message | None:
     return {"role": role, "content": content or "", **more}
 
 
-def _read_content(content: Any, where: str) -> str | None:
-    """The text parts of a list, each on a line of its own."""
+def _read_content(content: object, where: str) -> str | None:
+    """The text parts of a list, joined with newlines."""
     if content is None:
         return None
     if not isinstance(content, list | tuple):
@@ -152,19 +153,20 @@ def _read_content(content: Any, where: str) -> str | None:
     for part in content:
         text, kind = (part.get("text"), part.get("type")) if isinstance(part, Mapping) else (part, None)
         if kind not in _TEXTS or not isinstance(text, str):
-            raise RowError(BAD_ROW, f"{where} holds a list with a part of type {kind!r} that is no text")
+            raise RowError(BAD_ROW, f"{where} holds a list with a part of type {kind!r} that is not text")
         texts.append(text)
     return "\n".join(texts) if texts else None
 
 
-def _read_calls(value: Any, where: str, exact: bool) -> list[dict[str, Any]]:
-    """Tool calls in one form; none where all is null. Arguments keep their nulls where they were JSON text."""
+def _read_calls(value: object, where: str, exact: bool) -> list[dict[str, Any]]:
+    """Tool calls in one form; none if all is null. Arguments keep their nulls if they were JSON text."""
     exact = exact or isinstance(value, str)
     value = _plain(parse_if_json(value), where, nulls=exact)
     if isinstance(value, dict):
         value = [] if all(part is None for part in value.values()) else [value]
     calls = []
-    for call in value if isinstance(value, list) else [value] if value else []:
+    given_calls: list[Any] = value if isinstance(value, list) else [value] if value else []
+    for call in given_calls:
         function: Any = (call.get("function") or call) if isinstance(call, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
         given = function.get("arguments") or {} if name else None
@@ -179,7 +181,7 @@ def _read_calls(value: Any, where: str, exact: bool) -> list[dict[str, Any]]:
 
 
 def _weight(turn: Mapping[str, Any], where: str) -> Message:
-    """`{"weight": 0}` for a turn that says it is not to be trained on."""
+    """`{"weight": 0}` for a turn that is excluded from training by its `weight` or `train`."""
     for key in ("weight", "train"):
         value = turn.get(key)
         if value not in (None, 0, 1):
@@ -189,12 +191,14 @@ def _weight(turn: Mapping[str, Any], where: str) -> Message:
     return {}
 
 
-def read_tools(value: Any, where: str) -> list[Message]:
-    """The turn with the tools that a list, or the JSON text of one, describes; no turn where there are none."""
+def read_tools(value: object, where: str) -> list[Message]:
+    """The turn with the tools that a list, or the JSON text of one, describes; no turn if there are none."""
     value = parse_if_json(value or [])
     tools = []
     for tool in value if isinstance(value, list | tuple) else [None]:
-        whole = tool if isinstance(tool, Mapping) and tool.get("function") else {"type": "function", "function": tool}
+        whole: Any = (
+            tool if isinstance(tool, Mapping) and tool.get("function") else {"type": "function", "function": tool}
+        )
         function = whole["function"]
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowError(BAD_ROW, f"{where} holds something other than a list of tools with names")
@@ -203,7 +207,7 @@ def read_tools(value: Any, where: str) -> list[Message]:
 
 
 def read_transcript(text: str, where: str) -> list[Message]:
-    """The turns of one text with paragraphs that begin with "Human:" and "Assistant:"."""
+    """The turns of one text whose paragraphs begin with "Human:" and "Assistant:"."""
     if not is_transcript(text):
         raise RowError(BAD_ROW, f"{where} holds text that does not begin with 'Human:', and there is no prompt column")
     _, *parts = _SPEAKER.split(text)
@@ -211,12 +215,12 @@ def read_transcript(text: str, where: str) -> list[Message]:
     return [{"role": ROLES[who.lower()], "content": said.removeprefix(" ")} for who, said in pairs]
 
 
-def is_transcript(value: Any) -> bool:
+def is_transcript(value: object) -> bool:
     return isinstance(value, str) and _SPEAKER.match(value) is not None
 
 
-def parse_if_json(value: Any) -> Any:
-    """A value that may be there as JSON text; text that is not JSON stays what it is."""
+def parse_if_json(value: object) -> Any:  # noqa: ANN401  # JSON: callers check what they need
+    """The value of JSON text; any other value, and text that is not JSON, stays the same."""
     if not isinstance(value, str):
         return value
     try:
@@ -225,8 +229,8 @@ def parse_if_json(value: Any) -> Any:
         return value
 
 
-def _plain(value: Any, where: str, *, nulls: bool = False) -> Any:
-    """The value as JSON has it, without keys that are null unless `nulls` are kept."""
+def _plain(value: object, where: str, *, nulls: bool = False) -> Any:  # noqa: ANN401  # JSON: callers check what they need
+    """The value in JSON's types, without keys that are null unless `nulls` are kept."""
     try:
         return _as_json(value, nulls)
     except (TypeError, RecursionError) as problem:
@@ -234,7 +238,7 @@ def _plain(value: Any, where: str, *, nulls: bool = False) -> Any:
         raise RowError(BAD_ROW, f"{where} describes a tool or a call with {reason}, which JSON can't hold") from problem
 
 
-def _as_json(value: Any, nulls: bool) -> Any:
+def _as_json(value: object, nulls: bool) -> object:
     if isinstance(value, Mapping):
         return {str(key): _as_json(item, nulls) for key, item in value.items() if nulls or item is not None}
     if isinstance(value, list | tuple):

@@ -8,19 +8,25 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
+
+import pyarrow as pa
+from pyarrow import fs
 
 from sqsd_filter.errors import InputError, first_line
 from sqsd_filter.storage.folder import connect
 from sqsd_filter.storage.hub_errors import hub_errors
 from sqsd_filter.storage.retries import with_retries
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 BUFFER = 1 << 20
 
 
-class File:
-    """A file with a name to be told by. Small and picklable: nothing is open."""
+class SourceFile:
+    """A file and the name by which messages call it. Small and picklable: nothing is open."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -35,11 +41,11 @@ class File:
 
     @property
     def compression(self) -> str:
-        """The last suffix, which tells how the file is compressed if it is."""
+        """The last suffix, which names the compression of a compressed file."""
         return self.suffixes[-1] if self.suffixes else ""
 
     def open(self) -> IO[bytes]:
-        """For reading, seekable. Raises `OSError`."""
+        """Open it for reading, seekable. Raises `OSError`."""
         raise NotImplementedError
 
     def size(self) -> int:
@@ -47,7 +53,7 @@ class File:
         raise NotImplementedError
 
 
-class LocalFile(File):
+class LocalFile(SourceFile):
     def __init__(self, path: str | Path, name: str | None = None) -> None:
         super().__init__(name or str(path))
         self.path = Path(path)
@@ -63,11 +69,11 @@ class LocalFile(File):
         return self.path.stat().st_size
 
 
-class RemoteFile(File):
-    """Behind a URL that pyarrow or an fsspec package knows: only what is asked for is fetched, nothing is stored."""
+class RemoteFile(SourceFile):
+    """Behind a URL that pyarrow or an fsspec package knows: only the bytes that are read are fetched, none stored."""
 
     def __init__(self, url: str, folder: str | None = None, path: str | None = None) -> None:
-        """`path` is where the file is in the file system that the URL `folder` names, if that is known."""
+        """`path` is the file's path in the file system that the URL `folder` names, if that is known."""
         super().__init__(url)
         self._folder, self._path = folder or url, path
 
@@ -78,22 +84,22 @@ class RemoteFile(File):
         return PurePosixPath(urlsplit(path).path if has_query else path).suffixes
 
     def open(self) -> IO[bytes]:
-        return io.BufferedReader(_Patient(*self._place()), BUFFER)
+        return io.BufferedReader(_ResumingFile(*self._locate()), BUFFER)
 
     def size(self) -> int:
-        there, path = self._place()
-        with plainly():
-            found = with_retries(lambda: there.get_file_info(path))
-        if not found.is_file:
+        filesystem, path = self._locate()
+        with as_os_errors():
+            info = with_retries(lambda: filesystem.get_file_info(path))
+        if not info.is_file:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name)
-        return int(found.size)
+        return int(info.size)
 
-    def _place(self) -> tuple[Any, str]:
-        there, path = connect(self._folder)
-        return there, self._path or path
+    def _locate(self) -> tuple[fs.FileSystem, str]:
+        filesystem, path = connect(self._folder)
+        return filesystem, self._path or path
 
 
-class HubFile(File):
+class HubFile(SourceFile):
     """In a dataset repository, at a commit: fetched whole into the Hub's cache when it is first opened."""
 
     def __init__(self, repo: str, commit: str, path: str) -> None:
@@ -120,19 +126,19 @@ class HubFile(File):
             return Path(with_retries(fetch))
 
 
-class _Patient(io.RawIOBase):
-    """A remote file that survives dropped connections: it is opened again where reading stopped."""
+class _ResumingFile(io.RawIOBase):
+    """A remote file that survives dropped connections: it is reopened at the byte where reading stopped."""
 
-    def __init__(self, there: Any, path: str) -> None:
-        self._there, self._path = there, path
-        self._file: Any = None
+    def __init__(self, filesystem: fs.FileSystem, path: str) -> None:
+        self._filesystem, self._path = filesystem, path
+        self._file: pa.NativeFile | None = None
         self._at = 0
-        with plainly():
+        with as_os_errors():
             self._size = with_retries(lambda: self._open().size())
 
-    def _open(self) -> Any:
+    def _open(self) -> pa.NativeFile:
         if self._file is None:
-            self._file = self._there.open_input_file(self._path)
+            self._file = self._filesystem.open_input_file(self._path)
         return self._file
 
     def _read(self, count: int) -> bytes:
@@ -148,10 +154,11 @@ class _Patient(io.RawIOBase):
             self._file = None
             raise
 
-    def readinto(self, buffer: Any) -> int:
-        with plainly():
-            data = with_retries(lambda: self._read(len(buffer)))
-        buffer[: len(data)] = data
+    def readinto(self, buffer: Buffer) -> int:
+        target = memoryview(buffer).cast("B")
+        with as_os_errors():
+            data = with_retries(lambda: self._read(len(target)))
+        target[: len(data)] = data
         self._at += len(data)
         return len(data)
 
@@ -170,8 +177,8 @@ class _Patient(io.RawIOBase):
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
-    """The libraries of services raise errors of their own: hand them on as `OSError`, with an errno and one line."""
+def as_os_errors() -> Iterator[None]:
+    """Turn the errors of services' libraries into `OSError`, with an errno and a one-line message."""
     try:
         yield
     except FileNotFoundError as problem:
@@ -182,6 +189,6 @@ def plainly() -> Iterator[None]:
 
 
 def unreadable(file: object, problem: BaseException) -> InputError:
-    """What is said of a file that can't be read."""
+    """The error for a file that can't be read."""
     reason = getattr(problem, "strerror", None) or first_line(problem)
     return InputError(f"Cannot read {file}: {reason.rstrip('.')}.")

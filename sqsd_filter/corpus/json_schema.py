@@ -1,9 +1,11 @@
-"""From JSON values to Arrow columns and back, exactly: the types that hold every value as it was, and the encoding of
-those values that no single Arrow type can hold (7 beside "7", dicts whose keys differ, 2**70) as JSON in a string.
+"""From JSON values to Arrow columns and back, exactly: the types that hold every value unchanged. Values that no single
+Arrow type can hold (7 beside "7", dicts whose keys differ, 2**70) are stored as JSON in a string.
 
 Dicts with the same keys in another order are one struct, in the order of the first: messages that mix role, content
 with content, role stay messages, which is worth more than the order of keys inside a value.
 """
+
+from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -16,19 +18,19 @@ import pyarrow as pa
 Values = list[Any]
 Encoder = Callable[[Any], Any]
 
-# A plain string field so marked holds JSON text: values that `datasets.Json`, which decodes with pandas' ujson, would
-# not give back as they were (integers past 64 bits, non-finite or extreme floats).
+# A plain string field with this metadata holds JSON text: values that `datasets.Json`, which decodes with pandas'
+# ujson, would change (integers past 64 bits, non-finite or extreme floats).
 JSON_TEXT = {"encoding": "json"}
 EXACT_IN_DOUBLE = 2**53
-MAX_TYPE_DEPTH = 16  # parquet readers give up at 100 levels, of which a list of dicts takes three
+MAX_TYPE_DEPTH = 16  # parquet readers fail at 100 levels, and a list of dicts takes three
 
 
 class Shape:
-    """What has been seen at one place of the rows: grows with `see`, and names the Arrow field that holds it all.
+    """The types seen at one position in the rows: grows with `see`, and gives the Arrow field that holds all values.
 
-    A dict becomes a struct only while all dicts at its place have the same keys: a struct can't tell a missing key
-    from a null. Differing keys, mixed types (int beside float too), empty dicts and deep nesting make the place JSON.
-    From then on only `lossless` is tracked, so an open-ended map costs no memory.
+    A dict becomes a struct only while all dicts at its position have the same keys: in a struct a missing key and a
+    null are the same. Differing keys, mixed types (also int beside float), empty dicts and deep nesting make the
+    position JSON. From then on only `lossless` is tracked, so an open-ended map takes no memory.
     """
 
     __slots__ = ("depth", "fields", "high", "item", "kind", "lossless", "low", "numeric")
@@ -40,9 +42,9 @@ class Shape:
         self.item: Shape | None = None
         self.low = self.high = 0
         self.numeric = True  # a mixture of int and float only
-        self.lossless = True  # `datasets.Json` decodes every value here exactly
+        self.lossless = True  # `datasets.Json` decodes every value seen exactly
 
-    def see(self, value: Any) -> None:
+    def see(self, value: Any) -> None:  # noqa: ANN401  # any JSON; narrowed by `kind`, which is faster than isinstance
         kind = type(value)
         if kind is not self.kind:
             if value is None:
@@ -84,23 +86,24 @@ class Shape:
     def _mix(self) -> None:
         children = [*self.fields.values(), *([self.item] if self.item else [])]
         self.numeric = self.kind in (int, float)
-        self.lossless = self.lossless and all(child._all_lossless() for child in children)
+        self.lossless = self.lossless and all(child.all_lossless() for child in children)
         self.kind, self.fields, self.item = object, {}, None
 
-    def _all_lossless(self) -> bool:
+    def all_lossless(self) -> bool:
+        """Does `datasets.Json` decode every value seen here and below exactly?"""
         children = [*self.fields.values(), *([self.item] if self.item else [])]
-        return self.lossless and all(child._all_lossless() for child in children)
+        return self.lossless and all(child.all_lossless() for child in children)
 
     def field(self, name: str) -> pa.Field:
-        """The Arrow field that holds every value seen; null-typed where none was."""
+        """The Arrow field that holds every value seen; of type null if there was none."""
         if self.kind is dict:
             return pa.field(name, pa.struct([shape.field(key) for key, shape in self.fields.items()]))
         if self.kind is list:
             assert self.item is not None
             item = self.item.field("item")
             if pa.types.is_list(item.type) and _storage(item.type) != item.type:
-                # of a list in a list `datasets` looks at the first value only to see whether there is JSON to decode
-                item = self.item._as_json("item")
+                # for a list in a list, `datasets` checks only the first value for JSON to decode
+                item = self.item.as_json_field("item")
             return pa.field(name, pa.list_(item))
         if self.kind is int and self.low >= -(2**63) and self.high < 2**63:
             return pa.field(name, pa.int64())
@@ -110,10 +113,11 @@ class Shape:
             return pa.field(name, _LEAVES[self.kind])
         if self.numeric and self.kind is object and not self.lossless and max(-self.low, self.high) <= EXACT_IN_DOUBLE:
             return pa.field(name, pa.float64())  # equal numbers, at least: 1 comes back as 1.0
-        return self._as_json(name)
+        return self.as_json_field(name)
 
-    def _as_json(self, name: str) -> pa.Field:
-        if self._all_lossless():
+    def as_json_field(self, name: str) -> pa.Field:
+        """The field that holds every value as JSON."""
+        if self.all_lossless():
             return pa.field(name, pa.json_())
         return pa.field(name, pa.string(), metadata=JSON_TEXT)
 
@@ -121,38 +125,37 @@ class Shape:
 _LEAVES = {None: pa.null(), str: pa.string(), bool: pa.bool_(), float: pa.float64()}
 
 
-def _json_is_lossless(value: Any) -> bool:
-    """Whether pandas' ujson reads this value's JSON back exactly, given the spelling that `dumps` chooses."""
-    kind = type(value)
-    if kind is float:
+def _json_is_lossless(value: object) -> bool:
+    """Does pandas' ujson read this value's JSON back exactly, given the spelling that `dumps` chooses?"""
+    if isinstance(value, float):
         return value == 0 or 1e-6 <= abs(value) < 1e15
-    if kind is int:
+    if isinstance(value, int):
         return -(2**63) <= value < 2**64
-    if kind is dict:
+    if isinstance(value, dict):
         return all(_json_is_lossless(child) for child in value.values())
-    if kind is list:
+    if isinstance(value, list):
         return all(_json_is_lossless(child) for child in value)
     return True
 
 
 def is_json_text(field: pa.Field) -> bool:
-    return (field.metadata or {}).get(b"encoding") == b"json"
+    return bool((field.metadata or {}).get(b"encoding") == b"json")
 
 
 def with_marks(schema: pa.Schema, marked: pa.Schema) -> pa.Schema:
-    """The schema of a dataset's features, which know no mark, with the marks of another that has the same columns."""
+    """The schema of a dataset's features, which drop `JSON_TEXT`, with that metadata from one with the same columns."""
     pairs = [(field, marked.field(field.name)) for field in schema]
     fields = [field if mark.type != field.type else mark.with_nullable(field.nullable) for field, mark in pairs]
     return pa.schema(fields, schema.metadata)
 
 
 def json_columns(schema: pa.Schema) -> list[str]:
-    """The columns with values stored as JSON, somewhere in them."""
+    """The columns that store some values as JSON."""
     return [field.name for field in schema if _recode(field, str)]
 
 
 def without_nulls(field: pa.Field) -> pa.Field:
-    """The field with string in the place of every null type: casts of null-typed children are broken in pyarrow 26."""
+    """The field with string in place of every null type: casts of null-typed children are broken in pyarrow 26."""
     kind = field.type
     if pa.types.is_null(kind):
         return field.with_type(pa.string())
@@ -164,7 +167,7 @@ def without_nulls(field: pa.Field) -> pa.Field:
 
 
 def unify(a: pa.Field, b: pa.Field) -> pa.Field | None:
-    """The field that holds the values of both without changing any; None where there is no such field."""
+    """The field that holds the values of both without changing any; None if there is no such field."""
     if a.equals(b, check_metadata=True) or pa.types.is_null(b.type):
         return a.with_nullable(a.nullable or b.nullable)
     if pa.types.is_null(a.type):
@@ -201,11 +204,11 @@ def _unify_types(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def with_features(schema: pa.Schema) -> pa.Schema:
-    """The schema with the metadata by which `datasets` restores its Json features; unchanged where it has none."""
+    """The schema with the metadata by which `datasets` restores its Json features; unchanged if it has none."""
     if not any(_recode(field, str) for field in schema):
         return schema
     features = {field.name: feature(field.type) for field in schema}
@@ -213,7 +216,7 @@ def with_features(schema: pa.Schema) -> pa.Schema:
 
 
 def feature(kind: pa.DataType) -> dict[str, Any]:
-    """A type as `datasets` writes it down."""
+    """A type as `datasets` writes it in a schema's metadata."""
     if pa.types.is_struct(kind):
         return {field.name: feature(field.type) for field in kind}
     if pa.types.is_list(kind):
@@ -226,7 +229,7 @@ def feature(kind: pa.DataType) -> dict[str, Any]:
 
 
 def to_table(rows: Sequence[dict[str, Any] | None], schema: pa.Schema) -> pa.Table:
-    """The rows under the schema; a row that is None, like a missing column, is null."""
+    """The rows under the schema; a row that is None and a missing column are null."""
     if not schema.names:
         return bare_rows(len(rows))
     columns = []
@@ -242,12 +245,12 @@ def to_table(rows: Sequence[dict[str, Any] | None], schema: pa.Schema) -> pa.Tab
 
 
 def bare_rows(n: int) -> pa.Table:
-    """Rows that count, though nothing is in them."""
+    """A table of n rows without columns."""
     return pa.table({"": pa.nulls(n)}).select([])
 
 
 def to_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """The table's rows as Python values, JSON decoded."""
+    """The table's rows as Python values, with JSON decoded."""
     decoders = {field.name: decode for field in table.schema if (decode := _recode(field, _loads))}
     for row in table.to_pylist():
         for name, decode in decoders.items():
@@ -257,7 +260,7 @@ def to_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
 
 
 def _recode(field: pa.Field, leaf: Encoder) -> Encoder | None:
-    """A function that applies `leaf` to the JSON places inside a value of this field; None where there are none."""
+    """A function that applies `leaf` to the parts of a value of this field that are JSON; None if none are."""
     kind = field.type
     if is_json_text(field) or isinstance(kind, pa.JsonType):
         return leaf
@@ -284,18 +287,18 @@ def _storage(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _loads(text: str) -> Any:
+def _loads(text: str) -> object:
     try:
         return json.loads(text)
-    except ValueError:  # another writer's column: `datasets` gives such text as it is, too
+    except ValueError:  # another writer's column: `datasets` keeps such text, too
         return text
 
 
-def dumps(value: Any) -> str:
-    """JSON that every exact parser and pandas' ujson read as this very value.
+def dumps(value: object) -> str:
+    """JSON that every exact parser and pandas' ujson read as exactly this value.
 
-    ujson multiplies by powers of ten and so reads "0.3" as 0.30000000000000004; the same number spelled
-    "30000000000000e-14" it reads right. Each float gets the first spelling that ujson reads exactly.
+    ujson multiplies by powers of ten and so reads "0.3" as 0.30000000000000004, but "30000000000000e-14" correctly.
+    Each float gets the first spelling that ujson reads exactly.
     """
     text = json.dumps(value, ensure_ascii=False)
     if isinstance(value, float):
@@ -304,10 +307,11 @@ def dumps(value: Any) -> str:
         return text
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {dumps(x)}" for key, x in value.items()) + "}"
+    assert isinstance(value, list)
     return "[" + ", ".join(dumps(x) for x in value) + "]"
 
 
-def _has_float(value: Any) -> bool:
+def _has_float(value: object) -> bool:
     if isinstance(value, dict):
         value = list(value.values())
     return isinstance(value, float) or (isinstance(value, list) and any(_has_float(x) for x in value))

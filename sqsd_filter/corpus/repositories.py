@@ -1,6 +1,6 @@
 """Datasets as `datasets` names them: a repository of the Hub, or a folder laid out like one, with its configurations
-and splits. `datasets` finds the data files; those of a kind that is read here are read from there, exactly, and what
-else it can open is taken as it opens it.
+and splits. `datasets` finds the data files. Files of a format that `formats` knows are read directly and exactly; all
+others are read as `datasets` opens them.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
-from sqsd_filter.corpus.files import File, HubFile, LocalFile, RemoteFile
+from sqsd_filter.corpus.files import HubFile, LocalFile, RemoteFile, SourceFile
 from sqsd_filter.corpus.formats import Reader, kind, open_file
 from sqsd_filter.corpus.table_formats import DatasetTable, FileTable, Recast
 from sqsd_filter.errors import InputError, first_line
 from sqsd_filter.storage.hub_errors import hub_errors
 from sqsd_filter.storage.retries import with_retries
 
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
+
 HUB = "hf://datasets/"
-_OURS = ("json", "csv", "parquet", "arrow")  # of datasets' own modules, those whose files are read here
+_OURS = ("json", "csv", "parquet", "arrow")  # modules of `datasets` for files that are read directly
 _NEUTRAL = ("name", "version", "data_dir", "data_files", "description")  # settings that change no value
 
 
@@ -37,7 +40,7 @@ class Repository:
 
     @classmethod
     def on_hub(cls, name: str, revision: str | None, *, streaming: bool = False) -> Repository:
-        """The dataset org/name at a branch, tag or commit. Raises `InputError` where it can't be had."""
+        """The dataset org/name at a branch, tag or commit. Raises `InputError` if it can't be read."""
         from huggingface_hub import HfApi
 
         with hub_errors(name, revision):
@@ -59,7 +62,7 @@ class Repository:
         except (FileNotFoundError, RemoteEntryNotFoundError):
             return None
 
-    def file(self, path: str) -> File:
+    def file(self, path: str) -> SourceFile:
         """One of its files."""
         if self.commit is None:
             return LocalFile(Path(self.where) / path)
@@ -68,19 +71,20 @@ class Repository:
         return HubFile(self.where, self.commit, path)
 
     def paths(self) -> list[str]:
-        """Of all its files at this commit, sorted."""
+        """The paths of all its files at this commit, sorted."""
         from huggingface_hub import HfApi
 
         with hub_errors(self.where, self.commit):
-            where: Any = {"revision": self.commit, "repo_type": "dataset"}
-            return sorted(with_retries(lambda: HfApi().list_repo_files(self.where, **where)))
+            return sorted(
+                with_retries(lambda: HfApi().list_repo_files(self.where, revision=self.commit, repo_type="dataset"))
+            )
 
     def readers(self, part: str) -> Iterator[tuple[str, str, Reader]]:
-        """Configuration, split and reader of each data file; `part` is "", "config", "split" or "config/split", where
-        several splits are joined by +. Raises `InputError` for what the dataset does not have."""
+        """Configuration, split and reader of each data file. `part` is "", "config", "split" or "config/split", where
+        several splits are joined by +. Raises `InputError` for a part that the dataset does not have."""
         builder, wanted = self._builder(part)
         files = builder.config.data_files or {}
-        splits = {str(name): list(found) for name, found in files.items()}
+        splits = {str(name): list(paths) for name, paths in files.items()}
         names = wanted.split("+") if wanted else list(splits)
         for name in names:
             if name not in splits:
@@ -101,16 +105,16 @@ class Repository:
                 yield config, name, reader
 
     def _refuse_results(self, paths: Iterable[str]) -> None:
-        """Raise `InputError` where a folder below this one holds what was filtered before."""
+        """Raise `InputError` if a folder below this one holds the output of an earlier run."""
         top = Path(self.where).resolve()
         for folder in {parent for path in paths for parent in Path(path).parents if top in parent.parents}:
             if (folder / "sqsd" / "run.json").is_file():
                 raise InputError(
-                    f"{self.where} holds {folder.relative_to(top)}, which was filtered before and would be read too: "
-                    "move it away, or name the files to read."
+                    f"{self.where} holds {folder.relative_to(top)}, the output of an earlier run, which would be read "
+                    "too: move it away, or name the files to read."
                 )
 
-    def _builder(self, part: str) -> tuple[Any, str]:
+    def _builder(self, part: str) -> tuple[DatasetBuilder, str]:
         """The builder of a configuration, and the splits asked for."""
         from datasets import get_dataset_config_names
 
@@ -119,7 +123,7 @@ class Repository:
             try:
                 return self._declared(config), splits
             except ValueError as problem:
-                names = with_retries(lambda: get_dataset_config_names(self._place, revision=self.commit))
+                names = with_retries(lambda: get_dataset_config_names(self._dataset_path, revision=self.commit))
                 if config in names:
                     raise InputError(
                         f"{self.where} can't be opened ({first_line(problem)}): check its files."
@@ -134,36 +138,35 @@ class Repository:
                 ) from problem
 
     @property
-    def _place(self) -> str:
-        """As `datasets` is told of it."""
+    def _dataset_path(self) -> str:
+        """The name or path by which `datasets` opens it."""
         return str(Path(self.where).resolve()) if self.commit is None else self.where
 
-    def _load(self, config: str, cache: str | None = None) -> Any:
-        """The builder of this configuration, or with "" of the default one. Raises `ValueError` if there is none."""
+    def _load(self, config: str, cache: str | None = None) -> DatasetBuilder:
+        """The builder of this configuration, or with "" of the default one. Raises `ValueError` for an unknown one."""
         from datasets import load_dataset_builder
 
         return with_retries(
-            lambda: load_dataset_builder(self._place, name=config or None, revision=self.commit, cache_dir=cache)
+            lambda: load_dataset_builder(self._dataset_path, name=config or None, revision=self.commit, cache_dir=cache)
         )
 
-    def _declared(self, config: str) -> Any:
-        """The same, for looking only: its types are those declared, not what `datasets` inferred when it prepared the
-        dataset earlier, which its cache tells."""
+    def _declared(self, config: str) -> DatasetBuilder:
+        """The same without the cache: its types are the declared ones, not those that `datasets` inferred and cached
+        when it prepared the dataset earlier."""
         with TemporaryDirectory() as empty:
             return self._load(config, empty)
 
-    def _default(self, names: Sequence[str], splits: str) -> Any:
-        """The builder of the only configuration, or of the default one where it has these splits; None if there is
-        neither."""
+    def _default(self, names: Sequence[str], splits: str) -> DatasetBuilder | None:
+        """The builder of the only configuration, or of the default one if it has these splits; else None."""
         try:
             builder = self._declared("")
         except ValueError:  # none of several is the default
             return None
-        found = {str(name) for name in builder.config.data_files or ()}
-        return builder if len(names) == 1 or found.issuperset(splits.split("+")) else None
+        known = {str(name) for name in builder.config.data_files or ()}
+        return builder if len(names) == 1 or known.issuperset(splits.split("+")) else None
 
-    def _is_ours(self, builder: Any, paths: list[str]) -> bool:
-        """Are these files read here as `datasets` would read them: no settings, and no types declared for text?"""
+    def _is_ours(self, builder: DatasetBuilder, paths: list[str]) -> bool:
+        """Does reading these files directly give what `datasets` gives: no settings, no types declared for text?"""
         modules = {
             cls.__module__.rpartition(".")[2] for cls in type(builder).__mro__ if "packaged_modules" in cls.__module__
         }
@@ -178,7 +181,7 @@ class Repository:
         readable = None not in kinds and not any("::" in path for path in paths)
         return bool(modules & set(_OURS)) and plain and readable and not (text and builder.info.features is not None)
 
-    def _data_file(self, path: str) -> File:
+    def _data_file(self, path: str) -> SourceFile:
         if self.commit is not None and path.startswith(HUB):
             return self.file(path.removeprefix(HUB).partition("@")[2].partition("/")[2])
         if "://" in path:
@@ -188,9 +191,7 @@ class Repository:
     def _prepared(self, config: str, splits: list[str]) -> Iterator[tuple[str, Reader]]:
         """The splits as `datasets` prepares them in its cache."""
         if self.streaming:
-            raise InputError(
-                f"{self.where} holds files that only `datasets` can read, as a whole: leave out --streaming."
-            )
+            raise InputError(f"{self.where} holds files that only `datasets` can read, whole: leave out --streaming.")
         with hub_errors(self.where, self.commit):
             builder = self._load(config)
             with_retries(builder.download_and_prepare)
@@ -199,12 +200,12 @@ class Repository:
 
 
 def is_split(name: str) -> bool:
-    """Is this a name that `datasets` takes for a split?"""
+    """Does `datasets` accept this name for a split?"""
     return name != "all" and re.fullmatch(r"\w+(\.\w+)*", name) is not None
 
 
 def check_splits(where: object, names: Iterable[str]) -> None:
-    """Raise `InputError` for a split that `datasets` could not load from what is written."""
+    """Raise `InputError` for a split that `datasets` could not load from the output."""
     for name in names:
         if not is_split(name):
             raise InputError(
@@ -215,7 +216,7 @@ def check_splits(where: object, names: Iterable[str]) -> None:
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """No bars of `datasets` and the Hub's client: what happens is told by the run."""
+    """Without the progress bars of `datasets` and of the Hub's client: the run reports its progress itself."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     silent = are_progress_bars_disabled()

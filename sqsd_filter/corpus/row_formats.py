@@ -1,4 +1,4 @@
-"""Which columns of a row make its conversation: decided over a sample of rows, never guessed row by row."""
+"""Which columns of a row make its conversation: decided once, from a sample of rows, never guessed per row."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
 
 from sqsd_filter.corpus.conversation import (
+    BAD_JSON,
     BAD_ROW,
     NO_ANSWER,
+    Conversation,
     Message,
     RowError,
     is_supervised,
@@ -27,9 +29,9 @@ from sqsd_filter.errors import InputError, UsageError
 class RowFormat:
     """Which columns of a row make its conversation.
 
-    Either `messages` names one column that holds a list of turns, or `answer` names one with the answer and `prompt`
-    one with what stands before it, each as text or as turns; `context` is text that joins the prompt with one newline,
-    `history` holds pairs of earlier questions and answers. `system` (text) and `tools` stand before the whole.
+    Either `messages` names one column with a list of turns, or `answer` names a column with the answer and `prompt` one
+    with what precedes it, each as text or as turns. `context` is text that is appended to the prompt after a newline,
+    `history` holds pairs of earlier questions and answers. `system` (text) and `tools` come before everything else.
     """
 
     name: str
@@ -48,8 +50,18 @@ class RowFormat:
     def __str__(self) -> str:
         return f"{self.name} ({', '.join(self.columns)})"
 
-    def conversation(self, row: Mapping[str, Any]) -> list[Message]:
-        """The row's turns as `conversation` describes them. Raises `RowError` with `no_answer` or `bad_row`."""
+    def parse(self, row: Mapping[str, Any] | None, problem: str = "") -> Conversation | RowError:
+        """The row's conversation, or the error that says why it has none: for a row that could not be read (None) with
+        `bad_json` and this `problem`."""
+        if row is None:
+            return RowError(BAD_JSON, problem)
+        try:
+            return self.conversation(row)
+        except RowError as error:
+            return error.with_traceback(None)
+
+    def conversation(self, row: Mapping[str, Any]) -> Conversation:
+        """The row's turns as the module `conversation` defines them. Raises `RowError`: `no_answer` or `bad_row`."""
         if self.messages is not None:
             value = row.get(self.messages)
             turns = [] if value is None else read_turns(value, f"column '{self.messages}'")
@@ -65,13 +77,13 @@ class RowFormat:
         return [*read_tools(row.get(self.tools), f"column '{self.tools}'"), *turns] if self.tools else turns
 
     def _prompt_and_answer(self, row: Mapping[str, Any]) -> list[Message]:
-        """Of the prompt's turns none is supervised; of the history's all are, but for a preference."""
+        """No turn of the prompt is supervised; turns of the history are, except in a preference."""
         reply = self._reply(row)
         prompt = row.get(self.prompt) if self.prompt is not None else None
         before = [{"role": "user", "content": prompt}] if _is_text(prompt) else _turns(prompt or [], self.prompt)
         whole = self.name == "preference" and bool(reply) and reply[0]["role"] != "assistant"
         if self.prompt is None or (whole and (_is_text(prompt) or reply[: len(before)] == before)):
-            return _last_answer(reply)  # it repeats the prompt, if there is one
+            return _last_answer(reply)  # the reply repeats the prompt, if any
         if not before:
             raise RowError(BAD_ROW, f"column '{self.prompt}' is empty or missing")
         if context := _text(row, self.context):
@@ -110,7 +122,7 @@ def _text(row: Mapping[str, Any], column: str | None) -> str | None:
     raise RowError(BAD_ROW, f"column '{column}' holds {type(value).__name__}, not text")
 
 
-def _turns(value: Any, column: str | None) -> list[Message]:
+def _turns(value: object, column: str | None) -> list[Message]:
     """The turns of a list, or of its JSON text, or a single one."""
     if not isinstance(value, list | tuple | Mapping | str):
         raise RowError(BAD_ROW, f"column '{column}' holds {type(value).__name__}, not text")
@@ -118,21 +130,21 @@ def _turns(value: Any, column: str | None) -> list[Message]:
 
 
 def _last_answer(turns: list[Message]) -> list[Message]:
-    """The same turns, of which only what answers the last question is supervised."""
+    """The same turns; only those that answer the last question are supervised."""
     last = max((k for k, turn in enumerate(turns) if is_supervised(turn)), default=0)
     asked = max((k for k, turn in enumerate(turns[:last]) if turn["role"] == "user"), default=0)
     return [*map(unsupervised, turns[:asked]), *turns[asked:]]
 
 
-def _is_text(value: Any) -> TypeGuard[str]:
-    """Is it text, and not the JSON text of a list of turns?"""
+def _is_text(value: object) -> TypeGuard[str]:
+    """Is it text, other than the JSON text of a list of turns?"""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return isinstance(value, str)
     turns = parse_if_json(value)
     return not (isinstance(turns, list) and turns and all(map(is_turn, turns)))
 
 
-def _is_pair(value: Any) -> bool:
+def _is_pair(value: object) -> bool:
     return isinstance(value, list | tuple) and [type(text) for text in value] == [str, str]
 
 
@@ -146,8 +158,8 @@ _PAIRS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = { 
     "question-answer": (("question",), (), ("answer", "response")),
 }
 FORMATS = (*_LISTS, *_PAIRS)
-# Columns that stand beside these, with what their values look like
-_BESIDE: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
+# Further columns of a conversation, with a check of their values
+_BESIDE: dict[str, tuple[tuple[str, ...], Callable[[object], bool]]] = {
     "system": (("system", "system_prompt"), lambda value: isinstance(value, str)),
     "history": (("history",), lambda value: _is_list_of(_is_pair, value)),
     "tools": (("tools", "functions"), lambda value: _is_list_of(_is_tool, value)),
@@ -156,7 +168,7 @@ _BESIDE: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
 
 @dataclass(frozen=True)
 class Columns:
-    """What the user fixed about the row format, one of `FORMATS` and single columns; None leaves it to detection."""
+    """What the user fixed about the row format: one of `FORMATS` and single columns; None leaves it to detection."""
 
     format: str | None = None
     messages: str | None = None
@@ -169,14 +181,14 @@ class Columns:
 
     @property
     def _named(self) -> dict[str, str]:
-        """The columns that the user named, by what they are for."""
+        """The columns that the user named, by their roles."""
         return {f.name: column for f in fields(self)[1:] if (column := getattr(self, f.name)) is not None}
 
     def choose(self, sample: Iterable[Mapping[str, Any]]) -> RowFormat:
         """Decide how rows are read, from the columns seen in a sample.
 
-        Whoever names the messages, or both prompt and answer, names all that is read. Raises `InputError` where no
-        format fits or more than one does, naming the columns seen and the flags that decide, `UsageError` for an
+        If the user names the messages, or both prompt and answer, no other columns are detected. Raises `InputError`,
+        which names the columns seen and the flags that decide, if no format fits or several do; `UsageError` for an
         unknown format.
         """
         if self.format is not None and self.format not in FORMATS:
@@ -204,19 +216,19 @@ class Columns:
             for candidate in ([self.format] if self.format else FORMATS)
             if (fit := self._fit(candidate, rows, seen)) is not None
         ]
-        if len({tuple(f.columns) for f in fits}) == 1:  # by whichever name, the same columns are read
+        if len({tuple(f.columns) for f in fits}) == 1:  # all of them read the same columns
             return fits[0]
         raise InputError(_unfit(fits, self.format, seen))
 
     def _fit(self, candidate: str, rows: Sequence[Mapping[str, Any]], seen: Sequence[str]) -> RowFormat | None:
-        """The format of this name with the columns that are there; None where they are not."""
+        """The format of this name with its columns among those seen; None if it lacks some."""
         if candidate in _LISTS:
             single = self.prompt or self.context or self.answer or self.history
             if candidate not in seen or single or not _looks(rows, candidate, _is_list):
                 return None
             return RowFormat(candidate, messages=candidate, **self._beside(rows, seen, ("system", "tools")))
         prompts, contexts, answers = _PAIRS[candidate]
-        prompt, answer = self._found("prompt", prompts, seen), self._found("answer", answers, seen)
+        prompt, answer = self._candidates("prompt", prompts, seen), self._candidates("answer", answers, seen)
         if candidate == "preference":
             sides = ("chosen", "rejected")
             if not set(sides) <= set(seen) or self.answer not in (None, *sides):
@@ -225,38 +237,39 @@ class Columns:
                 return None
         elif not prompt or not answer:
             return None
-        context = self._found("context", contexts, seen)
+        context = self._candidates("context", contexts, seen)
         columns = {"prompt": prompt, "context": context, "answer": answer}
         return RowFormat(
             candidate,
-            **{name: _only(name, found) for name, found in columns.items()},
+            **{name: _only(name, candidates) for name, candidates in columns.items()},
             **self._beside(rows, seen, tuple(_BESIDE)),
         )
 
     def _beside(
         self, rows: Sequence[Mapping[str, Any]], seen: Sequence[str], names: Sequence[str]
     ) -> dict[str, str | None]:
-        found = {}
+        """The further columns of these names that exist and hold fitting values."""
+        columns = {}
         for name in names:
-            candidates, looks = _BESIDE[name]
-            there = self._found(name, candidates, seen)
+            usual, fits = _BESIDE[name]
+            candidates = self._candidates(name, usual, seen)
             if name not in self._named:
-                there = [column for column in there if all(map(looks, _values(rows, column)))]
-            found[name] = _only(name, there)
-        return found
+                candidates = [column for column in candidates if all(map(fits, _values(rows, column)))]
+            columns[name] = _only(name, candidates)
+        return columns
 
-    def _found(self, name: str, candidates: Sequence[str], seen: Sequence[str]) -> list[str]:
-        """The columns that may be the `name` of a row: the one the user says, or those of the usual names."""
-        said = self._named.get(name)
-        return [said] if said else [column for column in candidates if column in seen]
+    def _candidates(self, name: str, usual: Sequence[str], seen: Sequence[str]) -> list[str]:
+        """The columns that may be the `name` of a row: the one that the user names, or those with usual names."""
+        given = self._named.get(name)
+        return [given] if given else [column for column in usual if column in seen]
 
 
-def _only(name: str, found: Sequence[str]) -> str | None:
-    if len(found) > 1:
+def _only(name: str, candidates: Sequence[str]) -> str | None:
+    if len(candidates) > 1:
         raise InputError(
-            f"The columns {_names(found)} could both be the {name} of a row: say which with {_flags(name)}."
+            f"The columns {_names(candidates)} could both be the {name} of a row: choose one with {_flags(name)}."
         )
-    return found[0] if found else None
+    return candidates[0] if candidates else None
 
 
 def _unfit(fits: Sequence[RowFormat], name: str | None, seen: Sequence[str]) -> str:
@@ -269,39 +282,39 @@ def _unfit(fits: Sequence[RowFormat], name: str | None, seen: Sequence[str]) -> 
         return f"The format {name} does not fit the columns {_names(seen)}: {flags}."
     if "text" in seen:
         return (
-            f"No known row format fits the columns {_names(seen)}. A 'text' column is plain text to be continued, no "
-            f"conversation: nothing in it is an answer. Where other columns hold prompts and answers, {flags}."
+            f"No known row format fits the columns {_names(seen)}. A 'text' column is plain text without an answer, "
+            f"not a conversation. If other columns hold prompts and answers, {flags}."
         )
     return f"No known row format fits the columns {_names(seen)}: {flags} (known formats: {', '.join(FORMATS)})."
 
 
 def _flags(*names: str) -> str:
-    """How to name these in Python and on the command line."""
+    """The options for these, as in Python and as on the command line."""
     flags = ", ".join(f"--{name}" if name == "format" else f"--{name}-column" for name in names)
     return f"columns=Columns({', '.join(f'{name}=…' for name in names)}) ({flags})"
 
 
-def _looks(rows: Sequence[Mapping[str, Any]], column: str, looks: Callable[[Any], bool]) -> bool:
-    """Does the column hold such values, or nothing at all yet?"""
+def _looks(rows: Sequence[Mapping[str, Any]], column: str, looks: Callable[[object], bool]) -> bool:
+    """Does the column hold such values, or no values at all?"""
     values = _values(rows, column)
     return any(map(looks, values)) or not values
 
 
 def _values(rows: Sequence[Mapping[str, Any]], column: str) -> list[Any]:
-    """What the column holds, but for what is as good as nothing."""
+    """The column's values that are not empty."""
     return [value for row in rows if (value := row.get(column)) not in (None, "", [], "[]")]
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: object) -> bool:
     return isinstance(parse_if_json(value), list | tuple)
 
 
-def _is_list_of(kind: Callable[[Any], bool], value: Any) -> bool:
-    value = parse_if_json(value)
-    return isinstance(value, list | tuple) and all(map(kind, value))
+def _is_list_of(kind: Callable[[object], bool], value: object) -> bool:
+    items = parse_if_json(value)
+    return isinstance(items, list | tuple) and all(map(kind, items))
 
 
-def _is_tool(value: Any) -> bool:
+def _is_tool(value: object) -> bool:
     return isinstance(value, Mapping)
 
 

@@ -1,12 +1,13 @@
-"""The corpus: every row of every input in order, with its origin, read within bounded memory and losing nothing.
+"""The corpus: every row of every input in order, with its origin, unchanged and within bounded memory.
 
 One scan counts the rows, fingerprints the files and finds the schema that holds every value; after that any range of
 rows can be read again, as Python values for scoring or as Arrow tables for writing.
 """
 
+from __future__ import annotations
+
 import copy
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,21 +16,23 @@ from typing import Any, TypedDict
 import pyarrow as pa
 
 from sqsd_filter.corpus.addresses import SPLIT, Source
-from sqsd_filter.corpus.conversation import RowError
+from sqsd_filter.corpus.conversation import Conversation, RowError
 from sqsd_filter.corpus.files import unreadable
 from sqsd_filter.corpus.formats import Reader
-from sqsd_filter.corpus.json_schema import Shape, to_table, unify, with_features, without_nulls
+from sqsd_filter.corpus.json_schema import Shape, to_table, with_features, without_nulls
+from sqsd_filter.corpus.row_errors import RowErrors
 from sqsd_filter.corpus.row_formats import RowFormat
+from sqsd_filter.corpus.schemas import conform, merge_schemas
 from sqsd_filter.corpus.table_formats import BATCH_BYTES, Table
 from sqsd_filter.corpus.text_formats import Record, TextFile
 from sqsd_filter.errors import InputError, SQSDError
 
-MARK_EVERY = 512  # rows between the places in a text file that `read` can seek to
+MARK_EVERY = 512  # rows between the offsets in a text file that `read` can seek to
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row and where it comes from. An unreadable one has no value, but a problem and its own bytes."""
+    """One row and where it comes from. An unreadable row has no value; it has a problem and its own bytes."""
 
     index: int  # in the corpus, from 0
     value: dict[str, Any] | None
@@ -37,18 +40,24 @@ class Row:
     line: int  # of its first line, from 1; of the row itself in arrays, parquet files and saved datasets
     problem: str
     raw: bytes | None
+    conversation: Conversation | RowError | None = None  # by the scan's format; None where the scan has none
+
+
+Visit = Callable[[Row], None]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of one split as a table; an unreadable row is all null in it."""
+    """Consecutive rows of one split as a table.
+
+    In `table` an unreadable row is all null. `scorable` holds the same rows under the corpus's `scorable_schema`; there
+    a row without a conversation may be all null, too.
+    """
 
     start: int
     split: str
     table: pa.Table
-    scorable: (
-        pa.Table
-    )  # the same under the corpus's `scorable_schema`; a row without a conversation may be all null in it
+    scorable: pa.Table
     files: list[str]
     lines: list[int]
     problems: list[str]
@@ -98,10 +107,10 @@ class Corpus:
 
     n_rows: int
     schema: pa.Schema  # holds every row
-    scorable_schema: pa.Schema  # the same columns, with what the rows that have a conversation need
+    scorable_schema: pa.Schema  # the same columns, wide enough for the rows that have a conversation
     inputs: list[InputFile]
     parts: list[Part]
-    form: RowFormat | None = None
+    errors: RowErrors  # readable rows without a conversation by the scan's format; of tables, those that were visited
 
     @classmethod
     def scan(
@@ -109,24 +118,33 @@ class Corpus:
         sources: Sequence[Source],
         *,
         limit: int | None = None,
-        visit: Callable[[Row], None] | None = None,
+        visit: Visit | None = None,
         columns: Sequence[str] | None = None,
         form: RowFormat | None = None,
-    ) -> "Corpus":
+    ) -> Corpus:
         """Read every input once, giving each row to `visit`; `columns` as in `read`.
 
-        With `form`, rows that have no conversation by it leave the schema of the others as it is.
+        With `form` each row is parsed once, and `visit` gets it with its conversation; `columns` must include those of
+        the form. Rows without a conversation leave the schema of the others as it is, and are listed in `errors`.
         With `limit` the corpus is its first `limit` rows: later inputs are not read, and the fingerprint of a text
-        file covers what was read of it.
+        file covers only the bytes read.
         """
         parts: list[Part] = []
         inputs: list[InputFile] = []
-        shapes = _Shapes(form)
+        shapes = _Shapes()
+        errors = RowErrors()
+
+        def visit_parsed(row: Row) -> None:
+            if row.value is not None and isinstance(row.conversation, RowError):
+                errors.add(row.index, row.conversation.detail)
+            if visit:
+                visit(row)
+
         start = 0
         for opened in sources:
             if limit is not None and start >= limit:
                 break
-            room = None if limit is None else limit - start
+            most = None if limit is None else limit - start
             digest = hashlib.blake2b(digest_size=32)
             source = opened.reader
             if isinstance(source, TextFile):
@@ -134,12 +152,12 @@ class Corpus:
                     size = source.file.size()
                 except OSError as problem:
                     raise unreadable(source.file, problem) from problem
-                rows, marks = _scan_text(source, start, room, digest.update, shapes, visit)
+                rows, marks = _scan_text(source, start, most, digest.update, shapes, form, visit_parsed)
             else:
                 size = source.fingerprint(digest.update)
-                rows, marks = source.n_rows if room is None else min(room, source.n_rows), []
+                rows, marks = source.n_rows if most is None else min(most, source.n_rows), []
                 if visit:
-                    _visit_table(source, rows, start, columns, visit)
+                    _visit_table(source, rows, start, columns, form, visit_parsed)
             parts.append(Part(source, start, rows, size, marks, opened.split))
             inputs.append({"path": source.name, "bytes": size, "rows": rows, "blake2b": digest.hexdigest()})
             start += rows
@@ -147,15 +165,15 @@ class Corpus:
         if shapes.scorable is not shapes.all:
             scorable = _schema(parts, {name: shapes.scorable.get(name, Shape()) for name in shapes.all})
             scorable = schema if scorable.equals(schema, check_metadata=True) else scorable
-        return cls(start, schema, scorable, inputs, parts, form)
+        return cls(start, schema, scorable, inputs, parts, errors)
 
     @property
     def splits(self) -> list[str]:
-        """The names of all splits, in the order in which they come first."""
+        """The names of all splits, in the order of their first rows."""
         return list(dict.fromkeys(part.split for part in self.parts)) or [SPLIT]
 
     def read(self, start: int, stop: int, columns: Sequence[str] | None = None) -> Iterator[Row]:
-        """Rows start..stop. `columns` spares parquet files and saved datasets the others; text is read whole."""
+        """Rows start..stop. Of parquet files and saved datasets only these `columns` are read; text is read whole."""
         for part in self.parts:
             first, last = max(start - part.start, 0), min(stop - part.start, part.rows)
             if first >= last:
@@ -169,7 +187,7 @@ class Corpus:
                 yield Row(index, value, file, line, problem, raw if problem else None)
 
     def chunks(self, rows: int = 2048) -> Iterator[Chunk]:
-        """The whole corpus in order, at most `rows` rows (fewer where they are large) at a time."""
+        """The whole corpus in order, at most `rows` rows at a time, fewer if they are large."""
         if not self.schema.names:  # tables without columns lose their row count when joined
             yield from self._pieces(rows)
             return
@@ -194,7 +212,7 @@ class Corpus:
                 for table in part.source.tables(0, part.rows, None, rows):
                     n = table.num_rows
                     lines = list(range(done + 1, done + n + 1))
-                    both = _conform(table, self.schema), _conform(table, self.scorable_schema)
+                    both = conform(table, self.schema), conform(table, self.scorable_schema)
                     yield Chunk(part.start + done, part.split, *both, [file] * n, lines, [""] * n, [None] * n)
                     done += n
                 continue
@@ -203,27 +221,28 @@ class Corpus:
                 if not part.source.verbatim:
                     raws = [raw if problem else None for raw, problem in zip(raws, problems, strict=True)]
                 table = scorable = to_table(values, self.schema)
+                start = part.start + done
                 if self.scorable_schema is not self.schema:
+                    errors = self.errors.within(start, start + len(batch))
                     scorable = to_table(
-                        [value if _is_scorable(value, self.form) else None for value in values], self.scorable_schema
+                        [None if row in errors else value for row, value in enumerate(values, start)],
+                        self.scorable_schema,
                     )
-                yield Chunk(part.start + done, part.split, table, scorable, [file] * len(batch), lines, problems, raws)
+                yield Chunk(start, part.split, table, scorable, [file] * len(batch), lines, problems, raws)
                 done += len(batch)
 
 
 class _Shapes:
-    """What the columns of text files hold in all rows, and in those that have a conversation.
+    """The types in the columns of text files: in all rows, and in those that have a conversation.
 
-    The two are one until a row without a conversation is met.
+    The two are the same object until the first row without a conversation.
     """
 
-    def __init__(self, form: RowFormat | None) -> None:
-        self.form = form
+    def __init__(self) -> None:
         self.all: dict[str, Shape] = {}
         self.scorable = self.all
 
-    def see(self, row: dict[str, Any]) -> None:
-        scorable = _is_scorable(row, self.form)
+    def see(self, row: dict[str, Any], scorable: bool) -> None:
         if not scorable and self.scorable is self.all:
             self.scorable = copy.deepcopy(self.all)
         for shapes in [self.all] if self.scorable is self.all or not scorable else [self.all, self.scorable]:
@@ -235,54 +254,48 @@ class _Shapes:
                     shape.see(cell)
 
 
-def _is_scorable(row: dict[str, Any] | None, form: RowFormat | None) -> bool:
-    """Can this row have a score?"""
-    if row is None or form is None:
-        return row is not None
-    try:
-        form.conversation(row)
-    except RowError:
-        return False
-    return True
-
-
 def _scan_text(
     source: TextFile,
     start: int,
-    room: int | None,
+    most: int | None,
     absorb: Callable[[bytes], None],
     shapes: _Shapes,
-    visit: Callable[[Row], None] | None,
+    form: RowFormat | None,
+    visit: Visit,
 ) -> tuple[int, list[tuple[int, int]]]:
-    """Count a text file's rows and take its marks; what its values are goes into `shapes`."""
+    """Visit a text file's rows and note the types of their values in `shapes`. Returns the number of rows and the
+    marks."""
     marks: list[tuple[int, int]] = []
     rows = 0
     file = source.name
-    for offset, line, value, problem, raw in islice(source.records(absorb=absorb), room):
+    for offset, line, value, problem, raw in islice(source.records(absorb=absorb), most):
         if rows % MARK_EVERY == 0 and source.seekable:
             marks.append((offset, line))
+        conversation = form.parse(value, problem) if form else None
         if value is not None:
-            shapes.see(value)
-        if visit:
-            visit(Row(start + rows, value, file, line, problem, raw if problem else None))
+            shapes.see(value, scorable=not isinstance(conversation, RowError))
+        visit(Row(start + rows, value, file, line, problem, raw if problem else None, conversation))
         rows += 1
     return rows, marks
 
 
-def _read_table(source: Table, start: int, stop: int, base: int, columns: Sequence[str] | None) -> Iterator[Row]:
+def _read_table(
+    source: Table, start: int, stop: int, base: int, columns: Sequence[str] | None, form: RowFormat | None = None
+) -> Iterator[Row]:
     at = start
     for table in source.tables(start, stop, columns, MARK_EVERY):
         for value in source.decode(table):
-            yield Row(base + at, value, source.name, at + 1, "", None)
+            conversation = form.parse(value) if form else None
+            yield Row(base + at, value, source.name, at + 1, "", None, conversation)
             at += 1
 
 
 def _visit_table(
-    source: Table, rows: int, base: int, columns: Sequence[str] | None, visit: Callable[[Row], None]
+    source: Table, rows: int, base: int, columns: Sequence[str] | None, form: RowFormat | None, visit: Visit
 ) -> None:
-    """Visit its first rows. Raises `SQSDError` where it has others than it told of."""
+    """Visit its first `rows` rows. Raises `SQSDError` where it has fewer."""
     seen = 0
-    for row in _read_table(source, 0, rows, base, columns):
+    for row in _read_table(source, 0, rows, base, columns, form):
         visit(row)
         seen += 1
     if seen != rows:
@@ -318,71 +331,21 @@ def _join(chunks: list[Chunk]) -> Chunk:
 
 
 def _schema(parts: list[Part], columns: dict[str, Shape]) -> pa.Schema:
-    """The one schema that holds all inputs' values unchanged; InputError names the column where there is none."""
+    """The schema that holds all inputs' values unchanged. Raises `InputError`, naming the column, if there is none."""
     text = next((part.source.name for part in parts if isinstance(part.source, TextFile)), None)
     inferred = pa.schema([shape.field(name) for name, shape in columns.items()])
-    found: list[tuple[str, pa.Schema]] = []  # in the order of the inputs; all text shares one schema
+    schemas: list[tuple[str, pa.Schema]] = []  # in the order of the inputs; all text shares one schema
     for part in parts:
         if isinstance(part.source, Table):
-            found.append((part.source.name, part.source.schema))
+            schemas.append((part.source.name, part.source.schema))
         elif part.source.name == text:
-            found.append((text, inferred))
+            schemas.append((text, inferred))
             text = None
-    schemas = [schema for _, schema in found]
     if not schemas:
         return inferred
-    if len(found) == 1 and isinstance(parts[0].source, TextFile):
+    if len(schemas) == 1 and isinstance(parts[0].source, TextFile):
         return with_features(pa.schema([without_nulls(field) for field in inferred]))
-    if all(schema.equals(schemas[0], check_metadata=True) for schema in schemas):
-        return schemas[0]
-    return _merge(found)
-
-
-def _merge(found: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
-    fields: dict[str, pa.Field] = {}
-    features: dict[str, Any] = {}  # a Hugging Face feature lives on where all inputs with its column agree on it
-    origin: dict[str, str] = {}
-    for path, schema in found:
-        own = _features(schema)
-        for field in schema:
-            name = field.name
-            if name not in fields:
-                fields[name], features[name], origin[name] = field, own.get(name), path
-                continue
-            both = unify(fields[name], field)
-            known, feature = features[name], own.get(name)
-            relabelled = known != feature and "ClassLabel" in str(known) and "ClassLabel" in str(feature)
-            if both is None or relabelled:
-                kinds = "other labels" if relabelled else f"{fields[name].type} and {field.type}"
-                raise InputError(
-                    f"Column {name!r} of {origin[name]} and of {path} can't be one column without changing values "
-                    f"({kinds}); filter the two apart, or convert one."
-                )
-            fields[name] = both
-            features[name] = feature if feature == known else None
-    schemas = [schema for _, schema in found]
-    merged = [
-        without_nulls(field if all(name in schema.names for schema in schemas) else field.with_nullable(True))
-        for name, field in fields.items()
-    ]
-    agreed = {name: feature for name, feature in features.items() if feature is not None}
-    metadata = {"huggingface": json.dumps({"info": {"features": agreed}})} if agreed else None
-    return pa.schema(merged, metadata=metadata)
-
-
-def _features(schema: pa.Schema) -> dict[str, Any]:
-    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features: dict[str, Any] = (stored.get("info") or {}).get("features") or {}
-    return features
-
-
-def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table's own buffers under the corpus's schema: cast only where a column is wider there, or missing here."""
-    columns = []
-    for field in schema:
-        if field.name not in table.column_names:
-            columns.append(pa.nulls(table.num_rows, field.type))
-        else:
-            column = table.column(field.name)
-            columns.append(column if column.type == field.type else column.cast(field.type))
-    return pa.Table.from_arrays(columns, schema=schema)
+    _, first = schemas[0]
+    if all(schema.equals(first, check_metadata=True) for _, schema in schemas):
+        return first
+    return merge_schemas(schemas)

@@ -1,6 +1,4 @@
-"""A stream of `datasets` read once into a file, where its rows are dear and all of them must be seen before the first
-can go on.
-"""
+"""A stream of `datasets`, read once into a file: all its rows must be seen before the first can be passed on."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -19,29 +17,36 @@ from sqsd_filter.errors import InputError, SQSDError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from datasets.iterable_dataset import _BaseExamplesIterable
 
 ROWS = 1000  # in memory at a time
 
 
 def format_of(stream: IterableDataset) -> str | None:
-    """The format that its rows come in. This and what it consists of can't be asked for by public names."""
-    return stream._formatting and stream._formatting.format_type
+    """The format of its rows, which has no public name."""
+    formatting = stream._formatting  # noqa: SLF001  # see above
+    return str(formatting.format_type) if formatting and formatting.format_type else None
 
 
 def as_it_is(stream: IterableDataset) -> IterableDataset:
-    """The stream with its values as they are: in Arrow where it consists of that, else in plain rows, whose images and
-    audio are left encoded where they are known as such."""
+    """The stream with its values unchanged: in Arrow if its source is, else in plain rows. Images and audio stay
+    encoded if the features name them."""
     plain = stream.decode(False) if stream.features else stream
-    return plain.with_format("arrow" if stream._ex_iterable.iter_arrow else None)
+    return plain.with_format("arrow" if _examples(stream).iter_arrow else None)
 
 
 def with_types_of(stream: IterableDataset, part: IterableDataset) -> IterableDataset:
-    """What was made of `as_it_is`, in the stream's format, its images and audio decoded as the stream does it."""
+    """`part`, made from `as_it_is(stream)`, in the stream's format, with images and audio decoded as there."""
     part = part.with_format(None).cast(stream.features)
-    pool = getattr(stream._ex_iterable, "decoding_pool", None)  # `load_dataset` decodes what is remote in threads
+    pool = getattr(_examples(stream), "decoding_pool", None)  # `load_dataset` decodes remote files in threads
     if pool is not None:
         part = part.decode(num_threads=pool.max_workers)
     return part.with_format(format_of(stream))
+
+
+def _examples(stream: IterableDataset) -> _BaseExamplesIterable:
+    """The source of its rows, which has no public name."""
+    return stream._ex_iterable  # noqa: SLF001  # see above
 
 
 def stored(
@@ -49,8 +54,8 @@ def stored(
 ) -> Dataset:
     """The rows of a stream in a file in `folder`, or in the cache of `datasets` until this process ends.
 
-    `check` is told the columns as soon as they are known, and may raise. Raises `InputError` where the values of a
-    column have types that don't go together, `SQSDError` where the disk refuses.
+    `check` gets the columns as soon as they are known, and may raise. Raises `InputError` if the values of a column
+    have types that don't go together, `SQSDError` if the disk refuses.
     """
     from datasets import Dataset, config
 
@@ -72,7 +77,7 @@ def stored(
 
 
 def _tables(stream: IterableDataset) -> Iterator[pa.Table]:
-    """Its rows in Arrow; where `datasets` does not know their types, these are told by their values."""
+    """Its rows in Arrow; types that `datasets` does not know are inferred from the values."""
     from datasets import Dataset
 
     plain, features = as_it_is(stream), stream.features
@@ -89,13 +94,13 @@ def _tables(stream: IterableDataset) -> Iterator[pa.Table]:
 
 
 class _Files:
-    """Tables in Arrow files: a new one whenever the types must grow, because a column had only nulls before."""
+    """Tables in Arrow files: a new file whenever the types must grow, because a column had only nulls before."""
 
     def __init__(self, folder: Path, schema: pa.Schema | None) -> None:
-        """`schema` are the types, where they are known."""
+        """`schema` are the types, if they are known."""
         self._folder, self._schema, self._known = folder, schema, schema is not None
         self._paths: list[Path] = []
-        self._writer: Any = None
+        self._writer: pa.RecordBatchStreamWriter | None = None
 
     def add(self, table: pa.Table) -> None:
         from datasets.table import table_cast
@@ -115,7 +120,7 @@ class _Files:
             self._writer.close()
 
     def joined(self) -> Path | None:
-        """All rows in one file; None where there were neither rows nor types."""
+        """All rows in one file; None if there were neither rows nor types."""
         if self._schema is None:
             return None
         if len(self._paths) == 1:
@@ -133,7 +138,7 @@ class _Files:
 
 
 def _union(known: pa.Schema | None, new: pa.Schema) -> pa.Schema:
-    """The types that hold both, with the features that `datasets` put beside the known ones."""
+    """The types that hold both, with the features that `datasets` attached to the known ones."""
     from datasets import Features
 
     if known is None:
@@ -148,8 +153,8 @@ def _types() -> Iterator[None]:
         yield
     except (pa.ArrowException, OverflowError, TypeError) as problem:
         raise InputError(
-            f"The rows of the stream have values in one column whose types don't go together ({problem}): name the "
-            "columns' types in map(..., features=)."
+            f"The rows of the stream have values in one column whose types don't go together ({problem}): give the "
+            "columns' types by map(..., features=)."
         ) from problem
 
 

@@ -1,32 +1,39 @@
-"""Corpora that are Arrow already: parquet and Arrow files, folders that `datasets` saved, and its datasets themselves.
-Their schema, with its metadata, is taken as it is; a batch is read at a time.
+"""Corpora in Arrow's types: parquet and Arrow files, folders saved by `datasets`, and its datasets themselves.
+
+Their schema and its metadata are kept as they are; rows are read one batch at a time.
 """
+
+from __future__ import annotations
 
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sqsd_filter.corpus.files import File, LocalFile, unreadable
+from sqsd_filter.corpus.files import LocalFile, SourceFile, unreadable
 from sqsd_filter.corpus.json_schema import bare_rows, to_rows, with_marks
 from sqsd_filter.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+    from typing_extensions import Buffer
 
 BATCH_BYTES = 1 << 26
 UNDECODABLE = (pa.ArrowException, OverflowError, ValueError)  # the year 10000, an unknown time zone, text not in UTF-8
 
 
 def _within_bytes(rows: int, row_size: int) -> int:
-    """As many rows of this size as a batch may hold, at most `rows`."""
+    """How many rows of `row_size` bytes a batch may hold, at most `rows`."""
     return max(1, min(rows, BATCH_BYTES // max(row_size, 1)))
 
 
 class Table:
-    """Rows that are Arrow already, with a schema of their own, readable from any row on."""
+    """Rows in Arrow's types, with a schema of their own, readable from any row on."""
 
     schema: pa.Schema
     n_rows: int
@@ -35,12 +42,12 @@ class Table:
         self.name = name
 
     def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
-        """Rows start..stop in tables of at most `rows` rows, with those of `columns` that exist: every row counts, be
-        there none of them."""
+        """Rows start..stop in tables of at most `rows` rows, with those of `columns` that exist. Tables keep their
+        number of rows even where no column exists."""
         raise NotImplementedError
 
     def decode(self, table: pa.Table) -> Iterator[dict[str, Any]]:
-        """The rows of one of its tables as Python values. Raises InputError for a value that Python does not have."""
+        """The rows of one of its tables as Python values. Raises `InputError` for a value that Python can't hold."""
         try:
             yield from list(to_rows(table))
         except UNDECODABLE as error:
@@ -54,7 +61,7 @@ class Table:
             raise
 
     def glimpse(self, rows: int) -> Iterator[dict[str, Any]]:
-        """Its first rows; columns that hold a value which Python does not have are None."""
+        """Its first rows; a column with a value that Python can't hold is None in all of them."""
         for table in self.tables(0, rows, None, rows):
             columns: dict[str, Sequence[Any]] = {}
             for name in table.column_names:
@@ -65,7 +72,7 @@ class Table:
             yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
 
     def check_types(self) -> None:
-        """Raise InputError for a column whose rows can't be sorted out."""
+        """Raise `InputError` for a column of a type from which Arrow can't select rows."""
         for field in self.schema:
             try:
                 pa.nulls(0, field.type).take(pa.array([], pa.int64()))
@@ -76,7 +83,7 @@ class Table:
                 ) from error
 
     def fingerprint(self, absorb: Callable[[bytes], None]) -> int:
-        """Give every byte that its rows are stored in to `absorb`; how many there were."""
+        """Pass every byte in which its rows are stored to `absorb`. Returns the number of bytes."""
         size = 0
         for file in self.files():
             with self.errors(), file.open() as opened:
@@ -85,16 +92,16 @@ class Table:
                     size += len(block)
         return size
 
-    def files(self) -> Sequence[File]:
+    def files(self) -> Sequence[SourceFile]:
         raise NotImplementedError
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """What goes wrong in reading, as an error the user can act on."""
+        """Turn errors of reading into an `InputError` that the user can act on."""
         try:
             yield
         except (pa.ArrowException, OSError, ValueError) as error:
-            # a disk or a network gives its errors a number, and pyarrow gives none to those of the content
+            # errors of a disk or a network have an errno; pyarrow's errors about the content have none
             if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) is not None:
                 raise unreadable(self.name, error) from error
             reason = " ".join(str(error).split()).rstrip(".")
@@ -102,9 +109,9 @@ class Table:
 
 
 class FileTable(Table):
-    """A table that is one file."""
+    """A table in one file."""
 
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: SourceFile) -> None:
         super().__init__(file.name)
         self.file = file
         self._look()
@@ -117,11 +124,11 @@ class FileTable(Table):
         """Set `schema` and `n_rows`."""
         raise NotImplementedError
 
-    def files(self) -> Sequence[File]:
+    def files(self) -> Sequence[SourceFile]:
         return [self.file]
 
 
-class Parquet(FileTable):
+class ParquetTable(FileTable):
     def _look(self) -> None:
         with self.errors(), self._opened() as file:
             self.schema, self.n_rows = file.schema_arrow, file.metadata.num_rows
@@ -154,7 +161,7 @@ class Parquet(FileTable):
                     return
 
 
-class ArrowFile(FileTable):
+class ArrowTable(FileTable):
     """A file in Arrow's IPC format: as a stream, which `datasets` writes, or with the footer of its file format."""
 
     def _look(self) -> None:
@@ -175,9 +182,9 @@ class ArrowFile(FileTable):
                 stream = pa.ipc.open_stream(opened)
                 yield stream.schema, iter(stream)
 
-    def _opened(self) -> Any:
+    def _opened(self) -> pa.NativeFile | IO[bytes]:
         if isinstance(self.file, LocalFile):
-            return pa.memory_map(str(self.file.path))  # passing over rows costs nothing
+            return pa.memory_map(str(self.file.path))  # skipping rows costs nothing
         return self.file.open()
 
     def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
@@ -200,13 +207,13 @@ _FOOTED = b"ARROW1"
 class DatasetTable(Table):
     """A `datasets.Dataset`, read as Arrow: images and audio are never decoded."""
 
-    def __init__(self, name: str, dataset: Any) -> None:
+    def __init__(self, name: str, dataset: Dataset) -> None:
         super().__init__(name)
         self._dataset = dataset
         self.schema, self.n_rows = with_marks(dataset.features.arrow_schema, dataset.data.schema), len(dataset)
         self.check_types()
 
-    def _open(self) -> Any:
+    def _open(self) -> Dataset:
         return self._dataset.with_format("arrow")
 
     def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
@@ -216,7 +223,7 @@ class DatasetTable(Table):
             rows = _within_bytes(rows, dataset.data.nbytes // max(dataset.data.num_rows, 1))
             for at in range(start, stop, rows):
                 end = min(at + rows, stop)
-                yield dataset[at:end] if names else bare_rows(end - at)  # without columns it has no rows either
+                yield dataset[at:end] if names else bare_rows(end - at)  # without columns a dataset has no rows
 
     def fingerprint(self, absorb: Callable[[bytes], None]) -> int:
         """Its rows as an Arrow stream, in tables of a fixed size."""
@@ -234,21 +241,22 @@ class _Absorbing(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data: Any) -> int:
-        self._absorb(data)
-        self.size += len(data)
-        return len(data)
+    def write(self, data: Buffer) -> int:
+        content = bytes(data)
+        self._absorb(content)
+        self.size += len(content)
+        return len(content)
 
 
 class SavedDataset(DatasetTable):
-    """A folder that `datasets.Dataset.save_to_disk` left."""
+    """A folder written by `datasets.Dataset.save_to_disk`."""
 
     def __init__(self, folder: Path) -> None:
         self.name, self._folder = str(folder), folder
         super().__init__(str(folder), self._load())
         del self._dataset  # opened again at each use, so that this stays small
 
-    def _load(self) -> Any:
+    def _load(self) -> Dataset:
         from datasets import Dataset, DatasetInfo, load_from_disk
 
         with self.errors():
@@ -256,28 +264,28 @@ class SavedDataset(DatasetTable):
             if state["_data_files"]:
                 return load_from_disk(str(self._folder))
             features = DatasetInfo.from_directory(str(self._folder)).features
-            return Dataset(features.arrow_schema.empty_table())  # which `datasets` saves, but does not load
+            return Dataset(features.arrow_schema.empty_table())  # `datasets` saves such a dataset, but can't load it
 
-    def _open(self) -> Any:
+    def _open(self) -> Dataset:
         return self._load().with_format("arrow")
 
     def fingerprint(self, absorb: Callable[[bytes], None]) -> int:
         return Table.fingerprint(self, absorb)
 
-    def files(self) -> Sequence[File]:
+    def files(self) -> Sequence[SourceFile]:
         return [LocalFile(file) for file in sorted(self._folder.iterdir()) if file.is_file()]
 
 
 class Recast(Table):
-    """Another table with the features that its dataset declares, as `datasets` itself casts it."""
+    """A file's table with the features that its dataset declares, cast as `datasets` casts it."""
 
-    def __init__(self, inner: FileTable, features: Any) -> None:
+    def __init__(self, inner: FileTable, features: Features) -> None:
         super().__init__(inner.name)
         self._inner, self._features = inner, features
         self.schema, self.n_rows = features.arrow_schema, inner.n_rows
         if other := [name for name in inner.schema.names if name not in features]:
             raise InputError(
-                f"Column {other[0]!r} of {self.name} is none of those that its dataset declares in dataset_info: "
+                f"Column {other[0]!r} of {self.name} is not among those that its dataset declares in dataset_info: "
                 "declare it there, or remove it."
             )
 
@@ -291,9 +299,9 @@ class Recast(Table):
                 yield table_cast(table, schema) if names else table
             except (pa.ArrowException, TypeError, ValueError) as error:
                 raise InputError(
-                    f"{self.name} does not hold what its dataset declares in dataset_info ({first_line(error)}): "
-                    "correct one of the two."
+                    f"The types of {self.name} are not those that its dataset declares in dataset_info "
+                    f"({first_line(error)}): correct one of the two."
                 ) from error
 
-    def files(self) -> Sequence[File]:
+    def files(self) -> Sequence[SourceFile]:
         return self._inner.files()

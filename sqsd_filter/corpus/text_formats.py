@@ -1,6 +1,8 @@
-"""Corpora in text files: JSON Lines, JSON arrays and CSV, plain or compressed, as records that each know their line,
-byte offset and bytes. A reader holds a block and the record it is in, never a file.
+"""Corpora in text files: JSON Lines, JSON arrays and CSV, plain or compressed, as records with their line, byte offset
+and bytes. A reader holds one block and one record in memory, never a file.
 """
+
+from __future__ import annotations
 
 import codecs
 import csv
@@ -9,51 +11,51 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, Protocol
 
-from sqsd_filter.corpus.files import File, unreadable
+from sqsd_filter.corpus.files import SourceFile, unreadable
 from sqsd_filter.errors import InputError
 
 # offset of its first byte, line it starts on, value or None, why it is None, its bytes without the newline
 Record = tuple[int, int, dict[str, Any] | None, str, bytes]
-Absorb = Callable[[bytes], None]  # is given every byte read from disk, for hashing
+Absorb = Callable[[bytes], None]  # gets every byte read from disk, for hashing
 
 BLOCK = 1 << 18
-MAX_DEPTH = 200  # far below Python's recursion limit, so that the verdict doesn't depend on the caller's stack
+MAX_DEPTH = 200  # far below Python's recursion limit, so that the result doesn't depend on the caller's stack
 MAX_CSV_FIELD = 1 << 26
 TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 TOO_LONG_INT = "an integer of more than 4300 digits"
 
 
-class Inexact(ValueError):
+class InexactError(ValueError):
     """JSON that Python would read as something else."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        raise Inexact(f"{next(name for name in names if names.count(name) > 1)!a} stands twice in one object")
-    return found
+        raise InexactError(f"{next(name for name in names if names.count(name) > 1)!a} stands twice in one object")
+    return value
 
 
 def _finite(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):
-        raise Inexact("a number too large for a float")
+        raise InexactError("a number too large for a float")
     return number
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_float=_finite)
-_LENIENT = json.JSONDecoder(parse_int=lambda digits: 0)  # only to find where a value ends
+_LENIENT = json.JSONDecoder(parse_int=lambda _: 0)  # only to find where a value ends
 
 
 class TextFile:
-    """A file read as records, from its start or from a mark: the (offset, line) of a record already seen."""
+    """A file read as records, from its start or from a mark: the (offset, line) where a record begins."""
 
     verbatim: ClassVar[bool] = False  # a record's bytes are a JSON line
 
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: SourceFile) -> None:
         self.file, self.name = file, file.name
 
     @property
@@ -80,26 +82,38 @@ def _tee(blocks: Iterable[bytes], absorb: Absorb) -> Iterator[bytes]:
         yield block
 
 
-def _gzip_stream() -> Any:
+class Decompressor(Protocol):
+    """One compressed stream, as zlib and zstandard decompress it."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def _gzip_stream() -> Decompressor:
     return zlib.decompressobj(wbits=31)
 
 
-def _zstd_stream() -> Any:
+def _zstd_stream() -> Decompressor:
     import zstandard
 
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
-COMPRESSED = {".gz": _gzip_stream, ".zst": _zstd_stream}
+COMPRESSED: dict[str, Callable[[], Decompressor]] = {".gz": _gzip_stream, ".zst": _zstd_stream}
 
 
-def _decompress(file: File, blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Stream after stream, as `cat a.gz b.gz` leaves them; zstandard's own reader takes a truncated one for whole."""
+def _decompress(file: SourceFile, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Decompress stream after stream, as `cat a.gz b.gz` joins them; zstandard's own reader accepts truncated ones."""
     new_stream = COMPRESSED.get(file.compression)
     if new_stream is None:
         yield from blocks
         return
-    stream: Any = None
+    stream: Decompressor | None = None
     position = 0
     for block in blocks:
         rest = block
@@ -129,7 +143,7 @@ def _decompress(file: File, blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines end at b"\\n" and nowhere else; a final newline begins no line."""
+    """Split at b"\\n" only. No line follows a final newline."""
     pieces: list[bytes] = []  # of a line that may go on in the next block
     for block in blocks:
         head, *lines = block.split(b"\n")
@@ -158,7 +172,7 @@ class JsonLines(TextFile):
 
 
 def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
-    """The JSON object of one line, or None and why there is none."""
+    """The JSON object of one line and "", or None and the reason."""
     try:
         value = _DECODER.decode(raw.decode())
     except UnicodeDecodeError as error:
@@ -167,7 +181,7 @@ def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
         return None, f"not JSON: {error.msg} at column {error.colno}" if raw.strip() else "blank line"
     except RecursionError:
         return None, TOO_DEEP
-    except Inexact as error:
+    except InexactError as error:
         return None, str(error)
     except ValueError:
         return None, TOO_LONG_INT
@@ -175,8 +189,8 @@ def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
     return (None, problem) if problem else (value, "")
 
 
-def unfit(value: Any, raw: bytes) -> str:
-    """Why this JSON value, whose text is `raw`, can't be a row; "" if it can."""
+def unfit(value: object, raw: bytes) -> str:
+    """Why this JSON value with the text `raw` can't be a row; "" if it can."""
     if type(value) is not dict:
         return "not an object"
     if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _too_deep(value):
@@ -192,8 +206,8 @@ def unfit(value: Any, raw: bytes) -> str:
     return ""
 
 
-def _too_deep(value: Any) -> bool:
-    level = [value]
+def _too_deep(value: object) -> bool:
+    level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         level = [
             child
@@ -214,7 +228,7 @@ class JsonArray(TextFile):
         window = Window(self.name, self.blocks(offset, absorb), offset, line)
         if offset == 0:
             window.next_char()
-            window.advance()  # the opening bracket, which told the format
+            window.advance()  # past the opening bracket
             if window.next_char() == "]":
                 window.advance()
                 window.expect_end()
@@ -240,7 +254,7 @@ class JsonArray(TextFile):
 
 
 class Window:
-    """The stretch of a JSON file being decoded: one block of text, or as many as its first value needs."""
+    """The part of a JSON file being decoded: one block of text, or as many as its first value needs."""
 
     _space = re.compile(r"[ \t\n\r]*")
     _token = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
@@ -250,11 +264,11 @@ class Window:
         self.text, self.at = "", 0
         self._blocks = blocks
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        if offset == 0 and self._grow() and self.text.startswith("\ufeff"):
+        if offset == 0 and self.grow() and self.text.startswith("\ufeff"):
             self.advance(1, len(codecs.BOM_UTF8))
 
-    def _grow(self) -> bool:
-        """Drop what is decoded and read at least as much as is left, so that a huge value costs linear time."""
+    def grow(self) -> bool:
+        """Drop the decoded text and at least double the rest, so that a huge value takes linear time."""
         parts = [self.text[self.at :]]
         wanted = max(len(parts[0]), 1)
         for block in self._blocks:
@@ -272,18 +286,18 @@ class Window:
         self.offset += size
 
     def next_char(self) -> str:
-        """Move on to the next character that is no space; "" at the end of the file."""
+        """Move to the next character that is not white space; "" at the end of the file."""
         while True:
             match = self._space.match(self.text, self.at)
             spaces = match.end() - self.at if match else 0
             self.advance(spaces, spaces)
             if self.at < len(self.text):
                 return self.text[self.at]
-            if not self._grow():
+            if not self.grow():
                 return ""
 
     def value(self) -> tuple[Any, str, str]:
-        """The value that begins here, what keeps it from being read (or ""), and its text."""
+        """The value that begins here, the reason why it can't be read (or ""), and its text."""
         problem, decoder = "", _DECODER
         while True:
             end: int | None
@@ -292,25 +306,25 @@ class Window:
             except json.JSONDecodeError as error:
                 # a value cut off by the window breaks near its end, or in a string that begins anywhere
                 cut_off = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated string")
-                if not (cut_off and self._grow()):
+                if not (cut_off and self.grow()):
                     self.fail(error.msg)
                 continue
             except RecursionError:
                 value, end, problem = None, self._closing_bracket(), TOO_DEEP
             except ValueError as error:
-                problem = str(error) if isinstance(error, Inexact) else TOO_LONG_INT
+                problem = str(error) if isinstance(error, InexactError) else TOO_LONG_INT
                 decoder = _LENIENT
                 continue
             if end is None:
-                if not self._grow():
+                if not self.grow():
                     self.fail("Unterminated array or object")
                 continue
             length = end - self.at
-            if end < len(self.text) or not self._grow():
+            if end < len(self.text) or not self.grow():
                 return value, problem, self.text[self.at : self.at + length]
 
     def _closing_bracket(self) -> int | None:
-        """Where the array or object that begins here ends; None if not in this window."""
+        """Where the array or object that begins here ends; None if beyond this window."""
         depth = 0
         for token in self._token.finditer(self.text, self.at):
             depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token.group(), 0)
@@ -325,12 +339,12 @@ class Window:
     def fail(self, complaint: str) -> NoReturn:
         raise InputError(
             f"{self.name} is a broken JSON array: {complaint}, in or after element {self.row} at byte {self.offset}; "
-            "repair it, or save the rows as JSON Lines, where a bad row costs only itself."
+            "repair it, or save the rows as JSON Lines, where a bad row loses only itself."
         )
 
 
 class Csv(TextFile):
-    """Records under a header row; every value stays the string it is."""
+    """Records under a header row; every value stays a string."""
 
     def records(self, mark: tuple[int, int] = (0, 1), absorb: Absorb | None = None) -> Iterator[Record]:
         rows = self._rows(0, 1, absorb)
@@ -365,7 +379,7 @@ class Csv(TextFile):
                 yield raw[3 * start :].decode("utf-8", "surrogateescape") + "\n"
 
         position = offset
-        # strict: a stray quote is an error, not a changed value
+        # strict: a stray quote is an error; otherwise it would change the value
         reader = csv.reader(feed(), delimiter="\t" if ".tsv" in self.file.suffixes else ",", strict=True)
         while True:
             taken.clear()

@@ -1,1 +1,1 @@
-"""Folders that are whole or not there, on a disk or behind a URL; and trying again where it helps."""
+"""Files that are whole or not there, on a disk or behind a URL; locks; retries of what may pass."""

@@ -1,4 +1,4 @@
-"""A flat folder of files that are whole or not there: on a disk, or in a bucket named by a URL."""
+"""A flat folder of files, on a disk or in a bucket named by a URL. Each file is whole or not there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
@@ -20,27 +20,27 @@ from pyarrow import fs
 from sqsd_filter.errors import InputError, UsageError, first_line
 
 TEMPORARY = ".tmp"
-# Where an object appears at once, when all of it is there; elsewhere a file is written under another name first.
+# Here an object appears at once, when all of it is there. Elsewhere a file is written under another name first.
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf", "memory", "r2", "oss")
-TRIES = 3  # at reading a file from a server
+TRIES = 3  # to read a file from a server
 _SECRET = re.compile(r"secret|token|sig|pass|key", re.IGNORECASE)
 
 
 class Folder:
-    """The files directly in one folder. Their names never start with a dot.
+    """The files directly in one folder, except those whose names start with a dot.
 
-    Whatever a file system raises comes out as an `OSError` with one line, or as the errors named here.
+    Errors of the file system are raised as `OSError` with a one-line message, or as the errors named here.
     """
 
     def __init__(self, where: str | Path) -> None:
         """A path, or a URL of a kind that pyarrow or an installed fsspec package knows.
 
-        Raises `UsageError` for a URL of no such kind or with a secret in it, `InputError` where it can't be reached.
+        Raises `UsageError` for a URL of any other kind or with a secret in it, `InputError` if it can't be reached.
         """
         self._where = str(where)
         self._scheme = urlsplit(self._where).scheme if "://" in self._where else ""
-        here: tuple[Any, str, Callable[[], Any]] = (fs.LocalFileSystem(), self._where, lambda: None)
-        self._fs, self._root, self._forget = _connect(self._where) if self._scheme else here
+        local: _Connection = (fs.LocalFileSystem(), self._where, lambda: None)
+        self._fs, self._root, self._forget = _connect(self._where) if self._scheme else local
         self.local = Path(self._root) if isinstance(self._fs, fs.LocalFileSystem) else None
 
     def __str__(self) -> str:
@@ -50,28 +50,28 @@ class Folder:
         return f"{self._root.rstrip('/')}/{name}"
 
     def names(self, *, must_exist: bool = False) -> list[str]:
-        """Sorted. Raises `InputError` where there has to be a folder and is none, or where it can't be reached."""
+        """Sorted. Raises `InputError` if the folder can't be reached, or with `must_exist` if it does not exist."""
         try:
-            with self._plainly():
+            with self._as_os_errors():
                 self._forget()
-                found = self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=not must_exist))
+                infos = self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=not must_exist))
         except FileNotFoundError as problem:
             raise InputError(f"{self} does not exist; check the path.") from problem
         except NotADirectoryError as problem:
             raise InputError(f"{self} is not a folder; check the path.") from problem
         except OSError as problem:
             raise _unreachable(self._where, problem) from problem
-        return sorted(i.base_name for i in found if i.type == fs.FileType.File and not i.base_name.startswith("."))
+        return sorted(i.base_name for i in infos if i.type == fs.FileType.File and not i.base_name.startswith("."))
 
     def has(self, name: str) -> bool:
-        with self._plainly():
+        with self._as_os_errors():
             return bool(self._fs.get_file_info(self.path(name)).type == fs.FileType.File)
 
     def read(self, name: str) -> pa.Buffer:
-        """The whole file. Raises `FileNotFoundError`, or `InputError` where it can't be read at several tries."""
+        """The whole file. Raises `FileNotFoundError`, or `InputError` if it can't be read in several tries."""
         for left in reversed(range(TRIES)):
             try:
-                with self._plainly(), self._fs.open_input_file(self.path(name)) as source:
+                with self._as_os_errors(), self._fs.open_input_file(self.path(name)) as source:
                     return source.read_buffer()
             except FileNotFoundError:
                 raise
@@ -85,12 +85,12 @@ class Folder:
         raise AssertionError
 
     def delete(self, name: str) -> None:
-        """Also where it is gone already. Raises `OSError`."""
-        with suppress(FileNotFoundError), self._plainly():
+        """Delete a file; it is no error if it does not exist. Raises `OSError`."""
+        with suppress(FileNotFoundError), self._as_os_errors():
             self._fs.delete_file(self.path(name))
 
-    def write(self, name: str, write: Callable[[Any], Any]) -> None:
-        """Call `write(file)`, and let the file appear under its name when all is written. Raises `OSError`."""
+    def write(self, name: str, write: Callable[[IO[bytes]], object]) -> None:
+        """Call `write(file)`; the file appears under its name when all is written. Raises `OSError`."""
         if self.local is not None:
             self.local.mkdir(parents=True, exist_ok=True)
             write_whole(self.local / name, write)
@@ -99,7 +99,7 @@ class Folder:
         write(content)
         direct = self._scheme in OBJECT_STORES
         path = self.path(name if direct else f".{name}.{uuid.uuid4().hex}{TEMPORARY}")
-        with self._plainly():
+        with self._as_os_errors():
             self._fs.create_dir(self._root, recursive=True)
             with self._fs.open_output_stream(path) as sink:
                 sink.write(content.getbuffer())
@@ -107,8 +107,8 @@ class Folder:
                 self._fs.move(path, self.path(name))
 
     @contextmanager
-    def _plainly(self) -> Iterator[None]:
-        """The libraries of services raise errors of their own: hand them on as `OSError`."""
+    def _as_os_errors(self) -> Iterator[None]:
+        """Turn the errors of services' libraries into `OSError`."""
         try:
             yield
         except OSError:
@@ -117,36 +117,40 @@ class Folder:
             raise OSError(first_line(problem)) from problem
 
 
-def connect(url: str) -> tuple[Any, str]:
+# A file system, the path in it, and a call that makes the file system forget what it cached.
+_Connection = tuple[fs.FileSystem, str, Callable[[], object]]
+
+
+def connect(url: str) -> tuple[fs.FileSystem, str]:
     """The pyarrow file system that a URL names, and the path there.
 
-    Raises `UsageError` for a URL of no kind that pyarrow or an installed fsspec package knows, or with a secret in it,
-    `InputError` where it can't be reached.
+    Raises `UsageError` for a URL of a kind that neither pyarrow nor an installed fsspec package knows, or with a secret
+    in it; `InputError` if it can't be reached.
     """
     return _connect(url)[:2]
 
 
-def _connect(url: str) -> tuple[Any, str, Callable[[], Any]]:
+def _connect(url: str) -> _Connection:
     parts = urlsplit(url)
     if parts.password or any(_SECRET.search(name) for name, _ in parse_qsl(parts.query)):
         raise UsageError("A URL must not hold a password or a key: give those in the environment.")
     try:
         return *fs.FileSystem.from_uri(url), lambda: None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ImportError, ValueError):
-        pass  # not one of pyarrow's own
+        pass  # pyarrow does not know this kind
     except OSError as problem:
         raise _unreachable(url, problem) from problem
     try:
         import fsspec
 
-        there, root = fsspec.core.url_to_fs(url)
+        filesystem, root = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as problem:
         raise UsageError(
-            f"{url} can't be used ({first_line(problem)}): name a folder, or install what it needs."
+            f"{url} can't be used ({first_line(problem)}): name a folder, or install the package for such URLs."
         ) from problem
     except Exception as problem:  # whatever the service's library raises
         raise _unreachable(url, problem) from problem
-    return fs.PyFileSystem(fs.FSSpecHandler(there)), root, there.invalidate_cache
+    return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), root, filesystem.invalidate_cache
 
 
 def _unreachable(url: str, problem: BaseException) -> InputError:

@@ -1,4 +1,4 @@
-"""What the Hub and `datasets` refuse, as one sentence with the way out."""
+"""Errors of the Hub and of `datasets`, as one sentence with cause and fix."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from sqsd_filter.errors import InputError, first_line
 
 @contextmanager
 def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
-    """Turns what they raise for a dataset, or a folder of this name, into `InputError`; a missing file goes through."""
+    """Turn errors about a dataset, or a folder of this name, into `InputError`. A missing file stays what it is."""
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
     from huggingface_hub import errors as hub
 
+    # The base error of the HTTP client that huggingface_hub uses, httpx or its successor.
+    http_error: type[Exception] = hub.HTTPError  # type: ignore[attr-defined]  # not exported, but always imported there
     at = f" at {revision}" if revision else ""
     try:
         yield
@@ -28,8 +30,8 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
         ) from problem
     except (EmptyDatasetError, DataFilesNotFoundError) as problem:
         raise InputError(
-            f"{name}{at} holds no data files that can be read: put some there, as .jsonl or .parquet, or name another "
-            "place."
+            f"{name}{at} holds no data files that can be read: add some, as .jsonl or .parquet, or name another "
+            "dataset."
         ) from problem
     except hub.RevisionNotFoundError as problem:
         raise InputError(f"{name} has no revision '{revision}': name a branch, a tag or a commit.") from problem
@@ -39,13 +41,12 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
         raise InputError(f"{name} can't be fetched, since HF_HUB_OFFLINE is set: unset it.") from problem
     except (InputError, hub.RemoteEntryNotFoundError):
         raise
-    # the error class of the HTTP client that huggingface_hub imports, whichever that is
-    except (hub.HTTPError, hub.HFValidationError, DatasetGenerationError, OSError, ValueError) as problem:
+    except (http_error, hub.HFValidationError, DatasetGenerationError, OSError, ValueError) as problem:
         status = getattr(getattr(problem, "response", None), "status_code", None)
         if status == 429:
             raise InputError(
-                f"The Hub still refuses to give {name} for too many requests: wait a few minutes, and set HF_TOKEN, "
-                "which allows more of them."
+                f"The Hub still refuses {name} because of too many requests: wait a few minutes, and set HF_TOKEN, "
+                "which allows more requests."
             ) from problem
         remote = "the network, the dataset and, for a private one, the token in HF_TOKEN"
         raise InputError(

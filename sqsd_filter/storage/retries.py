@@ -1,4 +1,4 @@
-"""Trying again where it helps: a dropped connection, a server that is busy or asks for time."""
+"""Retries where they help: after a dropped connection, or when a server is busy or asks for time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TRIES = 5
-FIRST_WAIT, LONGEST_WAIT = 1.0, 600.0  # seconds: before the second try, and all waits of one call together
+FIRST_WAIT, LONGEST_WAIT = 1.0, 600.0  # seconds: before the second try; in all waits of one call together
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _UNREACHED = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EIO)
 _HTTPX = ("NetworkError", "TimeoutException", "RemoteProtocolError", "ProxyError")
@@ -28,18 +28,18 @@ _PASSING: Mapping[str, tuple[str, ...]] = {
     "botocore": ("HTTPClientError",),
     "fsspec": ("FSTimeoutError",),
 }
-# pyarrow's S3 tells of what went wrong in words only.
+# pyarrow's S3 reports errors in words only.
 _AWS = re.compile(r"AWS Error (\w+|\[code \d+\])(?: \(HTTP status (\d+)\))?")
 _AWS_BUSY = ("REQUEST_TIMEOUT", "SLOW_DOWN", "THROTTLING", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE")
 
 
 def with_retries(call: Callable[[], T], transient_statuses: tuple[int, ...] = ()) -> T:
-    """What `call` returns at the first try that succeeds; the last try's error goes through.
+    """Call `call` until it succeeds, at most `TRIES` times, and return its result. The last try's error is raised.
 
-    Tried again is what may pass: a connection that broke, a server that was busy; not a missing file or right, a full
-    disk, an answer that would be the same again, or an `SQSDError`, which was tried again already or is final. A
-    server's Retry-After is kept to: there is no further try where it asks for more time than is left. `also` are
-    further status codes that may pass.
+    Only errors that may pass are tried again: a connection that broke, a server that was busy, an HTTP status among
+    `transient_statuses`. Final are a missing file, missing rights, a full disk, an answer that would be the same again,
+    and an `SQSDError`, which was tried again before it was raised. A server's Retry-After is obeyed; if it asks for
+    more time than is left, there is no further try.
     """
     left = LONGEST_WAIT
     for number in range(1, TRIES + 1):
@@ -56,14 +56,14 @@ def with_retries(call: Callable[[], T], transient_statuses: tuple[int, ...] = ()
 
 
 def _wait(problem: Exception, number: int, transient_statuses: tuple[int, ...]) -> float | None:
-    """Seconds until the next try; None where none would help."""
-    backoff = FIRST_WAIT * 2 ** (number - 1)
+    """Seconds until the next try; None if no further try would help."""
+    backoff = FIRST_WAIT * 2.0 ** (number - 1)
     for cause in _causes(problem):
         if isinstance(cause, SQSDError):
             return None
-        status, asked = _answer(cause)
+        status, retry_after = _answer(cause)
         if status is not None:
-            wait = float(asked) if asked.isdecimal() else backoff
+            wait: float = float(retry_after) if retry_after.isdecimal() else backoff
             return wait if status in (*_BUSY, *transient_statuses) else None
         if _transient(cause):
             return backoff
@@ -71,18 +71,18 @@ def _wait(problem: Exception, number: int, transient_statuses: tuple[int, ...]) 
 
 
 def _causes(problem: BaseException | None) -> Iterator[BaseException]:
-    """An error and what led to it: libraries wrap what a connection or a server said."""
+    """An error and its causes: libraries wrap the errors of connections and servers."""
     while problem is not None:
         yield problem
         problem = problem.__cause__ or problem.__context__
 
 
 def _answer(problem: BaseException) -> tuple[int | None, str]:
-    """The status code that an error tells of, and the Retry-After that came with it, else ""."""
+    """The HTTP status code of an error and the Retry-After that came with it, else ""."""
     response = getattr(problem, "response", None)
     if isinstance(response, Mapping):  # botocore's
-        told = response.get("ResponseMetadata", {})
-        return told.get("HTTPStatusCode"), told.get("HTTPHeaders", {}).get("retry-after", "")
+        metadata = response.get("ResponseMetadata", {})
+        return metadata.get("HTTPStatusCode"), metadata.get("HTTPHeaders", {}).get("retry-after", "")
     if response is not None and hasattr(response, "status_code"):
         return response.status_code, response.headers.get("retry-after", "")
     if _library(type(problem)) == "aiohttp" and (status := getattr(problem, "status", 0)):

@@ -33,7 +33,7 @@ def test_a_bare_number_is_a_usage_error_that_names_both_readings(command: Comman
         ("score in.jsonl scores.csv", 2, "scores.parquet"),
         ("missing.jsonl out --drop-top 5%", 3, "missing.jsonl does not exist"),
         ("*.csv out --drop-top 5%", 3, "No file matches"),
-        ("in.txt out --drop-top 5%", 3, "no extension that says what it holds"),
+        ("in.txt out --drop-top 5%", 3, "no extension that names its format"),
         ("empty.jsonl out --drop-top 5%", 3, "No readable row"),
         ("broken.jsonl out --drop-top 5%", 3, "No readable row"),
         ("no.parquet out --drop-top 5%", 3, "truncated or corrupt"),

@@ -141,7 +141,7 @@ BAD_TURNS: dict[str, tuple[Any, str]] = {  # what the detail says of turn 2
     "image-with-text": ({"role": "user", "content": [{"type": "input_image", "text": "t"}]}, "'input_image'"),
     "audio": ({"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "input_audio"}]}, "'input_audio'"),
     "part-without-text": ({"role": "user", "content": [{"type": "text", "text": None}]}, "'text'"),
-    "number-among-parts": ({"role": "user", "content": [3]}, "no text"),
+    "number-among-parts": ({"role": "user", "content": [3]}, "not text"),
     "object": ({"role": "tool", "content": {"a": 1}}, "dict"),
     "null-question": ({"role": "user", "content": None}, "no content"),
     "null-call": ({"from": "function_call", "value": None}, "no content"),
@@ -211,9 +211,16 @@ def test_nulls_in_the_arguments_of_a_call_stay_where_the_arguments_or_more_are_j
 def test_tools_are_functions_in_one_form() -> None:
     function = {"name": "f", "description": "F", "parameters": {"type": "object", "properties": {}}}
     wrapped = {"type": "function", "function": function}
-    forms = [[wrapped], [function], json.dumps([function]), json.dumps([wrapped]), [{**function, "strict": None}]]
+    nothing: list[object] = [None, "", [], "[]"]
+    forms: list[object] = [
+        [wrapped],
+        [function],
+        json.dumps([function]),
+        json.dumps([wrapped]),
+        [{**function, "strict": None}],
+    ]
     assert [read_tools(form, "it") for form in forms] == [[{"role": "tools", "content": [wrapped]}]] * len(forms)
-    assert [read_tools(form, "it") for form in (None, "", [], "[]")] == [[], [], [], []]
+    assert [read_tools(form, "it") for form in nothing] == [[], [], [], []]
 
 
 # ---------------------------------------------------------------------------------------------- keys

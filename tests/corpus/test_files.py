@@ -37,7 +37,7 @@ def parquet(rows: int) -> bytes:
     sink = pa.BufferOutputStream()
     texts = [f"{n * 7919 % 1_000_003:>60}" for n in range(rows)]
     pq.write_table(pa.table({"n": range(rows), "text": texts}), sink, row_group_size=1000, compression="none")
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())
 
 
 def numbers(*given: str) -> list[int]:
@@ -49,7 +49,7 @@ def rows(sources: list[Source]) -> list[Any]:
     return list(corpus.read(0, corpus.n_rows))
 
 
-class Leaving(MemoryFile):
+class Leaving(MemoryFile):  # type: ignore[misc]  # fsspec has no types
     """A remote file whose server has gone when it was read a number of times, for some tries."""
 
     before, gone = 0, 0.0
@@ -60,7 +60,7 @@ class Leaving(MemoryFile):
         elif Leaving.gone > 0:
             Leaving.gone -= 1
             httpx2.get("http://127.0.0.1:1/nobody")
-        return super().read(size)
+        return bytes(super().read(size))
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_local_paths_with_odd_names_are_read_as_they_are(tmp_path: Path, monkeyp
     for number, name in enumerate(ODD):
         assert numbers(name) == numbers(str(tmp_path / name)) == [number]
     Path("a.jsonl?x").write_bytes(lines(0))
-    with pytest.raises(InputError, match=r"a\.jsonl\?x has no extension that says what it holds"):
+    with pytest.raises(InputError, match=r"a\.jsonl\?x has no extension that names its format"):
         numbers("a.jsonl?x")
 
 

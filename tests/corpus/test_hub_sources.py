@@ -41,7 +41,7 @@ def lines(rows: list[dict[str, Any]]) -> bytes:
 def parquet(rows: list[dict[str, Any]]) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=4)
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())
 
 
 FILES = {
@@ -196,7 +196,7 @@ def test_a_hub_that_asks_for_time_or_drops_connections_gets_another_try(hub: Hub
 def test_a_hub_that_never_recovers_is_one_sentence(hub: Hub) -> None:
     hub.add("org/sums", FILES)
     hub.fail("GET", "api/datasets/org/sums", status=429, headers={"Retry-After": "0"}, times=math.inf)
-    with pytest.raises(InputError, match="still refuses to give org/sums for too many requests"):
+    with pytest.raises(InputError, match="still refuses org/sums because of too many requests"):
         opened("org/sums:fr")
     hub.stop()
     with pytest.raises(InputError, match=r"org/sums can't be read \(.*check the network"):

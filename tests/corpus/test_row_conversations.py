@@ -164,7 +164,9 @@ UNREADABLE: dict[str, tuple[RowFormat, dict[str, Any], str, str]] = {  # format,
 
 
 @pytest.mark.parametrize(("form", "row", "status", "named"), UNREADABLE.values(), ids=UNREADABLE)
-def test_a_row_that_holds_no_conversation_says_why(form: RowFormat, row: dict, status: str, named: str) -> None:
+def test_a_row_that_holds_no_conversation_says_why(
+    form: RowFormat, row: dict[str, Any], status: str, named: str
+) -> None:
     with pytest.raises(RowError) as problem:
         form.conversation(row)
     assert problem.value.status == status

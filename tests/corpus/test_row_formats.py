@@ -185,7 +185,7 @@ BAD_CHOICES: dict[str, tuple[dict[str, Any], dict[str, str], tuple[str, ...]]] =
         {},
         ("'input'", "'chosen'", "--prompt-column"),
     ),
-    "plain-text": ({"text": "Once upon a time", "url": "u"}, {}, ("'text'", "plain text", "no conversation")),
+    "plain-text": ({"text": "Once upon a time", "url": "u"}, {}, ("'text'", "plain text", "not a conversation")),
     "no-format": (
         {"text": "q", "label": 1},
         {},

@@ -235,14 +235,14 @@ def test_an_array_is_decoded_within_a_window_of_a_few_rows(tmp_path: Path, monke
     rows = [{"x": i, "text": "é" * (i % 50)} for i in range(500)] + [{"text": "long " * 10_000}, {"x": -1}]
     path = Path(write(tmp_path / "a.json", json.dumps(rows, ensure_ascii=False).encode()))
     seen: list[int] = []
-    grow = Window._grow
+    grow = Window.grow
 
     def spy(self: Window) -> bool:
         more = grow(self)
         seen.append(len(self.text))
         return more
 
-    monkeypatch.setattr(Window, "_grow", spy)
+    monkeypatch.setattr(Window, "grow", spy)
     records = JsonArray(LocalFile(path)).records()
     assert [value for _, _, value, _, _ in [next(records) for _ in range(500)]] == rows[:500]
     assert max(seen) < 4 * 64
@@ -265,7 +265,7 @@ def test_an_array_is_decoded_within_a_window_of_a_few_rows(tmp_path: Path, monke
         ("a.jsonl.zst", zstandard.compress(jsonl(ROWS))[:-9], "a.jsonl.zst is truncated"),
         ("a.jsonl.zst", b"{}", "a.jsonl.zst is corrupt"),
         ("a.parquet", b"PAR1 nothing", "a.parquet is truncated or corrupt"),
-        ("a.txt", b"", "a.txt has no extension that says what it holds"),
+        ("a.txt", b"", "a.txt has no extension that names its format"),
     ],
 )
 def test_broken_files_are_named_with_the_place(name: str, data: bytes, message: str, tmp_path: Path) -> None:

@@ -124,7 +124,9 @@ def test_a_column_that_is_not_declared_is_refused_as_by_datasets() -> None:
     where = declared(a={"n": [1]}, b={"n": [2], "text": ["x"], "other": [1]})
     with pytest.raises(datasets.exceptions.DatasetGenerationError):
         datasets.load_dataset(where)
-    with pytest.raises(InputError, match=r"Column 'other' of declared/b\.parquet is none of those .* declare it there"):
+    with pytest.raises(
+        InputError, match=r"Column 'other' of declared/b\.parquet is not among those .* declare it there"
+    ):
         Opener().open([where])
 
 
@@ -133,6 +135,8 @@ def test_a_value_of_no_declared_type_is_refused_as_by_datasets(values: list[Any]
     where = declared(a={"n": values})
     with pytest.raises(datasets.exceptions.DatasetGenerationError):
         datasets.load_dataset(where)
-    with pytest.raises(InputError, match=r"declared/a\.parquet does not hold what its dataset declares") as raised:
+    with pytest.raises(
+        InputError, match=r"The types of declared/a\.parquet are not those that its dataset declares"
+    ) as raised:
         Corpus.scan(Opener().open([where]), visit=lambda row: None)
     assert "\n" not in str(raised.value)

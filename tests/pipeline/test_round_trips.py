@@ -313,7 +313,7 @@ def test_a_destination_inside_a_source_folder_is_refused(scorer: SQSDScorer) -> 
     Path("plain").mkdir()
     write_jsonl(Path("plain/a.jsonl"), make_rows(20))
     filter_dataset("plain/*.jsonl", "plain/out", drop_top="10%", scorer=scorer, to="jsonl")
-    with pytest.raises(InputError, match="plain holds out, which was filtered before"):
+    with pytest.raises(InputError, match="plain holds out, the output of an earlier run"):
         filter_dataset("plain", "other", drop_top="10%", scorer=scorer)
 
 

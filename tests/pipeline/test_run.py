@@ -641,7 +641,7 @@ def test_a_glob_that_finds_the_destination_finds_the_same_inputs(folder: Path, s
         assert again == ("data/out" in typed)
     for _ in range(2):
         score_dataset("data/in.*", "data/in.parquet", Scoring(scorer=scorer))
-    with pytest.raises(InputError, match=r"data/out holds what was filtered before"):
+    with pytest.raises(InputError, match=r"data/out holds the output of an earlier run"):
         filter_dataset("data/out", "data/out", drop_count=1, scorer=scorer)
 
 

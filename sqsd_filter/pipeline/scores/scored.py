@@ -90,15 +90,15 @@ class Scored:
         """What is wrong with row k of a chunk, in words."""
         if chunk.problems[k]:
             return chunk.problems[k]
-        if (known := self.details.get(chunk.start + k)) is not None:
-            return known
-        if self.form is not None:
-            try:
-                columns = [name for name in self.form.columns if name in chunk.table.column_names]
-                self.form.conversation(next(to_rows(chunk.table.select(columns).slice(k, 1)), {}))
-            except RowError as problem:
-                return problem.detail
-        return ""
+        row = chunk.start + k
+        for reason in (self.details.get(row), self.corpus.errors.reason(row)):
+            if reason is not None:
+                return reason
+        if self.form is None:
+            return ""
+        columns = [name for name in self.form.columns if name in chunk.table.column_names]
+        parsed = self.form.parse(next(to_rows(chunk.table.select(columns).slice(k, 1)), {}))
+        return parsed.detail if isinstance(parsed, RowError) else ""
 
     def columns(self, start: int, stop: int) -> dict[str, pa.Array]:
         """The score columns of rows start..stop; null where there is no score."""

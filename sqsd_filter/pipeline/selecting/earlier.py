@@ -71,7 +71,7 @@ def read_earlier(
     def visit(row: Row) -> None:
         scores.visit(row)
         if index is not None:
-            index.visit(row)
+            index.add(index.form.parse(row.value, row.problem))
 
     columns = [*scores.columns, *(index.form.columns if index is not None else [])]
     corpus, groups = read_once(sources, visit, columns, per_group, progress)

@@ -1,4 +1,4 @@
-"""The inputs of a run, looked at once, and their rows' scores: known ones looked up, others from an engine."""
+"""One scan of a run's inputs, and the scores of their rows: known scores are looked up, an engine computes the rest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sqsd_filter.storage.folder import Folder
 
 
 class Scan:
-    """The inputs, looked at once: rows counted, keyed and grouped, files hashed, the format decided."""
+    """The inputs after one scan: rows counted, keyed and grouped, files hashed, the row format chosen."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Scan:
         old_home: Path | None = None,
         shared: Folder | None = None,
     ) -> Scored:
-        """Score what has no score yet in `home`, its predecessor or the shared store, shard by shard, and join."""
+        """Score, shard by shard, the rows without a score in `home`, its predecessor or the shared store; join all."""
 
         def store_in(where: Folder | Path) -> ScoreStore:
             return ScoreStore(where, scorer.settings(), scorer.values)
@@ -76,9 +76,7 @@ class Scan:
         with sharing, closing(done):
             for shard, keys, scores in done:
                 if not np.array_equal(np.array(keys, dtype=KEYS), self.index.keys[shard.wanted]):
-                    raise SQSDError(
-                        f"The rows of {shard.name} came back as others than went out: report this as a bug."
-                    )
+                    raise SQSDError(f"The engine returned other rows than those of {shard.name}: report this as a bug.")
                 store.append(shard.name, keys, scores)
                 sharing.add(self.index.keys[shard.wanted])
         return from_store(self.corpus, self.index, store, scorer.weights, self.groups, scorer.modules)
@@ -94,9 +92,9 @@ def read_once(
     limit: int | None = None,
     form: RowFormat | None = None,
 ) -> tuple[Corpus, Groups | None]:
-    """Give every row of the inputs to `visit`, which needs these `columns`, and find its group on the way.
+    """Give every row of the inputs to `visit`, which needs these `columns`, and note its group.
 
-    Raises `InputError` where there are no rows, or no groups.
+    Raises `InputError` if there are no rows, or no groups.
     """
     grouping = GroupIndex(per_group)
 

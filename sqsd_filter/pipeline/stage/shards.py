@@ -1,7 +1,7 @@
 """A corpus cut into shards, and the work on one of them: the unit of scoring, of retry and of resume.
 
 Shards are contiguous ranges of rows that depend on the number of rows alone. Equal conversations are scored once, by
-the shard that holds the first of them. `score_shard` does not care where it runs.
+the shard that holds the first of them. `score_shard` can run anywhere.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from functools import cached_property
 
 import numpy as np
 
-from sqsd_filter.corpus.conversation import BAD_JSON, SCORED, Message, RowError, conversation_key
+from sqsd_filter.corpus.conversation import SCORED, Conversation, RowError, conversation_key
 from sqsd_filter.corpus.row_formats import RowFormat
 from sqsd_filter.corpus.sources import Corpus, Row
 from sqsd_filter.pipeline.scores.keys import KEYS, distinct
 from sqsd_filter.scoring.results import Scores, ScoringCallbacks
 from sqsd_filter.scoring.scorer import Scorer
 
-SMALLEST, LARGEST, AIM = 128, 4096, 1000  # rows a shard at least and at most; shards a corpus, about
+SMALLEST, LARGEST, AIM = 128, 4096, 1000  # rows per shard, at least and at most; about how many shards per corpus
 
 
 def shard_size(rows: int) -> int:
-    """Rows a shard of a corpus of so many rows."""
+    """How many rows a shard of a corpus with this many rows has."""
     return min(LARGEST, max(SMALLEST, -(-rows // AIM // SMALLEST) * SMALLEST))
 
 
 class Index:
-    """What the scan of a corpus leaves: each row's key, or the status that says why it has none."""
+    """The result of a scan for each row: its key, or the status that says why it has none."""
 
     def __init__(self, form: RowFormat) -> None:
         self.form = form
@@ -37,12 +37,16 @@ class Index:
         self.statuses = [SCORED]  # by code; code 0: the row has a conversation
 
     def visit(self, row: Row) -> None:
-        try:
-            if row.value is None:
-                raise RowError(BAD_JSON, row.problem)
-            key, status = conversation_key(self.form.conversation(row.value)), SCORED
-        except RowError as problem:
-            key, status = b"\0" * KEYS.itemsize, problem.status
+        """Note a row of a scan by this form."""
+        assert row.conversation is not None
+        self.add(row.conversation)
+
+    def add(self, conversation: Conversation | RowError) -> None:
+        """Note the next row's conversation, or why it has none."""
+        if isinstance(conversation, RowError):
+            key, status = b"\0" * KEYS.itemsize, conversation.status
+        else:
+            key, status = conversation_key(conversation), SCORED
         self._keys += key
         if status not in self.statuses:
             self.statuses.append(status)
@@ -60,17 +64,17 @@ class Index:
 
     @cached_property
     def conversations(self) -> Conversations:
-        """Which conversations the corpus has, each once. Ask when the scan is over."""
+        """The distinct conversations of the corpus. Only for use after the scan."""
         rows = np.flatnonzero(self.codes == 0)
         keys = self.keys[rows]
-        found = distinct(keys)
-        return Conversations(keys[found.first], rows[found.first], rows, found.inverse)
+        once = distinct(keys)
+        return Conversations(keys[once.first], rows[once.first], rows, once.inverse)
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """The u different conversations of a corpus: their keys (u,) S16 and the first row (u,) of each. `rows` (n,) have
-    one, and `which` (n,) says which."""
+    """The u distinct conversations of a corpus: their keys (u,) S16 and the first row (u,) of each. `rows` (n,) are the
+    rows with a conversation, and `which` (n,) gives the index of each row's conversation."""
 
     keys: np.ndarray
     first: np.ndarray
@@ -102,7 +106,7 @@ def plan(rows: int, wanted: np.ndarray) -> Iterator[Shard]:
             yield Shard(number, start, stop, inside)
 
 
-def conversations(corpus: Corpus, form: RowFormat, shard: Shard) -> list[list[Message]]:
+def conversations(corpus: Corpus, form: RowFormat, shard: Shard) -> list[Conversation]:
     """The conversations of a shard's wanted rows, in row order."""
     wanted = set(shard.wanted.tolist())
     return [

@@ -276,6 +276,10 @@ def _origin(scored: Scored, chunk: Chunk, where: np.ndarray) -> dict[str, pa.Arr
     columns: dict[str, list[Any]] = {name: [] for name in ORIGIN}
     good = scored.scored[chunk.start + where]
     for k, fine in zip(where.tolist(), good.tolist(), strict=True):
+        if fine:
+            for values in columns.values():
+                values.append(None)
+            continue
         then = {name: values[k] for name, values in before.items()}
         stale = scored.form is not None and then[RAW] is None  # this run has read the row again
         now = {
@@ -285,5 +289,5 @@ def _origin(scored: Scored, chunk: Chunk, where: np.ndarray) -> dict[str, pa.Arr
             RAW: chunk.raws[k] if chunk.problems[k] else then[RAW],
         }
         for name, values in columns.items():
-            values.append(None if fine else now[name])
+            values.append(now[name])
     return {name: pa.array(values, ORIGIN[name]) for name, values in columns.items()}

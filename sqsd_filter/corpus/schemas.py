@@ -1,0 +1,66 @@
+"""One Arrow schema for inputs that have different ones, without changing a value."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from sqsd_filter.corpus.json_schema import unify, without_nulls
+from sqsd_filter.errors import InputError
+
+
+def merge_schemas(inputs: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
+    """The schema that holds the rows of all inputs, given as names and schemas.
+
+    Raises `InputError` for a column that would have to change values of one of them.
+    """
+    fields: dict[str, pa.Field] = {}
+    features: dict[str, Any] = {}  # a Hugging Face feature is kept if all inputs with its column agree on it
+    origin: dict[str, str] = {}
+    for path, schema in inputs:
+        own = _features(schema)
+        for field in schema:
+            name = field.name
+            if name not in fields:
+                fields[name], features[name], origin[name] = field, own.get(name), path
+                continue
+            both = unify(fields[name], field)
+            known, feature = features[name], own.get(name)
+            relabelled = known != feature and "ClassLabel" in str(known) and "ClassLabel" in str(feature)
+            if both is None or relabelled:
+                kinds = "other labels" if relabelled else f"{fields[name].type} and {field.type}"
+                raise InputError(
+                    f"Column {name!r} of {origin[name]} and of {path} can't be one column without changing values "
+                    f"({kinds}); filter the two apart, or convert one."
+                )
+            fields[name] = both
+            features[name] = feature if feature == known else None
+    schemas = [schema for _, schema in inputs]
+    merged = [
+        without_nulls(field if all(name in schema.names for schema in schemas) else field.with_nullable(True))
+        for name, field in fields.items()
+    ]
+    agreed = {name: feature for name, feature in features.items() if feature is not None}
+    metadata = {"huggingface": json.dumps({"info": {"features": agreed}})} if agreed else None
+    return pa.schema(merged, metadata=metadata)
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features: dict[str, Any] = (stored.get("info") or {}).get("features") or {}
+    return features
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table under the corpus's schema: its own buffers, except for columns that are widened or missing."""
+    columns = []
+    for field in schema:
+        if field.name not in table.column_names:
+            columns.append(pa.nulls(table.num_rows, field.type))
+        else:
+            column = table.column(field.name)
+            columns.append(column if column.type == field.type else column.cast(field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
