@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 BATCH_BYTES = 1 << 26
-UNDECODABLE = (pa.ArrowException, OverflowError, ValueError)  # the year 10000, an unknown time zone, text not in UTF-8
+# The year 10000, a time zone that Python (or pytz, for older Arrow versions) does not know, text that is not UTF-8
+UNDECODABLE = (pa.ArrowException, LookupError, OverflowError, ValueError)
 
 
 def _within_bytes(rows: int, row_size: int) -> int:

@@ -67,7 +67,7 @@ def test_what_a_run_writes_is_listed_and_loads_as_the_card_says(to: str, folder:
     for config, code in load_calls(report, "path").items():
         assert f"`{code}`" in card
         if to == "jsonl" and config == "errors":
-            with pytest.raises(datasets.exceptions.DatasetGenerationError):
+            with pytest.raises((datasets.exceptions.DatasetGenerationError, ValueError)):  # the latter before 5.0
                 loaded(Path("out"), report, config)  # a line of it is no JSON, as the card says
             continue
         rows = loaded(Path("out"), report, config)
