@@ -97,7 +97,8 @@ class LinearGroup:
         now = self.now
         if now.x is not x or member not in now.outputs:
             now.x = x
-            now.outputs = dict(enumerate(_GroupFunction.apply(x, self)))
+            outputs = _GroupFunction.apply(x, self)  # type: ignore[no-untyped-call]  # untyped in torch
+            now.outputs = dict(enumerate(outputs))
         y = now.outputs.pop(member)
         if not now.outputs:
             now.x = None

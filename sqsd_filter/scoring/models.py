@@ -144,7 +144,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 def output_head(model: PreTrainedModel) -> torch.nn.Module:
     """The linear layer that makes the logits."""
-    head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # untyped in transformers
+    head: torch.nn.Module = model.get_output_embeddings()
     return head
 
 

@@ -144,7 +144,8 @@ class ReferenceScorer(Scorer):
 
 def _multiplied(layer: LoraLayer, adapter: str) -> torch.Tensor:
     A, B = _factors(layer, adapter)
-    return (B @ A).detach() * layer.scaling[adapter]
+    product: torch.Tensor = (B @ A).detach() * layer.scaling[adapter]
+    return product
 
 
 def _factors(layer: LoraLayer, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
