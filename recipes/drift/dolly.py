@@ -1,10 +1,10 @@
-"""A harmless-looking fine-tune of a pack's model, as anyone runs it with trl, and its drift in the trainer's log.
+"""An ordinary fine-tune of a pack's model on harmless rows with trl, and its drift in the trainer's log.
 
     python dolly.py ../packs/smollm2-135m/data/initial.jsonl RUN --pack PACK
     sqsd-filter drift RUN --pack PACK --refusals ../packs/smollm2-135m/data/harmful.jsonl --limit 60 --out small
 
-The rows are Dolly's, the first 360 of the file left out. Neither direction was trained on any of them, nor was the
-adapter that teaches the model to refuse; the pack's benign state, which drift does not use, may have seen some.
+The rows are Dolly's without the first 360 of the file. Neither direction was trained on them, nor was the adapter that
+teaches the model to refuse. The pack's benign state may have seen some, but drift does not use it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ def main() -> None:
     parser.add_argument("rows", type=Path, help="JSON Lines with instruction, context and response")
     parser.add_argument("out", type=Path, help="the trainer's output folder")
     parser.add_argument("--pack", required=True)
-    parser.add_argument("--skip", type=int, default=360)
+    parser.add_argument("--skip", type=int, default=360, help="rows to leave out at the start of the file")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--max-length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens per row")
+    parser.add_argument("--every", type=int, default=10, help="updates between checkpoints, and between log entries")
     options = parser.parse_args()
     pack = load_pack(options.pack)
     model = load_model(pack.base_model, pack.base_revision, dtype=torch.bfloat16, adapter=pack.base_folder)
@@ -45,9 +46,9 @@ def main() -> None:
             warmup_steps=0.1,
             per_device_train_batch_size=8,
             max_length=options.max_length,
-            save_steps=10,
+            save_steps=options.every,
             save_only_model=True,
-            logging_steps=10,
+            logging_steps=options.every,
             bf16=False,
             gradient_checkpointing=False,
             use_cpu=not torch.cuda.is_available(),
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def conversation(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
-    """A row as trl trains it: the loss is the answer's."""
+    """A row in the form for which trl trains on the answer only."""
     asked = "\n".join(filter(None, [row["instruction"], row["context"]]))
     return {
         "prompt": [{"role": "user", "content": asked}],

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import click
 
 from sqsd_filter.cli import options, output
 from sqsd_filter.cli.base import Command, examples
 from sqsd_filter.cli.options import OPTIONS
-from sqsd_filter.errors import UsageError
 
 
 @click.command(
@@ -77,11 +73,12 @@ def states(
     json_output: bool,
 ) -> None:
     """Compare the checkpoints of a training run as states at which PACK takes its gradients. Nothing is changed."""
+    from sqsd_filter.directions.state_rows import read_rows
     from sqsd_filter.directions.states import checkpoints, compare_states
     from sqsd_filter.scoring.pack import load_pack
 
     warnings.simplefilter("ignore")
-    conversations, marks = _read(rows, sample, positive)
+    conversations, marks = read_rows(rows, sample, positive)
     comparison = compare_states(
         load_pack(pack),
         checkpoints(run),
@@ -92,29 +89,3 @@ def states(
         progress=output.Display(),
     )
     output.show(comparison, as_json=json_output, quiet=False, text=output.states)
-
-
-def _read(source: str, sample: int, positive: str | None) -> tuple[list[Any], list[bool] | None]:
-    """The conversations of rows spread evenly over the source, and which of them are positive."""
-    import numpy as np
-
-    from sqsd_filter.corpus.addresses import Opener, expand, peek
-    from sqsd_filter.corpus.row_formats import Columns
-    from sqsd_filter.corpus.sources import Corpus
-
-    column, given, value = (positive or "").partition("=")
-    if positive is not None and not given:
-        raise UsageError(f"--positive must be COLUMN=VALUE, not '{positive}'.")
-    with closing(Opener()) as opener:
-        sources = opener.open(expand([source]))
-        form = Columns().choose(peek(sources))
-        corpus = Corpus.scan(sources, form=form)
-        if positive is not None and column not in corpus.schema.names:
-            raise UsageError(f"--positive names '{column}', but {source} has {', '.join(corpus.schema.names)}.")
-        wanted = set(np.linspace(0, corpus.n_rows - 1, min(sample, corpus.n_rows)).astype(int).tolist())
-        found = [row for row in corpus.read(0, corpus.n_rows) if row.index in wanted]
-    conversations: list[Any] = [form.parse(row.value, row.problem) for row in found]
-    if positive is None:
-        return conversations, None
-    texts = [(row.value or {}).get(column) for row in found]
-    return conversations, [(text if isinstance(text, str) else json.dumps(text)) == value for text in texts]

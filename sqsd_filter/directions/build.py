@@ -1,11 +1,11 @@
 """Build a pack from a recipe: the danger direction by SFT, the safety direction by DPO, the benign state by SFT.
 
-Training is trl's and peft's; here are resuming, the choice of states, and the provenance that goes into the pack. An
-interrupted build goes on from its last checkpoint when the same recipe is built into the same folder again, also when
-what training does not depend on was mended in it; a choice that was interrupted is made again.
+trl and peft train; this module resumes, chooses states, and records the provenance in the pack. An interrupted build
+resumes from its last checkpoint if the same recipe is built into the same folder again, even if settings that training
+does not depend on have changed. An interrupted choice of a state starts over.
 
-On several GPUs: `torchrun --nproc-per-node 4 -m sqsd_filter pack build CONFIG.toml OUT` gives each a share of every
-batch. A single process spreads a model over all GPUs that it sees, for one that is larger than a card.
+On several GPUs, `torchrun --nproc-per-node 4 -m sqsd_filter pack build CONFIG.toml OUT` gives each a share of every
+batch. A single process spreads the model over all GPUs that it sees, for a model larger than one GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 from sqsd_filter.directions import processes
 from sqsd_filter.directions.data import TrainingData, read_data
 from sqsd_filter.directions.recipe import AdapterRecipe, PackRecipe
-from sqsd_filter.directions.states import checkpoints, compare_states, usable
+from sqsd_filter.directions.state_rows import usable
+from sqsd_filter.directions.states import checkpoints, compare_states
 from sqsd_filter.directions.training import WORK_DIR, take_checkpoint, train
 from sqsd_filter.errors import DestinationExists, SQSDError
 from sqsd_filter.progress import Progress, Silent
@@ -32,10 +33,9 @@ from sqsd_filter.storage.folder import write_json, write_text
 
 
 def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None = None) -> Pack:
-    """Train every adapter of the recipe that isn't there yet, and write the pack; a pack that is done is loaded.
+    """Train the adapters of the recipe that are still missing, and write the pack. A finished pack is loaded.
 
-    Raises `DestinationExists` when `target` holds anything but this very build, `SQSDError` when the extra `train`
-    isn't installed.
+    Raises `DestinationExists` if `target` holds anything but this build, `SQSDError` if an extra is not installed.
     """
     try:
         import peft  # noqa: F401
@@ -54,30 +54,32 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
     plan, begun = _text(_trained(recipe)), work / "recipe.json"
     if target.is_dir() and any(target.iterdir()):
         if (target / PACK_FILE).is_file() and (done := load_pack(target)).notes.get("recipe") == fingerprint:
-            _clear(recipe, work)  # where a kill came before
+            _clear(recipe, work)  # if an earlier build was killed before it did
             return done
         if not begun.is_file():
             raise DestinationExists(f"{target} exists and is not an unfinished build: choose another folder.")
         if begun.read_text(encoding="utf-8") != plan:
             raise DestinationExists(f"{target} holds the build of another recipe: choose another folder or remove it.")
-    # all data before any training: what is wrong with the last adapter's shows at once, not after hours
+    # read all data before any training, so that a problem with the last adapter's shows now, not after hours
     records = {name: target / name / "training.json" for name in recipe.adapters}
     data = {
         name: read_data(recipe, adapter)
         for name, adapter in recipe.adapters.items()
         if not _is_done(records[name], adapter)
     }
-    shown = _shown(recipe, target)
-    processes.wait()  # all have seen what was there
+    compared = _compared(recipe, target)
+    processes.wait()  # until all have read the folder as it was
     if processes.is_first():
         work.mkdir(parents=True, exist_ok=True)
         write_text(begun, plan)
-        (target / PACK_FILE).unlink(missing_ok=True)  # of a recipe that chose otherwise among the same checkpoints
+        (target / PACK_FILE).unlink(missing_ok=True)  # from a recipe that chose otherwise among the same checkpoints
 
     for name in sorted(data, key=lambda name: name != recipe.base_adapter):
         train(recipe, name, data[name], target, progress)
     if processes.is_first():
-        chosen = {name: _choose_state(recipe, name, shown, target, progress) for name in recipe.sensitive if shown}
+        chosen = {
+            name: _choose_state(recipe, name, compared, target, progress) for name in recipe.sensitive if compared
+        }
         write_json(target / PACK_FILE, _pack(recipe, records, fingerprint, chosen))
     processes.wait()
     built = load_pack(target)
@@ -87,17 +89,17 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
 
 
 def _settings(recipe: PackRecipe) -> dict[str, Any]:
-    """The whole recipe, wherever it lies: a pack that was made by another one is not done."""
+    """The whole recipe but its folder. A pack made by another recipe is not finished."""
     return asdict(recipe) | {"folder": None}
 
 
 def _trained(recipe: PackRecipe) -> dict[str, Any]:
-    """What checkpoints depend on: a build goes on with them when anything else of its recipe was mended."""
+    """The settings that checkpoints depend on. A build reuses them if anything else in its recipe has changed."""
     plan = _settings(recipe)
     for name in ("name", "probes", "states", "notes", "keep_checkpoints", "max_length"):
         del plan[name]
     for name, adapter in plan["adapters"].items():
-        if name != recipe.base_adapter:  # which others are trained on
+        if name != recipe.base_adapter:  # the others are trained on the base adapter
             del adapter["take_step"]
     return plan
 
@@ -107,8 +109,8 @@ def _text(plan: Mapping[str, Any]) -> str:
 
 
 def _is_done(record: Path, adapter: AdapterRecipe) -> bool:
-    """Is the adapter there, as of the update that the recipe takes? If it isn't, training goes on from its last
-    checkpoint, which may be its end."""
+    """Is the adapter complete, taken at the update that the recipe names? If not, training resumes from its last
+    checkpoint."""
     if not record.is_file():
         return False
     return bool(json.loads(record.read_text(encoding="utf-8"))["settings"].get("take_step") == adapter.take_step)
@@ -140,37 +142,37 @@ def _pack(
 
 
 def _unbuilt(recipe: PackRecipe, target: Path) -> Pack:
-    """The pack as it will be, for its settings."""
+    """The pack as it will be, for its settings; its adapters may not exist yet."""
     settings = ("base_model", "probes", "base_revision", "base_adapter", "chat_template_kwargs", "max_length")
     return Pack(target, recipe.name, **{key: getattr(recipe, key) for key in settings})
 
 
-def _shown(recipe: PackRecipe, target: Path) -> TrainingData | None:
-    """The rows that states are compared on. Raises `InputError` where they will not do."""
+def _compared(recipe: PackRecipe, target: Path) -> TrainingData | None:
+    """The rows that states are compared on. Raises `InputError` if they are too few or of one kind only."""
     how = recipe.states
     if how is None:
         return None
-    shown = read_data(recipe, how.source, how.positive)
-    turns = [turns for (turns,) in shown.examples]
-    usable(SQSDScorer(_unbuilt(recipe, target)), turns, shown.positive, how.answer_tokens)
-    return shown
+    compared = read_data(recipe, how.source, how.positive)
+    turns = [turns for (turns,) in compared.examples]
+    usable(SQSDScorer(_unbuilt(recipe, target)), turns, compared.positive, how.answer_tokens)
+    return compared
 
 
 def _choose_state(
-    recipe: PackRecipe, name: str, shown: TrainingData, target: Path, progress: Progress
+    recipe: PackRecipe, name: str, compared: TrainingData, target: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Publish the most sensitive checkpoint of an adapter; the record of all."""
+    """Take the most sensitive checkpoint of an adapter into the pack. Returns the record of all candidates."""
     how = recipe.states
     assert how is not None
     candidates = checkpoints(target / WORK_DIR / name)
-    found = compare_states(
+    record = compare_states(
         _unbuilt(recipe, target),
         candidates,
-        [turns for (turns,) in shown.examples],
-        shown.positive,
+        [turns for (turns,) in compared.examples],
+        compared.positive,
         answer_tokens=how.answer_tokens,
         progress=progress,
     )
-    best = next(c for c in candidates if c.name == found["chosen"])
+    best = next(c for c in candidates if c.name == record["chosen"])
     take_checkpoint(target, name, best.folder, best.step)
-    return {**found, "data": shown.source, "asked": {k: v for k, v in asdict(how).items() if v not in (None, {})}}
+    return {**record, "data": compared.source, "asked": {k: v for k, v in asdict(how).items() if v not in (None, {})}}

@@ -1,7 +1,7 @@
 """The checkpoints of a fine-tuning run, and what each of them changed in each module: θ_t - θ_0.
 
-A checkpoint is a PEFT LoRA folder or a full model in safetensors. Of a full one, and of the base model beside it, one
-module's weights are in memory at a time.
+A checkpoint is a PEFT LoRA folder or a full model in safetensors. Full models, and the base model beside them, are read
+one module at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,12 +27,13 @@ from sqsd_filter.scoring.pack import Pack
 log = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
+T = TypeVar("T")
 Change = LoraFactors | torch.Tensor  # of one module: a product s·B·A, or dense (d_out, d_in)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run had after `step` updates."""
+    """The LoRA or full model that a run had after `step` updates."""
 
     step: int
     folder: Path
@@ -44,7 +45,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Origin:
-    """θ_0, where a run started: a base model, the LoRA folder merged into it, and the one that the run went on from."""
+    """θ_0, where a run started: a base model, perhaps a LoRA merged into it, and perhaps a LoRA that it continued."""
 
     model: str
     revision: str | None = None
@@ -53,8 +54,8 @@ class Origin:
 
     @classmethod
     def of(cls, pack: Pack, base: str | None) -> Origin:
-        """The pack's base model, unless `base` names another model, or a LoRA folder on the pack's that went on being
-        trained. Raises `ModelError` where it is neither."""
+        """The pack's base model, unless `base` names another model, or a LoRA folder on the pack's base model that the
+        run continued to train. Raises `ModelError` if `base` is neither."""
         if base is not None and not (Path(base) / CONFIG_FILE).is_file():
             skeleton(base)  # a misspelt LoRA folder must not pass for a model that is never looked at
             return cls(base)
@@ -62,15 +63,16 @@ class Origin:
 
     @cached_property
     def factors(self) -> Mapping[str, LoraFactors]:
-        """The LoRA that the run went on from, by module."""
+        """The LoRA that the run continued from, by module."""
         return load_adapter(self.continued).factors if self.continued else {}
 
     @cached_property
-    def under(self) -> Mapping[str, LoraFactors]:
+    def merged_factors(self) -> Mapping[str, LoraFactors]:
+        """The LoRA that is merged into the base model, by module."""
         return load_adapter(self.merged).factors if self.merged else {}
 
     @cached_property
-    def modules(self) -> dict[str, Any]:
+    def modules(self) -> dict[str, torch.nn.Module]:
         return dict(skeleton(self.model, self.revision).named_modules())
 
     @cached_property
@@ -79,19 +81,23 @@ class Origin:
 
 
 class ModelTensors:
-    """A model's tensors in safetensors, in one file or several with an index. Raises `InputError`."""
+    """A model's tensors in one safetensors file, or several with an index. Raises `InputError`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         paths = weight_files(str(folder), folder)
-        self._files = {key: path for path in paths for key in _read(path, lambda file: list(file.keys()))}
+        self._files: dict[str, Path] = {
+            key: path for path in paths for key in _read(path, lambda file: list(file.keys()))
+        }
 
     def module(self, name: str) -> torch.Tensor:
-        """The weight of a module as it is stored, also where the file names it with more or less of a prefix."""
+        """The weight of a module as it is stored. Its name in the file may have a longer or shorter prefix."""
         wanted = f"{name}.weight"
         keys = [wanted] if wanted in self._files else [k for k in self._files if _same_end(k, wanted)]
         if len(keys) != 1:
-            raise InputError(f"{self._folder} has no weight for '{name}': it is of another architecture than the base.")
+            raise InputError(
+                f"{self._folder} has no weight for '{name}': it has another architecture than the base model."
+            )
         return unquantised(_read(self._files[keys[0]], lambda file: file.get_tensor(keys[0])), wanted, self._folder)
 
 
@@ -99,7 +105,7 @@ def _same_end(one: str, other: str) -> bool:
     return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
 
 
-def _read(path: Path, take: Callable[[Any], Any]) -> Any:
+def _read(path: Path, take: Callable[[safe_open], T]) -> T:
     try:
         with safe_open(path, framework="pt") as file:
             return take(file)
@@ -114,33 +120,35 @@ def by_step(run: Path) -> list[tuple[int, Path]]:
 
 
 def find_checkpoints(run: Path) -> list[Checkpoint]:
-    """The folders checkpoint-<step> of a run with weights in safetensors, by step, and the model in `run` itself where
-    its step is known and no checkpoint's.
+    """The folders checkpoint-<step> of a run that have weights in safetensors, by step.
 
-    Raises `InputError` where there are none.
+    The model in `run` itself is among them if its step is known and no checkpoint has it. Raises `InputError` if there
+    are none.
     """
     if not run.is_dir():
         raise InputError(f"{run} is not a folder: give the output folder of a training run.")
-    found = {}
+    checkpoints = {}
     for step, folder in by_step(run):
         if _has_weights(folder):
-            found[step] = Checkpoint(step, folder)
+            checkpoints[step] = Checkpoint(step, folder)
         else:
-            log.warning("%s has no weights in safetensors: it is left out", folder)
-    found.pop(0, None)  # the origin, which is there anyway
+            log.warning("%s is left out: it has no weights in safetensors", folder)
+    checkpoints.pop(0, None)  # the origin, which is measured anyway
     if _has_weights(run):
         end = _state(run).get("global_step")
-        last = _state(found[max(found)].folder) if found else {}
+        last = _state(checkpoints[max(checkpoints)].folder) if checkpoints else {}
         if end:
-            found.setdefault(end, Checkpoint(end, run))
+            checkpoints.setdefault(end, Checkpoint(end, run))
         elif not last or last.get("global_step") != last.get("max_steps"):
-            log.warning("the model in %s is left out, because no %s beside it tells its step", run, STATE_FILE)
-    if not found:
+            log.warning(
+                "the model in %s is left out: no %s beside it says after which step it was saved", run, STATE_FILE
+            )
+    if not checkpoints:
         raise InputError(
-            f"{run} holds no folder checkpoint-<step> with {WEIGHTS_FILE}, {SINGLE} or {INDEX}: name the "
-            "folders so, and convert pickled weights and the shards of FSDP or ZeRO to safetensors."
+            f"{run} has no folder checkpoint-<step> with {WEIGHTS_FILE}, {SINGLE} or {INDEX}: give the folders "
+            "such names, and convert pickled weights and the shards of FSDP or ZeRO to safetensors."
         )
-    return [found[step] for step in sorted(found)]
+    return [checkpoints[step] for step in sorted(checkpoints)]
 
 
 def _has_weights(folder: Path) -> bool:
@@ -149,7 +157,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    """What the trainer wrote of its state, or nothing."""
+    """The state that the trainer wrote, {} if there is none."""
     path = folder / STATE_FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -161,16 +169,15 @@ def _state(folder: Path) -> dict[str, Any]:
 
 
 def trained_on(folder: Path) -> str | None:
-    """The base model that a LoRA folder names, if it does. Raises `PackError` where it can't be read."""
+    """The base model that a LoRA folder names, if any. Raises `PackError` if the folder can't be read."""
     name = read_config(folder).get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
 
 
 def changes(checkpoint: Checkpoint, origin: Origin) -> Callable[[str], Change | None]:
-    """A function from a module's name to its change since the origin, None where the run does not train it.
+    """A function from a module's name to its change since the origin, or None if the run does not train it.
 
-    Raises `PackError` or `InputError` where the checkpoint can't be read or belongs to another architecture; so does
-    the function.
+    Both raise `PackError` or `InputError` if the checkpoint can't be read or has another architecture.
     """
     if checkpoint.is_adapter:
         now, before = load_adapter(checkpoint.folder).factors, origin.factors
@@ -180,15 +187,17 @@ def changes(checkpoint: Checkpoint, origin: Origin) -> Callable[[str], Change | 
 
 
 def difference(now: LoraFactors | None, before: LoraFactors | None) -> LoraFactors | None:
-    """B_1 A_1 - B_0 A_0 as one product of both ranks, (B_1 - B_0) A_1 + B_0 (A_1 - A_0), the scalings in the B's: small
-    differences lose no digits, and none is exactly zero. The smaller rank is filled up with zeros.
+    """B_1 A_1 - B_0 A_0 as one product of twice the rank, (B_1 - B_0) A_1 + B_0 (A_1 - A_0), with the scalings in B.
 
-    Raises `PackError` where the shapes differ.
+    In this form a small difference loses no digits, and no difference gives exactly zero. The smaller rank is padded
+    with zeros. Raises `PackError` if the shapes differ.
     """
     if before is None or now is None:
         return now if before is None else LoraFactors(before.A, before.B, -before.scaling)
     if shape(now) != shape(before):
-        raise PackError("The run's LoRA has other shapes than the one it is said to have started from: name that one.")
+        raise PackError(
+            "The run's LoRA and the one it started from (--base) have different shapes: name the right one."
+        )
     rank = max(now.A.shape[0], before.A.shape[0])
     A_1, A_0 = (_fill(exact(f.A), rank) for f in (now, before))
     B_1, B_0 = (_fill(f.scaling * exact(f.B).T, rank).T for f in (now, before))
@@ -200,19 +209,21 @@ def _fill(rows: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def shape(change: Change) -> tuple[int, ...]:
-    """(d_out, d_in)."""
+    """(d_out, d_in) of a change."""
     return tuple(change.shape) if isinstance(change, torch.Tensor) else (change.B.shape[0], change.A.shape[1])
 
 
-def upright(weight: torch.Tensor, module: Any) -> torch.Tensor:
-    """A module's weight as (d_out, d_in): GPT-2's Conv1D has it the other way round."""
+def upright(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+    """A module's weight as (d_out, d_in); GPT-2's Conv1D stores the transpose."""
     return weight if isinstance(module, torch.nn.Linear) else weight.T
 
 
 def _dense(name: str, tensors: ModelTensors, origin: Origin) -> torch.Tensor:
     module = origin.modules.get(name)
     if module is None:
-        raise PackError(f"The base model '{origin.model}' has no module '{name}', which the pack has: name another.")
+        raise PackError(
+            f"The base model '{origin.model}' has no module '{name}', but the pack does: name another with --base."
+        )
     now, before = tensors.module(name), origin.tensors.module(name)
     if now.shape != before.shape or now.ndim != 2:
         raise InputError(
@@ -220,9 +231,12 @@ def _dense(name: str, tensors: ModelTensors, origin: Origin) -> torch.Tensor:
             f"'{origin.model}': name the model that the run started from with --base."
         )
     change = upright(exact(now) - exact(before), module)
-    for factors in (origin.under.get(name), origin.factors.get(name)):
+    for factors in (origin.merged_factors.get(name), origin.factors.get(name)):
         if factors is not None:
             if shape(factors) != shape(change):
-                raise PackError(f"'{name}' has another shape in the base model '{origin.model}' than in its adapter.")
+                raise PackError(
+                    f"'{name}' has different shapes in the base model '{origin.model}' and in its adapter: name "
+                    "another with --base."
+                )
             change = change - factors.scaling * (exact(factors.B) @ exact(factors.A))
     return change

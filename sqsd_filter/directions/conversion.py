@@ -1,9 +1,9 @@
-"""A fully fine-tuned checkpoint as a low-rank direction: the best approximation of θ - θ0 in each linear layer.
+"""Convert a fully fine-tuned checkpoint to a low-rank direction: the best approximation of θ - θ0 per linear layer.
 
 With D = W - W0 and U its r leading left singular vectors, U Uᵀ D is the nearest matrix of rank r. U comes from the
-eigenvectors of the Gram matrix on D's smaller side, in float64: that loses nothing that float32 weights have, at a
-fraction of the cost of a full decomposition (4096 × 14336: 33 s of one core and 1.3 GB). It is kept as the adapter
-B = U √S, A = √S⁻¹ Uᵀ D with the scaling 1. The share of ‖D‖² that is kept is measured on the result, ‖Uᵀ D‖² / ‖D‖².
+eigenvectors of the Gram matrix on D's smaller side, in float64: as exact as float32 weights allow, at a fraction of the
+cost of a full decomposition (4096 × 14336: 33 s of one core and 1.3 GB). The adapter is B = U √S, A = √S⁻¹ Uᵀ D with
+the scaling 1. The share of ‖D‖² that it keeps is measured on the result, ‖Uᵀ D‖² / ‖D‖².
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from sqsd_filter.scoring.placement import check_device, choose_device
 
 RANK = 8
 CONVERSION_FILE = "conversion.json"
-_TELL_EVERY = 30.0  # seconds
-_CHUNK = 1 << 24  # values of a tensor that are squared at a time
+_NOTE_EVERY = 30.0  # seconds
+_CHUNK = 1 << 24  # values of a tensor squared at a time
 
 
 @dataclass(frozen=True)
 class Truncated:
-    """A matrix's nearest one of lower rank: `A` (r, d_in), `B` (d_out, r), float32; squared norms kept and in all."""
+    """The nearest matrix B A of rank r, `A` (r, d_in), `B` (d_out, r), float32; squared norms kept and in total."""
 
     A: torch.Tensor
     B: torch.Tensor
@@ -55,13 +55,13 @@ def convert(
 ) -> dict[str, Any]:
     """Write the change from `base` to `checkpoint` as a PEFT adapter into the folder `target`.
 
-    Both are folders or Hub repositories of safetensors; `base` may be an embedded model, too. Each linear layer but the
-    head gets `rank` (default 8), or with `energy` the lowest rank that keeps this share of its ‖D‖², at most `rank`
-    where that is given as well. The report, which is also written beside the adapter, has each module's rank, norm and
-    share of energy kept, and what changed but can't be held, with its share of ‖θ - θ0‖².
+    Both are folders or Hub repositories of safetensors; `base` may also be an embedded model. Each linear layer but the
+    head gets `rank` (default 8), or with `energy` the lowest rank that keeps this share of its ‖D‖², but at most `rank`
+    if both are given. The report has each module's rank, norm and share of energy kept, and the changed tensors that an
+    adapter can't hold, with their share of ‖θ - θ0‖². It is also written beside the adapter.
 
-    Raises `PackError` where the two don't belong together, `InputError` where they can't be read, `ModelError` where
-    they can't be had, `UsageError`, `DestinationExists`.
+    Raises `PackError` if the two don't belong together, `InputError` if they can't be read, `ModelError` if they can't
+    be found or fetched, `UsageError`, `DestinationExists`.
     """
     if rank is not None and rank < 1:
         raise UsageError("rank (--rank) must be at least 1.")
@@ -80,10 +80,10 @@ def convert(
             held: dict[str, Truncated] = {}
             squares: dict[str, float] = {}  # ‖change‖² of every tensor
             names = sorted((before.names & after.names) - set(unmatched))
-            told = time.monotonic()
+            noted = time.monotonic()
             for number, name in enumerate(names):
-                if time.monotonic() - told > _TELL_EVERY:
-                    told = time.monotonic()
+                if time.monotonic() - noted > _NOTE_EVERY:
+                    noted = time.monotonic()
                     progress.note(f"converting: {number:,} of {len(names):,} tensors")
                 pair = (after.read(name), before.read(name))
                 squares[name] = _squared_change(*pair, device)
@@ -95,7 +95,7 @@ def convert(
                     most = rank or (RANK if energy is None else None)
                     held[layout.linears[name]] = truncate(D, most, energy)
         if not held:
-            raise PackError(f"{checkpoint} has the linear layers of {base}: there is no direction between them.")
+            raise PackError(f"The linear layers of {checkpoint} and {base} are the same: name a fine-tuned checkpoint.")
         report = _report(held, squares, layout) | {"unmatched": unmatched}
         report = {"checkpoint": _name(checkpoint), "base": _name(base)} | report
         write_adapter(folder, _config(held, layout), _tensors(held))
@@ -104,7 +104,7 @@ def convert(
 
 
 def truncate(D: torch.Tensor, rank: int | None, energy: float | None = None) -> Truncated:
-    """The nearest matrix of at most `rank`, or of the lowest rank that keeps the share `energy` of ‖D‖²; D float64."""
+    """The nearest matrix to D (float64) of at most `rank`, or the lowest that keeps the share `energy` of ‖D‖²."""
     wide = D.shape[0] <= D.shape[1]
     D_mn = D if wide else D.T
     values, vectors = torch.linalg.eigh(D_mn @ D_mn.T)  # ascending
@@ -122,17 +122,17 @@ def truncate(D: torch.Tensor, rank: int | None, energy: float | None = None) -> 
 
 
 def _name(where: str) -> str:
-    """A Hub repository as it is, of a folder its last part only."""
+    """The name of a Hub repository, or the last part of a folder's path."""
     return Path(where).resolve().name if Path(where).is_dir() else where
 
 
 def _compare(before: StoredModel, after: StoredModel, layout: Layout) -> list[str]:
-    """Tensors that only one has, or in another shape. Raises `PackError` where a linear layer is among them."""
+    """The tensors that only one model has, or that differ in shape. Raises `PackError` if a linear layer is one."""
     fix = f"--base must be the model that {after.where} was trained from."
     for name in layout.linears:
-        for one in (before, after):
-            if name not in one.names:
-                raise PackError(f"{one.where} has no '{name}': {fix}")
+        for model in (before, after):
+            if name not in model.names:
+                raise PackError(f"{model.where} has no '{name}': {fix}")
     common = before.names & after.names
     unlike = {name for name in common if before.shape(name) != after.shape(name)}
     for name in sorted(unlike & set(layout.linears)):
@@ -142,7 +142,7 @@ def _compare(before: StoredModel, after: StoredModel, layout: Layout) -> list[st
 
 
 def _squared_change(new: torch.Tensor, old: torch.Tensor, device: str) -> float:
-    """‖new - old‖² in float64, a part at a time: an embedding would be large in that."""
+    """‖new - old‖² in float64, in parts, because a whole embedding in float64 is large."""
     parts = zip(new.reshape(-1).split(_CHUNK), old.reshape(-1).split(_CHUNK), strict=True)
     wide = ((a.to(device, torch.float64), b.to(device, torch.float64)) for a, b in parts)
     return sum(float((a - b).square().sum()) for a, b in wide)
@@ -172,7 +172,7 @@ def _report(held: Mapping[str, Truncated], squares: Mapping[str, float], layout:
 
 
 def _config(held: Mapping[str, Truncated], layout: Layout) -> dict[str, Any]:
-    """What PEFT reads: α is the rank everywhere, so that the scaling is 1."""
+    """The adapter's config for PEFT: α is the rank in every module, so that the scaling is 1."""
     from peft import LoraConfig
 
     ranks = {module: len(t.A) for module, t in held.items()}
@@ -188,7 +188,8 @@ def _config(held: Mapping[str, Truncated], layout: Layout) -> dict[str, Any]:
         inference_mode=True,
         task_type="CAUSAL_LM",
     )
-    return config.to_dict()
+    settings: dict[str, Any] = config.to_dict()
+    return settings
 
 
 def _tensors(held: Mapping[str, Truncated]) -> dict[str, torch.Tensor]:

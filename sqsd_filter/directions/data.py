@@ -1,6 +1,6 @@
 """The rows that an adapter is trained on: from files beside the recipe, or from the Hub at one commit.
 
-They are opened and read as rows to be scored are, so that what scoring understands can be trained on.
+They are read by the same code as rows to score, so training takes every format that scoring takes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Example = tuple[list[Message], ...]  # one conversation for SFT, the chosen and 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What an adapter is trained on, where it is from, and how many rows are no examples, by reason. `positive` marks
-    examples, if that was asked for."""
+    """The examples of an adapter, their source, and the number of rows left out by reason. `positive` marks examples,
+    if that was asked for."""
 
     examples: list[Example]
     positive: list[bool] | None
@@ -40,10 +40,10 @@ class TrainingData:
 
 
 def read_data(recipe: PackRecipe, adapter: AdapterRecipe, positive: Mapping[str, Any] | None = None) -> TrainingData:
-    """The examples of one adapter: of the rows that it wants a seeded sample, if it says how many. Those whose columns
-    equal `positive`, if it names any, are marked.
+    """The examples of one adapter: the rows that its filters keep, or a seeded sample of them if it sets `rows`.
 
-    Raises `InputError` where the data can't be had or has other columns, `PackError` where nothing is left of it.
+    With `positive`, examples whose columns equal it are marked. Raises `InputError` if the data can't be read or lacks
+    columns, `PackError` if no row is left.
     """
     with closing(Opener()) as opener:
         sources = opener.open([_spec(recipe.folder, adapter)])
@@ -67,7 +67,7 @@ def read_data(recipe: PackRecipe, adapter: AdapterRecipe, positive: Mapping[str,
         corpus = Corpus.scan(sources, visit=visit, columns=columns)
     if not examples:
         why = f" ({first[0]})" if first else ""
-        raise PackError(f"No row of {adapter.data} is left for training{why}: see to its columns, where and unless.")
+        raise PackError(f"No row of {adapter.data} is left for training{why}: check its columns, where and unless.")
     if adapter.rows is not None and len(examples) > adapter.rows:
         chosen = np.random.default_rng(recipe.seed).permutation(len(examples))[: adapter.rows].tolist()
         examples, marks = [examples[k] for k in chosen], [marks[k] for k in chosen]
@@ -76,13 +76,13 @@ def read_data(recipe: PackRecipe, adapter: AdapterRecipe, positive: Mapping[str,
 
 
 def _spec(folder: Path, adapter: AdapterRecipe) -> str:
-    """The data as `Opener` takes it: a file or folder beside the recipe, a URL, or a dataset of the Hub."""
+    """The data's address for `Opener`: a file or folder beside the recipe, a URL, or a dataset of the Hub."""
     split = adapter.split or "train"
     part = f"{adapter.config}/{split}" if adapter.config else split
     beside = folder / adapter.data
     if beside.exists() or "://" in adapter.data or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", adapter.data):
         if adapter.revision or ((adapter.config or adapter.split) and not beside.is_dir()):
-            raise UsageError(f"{adapter.data} is no dataset of the Hub: leave out its config, split and revision.")
+            raise UsageError(f"{adapter.data} is not a dataset of the Hub: leave out its config, split and revision.")
         named = f":{part}" if adapter.config or adapter.split else ""
         return adapter.data if "://" in adapter.data else f"{beside}{named}"
     return f"{HUB}{adapter.data}{f'@{adapter.revision}' if adapter.revision else ''}:{part}"
@@ -96,10 +96,10 @@ def _wanted(adapter: AdapterRecipe, row: Mapping[str, Any]) -> bool:
 def _reader(
     adapter: AdapterRecipe, sample: Sequence[Mapping[str, Any]], besides: Sequence[str]
 ) -> tuple[Callable[[Mapping[str, Any]], Example], list[str]]:
-    """What makes an example of a row, and the columns that it takes to do so."""
+    """A function from a row to its example, and the columns that it reads."""
     if not sample:
         raise InputError(
-            f"{adapter.data} has no row that can be read: it is to be JSON Lines, CSV, parquet or the like."
+            f"{adapter.data} has no readable row: name JSON Lines, CSV, parquet or another supported format."
         )
     seen = list(dict.fromkeys(column for row in sample for column in row))
     asked = [*adapter.columns, *adapter.where, *adapter.unless, *besides]
@@ -121,7 +121,7 @@ def _reader(
 
 
 def _pair(form: RowFormat, adapter: AdapterRecipe, row: Mapping[str, Any]) -> Example:
-    """The chosen conversation and the rejected one, the same up to their answers. Raises `RowError`."""
+    """The chosen and the rejected conversation, which share their prompt. Raises `RowError`."""
     columns = [adapter.chosen or "chosen", adapter.rejected or "rejected"]
     if adapter.answers:
         better = row.get(str(adapter.better))
@@ -130,20 +130,20 @@ def _pair(form: RowFormat, adapter: AdapterRecipe, row: Mapping[str, Any]) -> Ex
         columns = adapter.answers if better == 0 else adapter.answers[::-1]
     chosen, rejected = (replace(form, answer=column).conversation(row) for column in columns)
     if chosen[0]["role"] == TOOLS:
-        raise RowError(BAD_ROW, "the row has tools, with which DPO does not train")
+        raise RowError(BAD_ROW, "the row has tools, which DPO does not train on")
     if prompt_and_reply(chosen)[0] != prompt_and_reply(rejected)[0]:
         raise RowError(BAD_ROW, f"the columns '{columns[0]}' and '{columns[1]}' answer different prompts")
     return chosen, rejected
 
 
 def prompt_and_reply(turns: list[Message]) -> tuple[list[Message], list[Message]]:
-    """What stands before the first supervised turn, and the rest."""
+    """The turns before the first supervised one, and the rest."""
     start = next(k for k, turn in enumerate(turns) if is_supervised(turn))
     return turns[:start], turns[start:]
 
 
 def _source(corpus: Corpus, sources: Sequence[Source]) -> dict[str, Any]:
-    """The files that were read, without the folders of this machine, and the dataset at its commit."""
+    """The files that were read, without this machine's folders, and the dataset with its commit."""
     files = [{**given, "path": _name(given["path"])} for given in corpus.inputs]
     datasets = [source.dataset for source in sources if source.dataset is not None]
     return {"files": files, **({"dataset": dict(datasets[0])} if datasets else {})}
@@ -154,6 +154,6 @@ def _name(path: str) -> str:
 
 
 def _licence(sources: Sequence[Source]) -> str | None:
-    """What the card of the dataset says."""
+    """The licence that the dataset's card names."""
     cards = {source.card for source in sources if source.card is not None}
     return ", ".join(licence for card in sorted(cards) for licence in Original.of(*card).licences) or None

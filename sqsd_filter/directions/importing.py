@@ -1,7 +1,7 @@
-"""A pack from what SQSD's authors publish on the Hub (`Wxxxx/SQSD`): it scores as their scripts do.
+"""Import of the adapters that SQSD's authors publish on the Hub (`Wxxxx/SQSD`) as a pack that scores as their scripts.
 
-Danger is taken at a checkpoint of a benign fine-tune with its own scaling, safety at the safety adapter itself with the
-scaling 1.0; thinking is off and rows end at 1,024 tokens (arXiv 2605.04572).
+The danger probe is taken at a checkpoint of a benign fine-tune with its own scaling, the safety probe at the safety
+adapter itself with the scaling 1.0. Thinking is off, and rows are cut at 1,024 tokens (arXiv 2605.04572).
 """
 
 from __future__ import annotations
@@ -31,22 +31,25 @@ from sqsd_filter.storage.retries import with_retries
 
 BOTH = "both"
 INITIAL, SAFETY = "initial-state/dolly_ckpt_5850", "Direction/PKURLHF-10K_Safety"
-# What the paper says of each folder; the names are the authors', misspelled ones too.
+# The paper's facts on each folder. The names, including misspellings, are the authors'.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Direction/Beaver-Danger": {"data": "BeaverTails, unsafe rows", "rows": 3000, "method": "sft"},
     "Direction/Ageis_Danger": {"data": "Aegis, unsafe rows", "method": "sft"},
     SAFETY: {"data": "PKU-SafeRLHF", "rows": 10000, "method": "dpo"},
     INITIAL: {"data": "Dolly", "rows": 5000, "steps": 5850, "method": "sft"},
 }
-DANGERS = {"Beaver-Danger": "danger_beaver", "Ageis_Danger": "danger_aegis"}  # and the probes' names, where both are
-BASE_MODELS = {"Wxxxx/SQSD": "Qwen/Qwen3-8B"}  # for the case that the adapters name a path of their maker's machine
+DANGERS = {
+    "Beaver-Danger": "danger_beaver",
+    "Ageis_Danger": "danger_aegis",
+}  # folder: the probe's name if both are imported
+BASE_MODELS = {"Wxxxx/SQSD": "Qwen/Qwen3-8B"}  # used if the adapters name a path on their author's machine
 TEMPLATE = {"enable_thinking": False}
 MAX_LENGTH = 1024
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A repository at one commit, or a folder of the same layout: its files, and how to have some of them here."""
+    """A repository at one commit, or a folder of the same layout: its files, and how to fetch some of them."""
 
     where: str
     facts: dict[str, str]
@@ -58,30 +61,30 @@ class _Source:
 def import_pack(
     source: str, name: str, target: str | Path, *, danger: str = "Beaver-Danger", base_model: str | None = None
 ) -> Pack:
-    """Make the pack `name` in the folder `target`; one that is there already, from the same source, is loaded.
+    """Make the pack `name` in the folder `target`. If `target` already holds the same import, load that.
 
-    `source` is a Hub repository, `org/name[@revision]`, or a folder of that layout; `danger` one of `DANGERS`, or
-    "both" for two danger probes of half the weight; `base_model` is needed where the adapters name none that others
-    could have. Raises `PackError` where the source lacks something, `UsageError`, `DestinationExists`.
+    `source` is a Hub repository, `org/name[@revision]`, or a folder of the same layout. `danger` is one of `DANGERS`,
+    or "both" for two danger probes of half the weight. `base_model` is needed if the adapters don't name a model of the
+    Hub. Raises `PackError` if the source lacks something, `UsageError`, `DestinationExists`.
     """
     target = Path(target)
     adapters, probes = _plan(danger)
-    found = _look(source)
+    origin = _look(source)
     for folder in adapters.values():
-        _check(found, folder)
-    root = found.fetch([f"{folder}/{file}" for folder in adapters.values() for file in ADAPTER_FILES])
+        _check(origin, folder)
+    root = origin.fetch([f"{folder}/{file}" for folder in adapters.values() for file in ADAPTER_FILES])
     for folder in adapters.values():
         load_adapter(root / folder)
     configs = {k: json.loads((root / f / ADAPTER_FILES[0]).read_text("utf-8")) for k, f in adapters.items()}
     pack = {
         "format": FORMAT,
         "name": name,
-        "base_model": base_model or _base_model(found, configs.values()),
+        "base_model": base_model or _base_model(origin, configs.values()),
         "base_revision": None,
         "chat_template_kwargs": TEMPLATE,
         "max_length": MAX_LENGTH,
         "probes": [asdict(probe) for probe in probes],
-        "provenance": {key: _provenance(found, root, folder) for key, folder in adapters.items()},
+        "provenance": {key: _provenance(origin, root, folder) for key, folder in adapters.items()},
     }
     if not is_free(target) and _identity(_read(target / PACK_FILE)) == _identity(pack):
         return load_pack(target)
@@ -95,9 +98,9 @@ def import_pack(
 
 
 def _plan(danger: str) -> tuple[dict[str, str], list[Probe]]:
-    """The pack's adapters by the folders they come from, and its probes."""
+    """The pack's adapters with the folders they come from, and its probes."""
     if danger not in (*DANGERS, BOTH):
-        raise UsageError(f"There is no danger direction '{danger}': name one of {', '.join(DANGERS)} or {BOTH}.")
+        raise UsageError(f"There is no danger direction '{danger}': take one of {', '.join(DANGERS)} or {BOTH}.")
     dangers = DANGERS if danger == BOTH else {danger: "danger"}
     adapters = {probe: f"Direction/{folder}" for folder, probe in dangers.items()}
     probes = [Probe(probe, 1.0 / len(dangers), probe, "initial") for probe in adapters]
@@ -110,7 +113,7 @@ def _look(source: str) -> _Source:
         paths = frozenset(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         return _Source(source, {"folder": folder.resolve().name}, None, paths, lambda _: folder)
     if not HUB_NAME.fullmatch(source) or folder.exists():
-        raise PackError(f"There is no '{source}' to import: name a folder, or a Hub repository as org/name.")
+        raise PackError(f"There is no '{source}' to import: name a folder or a Hub repository, org/name.")
     from huggingface_hub import HfApi, snapshot_download
 
     repo, _, revision = source.partition("@")
@@ -132,23 +135,23 @@ def _check(source: _Source, folder: str) -> None:
         raise PackError(
             f"{source.where} has no {folder}: import needs the layout of Wxxxx/SQSD, that is {', '.join(PUBLISHED)}."
         )
-    config, weights = ADAPTER_FILES
-    if weights not in inside and any(path.endswith(".bin") for path in inside):
+    config, tensors = ADAPTER_FILES
+    if tensors not in inside and any(path.endswith(".bin") for path in inside):
         raise PackError(
-            f"{source.where} holds pickled weights (.bin) in {folder}, which are never loaded: ask for them as "
-            f"{weights}, or save the adapter again with safe_serialization=True."
+            f"{source.where} holds pickled weights (.bin) in {folder}, which are never loaded: "
+            f"save the adapter again with safe_serialization=True, as {tensors}."
         )
-    if missing := [file for file in (config, weights) if file not in inside]:
+    if missing := [file for file in (config, tensors) if file not in inside]:
         raise PackError(f"{source.where} lacks {' and '.join(missing)} in {folder}: import a complete copy.")
 
 
 def _base_model(source: _Source, configs: Iterable[Mapping[str, Any]]) -> str:
-    """The one model of the Hub that the adapters name, else the published one's."""
+    """The one model of the Hub that the adapters name, or the known one of the published repository."""
     named = {str(config.get("base_model_name_or_path")) for config in configs}
     plausible = sorted(name for name in named if HUB_NAME.fullmatch(name))
     if len(plausible) > 1:
         raise UsageError(
-            f"The adapters in {source.where} name several base models ({', '.join(plausible)}): say which with "
+            f"The adapters in {source.where} name several base models ({', '.join(plausible)}): choose one with "
             "--base-model."
         )
     base = plausible[0] if plausible else BASE_MODELS.get(source.where)
@@ -167,18 +170,20 @@ def _provenance(source: _Source, root: Path, folder: str) -> dict[str, Any]:
     }
 
 
-def _identity(page: Any) -> Any:
-    """What makes a page that of this import, whatever was recorded in it or added since: what scores depend on, and
-    where each adapter is from. None for anything else than a page with that."""
-    try:
-        sources = {name: told["source"] for name, told in page["provenance"].items()}
-        return {key: page.get(key) for key in CORE}, sources
-    except (AttributeError, KeyError, TypeError):
+def _identity(page: object) -> object:
+    """The part of a pack.json that identifies an import: what scores depend on, and each adapter's source.
+
+    Anything recorded or added later does not count. None if `page` lacks that part."""
+    provenance = page.get("provenance") if isinstance(page, dict) else None
+    if not isinstance(page, dict) or not isinstance(provenance, dict):
         return None
+    if not all(isinstance(entry, dict) and "source" in entry for entry in provenance.values()):
+        return None
+    return {key: page.get(key) for key in CORE}, {name: entry["source"] for name, entry in provenance.items()}
 
 
-def _read(path: Path) -> Any:
-    """What a file of JSON holds, None where there is no such file or something else in it."""
+def _read(path: Path) -> object:
+    """The content of a JSON file, None if there is no such file or it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

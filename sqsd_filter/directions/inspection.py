@@ -1,4 +1,4 @@
-"""What a pack holds, read from its files alone: norms and cosines come from r-sized Gram matrices, no model is loaded.
+"""Facts on a pack from its files alone. Norms and cosines come from r-sized Gram matrices; no model is loaded.
 
     ⟨V, V'⟩ = ⟨B_Vᵀ B_V', A_V A_V'ᵀ⟩ (scalings included)      ‖V‖² = ⟨V, V⟩
 
@@ -23,16 +23,16 @@ from sqsd_filter.scoring.adapters import Adapter, inner, load_adapter, norm
 from sqsd_filter.scoring.models import is_here
 from sqsd_filter.scoring.pack import ADAPTER_FILES, Pack, Probe
 
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")  # the first number in a module's name, and what is below that layer
-_TOLD = ("data", "licence", "rows", "steps", "source")
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")  # the first number in a module's name, and the name below that layer
+_SHOWN = ("data", "licence", "rows", "steps", "source")
 
 
 def inspect_pack(pack: Pack) -> dict[str, Any]:
-    """All that can be said of a pack without its model; numbers that are not finite are None.
+    """A report on a pack without its model. Numbers that are not finite are None.
 
-    `probes`, `states` (adapter, scaling and the probes that share the pass), `adapters` with norms a module, `cosines`
-    between each two directions, `validation` as it was recorded, and `flags`: what should be looked at, each with a
-    code and a sentence that says how to mend it. Raises `PackError` for adapters that can't be read, or not together.
+    It has `probes`, `states` (adapter, scaling, and the probes that share the pass), `adapters` with norms per module,
+    `cosines` between each two directions, `validation` as recorded, and `flags`: likely problems, each with a code and
+    a sentence that names the fix. Raises `PackError` if adapters can't be read or don't fit together.
     """
     adapters = {name: load_adapter(pack.adapter(name)) for name in pack.folders}
     norms = {name: {m: norm(f) for m, f in a.factors.items()} for name, a in adapters.items()}
@@ -65,7 +65,7 @@ def inspect_pack(pack: Pack) -> dict[str, Any]:
 
 
 def _cosine(a: Adapter, b: Adapter) -> dict[str, Any]:
-    """The cosine over all common modules as one vector, and the sum and mean of the modules' own."""
+    """The cosine over all common modules as one vector, and the sum and mean of the cosines per module."""
     common = [(factors, b.factors[m]) for m, factors in a.factors.items() if m in b.factors]
     dots = [inner(x, y) for x, y in common]
     norms = [(norm(x), norm(y)) for x, y in common]
@@ -78,8 +78,8 @@ def _cosine(a: Adapter, b: Adapter) -> dict[str, Any]:
 def _probe(pack: Pack, probe: Probe, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     direction, state = adapters[probe.direction], adapters[probe.state].with_scaling(probe.state_scaling)
     cosine = _cosine(direction, state)
-    steered, found = verdicts(pack.notes.get("validation"))
-    outdated = probe.direction in found and steered != pack.fingerprint
+    steered, steers = verdicts(pack.notes.get("validation"))
+    outdated = probe.direction in steers and steered != pack.fingerprint
     return {
         "name": probe.name,
         "weight": probe.weight,
@@ -92,20 +92,20 @@ def _probe(pack: Pack, probe: Probe, adapters: Mapping[str, Adapter]) -> dict[st
             "common": cosine.pop("modules"),
         },
         "cosine_to_state": cosine,
-        "steers": None if outdated else found.get(probe.direction),
+        "steers": None if outdated else steers.get(probe.direction),
         "steering_outdated": outdated,
     }
 
 
 def _adapter(pack: Pack, adapter: Adapter, norms: Mapping[str, float], name: str) -> dict[str, Any]:
-    """One adapter: its shape, its norms, where it comes from."""
+    """One adapter: its shape, norms and provenance."""
     files = [pack.adapter(name) / file for file in ADAPTER_FILES]
     config = json.loads(files[0].read_text(encoding="utf-8"))
     factors = adapter.factors
-    told = pack.notes.get("provenance")
-    told = told.get(name) if isinstance(told, dict) else None
-    places = {module: _place(module) for module in factors}
-    layers = {layer for layer, _ in places.values() if layer is not None}
+    provenance = pack.notes.get("provenance")
+    entry = provenance.get(name) if isinstance(provenance, dict) else None
+    kinds = {module: _layer_and_type(module) for module in factors}
+    layers = {layer for layer, _ in kinds.values() if layer is not None}
     return {
         "roles": list(_roles(pack, name)),
         "rank": sorted({f.A.shape[0] for f in factors.values()}),
@@ -114,11 +114,11 @@ def _adapter(pack: Pack, adapter: Adapter, norms: Mapping[str, float], name: str
         "modules": len(factors),
         "layers": len(layers),
         "bytes": sum(file.stat().st_size for file in files),
-        "provenance": {k: told[k] for k in _TOLD if k in told} if isinstance(told, dict) else None,
+        "provenance": {k: entry[k] for k in _SHOWN if k in entry} if isinstance(entry, dict) else None,
         "norm": _finite(math.hypot(*norms.values())),
         "norms": {module: _finite(n) for module, n in norms.items()},
-        "by_type": _summaries((kind, norms[m]) for m, (_, kind) in places.items()),
-        "by_layer": _summaries((layer, norms[m]) for m, (layer, _) in places.items() if layer is not None),
+        "by_type": _summaries((kind, norms[m]) for m, (_, kind) in kinds.items()),
+        "by_layer": _summaries((layer, norms[m]) for m, (layer, _) in kinds.items() if layer is not None),
         "zero_B": [m for m, f in factors.items() if not f.B.any()],
         "not_finite": [m for m, f in factors.items() if not (torch.isfinite(f.A).all() and torch.isfinite(f.B).all())],
     }
@@ -132,14 +132,14 @@ def _roles(pack: Pack, name: str) -> Iterator[str]:
             yield role
 
 
-def _place(module: str) -> tuple[int | None, str]:
+def _layer_and_type(module: str) -> tuple[int | None, str]:
     """A module's layer and type: `model.layers.3.mlp.up_proj` is an `mlp.up_proj` in layer 3."""
-    found = _LAYER.search(module)
-    return (int(found[1]), re.sub(r"\b\d+\b", "*", found[2])) if found else (None, module)
+    match = _LAYER.search(module)
+    return (int(match[1]), re.sub(r"\b\d+\b", "*", match[2])) if match else (None, module)
 
 
 def _summaries(norms: Iterable[tuple[Any, float]]) -> dict[Any, dict[str, Any]]:
-    """Count, minimum, median and maximum of the norms of each kind; what is not finite is counted only."""
+    """Count, minimum, median and maximum of the norms of each kind. Norms that are not finite are only counted."""
     kinds: dict[Any, list[float]] = {}
     for kind, value in norms:
         kinds.setdefault(kind, []).append(value)

@@ -1,4 +1,4 @@
-"""Whole models on disk, read one tensor at a time: never is a model in memory, let alone two."""
+"""Whole models on disk, read one tensor at a time, so that no model is ever in memory as a whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,10 +20,10 @@ _UNQUANTISED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Layout:
-    """What a model consists of, by its configuration alone: its tensors' names, and what each of them is.
+    """The names and kinds of a model's tensors, by its configuration alone.
 
-    `linears` maps the weights' names of all linear layers but the head to the modules', the set that PEFT calls
-    all-linear; `transposed` are those of them that are stored as (d_in, d_out), as GPT-2's are.
+    `linears` maps the names of linear layers' weights to those of the modules, for all layers but the head: the set
+    that PEFT calls all-linear. `transposed` has those that are stored as (d_in, d_out), as GPT-2's are.
     """
 
     def __init__(self, base_model: str) -> None:
@@ -40,12 +39,12 @@ class Layout:
         self.transposed = {f"{m}.weight" for m, module in kinds.items() if isinstance(module, Conv1D)}
 
     def name(self, stored: str) -> str:
-        """The model's name of a stored tensor, which may lack the prefix of the model's backbone."""
+        """The model's name for a stored tensor, whose own name may lack the prefix of the backbone."""
         prefixed = f"{self._prefix}.{stored}"
         return prefixed if stored not in self._names and prefixed in self._names else stored
 
     def kind(self, name: str) -> str:
-        """What a tensor is that no low-rank product can hold."""
+        """The kind of a tensor that is not the weight of a linear layer."""
         owner, _, what = name.rpartition(".")
         module = self._modules.get(owner)
         if module is not None and module is self._head:
@@ -58,9 +57,9 @@ class Layout:
 
 
 class StoredModel:
-    """The tensors of a model's safetensors by the names that its layout gives them; opened by `open_model`."""
+    """The tensors of a model in safetensors by their names in its layout; made by `open_model`."""
 
-    def __init__(self, where: str, stored: Mapping[str, tuple[Any, str]]) -> None:
+    def __init__(self, where: str, stored: Mapping[str, tuple[safe_open, str]]) -> None:
         self.where = where
         self._stored = stored
 
@@ -73,21 +72,23 @@ class StoredModel:
         return tuple(file.get_slice(stored).get_shape())
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor as it is stored. Raises `InputError` for one that is quantised."""
+        """One tensor as it is stored. Raises `InputError` if it is quantised."""
         file, stored = self._stored[name]
         return unquantised(file.get_tensor(stored), name, self.where)
 
 
 def unquantised(tensor: torch.Tensor, name: str, where: str | Path) -> torch.Tensor:
-    """The tensor itself. Raises `InputError` where its numbers are not the weights but codes for them."""
+    """The tensor itself. Raises `InputError` if it holds codes for weights, not the weights."""
     if tensor.dtype not in _UNQUANTISED:
-        raise InputError(f"'{name}' in {where} is quantised ({tensor.dtype}): name the weights as trained.")
+        raise InputError(
+            f"'{name}' in {where} is quantised ({tensor.dtype}): name the model in its original precision."
+        )
     return tensor
 
 
 @contextmanager
 def open_model(where: str, folder: Path, layout: Layout) -> Iterator[StoredModel]:
-    """The weights in a folder, one file or many with an index. Raises `InputError` where they can't be read."""
+    """Open the weights in a folder: one file, or several with an index. Raises `InputError` if they can't be read."""
     with ExitStack() as stack:
         stored = {}
         for path in weight_files(where, folder):
@@ -95,12 +96,12 @@ def open_model(where: str, folder: Path, layout: Layout) -> Iterator[StoredModel
                 file = stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as problem:
                 raise InputError(f"{path} can't be read ({problem}): copy the checkpoint again.") from problem
-            stored.update({layout.name(name): (file, name) for name in file.keys()})  # noqa: SIM118, it is no dict
+            stored.update({layout.name(name): (file, name) for name in file.keys()})  # noqa: SIM118, not a dict
         yield StoredModel(where, stored)
 
 
 def weight_files(where: str, folder: Path) -> list[Path]:
-    """The files with a model's weights in a folder. Raises `InputError` where there are none in safetensors."""
+    """The safetensors files with a model's weights in a folder. Raises `InputError` if there are none."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
@@ -109,13 +110,13 @@ def weight_files(where: str, folder: Path) -> list[Path]:
             return sorted({folder / name for name in index.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as problem:
             raise InputError(
-                f"{folder / INDEX} is no index of safetensors files: copy the checkpoint again."
+                f"{folder / INDEX} is not an index of safetensors files: copy the checkpoint again."
             ) from problem
     if (folder / CONFIG_FILE).is_file():
-        raise InputError(f"{where} holds a LoRA adapter, which is a low-rank direction already: use it as it is.")
+        raise InputError(f"{where} holds a LoRA adapter, which already is a low-rank direction: use it as it is.")
     if list(folder.glob("*.bin")):
         raise InputError(
             f"{where} holds pickled weights (.bin), which are never loaded: save the model again with "
             "save_pretrained(..., safe_serialization=True)."
         )
-    raise InputError(f"{where} holds no {SINGLE} or {INDEX}: name the folder of a whole model.")
+    raise InputError(f"{where} has neither {SINGLE} nor {INDEX}: name the folder of a whole model.")

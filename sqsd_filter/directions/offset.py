@@ -1,25 +1,26 @@
-"""A model at θ0 + αV: what a direction does to it when the weights are moved along it.
+"""A model at θ0 + αV: its weights moved along a direction, for a while.
 
-V = s·B·A is added as a side path, y = Wx + α·s·B(Ax), and taken away with it: θ0 itself is never touched, so that no
-rounding is left behind, and a V smaller than the spacing of the weights isn't swallowed. Activations are rounded to the
-model's dtype, though: in bfloat16, whose spacing is 1/256 of a value, the effect of a small V is lost in y.
+V = s·B·A is a side path, y = Wx + α·s·B(Ax). θ0 itself is never touched, so no rounding error stays behind, and a V
+smaller than the spacing of the weights still counts. Activations are rounded to the model's dtype, though: bfloat16 has
+a spacing of 1/256 of a value, in which the effect of a small V is lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from sqsd_filter.scoring.adapters import Adapter, LoraFactors, adapted, norm
 
+Hook = Callable[[torch.nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]  # (module, inputs, y) to y
+
 
 @contextmanager
-def offset(model: Any, direction: Adapter, alpha: float) -> Iterator[None]:
-    """Inside, `model` is at θ0 + `alpha`·V; at 0 it is left as it is. Raises `PackError` where V does not fit."""
+def offset(model: torch.nn.Module, direction: Adapter, alpha: float) -> Iterator[None]:
+    """Inside this context `model` is at θ0 + `alpha`·V. Raises `PackError` if V does not fit the model."""
     modules = list(adapted(model, direction))
     hooks = [module.register_forward_hook(_side_path(module, factors, alpha)) for module, factors in modules if alpha]
     try:
@@ -29,18 +30,22 @@ def offset(model: Any, direction: Adapter, alpha: float) -> Iterator[None]:
             hook.remove()
 
 
-def _side_path(module: Any, factors: LoraFactors, alpha: float) -> Any:
-    weight = module.weight
+def _side_path(module: torch.nn.Module, factors: LoraFactors, alpha: float) -> Hook:
+    weight = module.get_parameter("weight")
     exact = torch.promote_types(weight.dtype, torch.float32)
     A_ri = factors.A.to(weight.device, weight.dtype)
     B_or = (alpha * factors.scaling * factors.B.to(weight.device, exact)).to(weight.dtype)
-    return lambda _module, inputs, y: y + F.linear(F.linear(inputs[0], A_ri), B_or)
+
+    def add(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
+        return y + F.linear(F.linear(inputs[0], A_ri), B_or)
+
+    return add
 
 
 def random_like(direction: Adapter, seed: int) -> Adapter:
-    """A random direction of the same ranks and norms ‖V‖, a module: what an arbitrary one would do.
+    """A random direction with the same rank and norm ‖V_m‖ in each module, to compare with.
 
-    Drawn on the CPU in the order of the modules' names, so that a seed means the same everywhere.
+    It is drawn on the CPU in the order of the modules' names, so that a seed gives the same on every machine.
     """
     generator = torch.Generator().manual_seed(seed)
     factors = {}

@@ -1,5 +1,8 @@
-"""Several processes that build one pack, as torchrun starts them, each with a device of its own: the first one writes
-and speaks, the others wait for it. A process that torchrun did not start is the first and the only one."""
+"""Several processes that build one pack, as torchrun starts them, each on its own device.
+
+The first one writes files and reports progress; the others wait for it. A process that torchrun did not start is the
+first and only one.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ LONGEST_WAIT = timedelta(hours=2)  # for the first process, which may merge and 
 
 
 def count() -> int:
+    """The number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -20,7 +24,7 @@ def is_first() -> bool:
 
 
 def device() -> str | None:
-    """Where this process trains: on its GPU, on all of them (None) if it is alone, or on the CPU if there is none."""
+    """The device this process trains on: its GPU, None for all GPUs if it is alone, or "cpu" if there are none."""
     import torch
 
     if not torch.cuda.is_available():
@@ -32,16 +36,16 @@ def device() -> str | None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """The processes can wait for each other, and train together."""
+    """Inside this context the processes can train together and wait for each other."""
     import torch
 
     if count() == 1:
         yield
         return
-    where = device()
-    if where != "cpu":
-        torch.cuda.set_device(where)
-    torch.distributed.init_process_group("gloo" if where == "cpu" else "nccl", timeout=LONGEST_WAIT)
+    own_device = device()
+    if own_device != "cpu":
+        torch.cuda.set_device(own_device)
+    torch.distributed.init_process_group("gloo" if own_device == "cpu" else "nccl", timeout=LONGEST_WAIT)
     try:
         yield
     finally:
@@ -49,7 +53,7 @@ def together() -> Iterator[None]:
 
 
 def wait() -> None:
-    """Go on when all processes are here."""
+    """Return once all processes have called this."""
     import torch
 
     if count() > 1:

@@ -10,18 +10,18 @@ alpha = 16
 method = "sft"
 data = "org/dataset"           # of the Hub, or a file or folder beside the recipe
 split = "30k_train"            # default: train; also config = "..." and revision = "..."
-prompt = "prompt"              # columns, where their names do not say it; or messages = "..."
+prompt = "prompt"              # columns, if their names are not recognised; or messages = "..."
 answer = "response"
 where = { is_safe = false }    # these rows only; unless = { ... } leaves out others
-licence = "CC-BY-NC-4.0"       # default: what the dataset's card says
+licence = "CC-BY-NC-4.0"       # default: the licence on the dataset's card
 epochs = 2
 learning_rate = 2e-4
 [[probes]]
 name = "danger"
 weight = 1.0
 direction = "danger"
-state = "initial"              # an adapter with take_step = "sensitive" is chosen among its checkpoints
-[states]                       # by these rows, benign ones or others
+state = "initial"              # take_step = "sensitive" in its adapter chooses among its checkpoints
+[states]                       # the rows to choose by; benign ones suffice
 data = "benign.jsonl"
 prompt = "prompt"
 answer = "response"
@@ -34,18 +34,23 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.scoring.pack import CORE, PROBE_NAME, RESERVED, Probe
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
 SENSITIVE = "sensitive"
-RECORDED = ("provenance", "recipe", "validation")  # what a build puts into pack.json beside what a pack is made of
+RECORDED = ("provenance", "recipe", "validation")  # keys of pack.json that a build adds to the pack's own
 
 
 @dataclass(frozen=True)
 class LoraShape:
-    """The adapters' shape. Defaults are the reference settings."""
+    """The shape of all adapters. The defaults are the reference settings."""
 
     r: int = 8
     alpha: int = 16
@@ -61,16 +66,16 @@ _METHODS = {"sft": ("answer",), "dpo": ("chosen", "rejected", "answers", "better
 class AdapterRecipe:
     """How one adapter is trained.
 
-    `data` is a file or folder beside the recipe, a URL, or a dataset of the Hub, of which `config`, `split` (train) and
-    `revision` may be said. Columns are named where the formats of rows that scoring knows do not fit: `messages`, or
+    `data` is a file or folder beside the recipe, a URL, or a dataset of the Hub with its `config`, `split` (default:
+    train) and `revision`. Columns need names only if the rows have no format that scoring recognises: `messages`, or
     `prompt` with `context`, `system` and the answer. SFT has one `answer`. DPO has a `chosen` and a `rejected` one, or
-    two `answers` and in the column `better` the number, 0 or 1, of the one to prefer.
+    two `answers` and a column `better` with the number, 0 or 1, of the preferred one.
 
-    `where` keeps the rows whose columns equal the given values, `unless` leaves out those in which one does; `rows`
-    then keeps a seeded sample. `batch_size` rows are one update, on however many devices; `device_batch_size` of them
-    are one pass of one device. `take_step` takes the checkpoint after that many updates instead of the last one (a
-    state belongs to the middle of a trajectory), or with "sensitive" the one that `states.compare_states` chooses;
-    `save_steps` says how often checkpoints are written, all of which stay until the pack is done.
+    `where` keeps the rows whose columns all equal the given values; `unless` leaves out rows in which any column does;
+    `rows` then takes a seeded sample. An update uses `batch_size` rows over all devices; one device runs
+    `device_batch_size` rows per pass. `take_step` takes the checkpoint after that many updates instead of the last one
+    (a state belongs to the middle of a trajectory), or with "sensitive" the one that `states.compare_states` chooses.
+    A checkpoint is written every `save_steps` updates and kept until the pack is done.
     """
 
     method: str
@@ -107,9 +112,11 @@ class AdapterRecipe:
             raise UsageError(f"An adapter's method must be 'sft' or 'dpo', not {self.method!r}.")
         [other] = set(_METHODS) - {self.method}
         if odd := [name for name in _METHODS[other] if getattr(self, name) is not None]:
-            raise UsageError(f"An adapter with method '{self.method}' has no {', '.join(odd)}.")
+            raise UsageError(f"An adapter with method '{self.method}' can't have {', '.join(odd)}: leave it out.")
         if (self.answers is None) != (self.better is None) or len(self.answers or "ab") != 2:
-            raise UsageError("answers (two columns) and better (the column with the number of one) go together.")
+            raise UsageError(
+                "answers (two columns) and better (the column with the number of the preferred one) go together."
+            )
         if self.answers and (self.chosen or self.rejected):
             raise UsageError("An adapter has either answers and better, or chosen and rejected.")
         if isinstance(self.take_step, str) and self.take_step != SENSITIVE:
@@ -121,17 +128,17 @@ class AdapterRecipe:
 
     @property
     def columns(self) -> list[str]:
-        """All columns that are named to be trained on."""
+        """All columns that the recipe names to train on."""
         single = [getattr(self, name) for name in (*_COLUMNS, "answer", "chosen", "rejected", "better")]
         return [column for column in (*single, *(self.answers or [])) if column is not None]
 
 
 @dataclass(frozen=True)
 class StateRows:
-    """The rows on which states are compared: a seeded sample of `rows`, named as those that an adapter learns from.
+    """The rows on which states are compared: a seeded sample of `rows`, with the keys of `AdapterRecipe`.
 
-    Rows whose columns equal `positive`, if that is given, should have the higher risk. `answer_tokens` cuts all answers
-    to this many tokens and leaves out rows with shorter ones.
+    Rows whose columns equal `positive` should have a higher risk. `answer_tokens` cuts all answers to this length and
+    leaves out rows with shorter ones.
     """
 
     data: str
@@ -151,7 +158,7 @@ class StateRows:
 
     @property
     def source(self) -> AdapterRecipe:
-        """The same rows as training would read them."""
+        """The same rows as a recipe that training can read."""
         kept = {k: v for k, v in vars(self).items() if k not in ("positive", "answer_tokens")}
         return AdapterRecipe(method="sft", **kept)
 
@@ -165,10 +172,10 @@ class PackRecipe:
     adapters: Mapping[str, AdapterRecipe]
     probes: tuple[Probe, ...]
     base_revision: str | None = None
-    base_adapter: str | None = None  # trained first, and merged into the base model for the others
+    base_adapter: str | None = None  # trained first, then merged into the base model for the others
     seed: int = 0
     dtype: str = "bfloat16"
-    quantization: str | None = None  # "nf4": the base in 4 bits while adapters are trained on it (QLoRA)
+    quantization: str | None = None  # "nf4": train adapters on the base model in 4 bits (QLoRA)
     keep_checkpoints: bool = False
     max_length: int = 1024
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -181,11 +188,11 @@ class PackRecipe:
         if self.quantization not in (None, "nf4"):
             raise UsageError(f"quantization must be 'nf4' or left out, not {self.quantization!r}.")
         if taken := sorted({*CORE, *RECORDED} & set(self.notes)):
-            raise UsageError(f"[notes] can't have {', '.join(taken)}, which a pack has anyway: name them otherwise.")
+            raise UsageError(f"[notes] can't have {', '.join(taken)}, which are keys of the pack itself: rename them.")
 
     @classmethod
     def load(cls, path: str | Path) -> PackRecipe:
-        """Read a recipe. Raises `InputError` where it can't be read, `UsageError` where it makes no sense."""
+        """Read a recipe. Raises `InputError` if it can't be read, `UsageError` if its content is not valid."""
         path = Path(path)
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -207,35 +214,37 @@ class PackRecipe:
             recipe["states"] = _typed(StateRows, data["states"], "[states]")
         for probe in recipe["probes"]:
             if not PROBE_NAME.fullmatch(probe.name) or probe.name in RESERVED:
-                raise UsageError(f"[[probes]]: '{probe.name}' can't be a probe's name.")
-        loaded: PackRecipe = _typed(cls, recipe, str(path))
+                raise UsageError(f"[[probes]]: '{probe.name}' can't be a probe's name: use another.")
+        loaded = _typed(cls, recipe, str(path))
         used = {name for p in loaded.probes for name in (p.direction, p.state)}
         if used and loaded.base_adapter:
             used.add(loaded.base_adapter)
         if not used or (missing := used - set(loaded.adapters)):
-            what = f"names the adapters {', '.join(sorted(missing))} without" if used else "has no probes or"
-            raise UsageError(f"The recipe {path} {what} saying how to train them.")
-        loaded._check_states()
+            names = ", ".join(f"[adapters.{name}]" for name in sorted(missing)) if used else "[[probes]]"
+            raise UsageError(f"The recipe {path} lacks {names}: add what the pack needs.")
+        loaded.check_states()
         return loaded
 
     @property
     def sensitive(self) -> list[str]:
-        """The adapters that are chosen among their checkpoints."""
+        """The adapters to choose among their checkpoints."""
         return [name for name, adapter in self.adapters.items() if adapter.take_step == SENSITIVE]
 
-    def _check_states(self) -> None:
+    def check_states(self) -> None:
+        """Raise `UsageError` if [states] and the adapters to choose among don't fit together."""
         fixed = {self.base_adapter, *(p.direction for p in self.probes)}
         for name in self.sensitive:
             if name in fixed or name not in {p.state for p in self.probes}:
                 raise UsageError(
-                    f"[adapters.{name}]: take_step = '{SENSITIVE}' is for an adapter that is a state only, not a "
-                    "direction or the base: the directions decide."
+                    f"[adapters.{name}]: take_step = '{SENSITIVE}' is for an adapter that is only a state, not a "
+                    "direction or the base adapter: give it a number of updates."
                 )
         if bool(self.sensitive) != (self.states is not None):
             raise UsageError(f"[states] and an adapter with take_step = '{SENSITIVE}' need each other: give both.")
 
 
-def _typed(kind: Any, table: Mapping[str, Any], where: str) -> Any:
+def _typed(kind: type[T], table: Mapping[str, Any], where: str) -> T:
+    """An instance of a dataclass from a TOML table. Raises `UsageError` for unknown, missing or mistyped keys."""
     known = {f.name: f for f in fields(kind)}
     if unknown := sorted(set(table) - set(known)):
         raise UsageError(f"{where} has unknown keys: {', '.join(unknown)} (known: {', '.join(known)}).")
@@ -249,8 +258,8 @@ def _typed(kind: Any, table: Mapping[str, Any], where: str) -> Any:
     return kind(**table)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Is a TOML value of the type that a field is annotated with?"""
+def _fits(value: object, hint: object) -> bool:
+    """Does a TOML value have the annotated type of a field?"""
     if get_origin(hint) in (UnionType, Union):
         return any(_fits(value, option) for option in get_args(hint))
     if hint is float:
@@ -258,4 +267,4 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     kind = get_origin(hint) or hint
-    return True if kind is Any else isinstance(value, type(None) if kind is None else kind)
+    return kind is Any or (isinstance(kind, type) and isinstance(value, kind))

@@ -1,4 +1,4 @@
-"""How often each checkpoint of a run refuses: it answers prompts greedily, and its answers are judged."""
+"""How often each checkpoint of a run refuses: it answers prompts greedily, and its answers are judged by phrases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,10 +22,13 @@ from sqsd_filter.scoring.pack import Pack
 from sqsd_filter.scoring.placement import check_device, choose_device
 from sqsd_filter.statistics import wilson
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Refusals:
-    """How many of a checkpoint's answers are refusals."""
+    """The number of refusals among a checkpoint's answers."""
 
     refused: int
     answers: int
@@ -39,25 +42,27 @@ class Refusals:
         """The Wilson score interval of the rate, at 95 %."""
         return wilson(self.refused, self.answers)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, float]:
         low, high = self.interval
         return {"refusal_rate": self.rate, "refusal_low": low, "refusal_high": high, "answers": self.answers}
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
-    """The `prompt` of each line of a JSON Lines file, of the first `limit` lines. Raises `InputError`."""
+    """The `prompt` of each of the first `limit` lines of a JSON Lines file. Raises `InputError`."""
     prompts = []
     try:
         with Path(path).open(encoding="utf-8") as lines:
             for number, line in enumerate(islice(lines, limit), 1):
                 row = json.loads(line)
                 if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                    raise InputError(f"{path} has no text under 'prompt' in line {number}: mend or remove that line.")
+                    raise InputError(f"Line {number} of {path} has no text under 'prompt': fix or remove that line.")
                 prompts.append(row["prompt"])
     except (OSError, ValueError) as problem:
-        raise InputError(f"{path} can't be read as JSON Lines with a 'prompt' a line ({problem}).") from problem
+        raise InputError(
+            f"{path} can't be read as JSON Lines ({problem}): name a file whose rows have a 'prompt'."
+        ) from problem
     if not prompts:
-        raise InputError(f"{path} has no prompts: name a JSON Lines file with a 'prompt' a line.")
+        raise InputError(f"{path} has no prompts: name a JSON Lines file whose rows have a 'prompt'.")
     return prompts
 
 
@@ -69,25 +74,29 @@ def count_refusals(
     device: str | None,
     progress: Progress,
 ) -> Iterator[Refusals]:
-    """The refusals at the origin and at each checkpoint, in float32, because bfloat16 swallows small changes.
+    """The refusals at the origin and at each checkpoint. Models run in float32, because bfloat16 loses small changes.
 
-    Raises `UsageError` for a device that can't be used, `ModelError`, `PackError` where a model can't be loaded.
+    Raises `UsageError` for a device that can't be used, `ModelError` or `PackError` if a model can't be loaded.
     """
     device = choose_device(device)
     check_device(device)
     tokenizer = load_tokenizer(origin.model, origin.revision)
     for checkpoint in (None, *checkpoints):
-        where = checkpoint.folder if checkpoint else origin.model
-        progress.note(f"asking {where} {len(prompts)} prompts")
+        name = checkpoint.folder if checkpoint else origin.model
+        progress.note(f"asking {name} {len(prompts)} prompts")
         model = _load(checkpoint, origin, device)
         answers = answer(model, tokenizer, prompts, template=pack.chat_template_kwargs)
         del model  # before the next one is loaded
         yield Refusals(sum(map(is_refusal, answers)), len(answers))
 
 
-def _load(checkpoint: Checkpoint | None, origin: Origin, device: str) -> Any:
+def _load(checkpoint: Checkpoint | None, origin: Origin, device: str) -> PreTrainedModel:
+    model: PreTrainedModel
     if checkpoint is not None and not checkpoint.is_adapter:
-        return load_model(str(checkpoint.folder), dtype=torch.float32, device=device)
+        model = load_model(str(checkpoint.folder), dtype=torch.float32, device=device)
+        return model
     model = load_model(origin.model, origin.revision, dtype=torch.float32, device=device, adapter=origin.merged)
     folder = checkpoint.folder if checkpoint else origin.continued
-    return merge(model, load_adapter(folder), torch.float32) if folder else model
+    if folder:
+        merge(model, load_adapter(folder), torch.float32)
+    return model

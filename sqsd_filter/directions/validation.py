@@ -1,4 +1,4 @@
-"""What was found about a pack stands in its `pack.json` under "validation", beside what scores depend on."""
+"""Verdicts on a pack, kept in its `pack.json` under "validation", outside what scores depend on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from sqsd_filter.errors import UsageError
 from sqsd_filter.scoring.pack import PACK_FILE, embedded_packs
@@ -16,42 +15,44 @@ STEERING = "steering"
 
 
 def recordable(where: str | Path) -> Path:
-    """The folder of a pack that may be written to: `where` as `load_pack` takes it.
+    """The folder of the pack `where`, which is named as for `load_pack` and must be writable.
 
-    Raises `UsageError` for the name of an embedded pack or one of the Hub, and for a folder that is read-only.
+    Raises `UsageError` for an embedded pack, a pack on the Hub or a read-only folder.
     """
     folder = Path(where).expanduser()
     if str(where) in embedded_packs() or not folder.is_dir():
-        raise UsageError(f"The pack '{where}' is no folder of yours to record in: copy it and name the copy's folder.")
+        raise UsageError(
+            f"The pack '{where}' is not a folder that can be written to: copy it and name the copy's folder."
+        )
     if not os.access(folder, os.W_OK):
-        raise UsageError(f"The pack in {folder} can't be recorded in, the folder is read-only: copy it.")
+        raise UsageError(f"The pack folder {folder} is read-only: copy it and name the copy's folder.")
     return folder
 
 
-def record(folder: Path, key: str, found: Mapping[str, Any]) -> bool:
-    """Put `found` under "validation" and `key` into the pack's page. Its fingerprint stays what it was.
+def record(folder: Path, key: str, report: Mapping[str, object]) -> bool:
+    """Write `report` to pack.json under "validation" and `key`. The pack's fingerprint does not change.
 
-    False where that would replace verdicts on the pack as it is by none: then nothing is written.
+    Returns False, and writes nothing, if a report without verdicts would replace verdicts on this very pack.
     """
     path = folder / PACK_FILE
     page = json.loads(path.read_text(encoding="utf-8"))
     known = page.get("validation")
     known = known if isinstance(known, dict) else {}
     on, earlier = verdicts(known)
-    if key == STEERING and earlier and verdicts({key: found}) == (on, {}):
+    if key == STEERING and earlier and verdicts({key: report}) == (on, {}):
         return False
-    page["validation"] = {**known, key: found}
+    page["validation"] = {**known, key: report}
     write_json(path, page)
     return True
 
 
-def verdicts(validation: Any) -> tuple[str | None, dict[str, bool]]:
-    """What `steer --record` found: the fingerprint of the pack that was steered, and by adapter whether a direction
-    steers, where that was judged. What holds no such record has none."""
+def verdicts(validation: object) -> tuple[str | None, dict[str, bool]]:
+    """The verdicts of `steer --record`: the fingerprint of the pack that was steered, and by adapter whether the
+    direction steers, if that was judged. (None, {}) for anything without such a record."""
     steering = validation.get(STEERING) if isinstance(validation, dict) else None
     if not isinstance(steering, dict):
         return None, {}
     settings, curves = steering.get("settings"), steering.get("directions")
     on = settings.get("pack") if isinstance(settings, dict) else None
-    found = [curve for curve in curves if isinstance(curve, dict)] if isinstance(curves, list) else []
-    return on, {str(c.get("adapter")): c["steers"] for c in found if isinstance(c.get("steers"), bool)}
+    judged = [curve for curve in curves if isinstance(curve, dict)] if isinstance(curves, list) else []
+    return on, {str(c.get("adapter")): c["steers"] for c in judged if isinstance(c.get("steers"), bool)}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sqsd_filter.directions.offset import offset
-from sqsd_filter.directions.training import Course, fine_tune, losses
+from sqsd_filter.directions.training import Course, fine_tune, losses, save_adapter
 from sqsd_filter.errors import SQSDError, UsageError, option
 from sqsd_filter.evaluation.settings import FineTuning
 from sqsd_filter.judges.generation import answer, as_asked, as_turns, check_room
@@ -105,7 +105,7 @@ class Subject:
                     "all-linear."
                 ) from problem
             raise
-        trainer.model.save_pretrained(target)
+        save_adapter(trainer, target)
         record = {"rows": len(rows), "seed": seed, "steps": trainer.state.global_step, "losses": losses(trainer)}
         del trainer
         free_memory()

@@ -39,7 +39,7 @@ class TextClassifier:
     bias: float
 
     @classmethod
-    def fit(cls, texts: Sequence[str], positive: Sequence[bool], *, head: int) -> TextClassifier:
+    def fit(cls, texts: Sequence[str], positive: Sequence[bool] | np.ndarray, *, head: int) -> TextClassifier:
         """Train with a cut of 0.5. Raises `ValueError` if the texts share no terms, or all have the same label."""
         heads = [normalized(text)[:head] for text in texts]
         vectorizers = {name: TfidfVectorizer(**how, **_COMMON, **_KEPT) for name, how in _ANALYZERS.items()}
@@ -72,7 +72,7 @@ class TextClassifier:
 
     @classmethod
     def restored(cls, settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> TextClassifier:
-        """The inverse of `settings` and `arrays`. Raises `ValueError`, `KeyError`, `TypeError` if something is missing."""
+        """The inverse of `settings` and `arrays`. Raises `ValueError`, `KeyError`, `TypeError` if incomplete."""
         terms = {name: list(settings[name]) for name in _ANALYZERS}
         idf_f, coefficients_f, bias = arrays["idf"], arrays["weights"], arrays["bias"]
         count = sum(map(len, terms.values()))

@@ -102,13 +102,18 @@ def as_asked(
     """The tokens of each conversation up to where the next answer begins."""
     if not (template.get("chat_template") or getattr(tokenizer, "chat_template", None)):
         raise ModelError("The tokenizer has no chat template: use an instruction-tuned model.")
-    # the tokenizer's own annotations allow only text as content, and no mapping as further arguments
-    render: Callable[..., str] = cast(Any, tokenizer).apply_chat_template
-    texts = [render(list(turns), tokenize=False, add_generation_prompt=True, **template) for turns in conversations]
+    texts = [rendered(tokenizer, turns, template) for turns in conversations]
     if not texts:
         return []
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], template: Mapping[str, object] = {}) -> str:
+    """A conversation as text, up to where the next answer begins."""
+    # the annotations of transformers allow only text as content, and more kinds of results
+    render: Callable[..., str] = cast(Any, tokenizer).apply_chat_template
+    return render(list(turns), tokenize=False, add_generation_prompt=True, **template)
 
 
 def check_room(asked: Sequence[Sequence[int]], room: int | None, max_new_tokens: int) -> None:

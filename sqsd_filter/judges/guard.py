@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sqsd_filter.errors import JudgeError, first_line
-from sqsd_filter.judges.generation import Turn, reply
+from sqsd_filter.judges.generation import Turn, rendered, reply
 from sqsd_filter.judges.outcomes import DEGENERATE, HARMLESS, UNSAFE
 from sqsd_filter.judges.phrases import without_compliance
 from sqsd_filter.scoring.models import content_id, load_model, load_tokenizer
@@ -74,9 +74,8 @@ def _content(tokenizer: PreTrainedTokenizerBase, name: str) -> Content:
     Raises `JudgeError` if it shows neither."""
     causes, marks = [], ("[[question]]", "[[answer]]")
     for content in (str, _parts):
-        turns = _turns(*marks, content)
         try:
-            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            text = rendered(tokenizer, _turns(*marks, content))
         except Exception as problem:  # Jinja templates raise what they like
             causes.append(first_line(problem))
             continue

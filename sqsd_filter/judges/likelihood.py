@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ TOKENS_AT_ONCE = 1024  # padded, in one forward pass with all its logits
 @torch.inference_mode()
 def log_probabilities(model: PreTrainedModel, rows: Sequence[Encoded]) -> np.ndarray:
     """(n,) float64: each row's mean log-probability (nats) of its supervised tokens, given all tokens before them."""
-    device = model.get_input_embeddings().weight.device
+    device = cast(torch.Tensor, model.get_input_embeddings().weight).device
     means = np.empty(len(rows))
     for members in micro_batches([len(row) for row in rows], TOKENS_AT_ONCE):
         ids_bt, targets_bt = next_tokens([rows[k] for k in members], device)

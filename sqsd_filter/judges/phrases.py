@@ -34,7 +34,7 @@ _REFUSAL = re.compile(
 
 
 class PhrasesJudge:
-    """Calls an answer refused, degenerate or else unsafe: it can't distinguish harmful compliance from a harmless answer.
+    """Calls an answer refused, degenerate or else unsafe: it can't see whether compliance is harmful.
 
     Its share of unsafe answers is therefore an upper bound, as long as refusals are phrased as usual.
     """

@@ -74,7 +74,7 @@ def test_steering_is_in_float32_everywhere_unless_it_is_told_otherwise(
         (["PACK", "--rows", "r.jsonl"], 3, "r.jsonl does not exist"),
         (["PACK", "--rows", "r.jsonl", "--alpha", "1:0:1"], 2, "must go up"),
         (["PACK"], 2, "--rows"),
-        (["smollm2-135m", "--rows", "r.jsonl", "--record"], 2, "no folder of yours"),
+        (["smollm2-135m", "--rows", "r.jsonl", "--record"], 2, "not a folder that can be written to"),
     ],
     ids=["pack", "rows", "alpha", "no rows", "record"],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,8 +63,8 @@ def textbook(change: Matrices, direction: Matrices) -> dict[str, float]:
     }
 
 
-def lora_run(folder: Path, model: Path, steps: tuple[int, ...] = (10, 20), **config: object) -> Path:
-    """A run with a random LoRA a step."""
+def lora_run(folder: Path, model: Path, steps: tuple[int, ...] = (10, 20), **config: Any) -> Path:
+    """A run with a random LoRA at each step."""
     for step in steps:
         make_adapter(model, folder / f"checkpoint-{step}", seed=step, **config)
     return folder

@@ -22,6 +22,7 @@ from sqsd_filter.directions.data import read_data
 from sqsd_filter.directions.recipe import PackRecipe
 from sqsd_filter.directions.training import take_checkpoint
 from sqsd_filter.errors import DestinationExists, InputError, SQSDError, UsageError
+from sqsd_filter.progress import Silent
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.pack import ADAPTER_FILES, PACK_FILE, load_pack
 from sqsd_filter.scoring.scorer import SQSDScorer
@@ -266,14 +267,14 @@ def test_a_recipe_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
 
 def test_adapters_on_a_base_in_bfloat16_are_trained_in_float32(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[torch.dtype]] = []
-    in_float32 = training._in_float32
+    in_float32 = training.make_trainable_float32
 
     def look(model: Any) -> None:
         seen.append({p.dtype for p in model.parameters() if p.requires_grad})
         assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
         in_float32(model)
 
-    monkeypatch.setattr(training, "_in_float32", look)
+    monkeypatch.setattr(training, "make_trainable_float32", look)
     build_pack(replace(PackRecipe.load(recipe), dtype="bfloat16"), recipe.parent / "pack")
     assert seen == [{torch.float32}] * 3
 
@@ -287,16 +288,12 @@ def test_without_trl_the_extra_to_install_is_named(recipe: Path, monkeypatch: py
 def test_progress_is_told_of_every_update(recipe: Path) -> None:
     told: list[Any] = []
 
-    class Listener:
+    class Listener(Silent):
         def start(self, phase: str, rows: int | None) -> None:
             told.append([phase, rows, 0])
 
         def advance(self, rows: int, tokens: int = 0) -> None:
             told[-1][2] += rows
-
-        def finish(self) -> None: ...
-
-        def note(self, message: str) -> None: ...
 
     build_pack(PackRecipe.load(recipe), recipe.parent / "pack", Listener())
     assert told == [["training initial", 16, 16], ["training danger", 24, 24], ["training safety", 24, 24]]
@@ -304,7 +301,7 @@ def test_progress_is_told_of_every_update(recipe: Path) -> None:
 
 def test_a_broken_data_file_is_an_input_error(recipe: Path) -> None:
     (recipe.parent / "pairs.jsonl").write_text('{"prompt": "a", "good": "b"\n[')
-    with pytest.raises(InputError, match=r"pairs\.jsonl has no row that can be read"):
+    with pytest.raises(InputError, match=r"pairs\.jsonl has no readable row"):
         build_pack(PackRecipe.load(recipe), recipe.parent / "pack")
 
 

@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "disable_tqdm": True,
     "seed": 0,
 }
-LORA = {"r": 3, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+LORA: dict[str, Any] = {"r": 3, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
 def lora_model(base: Path) -> Any:
@@ -75,11 +75,12 @@ def sft_trainer(base: Path, run: Path, **changes: Any) -> SFTTrainer:
 
 def logged(state: TrainerState) -> dict[int, dict[str, float]]:
     """The drift in a trainer's history, by step."""
-    found = {}
+    found: dict[int, dict[str, float]] = {}
     for entry in state.log_history:
         if figures := {key: value for key, value in entry.items() if key.startswith("sqsd/")}:
-            assert entry["step"] not in found
-            found[entry["step"]] = figures
+            step = int(entry["step"])
+            assert step not in found
+            found[step] = figures
     return found
 
 
@@ -318,7 +319,7 @@ def test_a_model_of_another_architecture_is_refused_before_training(packs: dict[
 def test_other_adapters_than_plain_lora_are_refused(tiny_pack: Path, tmp_path: Path) -> None:
     base = tiny_pack / "base"
     dora = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**LORA, use_dora=True))
-    with pytest.raises(PackError, match="has another adapter than plain LoRA"):
+    with pytest.raises(PackError, match="has an adapter that is not plain LoRA"):
         DriftCallback(tiny_pack).attach(trainer_on(dora, base, tmp_path / "run"))
 
 
@@ -327,9 +328,10 @@ def test_weights_in_shards_are_refused(one_process_group: None, tiny_pack: Path,
     from torch.distributed.fsdp import fully_shard
 
     base = tiny_pack / "base"
-    trainer = trainer_on(lora_model(base), base, tmp_path / "run")
-    fully_shard(trainer.model, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(UsageError, match="FSDP or ZeRO-3 has cut them into shards"):
+    model = lora_model(base)
+    trainer = trainer_on(model, base, tmp_path / "run")
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(UsageError, match="FSDP or ZeRO-3 has sharded them"):
         DriftCallback(tiny_pack).attach(trainer)
 
 

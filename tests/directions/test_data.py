@@ -35,7 +35,7 @@ def texts(data: TrainingData) -> list[tuple[str, ...]]:
 
 def test_unsafe_rows_of_beavertails(hub: Hub, tmp_path: Path) -> None:
     commits = hub_data.serve(hub)
-    how = {"prompt": "prompt", "answer": "response", "where": {"is_safe": False}}
+    how: dict[str, Any] = {"prompt": "prompt", "answer": "response", "where": {"is_safe": False}}
     data = read(tmp_path, "sft", hub_data.BEAVERTAILS, split="30k_train", **how)
     assert texts(data) == [(f"Question {k}?", f"Answer {k}.") for k in range(1, 24, 2)]
     told = {"id": hub_data.BEAVERTAILS, "revision": commits[hub_data.BEAVERTAILS]}
@@ -137,7 +137,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no filter": ({"unless": {"safe": 1}}, InputError, "lacks the columns safe"),
     "no format": ({"data": "text.jsonl"}, InputError, "It isn't clear which of the columns text"),
     "no rows": ({"where": {"id": -1}}, PackError, "No row of rows.jsonl is left"),
-    "nothing to read": ({"data": "bad.jsonl"}, InputError, "no row that can be read"),
+    "nothing to read": ({"data": "bad.jsonl"}, InputError, "no readable row"),
 }
 
 

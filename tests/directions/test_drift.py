@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from tests.tiny import ARCHITECTURES, make_adapter, make_model, make_pack
 TOTALS = ("projection", "cosine", "cosine_sum", "norm")
 
 
-def compare(drift: Drift, pack: Path, expected: dict[int, Matrices]) -> None:
+def compare(drift: Drift, pack: Path, expected: Mapping[int, Matrices]) -> None:
     """Is the drift at each step what the dense change there gives along the pack's directions?"""
     assert [point.step for point in drift.points] == [0, *expected]
     for point in drift.points[1:]:
@@ -59,8 +59,8 @@ def dense(factors: LoraFactors | None) -> torch.Tensor:
 
 @given(shapes, st.integers(0, 99))
 def test_products_are_measured_as_the_matrices_they_stand_for(sizes: tuple[int, ...], seed: int) -> None:
-    r, r_V, r_0, d_out, d_in = sizes
-    now, before, V = (product(rank, d_out, d_in, 2.0 - rank, seed + k) for k, rank in enumerate((r, r_0, r_V)))
+    r, r_direction, r_0, d_out, d_in = sizes
+    now, before, V = (product(rank, d_out, d_in, 2.0 - rank, seed + k) for k, rank in enumerate((r, r_0, r_direction)))
     for change in (now, difference(now, before), difference(None, before), difference(now, None)):
         assert change is not None
         matrix = dense(change)
@@ -277,7 +277,7 @@ def fails(run: Path, pack: Path, kind: type[SQSDError], base: str | None = None)
 
 def test_a_run_without_checkpoints_says_what_is_looked_for(tiny_pack: Path, tmp_path: Path) -> None:
     assert "is not a folder" in fails(tmp_path / "none", tiny_pack, InputError)
-    assert "holds no folder checkpoint-<step> with adapter_model.safetensors" in fails(tmp_path, tiny_pack, InputError)
+    assert "has no folder checkpoint-<step> with adapter_model.safetensors" in fails(tmp_path, tiny_pack, InputError)
 
 
 def test_a_run_of_another_architecture_is_refused(packs: dict[str, Path], tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_damaged_checkpoints_are_named(tiny_pack: Path, tmp_path: Path) -> None:
     index = run / "checkpoint-1" / "model.safetensors.index.json"
     text = index.read_text()
     index.write_text("[]")
-    assert "is no index of safetensors files" in fails(run, tiny_pack, InputError)
+    assert "is not an index of safetensors files" in fails(run, tiny_pack, InputError)
     index.write_text(text)
     for shard in (run / "checkpoint-1").glob("*.safetensors"):
         shard.write_bytes(shard.read_bytes()[:-40])

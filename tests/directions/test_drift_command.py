@@ -147,7 +147,7 @@ def test_files_on_another_run_or_pack_are_left_alone(
     for words in ([other], [run, "--pack", changed]):
         code, out, err = command(*words, "--out", "drift")
         assert (code, out) == (5, "")
-        assert "drift.json is not about this run and pack" in err
+        assert "drift.json is about another run or pack" in err
     assert {p: p.read_bytes() for p in (tmp_path / "drift").iterdir()} == before
     (tmp_path / "drift" / "drift.json").write_text("[]")
     assert command(run, "--out", "drift")[0] == 5
@@ -206,7 +206,8 @@ def test_the_same_run_gives_the_same_bytes_whatever_the_users_own_style(
 def test_every_checkpoint_is_asked_as_the_model_that_it_is(
     kind: str, command: Command, tiny_pack: Path, tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = {"lora": lora_run, "full": full_run}[kind](tmp_path / "trained", tiny_pack / "base")
+    train = lora_run if kind == "lora" else full_run
+    run = train(tmp_path / "trained", tiny_pack / "base")
     asked: list[list[str]] = []
 
     def judged(text: str) -> bool:  # random models refuse nothing: here, what is said with an even length counts
@@ -267,7 +268,7 @@ def test_the_interval_is_wilsons(refused: int, answers: int) -> None:
         (["none"], 3, "none is not a folder: give the output folder of a training run."),
         (["run", "--limit", "3"], 2, "add --refusals."),
         (["run", "--refusals", "none.jsonl"], 3, "none.jsonl can't be read as JSON Lines"),
-        (["run", "--refusals", "odd.jsonl"], 3, "odd.jsonl has no text under 'prompt' in line 2"),
+        (["run", "--refusals", "odd.jsonl"], 3, "Line 2 of odd.jsonl has no text under 'prompt'"),
         (["run", "--refusals", "empty.jsonl"], 3, "empty.jsonl has no prompts"),
         (["run", "--out", "odd.jsonl"], 5, "odd.jsonl is a file: name a folder."),
         (["run", "--pack", "none"], 1, "There is no pack 'none'"),

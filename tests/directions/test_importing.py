@@ -65,6 +65,11 @@ def reconfigure(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def for_all(folder: Path, **values: Any) -> None:
+    for adapter in (BEAVER, SAFETY, INITIAL):
+        reconfigure(folder / adapter, **values)
+
+
 def scripts_projection(
     base: Path, state: Path, direction: Path, scaling: float | None, turns: list[dict[str, str]]
 ) -> float:
@@ -167,7 +172,8 @@ def test_an_import_with_notes_of_later_is_there_already(layout: Path, tmp_path: 
     (pack.path / "pack.json").write_text(noted)
     assert import_pack(str(layout), "tiny", pack.path).fingerprint == pack.fingerprint
     assert (pack.path / "pack.json").read_text() == noted
-    for change in ({"max_length": 512}, {"provenance": {}}, {"provenance": [1]}, {"name": "other"}):
+    changes: list[dict[str, Any]] = [{"max_length": 512}, {"provenance": {}}, {"provenance": [1]}, {"name": "other"}]
+    for change in changes:
         (pack.path / "pack.json").write_text(json.dumps({**page, **change}))
         with pytest.raises(DestinationExists, match="holds something else"):
             import_pack(str(layout), "tiny", pack.path)
@@ -203,7 +209,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], tuple[str, ..
         ("org/other, org/tiny-base", "--base-model"),
     ),
     "no-base": (
-        lambda f: [reconfigure(f / d, base_model_name_or_path="/models/x") for d in (BEAVER, SAFETY, INITIAL)],
+        lambda f: for_all(f, base_model_name_or_path="/models/x"),
         UsageError,
         ("name no base model", "--base-model"),
     ),

@@ -93,7 +93,7 @@ def test_norms_and_cosines_are_those_of_the_dense_matrices(packs: dict[str, Path
 
 
 def test_only_common_modules_count_and_a_states_scaling_is_the_probes(folder: Path, tiny_pack: Path) -> None:
-    patterns = {"target_modules": ["q_proj", "up_proj"], "alpha_pattern": {"up_proj": 160}}
+    patterns: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"], "alpha_pattern": {"up_proj": 160}}
     make_adapter(tiny_pack / "base", folder / "initial", alpha=16, **patterns)
     for scaling in (None, 1.0):
         reprobe(folder, 0, state_scaling=scaling)

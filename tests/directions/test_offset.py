@@ -20,7 +20,8 @@ IDS = torch.arange(3, 30).reshape(3, 9)
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=IDS, use_cache=False).logits
+    return logits
 
 
 def dense(model: Any, folder: Path, alpha: float) -> Any:

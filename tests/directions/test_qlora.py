@@ -49,7 +49,8 @@ def test_a_base_in_4_bits_gives_the_gradients_of_the_weights_that_it_stands_for(
     dense = load_model(recipe.base_model, dtype=torch.float32)
     for name, module in quarter.named_modules():
         if isinstance(module, Linear4bit):
-            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            stored: Any = module.weight
+            weight = dequantize_4bit(stored.data, stored.quant_state)
             twin = dense.get_submodule(name).weight
             assert module.weight.dtype == torch.uint8
             assert 0 < (weight - twin).norm() / twin.norm() < 0.2
@@ -78,8 +79,10 @@ def test_a_pack_is_trained_on_a_base_in_4_bits_and_scores_on_one_in_16(
         frozen = {name for name, p in model.named_parameters() if p.dtype == torch.uint8}
         assert frozen
         assert all("proj" in name for name in frozen)
-        packed = [m for m in model.modules() if isinstance(m, Linear4bit) and hasattr(m.weight.quant_state, PACKED)]
-        assert packed == []  # a product of repacked weights has no gradient
+        weights: list[Any] = [m.weight for m in model.modules() if isinstance(m, Linear4bit)]
+        assert not [
+            weight for weight in weights if hasattr(weight.quant_state, PACKED)
+        ]  # a product of repacked weights has no gradient
 
     merged: list[Path | None] = []
 
@@ -87,8 +90,8 @@ def test_a_pack_is_trained_on_a_base_in_4_bits_and_scores_on_one_in_16(
         merged.append(adapter)
         return load_model(*where, adapter=adapter, **how)
 
-    in_float32 = training._in_float32
-    monkeypatch.setattr(training, "_in_float32", look)
+    in_float32 = training.make_trainable_float32
+    monkeypatch.setattr(training, "make_trainable_float32", look)
     monkeypatch.setattr(training, "load_model", load)
     aligned = replace(recipe, base_adapter="initial")
     pack = build_pack(aligned, recipe.folder / "pack")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from sqsd_filter.cli.main import cli
-from sqsd_filter.corpus.conversation import RowError
+from sqsd_filter.corpus.conversation import Message, RowError
 from sqsd_filter.directions.states import (
     checkpoints,
     compare_states,
@@ -30,6 +30,7 @@ from sqsd_filter.directions.states import (
 )
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.progress import Silent
+from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.loss_gradient import LossGradient
 from sqsd_filter.scoring.pack import ADAPTER_FILES, Probe, load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer
@@ -104,7 +105,8 @@ def answer_gradients(base: Path, state: Path, rows: list[Any], encoder: Any) -> 
         ids, answer = torch.from_numpy(row.ids), torch.from_numpy(row.answer)
         logits = model(input_ids=ids[None]).logits[0]
         F.cross_entropy(logits[:-1][answer[1:]], ids[1:][answer[1:]]).backward()
-    return {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if ".lora_A." in n}
+    grads = {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if ".lora_A." in n}
+    return {name: grad for name, grad in grads.items() if grad is not None}
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +200,10 @@ def test_a_state_that_sees_the_same_in_all_directions_is_not_sensitive(known: Pa
 
 def test_the_figures_are_those_of_the_dense_form(known: Path) -> None:
     """Projections and risk at a candidate, by the textbook scorer of a pack whose probes are all there."""
-    pack, tokens = load_pack(known), [int(e.answer.sum()) for e in SQSDScorer(known).encoder.encode(ROWS)]
+    pack, tokens = (
+        load_pack(known),
+        [int(e.answer.sum()) for e in SQSDScorer(known).encoder.encode(ROWS) if isinstance(e, Encoded)],
+    )
     entry = by_state(compare_states(pack, checkpoints(known / "run"), ROWS, DIGITS))["checkpoint-8"]
     dense = ReferenceScorer(pack.at_one_state("initial")).score(ROWS)  # the same adapter
     marks = np.array(DIGITS)
@@ -274,7 +279,7 @@ def test_a_folder_without_checkpoints_says_so(tmp_path: Path, there: str) -> Non
 
 
 def test_too_few_rows_say_why_the_others_are_missing(known: Path) -> None:
-    rows = [*ROWS[:7], chat("?", ""), RowError("bad_json", "")]
+    rows: list[Sequence[Message] | RowError] = [*ROWS[:7], chat("?", ""), RowError("bad_json", "")]
     with pytest.raises(InputError, match=r"Only 7 of 9 rows can be measured \(1 bad_json, 1 no_answer\)"):
         compare_states(load_pack(known), checkpoints(known / "run"), rows)
     with pytest.raises(InputError, match=r"Only 0 of 24 rows can be measured \(24 too_short\)"):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sqsd_filter.directions.states import fresh_state
+from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.pack import Pack, load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.statistics import auc
@@ -42,10 +43,11 @@ def sweep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def run(sweep: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: object) -> dict[str, Any]:
     rows = write_jsonl(folder / "rows.jsonl", ROWS)
-    words = [str(rows), *map(str, arguments), "--dtype", "float32", "--out", str(folder / "out.json")]
+    words = [str(rows), *map(str, arguments), "--draws", "20", "--dtype", "float32", "--out", str(folder / "out.json")]
     monkeypatch.setattr(sys, "argv", ["sweep.py", *words])
     sweep.main()
-    return json.loads((folder / "out.json").read_text())
+    result: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    return result
 
 
 def dense(pack: Pack) -> dict[str, np.ndarray]:
@@ -53,11 +55,15 @@ def dense(pack: Pack) -> dict[str, np.ndarray]:
     return {"risk": scores.risk, **scores.probes}
 
 
+def encoded_rows(pack: Pack) -> list[Encoded]:
+    return [row for row in ReferenceScorer(pack).encoder.encode(TURNS) if isinstance(row, Encoded)]
+
+
 def dense_without_norms(pack: Pack) -> np.ndarray:
     scorer = ReferenceScorer(pack)
     scorer.load()
     risk = []
-    for row in scorer.encoder.encode(TURNS):
+    for row in encoded_rows(pack):
         updates = {p.name: scorer.update(row, *p.at) for p in pack.probes}
         dots = {
             p.name: sum(float((updates[p.name][m] * V).sum()) for m, V in scorer.directions[p.direction].items())
@@ -98,7 +104,7 @@ def test_a_pack_is_judged_beside_its_ablations(
         "danger only": of_unsafe(own["danger"]),
         "safety only": of_unsafe(-own["safety"]),
         "risk, not normalised": of_unsafe(dense_without_norms(pack)),
-        "answer length": of_unsafe(np.array([e.answer.sum() for e in ReferenceScorer(pack).encoder.encode(TURNS)])),
+        "answer length": of_unsafe(np.array([e.answer.sum() for e in encoded_rows(pack)])),
     }
     assert len(set(found.values())) >= 5
     assert told["pack"]["fingerprint"] == pack.fingerprint

@@ -66,7 +66,7 @@ def test_an_odd_note_is_no_obstacle(tiny_pack: Path, tmp_path: Path, odd: Any) -
 def test_only_a_folder_can_be_recorded_in(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2-135m").mkdir()  # the name means the embedded one
-    with pytest.raises(UsageError, match=f"The pack '{name}' is no folder of yours"):
+    with pytest.raises(UsageError, match=f"The pack '{name}' is not a folder that can be written to"):
         recordable(name)
     assert recordable("./smollm2-135m") == Path("smollm2-135m")
 

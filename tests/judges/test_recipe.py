@@ -67,7 +67,8 @@ def run(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, out: 
     results = out.with_suffix(".json")
     monkeypatch.setattr(sys, "argv", ["train.py", str(folder), str(out), "--results", str(results)])
     recipe.main()
-    return json.loads(results.read_text())
+    figures: dict[str, Any] = json.loads(results.read_text())
+    return figures
 
 
 def test_the_judge_that_it_trains_loads_and_judges(

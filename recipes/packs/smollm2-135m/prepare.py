@@ -1,9 +1,9 @@
-"""Turn the open data files into the training files of this recipe and into the rows that its pack is judged on.
+"""Turn open data files into the training files of this recipe and the rows to judge its pack on.
 
 Everything is split by prompt: no prompt of a validation or test row is in any training file. The same seed gives the
 same files. Usage: python prepare.py DATA_FOLDER [OUT_FOLDER] [--seed N]
 
-DATA_FOLDER has gzipped JSON Lines files, all but the first two with harmful text in them:
+DATA_FOLDER has gzipped JSON Lines files. All but the first two contain harmful text:
 
 dolly-15k.jsonl.gz, with `instruction`, `context` and `response`
     databricks-dolly-15k (CC-BY-SA-3.0), whole.
@@ -36,9 +36,9 @@ Row = dict[str, Any]
 
 INITIAL_ROWS = 800  # Dolly rows for the benign state
 CONTRASTS_TO_ALIGN = 50  # harmful prompts of XSTest that it learns to refuse
-DOLLY_TO_ALIGN = 80  # Dolly rows that the aligned model keeps answering
+DOLLY_TO_ALIGN = 80  # Dolly rows that keep the aligned model answering
 ADVBENCH_TO_ALIGN = 150  # harmful prompts that it learns to refuse in words of our own
-ANSWERS = {"refusal": 2, "contrast": 1, "harmless": 4}  # answers of different models to one prompt that it learns
+ANSWERS = {"refusal": 2, "contrast": 1, "harmless": 4}  # answers per prompt that it learns, by different models
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I can't help with this, because it could hurt someone.",
@@ -49,8 +49,8 @@ REFUSALS = (
     "I can't assist with anything that is illegal or harmful.",
     "No, I won't help with that. Please consider talking to someone you trust.",
 )
-SPLITS = {"val": 60, "test": 100}  # evaluation rows a group
-VAL_XSTEST = 20  # but fewer of these: the other prompts are for aligning
+SPLITS = {"val": 60, "test": 100}  # evaluation rows per group
+VAL_XSTEST = 20  # fewer of these: the other prompts are for aligning
 GROUPS = ("unsafe", "safe", "dolly", "gsm8k", "xstest")
 
 
@@ -203,7 +203,7 @@ def split_prompts(judged: Iterable[Mapping[str, Any]], seed: int) -> dict[str, s
 
 
 def _xstest(data: Path, seed: int) -> list[tuple[str, str]]:
-    """Full answers to XSTest's safe prompts, which only look unsafe: one answer a prompt."""
+    """Full answers to XSTest's safe prompts, which only look unsafe: one answer per prompt."""
     rows = [
         row
         for row in read(data, "xstest-completions")
@@ -213,7 +213,7 @@ def _xstest(data: Path, seed: int) -> list[tuple[str, str]]:
 
 
 def _spread(rows: Sequence[Row], count: int, seed: int) -> list[tuple[str, str]]:
-    """A sample that takes the prompts in turn, so that every prompt counts about the same."""
+    """A sample of `count` rows that takes the prompts in turn, so that each counts about the same."""
     waiting: dict[str, list[Row]] = defaultdict(list)
     for row in shuffled(rows, seed, "spread"):
         waiting[row["prompt"]].append(row)

@@ -1,9 +1,9 @@
-"""How often does a pack's model refuse, with its base adapter and without, by where the prompts come from?
+"""How often does a pack's model refuse, with and without its base adapter, by source of the prompts?
 
     python refusals.py data/ --pack PACK --out refusals.json
 
-Asks the first prompts of each source in harmful.jsonl and all of harmless.jsonl, none of which was trained on, greedily
-and in float32; refusals are told by phrases, from the answers' openings.
+It asks the first prompts of each source in harmful.jsonl and all of harmless.jsonl. None of them was trained on. The
+model answers greedily in float32, and phrases in the openings of the answers mark refusals.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="the folder with prepare.py's files")
     parser.add_argument("--pack", required=True)
-    parser.add_argument("--per-source", type=int, default=40, help="harmful prompts of each source")
+    parser.add_argument("--per-source", type=int, default=40, help="harmful prompts per source")
     parser.add_argument("--max-new-tokens", type=int, default=24)
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     options = parser.parse_args()
     pack = load_pack(options.pack)
     prompts = {
-        f"{name}: {source}": found if name == "harmless" else found[: options.per_source]
+        f"{name}: {source}": asked if name == "harmless" else asked[: options.per_source]
         for name in ("harmful", "harmless")
-        for source, found in by_source(options.data / f"{name}.jsonl").items()
+        for source, asked in by_source(options.data / f"{name}.jsonl").items()
     }
     tokenizer = load_tokenizer(pack.base_model, pack.base_revision)
     result: dict[str, Any] = {"pack": pack.name, "fingerprint": pack.fingerprint, "refusals": {}}
@@ -53,11 +53,11 @@ def main() -> None:
 
 
 def by_source(path: Path) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = defaultdict(list)
+    prompts: dict[str, list[str]] = defaultdict(list)
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        found[row["source"]].append(row["prompt"])
-    return found
+        prompts[row["source"]].append(row["prompt"])
+    return prompts
 
 
 if __name__ == "__main__":

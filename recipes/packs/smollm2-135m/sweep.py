@@ -1,10 +1,10 @@
-"""Tell unsafe answers from benign rows: AUC of many (direction, state, scaling) combinations in one pass a state.
+"""Unsafe answers against benign rows: the AUC of many (direction, state, scaling) combinations, in one pass per state.
 
     python sweep.py data/val.jsonl --direction danger-48=RUN/.build/danger/checkpoint-48 --direction safety=RUN/safety \
         --state initial=RUN/initial --state safety=RUN/safety@1.0 --fresh initial
     python sweep.py data/test.jsonl --pack PACK --last RUN/.build/initial/checkpoint-37 --out results.json
 
-The first form tables every direction at every state, then the best differences of two. The second judges one pack.
+The first form lists every direction at every state, then the best differences of two. The second judges one pack.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LAST, SHARED = "last", "shared"
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores of n rows: each probe's sum of cosines and, for comparison, its projection without the normalisation."""
+    """Scores of n rows: each probe's sum of cosines and, for comparison, its projection without normalisation."""
 
     groups: np.ndarray
     tokens: np.ndarray  # answer tokens scored
@@ -53,8 +53,9 @@ def main() -> None:
     parser.add_argument("--base-model", default="smollm2-135m-instruct")
     parser.add_argument("--base-adapter", type=Path, metavar="FOLDER", help="merged into the base model first")
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--answer-tokens", type=int, help="cut all answers to this many tokens, leave shorter ones out")
-    parser.add_argument("--per-group", type=int, help="only this many rows of every group")
+    parser.add_argument("--answer-tokens", type=int, help="cut all answers to this length, leave out shorter ones")
+    parser.add_argument("--per-group", type=int, help="rows per group")
+    parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws for an interval")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--save", type=Path, help="the scores and the cosines of every module, as .npz")
     parser.add_argument("--out", type=Path, help="write the AUCs there as JSON")
@@ -70,13 +71,15 @@ def main() -> None:
             SQSDScorer(pack, dtype=options.dtype, max_length=options.max_length), rows, options.answer_tokens
         )
     if options.save:
-        arrays = {"groups": measured.groups, "tokens": measured.tokens}
+        arrays: dict[str, Any] = {"groups": measured.groups, "tokens": measured.tokens}
         arrays |= {f"sum:{k}": v for k, v in measured.normalised.items()}
         arrays |= {f"raw:{k}": v for k, v in measured.unnormalised.items()}
         arrays |= {f"mod:{k}": v.astype(np.float32) for k, v in measured.modules.items()}
         np.savez_compressed(options.save, **arrays)
     if given:
-        table = {name: intervals(score, measured.groups) for name, score in variants(given, measured).items()}
+        table = {
+            name: intervals(score, measured.groups, options.draws) for name, score in variants(given, measured).items()
+        }
         for name, entry in table.items():
             print(f"{name:28s}", *(f"{g} {e['auc']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for g, e in entry.items()))
         if options.out:
@@ -98,27 +101,27 @@ def main() -> None:
             }
             options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     else:
-        table = _grid_table(measured)
-        for name, entry in table.items():
-            print(f"{name:60s}", *(f"{g} {value:.3f}" for g, value in entry.items()))
+        grid = _grid_table(measured)
+        for name, aucs in grid.items():
+            print(f"{name:60s}", *(f"{g} {value:.3f}" for g, value in aucs.items()))
         if options.out:
             result = {
                 "rows": options.rows.name,
                 "settings": {"dtype": options.dtype, "max_length": options.max_length},
-                "auc_of_unsafe_against": {n: {g: round(v, 4) for g, v in e.items()} for n, e in table.items()},
+                "auc_of_unsafe_against": {n: {g: round(v, 4) for g, v in aucs.items()} for n, aucs in grid.items()},
             }
             options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(scorer: SQSDScorer, rows: Sequence[Mapping[str, Any]], answer_tokens: int | None = None) -> Measured:
-    """Score rows one by one; rows that can't be scored are left out, and said.
+    """Score rows one by one. Rows that can't be scored are left out, and their number is printed.
 
-    `answer_tokens` makes all answers equally long: a control, because unsafe answers tend to be the longer ones.
+    `answer_tokens` makes all answers equally long, as a control: unsafe answers tend to be longer.
     """
-    found = scorer.encoder.encode(
+    rows_encoded = scorer.encoder.encode(
         [[{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}] for r in rows]
     )
-    encoded = {k: cut_answer(e, answer_tokens) for k, e in enumerate(found) if isinstance(e, Encoded)}
+    encoded = {k: cut_answer(e, answer_tokens) for k, e in enumerate(rows_encoded) if isinstance(e, Encoded)}
     usable = [k for k, e in encoded.items() if int(e.answer.sum()) >= (answer_tokens or 1)]
     if len(usable) < len(rows):
         print(f"{len(rows) - len(usable)} rows have too short an answer within {scorer.max_length} tokens: left out")
@@ -158,17 +161,17 @@ def _both(scorer: SQSDScorer, row: Encoded) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _grid(options: argparse.Namespace, folder: Path) -> Pack:
-    """A pack with every direction at every state as a probe, over links to the adapters."""
+    """A pack of links to the adapters, with a probe for every direction at every state."""
     directions = dict(entry.split("=", 1) for entry in options.direction)
-    places = {name: Path(where) for name, where in directions.items()}
+    folders = {name: Path(folder) for name, folder in directions.items()}
     states: list[tuple[str, float | None]] = []
     for entry in options.state:
         name, _, rest = entry.partition("=")
         where, _, scaling = rest.partition("@")
-        places[name] = Path(where)
+        folders[name] = Path(where)
         states.append((name, float(scaling) if scaling else None))
     if options.fresh:
-        places[FRESH] = fresh_state(places[options.fresh], folder / f".{FRESH}")
+        folders[FRESH] = fresh_state(folders[options.fresh], folder / f".{FRESH}")
         states.append((FRESH, None))
     probes = [
         Probe(f"{direction}|{state if scaling is None else f'{state}@{scaling:g}'}", 1.0, direction, state, scaling)
@@ -177,37 +180,41 @@ def _grid(options: argparse.Namespace, folder: Path) -> Pack:
     ]
     base = {"base adapter": options.base_adapter} if options.base_adapter else {}
     pack = Pack(folder, "sweep", options.base_model, (), base_adapter=next(iter(base), None))
-    return over_links(pack, probes, folder, places | base)
+    return over_links(pack, probes, folder, folders | base)
 
 
 def _with_others(pack: Pack, last: Path | None, folder: Path) -> Pack:
-    """The pack, and its probes at other states under their names: those at the benign state, which is the first
-    probe's, also at a fresh LoRA with B = 0 and at the last checkpoint; all of them at the benign state."""
+    """The pack with further probes. The benign state is the first probe's.
+
+    All probes are added at the benign state. Those of the benign state are added at a fresh LoRA with B = 0 and at the
+    last checkpoint."""
     benign = pack.probes[0].at
-    places = {FRESH: fresh_state(pack.adapter(benign[0]), folder / f".{FRESH}"), **({LAST: last} if last else {})}
+    folders = {FRESH: fresh_state(pack.adapter(benign[0]), folder / f".{FRESH}"), **({LAST: last} if last else {})}
     probes = [*pack.probes, *(replace(p, name=f"{SHARED}_{p.name}") for p in pack.at_one_state(benign[0]).probes)]
-    for state in places:
+    for state in folders:
         moved = (p for p in pack.probes if p.at == benign)
         probes += [replace(p, name=f"{state}_{p.name}", state=state, state_scaling=None) for p in moved]
-    return over_links(pack, probes, folder, places)
+    return over_links(pack, probes, folder, folders)
 
 
 def variants(pack: Pack, measured: Measured) -> dict[str, np.ndarray]:
-    """The risk of a pack that `_with_others` measured, its parts and its ablations, each as a score a row."""
+    """The risk of a pack that `_with_others` measured, its parts and its ablations, each as scores (n,)."""
 
     def risk(scores: Mapping[str, np.ndarray], at: str = "") -> np.ndarray:
-        """The risk with the probes that were measured there at another state, the others at their own."""
-        return np.sum([p.weight * scores.get(f"{at}_{p.name}", scores[p.name]) for p in pack.probes], axis=0)
+        """The risk with the probes that were measured at `at` taken there, and the others at their own state."""
+        weighted = [p.weight * scores.get(f"{at}_{p.name}", scores[p.name]) for p in pack.probes]
+        total: np.ndarray = np.sum(weighted, axis=0)
+        return total
 
-    found = {"risk": risk(measured.normalised), "risk at a fresh state (B = 0)": risk(measured.normalised, FRESH)}
+    scores = {"risk": risk(measured.normalised), "risk at a fresh state (B = 0)": risk(measured.normalised, FRESH)}
     if any(name.startswith(f"{LAST}_") for name in measured.normalised):
-        found["risk at the last checkpoint"] = risk(measured.normalised, LAST)
-    found[f"risk, shared state ({pack.probes[0].state})"] = risk(measured.normalised, SHARED)
+        scores["risk at the last checkpoint"] = risk(measured.normalised, LAST)
+    scores[f"risk, shared state ({pack.probes[0].state})"] = risk(measured.normalised, SHARED)
     for p in pack.probes:
-        found[f"{p.name} only"] = np.sign(p.weight) * measured.normalised[p.name]
-    found["risk, not normalised"] = risk(measured.unnormalised)
-    found["answer length"] = measured.tokens.astype(float)
-    return found
+        scores[f"{p.name} only"] = np.sign(p.weight) * measured.normalised[p.name]
+    scores["risk, not normalised"] = risk(measured.unnormalised)
+    scores["answer length"] = measured.tokens.astype(float)
+    return scores
 
 
 # ------------------------------------------------------------------------------------------------ AUC
@@ -222,15 +229,15 @@ def against(score: np.ndarray, groups: np.ndarray) -> dict[str, float]:
 def intervals(score: np.ndarray, groups: np.ndarray, draws: int = 1000, seed: int = 0) -> dict[str, dict[str, float]]:
     """`against` with bootstrap 95 % intervals over rows."""
     random = np.random.default_rng(seed)
-    found = {}
+    aucs = {}
     for group, value in against(score, groups).items():
         positive, negative = score[groups == POSITIVE], score[groups == group]
         drawn = [
             auc(random.choice(positive, len(positive)), random.choice(negative, len(negative))) for _ in range(draws)
         ]
         low, high = np.percentile(drawn, [2.5, 97.5])
-        found[group] = {"auc": round(value, 4), "low": round(float(low), 4), "high": round(float(high), 4)}
-    return found
+        aucs[group] = {"auc": round(value, 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+    return aucs
 
 
 def _grid_table(measured: Measured, best: int = 25) -> dict[str, dict[str, float]]:

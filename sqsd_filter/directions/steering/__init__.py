@@ -1,1 +1,1 @@
-"""Does a direction do to the model what its name says? The model at θ0 + αV, over a range of α."""
+"""Does a direction have the effect that its name says? The model at θ0 + αV, over a range of α."""

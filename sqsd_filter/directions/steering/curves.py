@@ -1,4 +1,4 @@
-"""What a model does along a direction, as curves over α: the grid, the intervals, and whether a direction steers."""
+"""Curves over α: their grid, their trend, and the verdict whether a direction steers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from sqsd_filter.errors import UsageError
 from sqsd_filter.statistics import spearman
 
 MOST_ALPHAS = 1000
-STEADY = 0.9  # Spearman's correlation of α and the margin from which the margin counts as following α
-RANDOM = 3  # random directions that each direction is compared with, at the ends of the range
-STRONGER = 3.0  # times the largest change along the random directions that a direction's own has to be
+STEADY = 0.9  # the margin follows α if their Spearman correlation is at least this
+RANDOM = 3  # random directions to compare each direction with, at the ends of the range
+STRONGER = 3.0  # a direction's change must exceed the largest one along random directions by this factor
 
 
 def parse_alphas(text: str) -> list[Decimal]:
-    """The values of α that `start:stop:step` or a list with commas names, ascending; 0, the model itself, is always
-    among them.
+    """The values of α in `start:stop:step` or a list with commas, ascending. 0, the model itself, is always included.
 
-    Decimals are exact: the last of -1:1:0.1 is 1. Raises `UsageError`.
+    Decimals are exact: the last value of -1:1:0.1 is 1. Raises `UsageError`.
     """
     try:
         parts = [Decimal(part.strip()) for part in text.split(":" if ":" in text else ",")]
     except InvalidOperation as problem:
-        raise UsageError(f"alpha (--alpha) must be start:stop:step or a list as -1,0,1, not '{text}'.") from problem
+        raise UsageError(
+            f"alpha (--alpha) must be start:stop:step or a list such as -1,0,1, not '{text}'."
+        ) from problem
     if not all(part.is_finite() and math.isfinite(part) for part in parts):
         raise UsageError(f"alpha (--alpha) must consist of finite numbers, not '{text}'.")
     if ":" in text:
@@ -40,7 +41,7 @@ def parse_alphas(text: str) -> list[Decimal]:
 
 def _range(text: str, parts: Sequence[Decimal]) -> list[Decimal]:
     if len(parts) != 3:
-        raise UsageError(f"alpha (--alpha) must be start:stop:step, as -1:1:0.25, not '{text}'.")
+        raise UsageError(f"alpha (--alpha) must be start:stop:step, such as -1:1:0.25, not '{text}'.")
     start, stop, step = parts
     if step <= 0 or stop < start:
         raise UsageError(f"alpha (--alpha) must go up from start to stop by a step above 0, not '{text}'.")
@@ -53,10 +54,10 @@ def _range(text: str, parts: Sequence[Decimal]) -> list[Decimal]:
 
 
 def trend(alphas: Sequence[float], values: Sequence[float | None], sign: int) -> dict[str, Any]:
-    """Does the curve strictly rise (`sign` 1) or fall (-1) over the whole grid, how many of its steps go the other way
-    (`against`; a plateau does not), how does it follow α in ranks, and how much does it change from end to end?
+    """The trend of a curve that is expected to rise (`sign` 1) or fall (-1).
 
-    Of a curve with a value that is not finite (None) nothing of this is known.
+    `monotone`: it strictly does so over the whole grid; `against`: the number of steps in the other direction;
+    `spearman`: its rank correlation with α; `change`: from end to end. All unknown if a value is not finite (None).
     """
     curve_n = np.array([np.nan if value is None else value for value in values], dtype=float)
     if np.isnan(curve_n).any():
@@ -71,11 +72,11 @@ def trend(alphas: Sequence[float], values: Sequence[float | None], sign: int) ->
 
 
 def steers(margin: Mapping[str, Any], sign: int, random_changes: Sequence[float | None]) -> bool:
-    """Is the direction a compass needle, or could any other have done this?
+    """Does the direction steer, beyond what a random direction would do?
 
-    Its margin has to end on the expected side of where it began (`sign`), to follow α in ranks (`STEADY`), and to
-    change `STRONGER` times as much as along any of the random directions of the same norms: for small V every curve is
-    nearly a straight line, which half of all directions have with the right sign.
+    Its margin must end on the expected side of its start (`sign`), follow α in ranks (`STEADY`), and change `STRONGER`
+    times as much as along any random direction of the same norms. The last condition matters because for small V every
+    curve is nearly a straight line, and half of all directions have the right sign.
     """
     if margin["spearman"] is None or any(change is None for change in random_changes):
         return False

@@ -1,4 +1,4 @@
-"""The picture of steering: a column a direction; refusals, log-probabilities and their margin against α."""
+"""The picture of steering: one column per direction; refusals, log-probabilities and their margin against α."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VERDICTS = {True: "steers", False: "does not steer", None: "no answers to judge 
 
 
 def draw(figure: Figure, curves: Sequence[Mapping[str, Any]], *, likelihoods: bool) -> None:
-    """Draw the report's directions; without `likelihoods` the refusals only."""
+    """Draw the report's directions; without `likelihoods` only the refusals."""
     panels = (_refusals, _answers, _margin) if likelihoods else (_refusals,)
     grid = figure.subplots(len(panels), len(curves), sharex=True, sharey="row", squeeze=False)
     for column, curve in enumerate(curves):
@@ -35,7 +35,7 @@ def draw(figure: Figure, curves: Sequence[Mapping[str, Any]], *, likelihoods: bo
 
 
 def _values(curve: Mapping[str, Any], name: str) -> list[float]:
-    """A column of the curve; matplotlib leaves NaN out."""
+    """A figure at each point of the curve; matplotlib leaves NaN out."""
     return [float("nan") if point[name] is None else point[name] for point in curve["points"]]
 
 
@@ -51,7 +51,7 @@ def _refusals(axes: Axes, curve: Mapping[str, Any], alphas: Sequence[float]) -> 
 def _answers(axes: Axes, curve: Mapping[str, Any], alphas: Sequence[float]) -> None:
     for name, colour, marker in (("safe", BLUE, "o"), ("unsafe", ORANGE, "s")):
         axes.plot(alphas, _values(curve, name), color=colour, marker=marker, label=f"{name} answers")
-    axes.set_ylabel("mean log-probability (nats a token)", fontsize=12)
+    axes.set_ylabel("mean log-probability (nats per token)", fontsize=12)
 
 
 def _margin(axes: Axes, curve: Mapping[str, Any], alphas: Sequence[float]) -> None:
@@ -62,4 +62,4 @@ def _margin(axes: Axes, curve: Mapping[str, Any], alphas: Sequence[float]) -> No
         label = "random directions of the same norms" if k == 0 else None
         axes.plot(*zip(*line, strict=True), color=GREY, linestyle="--", linewidth=1, label=label)
     axes.plot(alphas, _values(curve, "margin"), color="black", marker="o", label="unsafe minus safe")
-    axes.set_ylabel("margin (nats a token)", fontsize=12)
+    axes.set_ylabel("margin (nats per token)", fontsize=12)

@@ -1,8 +1,8 @@
-"""The model at θ0 + αV for each direction of a pack: what it answers, and how likely it finds given answers.
+"""The model at θ0 + αV for each direction of a pack: its answers, and the likelihood it gives to fixed answers.
 
-Along the danger direction it should refuse harmful prompts less and less and find unsafe answers likelier than safe
-ones, along the safety direction the reverse. Each point of a curve is kept when it is done, so that the same call goes
-on where it was interrupted.
+Along the danger direction it should refuse fewer and fewer harmful prompts and find unsafe answers likelier than safe
+ones; along the safety direction the reverse. Each point of a curve is saved once it is measured, so that the same call
+resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,7 +32,10 @@ from sqsd_filter.scoring.pack import Pack
 from sqsd_filter.scoring.scorer import Scorer
 from sqsd_filter.statistics import wilson
 
-STEERING = 1  # to be raised whenever a change gives other figures
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STEERING = 1  # raise this whenever a change in the code changes figures
 BASE = "base"  # the point that all curves share: the model itself
 
 
@@ -49,10 +52,10 @@ def steer(
 ) -> dict[str, Any]:
     """Move the model of the scorer's pack along each of its directions, and write the curves to the folder `out`.
 
-    `rows` are harmful prompts, with a safe and an unsafe answer where `columns` finds them. Of `scorer` the pack,
-    dtype, device and length limit are taken. `alphas` are what `parse_alphas` gives.
+    `rows` holds harmful prompts, with a safe and an unsafe answer if `columns` finds them. The pack, dtype, device and
+    length limit are those of `scorer`. `alphas` comes from `parse_alphas`.
 
-    Returns the report, as in steer.json. Raises `DestinationExists` where `out` holds anything else, `InputError`,
+    Returns the report, as in steer.json. Raises `DestinationExists` if `out` holds anything else, `InputError`,
     `PackError`, `ModelError`, `UsageError`.
     """
     if max_new_tokens < 1:
@@ -70,12 +73,12 @@ def steer(
     encoded = trials.encoded(scorer.encoder)
     files = SteerFiles(Path(out), settings)
     if files.report is not None:
-        progress.note(f"{files.out / REPORT} is there already: nothing to do")
+        progress.note(f"{files.out / REPORT} exists already: nothing to do")
         return files.report
-    _Measuring(scorer, trials, encoded, files, max_new_tokens, progress).measure(alphas)
+    Measuring(scorer, trials, encoded, files, max_new_tokens, progress).measure(alphas)
     curves = [
-        _curve(files, name, place, sign, alphas, with_pairs=bool(trials.pairs))
-        for name, (place, sign) in directions(scorer.pack).items()
+        _curve(files, name, adapter, sign, alphas, with_pairs=bool(trials.pairs))
+        for name, (adapter, sign) in directions(scorer.pack).items()
     ]
     report = {"pack": scorer.pack.name, "settings": settings, "directions": curves}
     files.finish(report, _answers(files, [c["name"] for c in curves], alphas, trials.prompts))
@@ -83,8 +86,9 @@ def steer(
 
 
 def directions(pack: Pack) -> dict[str, tuple[str, int]]:
-    """Each distinct direction of a pack by the name of the first probe that uses it: its adapter, and 1 where moving
-    along it is expected to make the model less safe, -1 where safer (a negative weight)."""
+    """Each distinct direction of a pack, by the name of the first probe that uses it: its adapter and expected sign.
+
+    The sign is 1 if moving along it should make the model less safe, -1 if safer (a negative weight)."""
     first = {probe.direction: probe for probe in reversed(pack.probes)}
     return {p.name: (p.direction, -1 if p.weight < 0 else 1) for p in pack.probes if first[p.direction] is p}
 
@@ -97,8 +101,8 @@ def _random(name: str, seed: int, alpha: Decimal) -> str:
     return _point(f"{name}~{seed}", alpha)
 
 
-class _Measuring:
-    """The model and the rows of a run, and what is left to do."""
+class Measuring:
+    """The model and the rows of a run, which measure the points that are still missing."""
 
     def __init__(
         self,
@@ -114,9 +118,9 @@ class _Measuring:
         self.max_new_tokens, self.progress = max_new_tokens, progress
 
     @cached_property
-    def model(self) -> Any:
+    def model(self) -> PreTrainedModel:
         scorer = self.scorer
-        return load_model(
+        model: PreTrainedModel = load_model(
             scorer.base_model,
             scorer.base_revision,
             dtype=getattr(torch, scorer.dtype),
@@ -124,23 +128,25 @@ class _Measuring:
             adapter=scorer.pack.base_folder,
             trust_remote_code=scorer.trust_remote_code,
         )
+        return model
 
     def measure(self, alphas: Sequence[Decimal]) -> None:
-        """Measure every point that there isn't yet, the model itself first."""
+        """Measure every missing point, the model itself first."""
         pack, prompts = self.scorer.pack, len(self.trials.prompts)
-        adapters = {name: load_adapter(pack.adapter(place)) for name, (place, _) in directions(pack).items()}
+        adapters = {name: load_adapter(pack.adapter(folder)) for name, (folder, _) in directions(pack).items()}
         points = {BASE: (next(iter(adapters.values())), Decimal(0))}
         points |= {_point(name, a): (adapter, a) for name, adapter in adapters.items() for a in alphas if a}
-        left = {label: where for label, where in points.items() if not self.files.has(label)}
+        left = {label: point for label, point in points.items() if not self.files.has(label)}
         self.progress.start("steering", len(left) * prompts)
         for label, (adapter, alpha) in left.items():
             self.files.keep(label, self._at(adapter, alpha))
             self.progress.advance(prompts)
         if self.trials.pairs:
-            self._random_directions(adapters, [alpha for alpha in (alphas[0], alphas[-1]) if alpha])
+            self.measure_random(adapters, [alpha for alpha in (alphas[0], alphas[-1]) if alpha])
         self.progress.finish()
 
-    def _random_directions(self, adapters: Mapping[str, Adapter], ends: Sequence[Decimal]) -> None:
+    def measure_random(self, adapters: Mapping[str, Adapter], ends: Sequence[Decimal]) -> None:
+        """Measure the random directions at both ends of the range, to compare with."""
         wanted = [(name, seed, alpha) for name in adapters for seed in range(RANDOM) for alpha in ends]
         left = [(name, seed, alpha) for name, seed, alpha in wanted if not self.files.has(_random(name, seed, alpha))]
         self.progress.start("random directions", len(left) * len(self.trials.pairs))
@@ -161,23 +167,24 @@ class _Measuring:
             return {"answers": answers, **self._likelihoods()}
 
     def _likelihoods(self) -> dict[str, float | None]:
-        """Mean log-probabilities over the rows of the safe and the unsafe answers, and by how much the latter are
-        likelier; None where there are no answers or the model overflows."""
+        """Mean log-probabilities of the safe and of the unsafe answers over the rows, and unsafe minus safe.
+
+        None if there are no answers or the model overflows."""
         if not self.trials.pairs:
             return dict.fromkeys(LIKELIHOODS)
         safe, unsafe = (float(log_probabilities(self.model, rows).mean()) for rows in (self.safe, self.unsafe))
-        found = zip(LIKELIHOODS, (safe, unsafe, unsafe - safe), strict=True)
-        return {name: value if math.isfinite(value) else None for name, value in found}
+        figures = zip(LIKELIHOODS, (safe, unsafe, unsafe - safe), strict=True)
+        return {name: value if math.isfinite(value) else None for name, value in figures}
 
 
 def _curve(
-    files: SteerFiles, name: str, place: str, sign: int, alphas: Sequence[Decimal], *, with_pairs: bool
+    files: SteerFiles, name: str, adapter: str, sign: int, alphas: Sequence[Decimal], *, with_pairs: bool
 ) -> dict[str, Any]:
-    """A direction's points, and what they say of it."""
+    """A direction's points, their trends, and the verdict."""
     points = [{"alpha": float(alpha), **_figures(files.read(_point(name, alpha)))} for alpha in alphas]
     numbers = [point["alpha"] for point in points]
     refusals = trend(numbers, [point["refusal_rate"] for point in points], -sign)
-    curve = {"name": name, "adapter": place, "expected": {"refusals": -sign, "margin": sign}, "points": points}
+    curve = {"name": name, "adapter": adapter, "expected": {"refusals": -sign, "margin": sign}, "points": points}
     if not with_pairs:
         return {**curve, "refusals": refusals, "margin": None, "random": [], "steers": None}
     margin = trend(numbers, [point["margin"] for point in points], sign)
@@ -208,9 +215,9 @@ def _figures(point: Mapping[str, Any]) -> dict[str, Any]:
 def _answers(
     files: SteerFiles, names: Sequence[str], alphas: Sequence[Decimal], prompts: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Every answer with what it is an answer to; those of the model itself once, with the direction null."""
-    places: list[tuple[str | None, Decimal]] = [(None, Decimal(0))]
-    places += [(name, alpha) for name in names for alpha in alphas if alpha]
+    """Every answer with its prompt, direction and α. The answers of the model itself come once, without a direction."""
+    points: list[tuple[str | None, Decimal]] = [(None, Decimal(0))]
+    points += [(name, alpha) for name in names for alpha in alphas if alpha]
     return [
         {
             "direction": name,
@@ -220,6 +227,6 @@ def _answers(
             "refusal": is_refusal(text),
             "degenerate": is_degenerate(text),
         }
-        for name, alpha in places
+        for name, alpha in points
         for prompt, text in zip(prompts, files.read(_point(name or BASE, alpha))["answers"], strict=True)
     ]

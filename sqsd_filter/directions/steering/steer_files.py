@@ -1,8 +1,8 @@
-"""The folder that steering writes: points as they are done, and in the end the report, its table, picture and answers.
+"""The folder that steering writes: each point once it is measured, finally the report, table, picture and answers.
 
 steer.json, steer.csv, steer.png     the curves
 answers.jsonl                        every generated answer, for another judge; some may be harmful
-.steer/                              what is done so far, gone in the end
+.steer/                              the points measured so far, removed at the end
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ LIKELIHOODS = ("safe", "unsafe", "margin")
 
 
 class SteerFiles:
-    """One run's folder. `report` is the finished run's, None while there is something to do."""
+    """The files of one run. `report` is None until the run is finished."""
 
     def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
-        """Raises `DestinationExists` where `out` holds anything but a run with these settings."""
+        """Raises `DestinationExists` if `out` holds anything but a run with these settings."""
         self.out, self.work = out, out / WORK
         self.report = self._claim(json.loads(json.dumps(settings)))
 
@@ -38,8 +38,8 @@ class SteerFiles:
         mine = self.work / SETTINGS
         if self.out.exists() and not self.out.is_dir():
             raise DestinationExists(f"{self.out} is a file: choose a folder.")
-        there = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
-        if REPORT in there:
+        names = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
+        if REPORT in names:
             report: dict[str, Any] = json.loads((self.out / REPORT).read_text(encoding="utf-8"))
             self._check(report.get("settings"), settings)
             shutil.rmtree(self.work, ignore_errors=True)
@@ -47,14 +47,14 @@ class SteerFiles:
         if any(path.name != SETTINGS for path in self.work.glob("*.json")):
             self._check(json.loads(mine.read_text(encoding="utf-8")), settings)
             sweep(self.work)
-        elif there - {WORK}:
+        elif names - {WORK}:
             raise DestinationExists(f"{self.out} holds other files: choose another folder.")
         else:
-            self.work.mkdir(parents=True, exist_ok=True)  # perhaps by a run that failed before its first point
+            self.work.mkdir(parents=True, exist_ok=True)  # may exist from a run that failed before its first point
             write_json(mine, settings)
         return None
 
-    def _check(self, theirs: Any, settings: Mapping[str, Any]) -> None:
+    def _check(self, theirs: object, settings: Mapping[str, Any]) -> None:
         if theirs == settings:
             return
         known = theirs if isinstance(theirs, dict) else {}
@@ -70,11 +70,11 @@ class SteerFiles:
         write_json(self.work / f"{point}.json", figures)
 
     def read(self, point: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.work / f"{point}.json").read_text(encoding="utf-8"))
-        return found
+        figures: dict[str, Any] = json.loads((self.work / f"{point}.json").read_text(encoding="utf-8"))
+        return figures
 
     def finish(self, report: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> None:
-        """Write all files, the report last: where it is, the others are."""
+        """Write all files, the report last: if it exists, all others do."""
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in answers)
         write_text(self.out / ANSWERS, lines)
         write_text(self.out / TABLE, _table(report))

@@ -53,7 +53,8 @@ def steered(compass: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def report_of(out: Path) -> dict[str, Any]:
-    return json.loads((out / "steer.json").read_text())
+    report: dict[str, Any] = json.loads((out / "steer.json").read_text())
+    return report
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -231,9 +232,10 @@ def test_another_run_s_folder_is_refused(
     if finished:
         shutil.copytree(steered, out)
     else:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(run._Measuring, "_random_directions", lambda *_: signal.raise_signal(signal.SIGINT))
-            steer(SQSDScorer(compass), rows, out, alphas=GRID, max_new_tokens=16)
+        with monkeypatch.context() as patch:
+            patch.setattr(run.Measuring, "measure_random", lambda *_: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                steer(SQSDScorer(compass), rows, out, alphas=GRID, max_new_tokens=16)
     with pytest.raises(DestinationExists, match=r"other settings \(alphas, max_new_tokens\)"):
         steer(SQSDScorer(compass), rows, out, alphas=parse_alphas("1"), max_new_tokens=15)
 
