@@ -214,7 +214,7 @@ BROKEN: dict[str, tuple[str, str, type[SQSDError], str]] = {
     "not toml": ("name =", "name ==", InputError, "not valid TOML"),
     "unknown key": ("max_length = 64", "max_lenght = 64", UsageError, "unknown keys: max_lenght"),
     "unknown method": ('"dpo"', '"ppo"', UsageError, "'sft' or 'dpo'"),
-    "a column of the other method": ('answer = "output"', 'chosen = "output"', UsageError, "'sft' has no chosen"),
+    "a column of the other method": ('answer = "output"', 'chosen = "output"', UsageError, "'sft' can't have chosen"),
     "no such column": ('chosen = "good"', 'chosen = "best"', InputError, "lacks the columns best"),
     "no such file": ('"answers.jsonl"', '"none.jsonl"', InputError, "none.jsonl"),
     "no number": ("learning_rate = 1e-3", 'learning_rate = "fast"', UsageError, "'learning_rate' can't be 'fast'"),

@@ -230,11 +230,11 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "pickled": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ("pickled weights",)),
     "adapter": (as_adapter, ("LoRA adapter", "use it as it is")),
-    "no-weights": (lambda f: (f / "model.safetensors").unlink(), ("no model.safetensors",)),
+    "no-weights": (lambda f: (f / "model.safetensors").unlink(), ("has neither model.safetensors",)),
     "cut-off": (lambda f: (f / "model.safetensors").write_bytes(b"{"), ("can't be read", "copy")),
     "no-index": (
         lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json").write_text("{}"),
-        ("no index of safetensors files",),
+        ("is not an index of safetensors files",),
     ),
     "missing-shard": (
         lambda f: (

@@ -132,7 +132,7 @@ def test_where_and_unless_choose_rows(tmp_path: Path) -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no file": ({"data": "none.jsonl"}, InputError, r"none\.jsonl does not exist"),
-    "a file's split": ({"split": "train"}, UsageError, "no dataset of the Hub"),
+    "a file's split": ({"split": "train"}, UsageError, "not a dataset of the Hub"),
     "no column": ({"answer": "out"}, InputError, "lacks the columns out; it has id, instruction, output"),
     "no filter": ({"unless": {"safe": 1}}, InputError, "lacks the columns safe"),
     "no format": ({"data": "text.jsonl"}, InputError, "It isn't clear which of the columns text"),
@@ -160,8 +160,8 @@ def test_a_dataset_that_is_not_on_the_hub_is_one_sentence(hub: Hub, tmp_path: Pa
 @pytest.mark.parametrize(
     ("method", "how", "complaint"),
     [
-        ("sft", {"chosen": "a"}, "'sft' has no chosen"),
-        ("dpo", {"answer": "a"}, "'dpo' has no answer"),
+        ("sft", {"chosen": "a"}, "'sft' can't have chosen"),
+        ("dpo", {"answer": "a"}, "'dpo' can't have answer"),
         ("dpo", {"answers": ["a", "b"]}, "go together"),
         ("dpo", {"answers": ["a"], "better": "n"}, "two columns"),
         ("dpo", {"answers": ["a", "b"], "better": "n", "chosen": "a"}, "either"),

@@ -214,7 +214,7 @@ def test_the_final_model_counts_where_its_step_is_known_and_new(
     make_adapter(tiny_pack / "base", run)
     write_state(run / "checkpoint-100", 100, 120)
     assert found(run) == [(9, "checkpoint-9"), (100, "checkpoint-100")]
-    assert "is left out, because no trainer_state.json" in caplog.text
+    assert "is left out: no trainer_state.json" in caplog.text
     caplog.clear()
     write_state(run / "checkpoint-100", 100, 100)  # then the final model is the same
     assert found(run) == [(9, "checkpoint-9"), (100, "checkpoint-100")]
@@ -238,7 +238,7 @@ def test_what_is_no_checkpoint_is_passed_over(
     (run / "checkpoint-7" / "pytorch_model.bin").write_bytes(b"pickled")
     assert found(run) == [(3, "checkpoint-3")]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{run / 'checkpoint-7'} has no weights in safetensors: it is left out"
+        f"{run / 'checkpoint-7'} is left out: it has no weights in safetensors"
     ]
 
 
@@ -286,7 +286,7 @@ def test_a_run_of_another_architecture_is_refused(packs: dict[str, Path], tmp_pa
     assert "trains no module of the pack ('model.layers.0." in fails(lora, pack, PackError)
     full = full_run(tmp_path / "full", packs["gpt2"] / "base", (1,))
     said = fails(full, pack, InputError)
-    assert "checkpoint-1 has no weight for 'model.layers.0.mlp.down_proj': it is of another architecture" in said
+    assert "checkpoint-1 has no weight for 'model.layers.0.mlp.down_proj': it has another architecture" in said
     said = fails(full, pack, PackError, base=str(packs["gpt2"] / "base"))
     assert f"'{packs['gpt2'] / 'base'}' has no module 'model.layers.0.mlp.down_proj'" in said
 
@@ -301,7 +301,7 @@ def test_a_run_of_another_size_is_refused(tiny_pack: Path, tmp_path: Path, monke
     assert "(32, 48) in the pack" in fails(full, tiny_pack, PackError, base=str(wide))
     start = str(make_adapter(wide, tmp_path / "start"))
     run = lora_run(tmp_path / "run", tiny_pack / "base", (1,))
-    assert "other shapes than the one it is said to have started from" in fails(run, tiny_pack, PackError, base=start)
+    assert "have different shapes: name the right one" in fails(run, tiny_pack, PackError, base=start)
     full = full_run(tmp_path / "again", tiny_pack / "base", (1,))
     assert "has another shape in the base model" in fails(full, tiny_pack, PackError, base=start)
 

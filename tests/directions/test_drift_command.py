@@ -292,7 +292,7 @@ def test_what_is_left_out_is_told_unless_quiet(command: Command, run: Path, capl
     shutil.move(run / "checkpoint-20" / "adapter_model.safetensors", run / "checkpoint-20" / "adapter_model.bin")
     assert command(run)[0] == 0
     assert [r.getMessage() for r in caplog.records] == [
-        f"{run / 'checkpoint-20'} has no weights in safetensors: it is left out"
+        f"{run / 'checkpoint-20'} is left out: it has no weights in safetensors"
     ]
     caplog.clear()
     assert command(run, "-q") == (0, "", "")

@@ -42,7 +42,7 @@ def test_no_value_of_a_range_drifts(start: int, steps: int, step: int) -> None:
     [
         ("", "must be start:stop:step or a list"),
         ("a:b:c", "must be start:stop:step or a list"),
-        ("-1:1", "must be start:stop:step, as"),
+        ("-1:1", "must be start:stop:step, such as"),
         ("-1:1:0", "by a step above 0"),
         ("-1:1:-0.5", "by a step above 0"),
         ("1:-1:0.5", "must go up"),

@@ -41,7 +41,7 @@ def test_other_columns_are_named_and_the_first_rows_taken(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("lines", "columns", "why"),
     [
-        ([{"q": "a"}], {}, r"no column 'prompt' \(they have 'q'\): name the prompt's with --prompt-column"),
+        ([{"q": "a"}], {}, r"no column 'prompt' \(they have 'q'\): name the right one with --prompt-column"),
         (ROWS, {"safe": "good"}, "no column 'good' .*--safe-column"),
         (ROWS, {"unsafe": "bad"}, "no column 'bad' .*--unsafe-column"),
         ([{"prompt": "a"}, {"prompt": " "}], {}, "rows.jsonl, line 2: the column 'prompt' is empty"),
