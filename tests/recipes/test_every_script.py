@@ -1,0 +1,34 @@
+"""Every script in recipes/ is run by a test. A new script needs a test, and its line here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.scripts import RECIPES
+
+TESTED_IN = {
+    "benchmarks/random_pack.py": "recipes/test_benchmarks.py",
+    "benchmarks/scale.py": "recipes/test_benchmarks.py",
+    "benchmarks/speed.py": "recipes/test_benchmarks.py",
+    "drift/dolly.py": "recipes/test_drift.py",
+    "judge/train.py": "judges/test_recipe.py",
+    "packs/smollm2-135m/prepare.py": "recipes/test_packs.py",
+    "packs/smollm2-135m/refusals.py": "recipes/test_packs.py",
+    "packs/smollm2-135m/sweep.py": "recipes/test_packs.py",
+    "paper/small/study.py": "recipes/test_paper.py",
+    "paper/small/tables.py": "recipes/test_paper.py",
+    "slurm/filter.sbatch": "recipes/test_slurm.py",
+}
+
+
+def test_every_script_has_a_test() -> None:
+    scripts = [path for ending in ("py", "sh", "sbatch") for path in RECIPES.rglob(f"*.{ending}")]
+    assert sorted(path.relative_to(RECIPES).as_posix() for path in scripts) == sorted(TESTED_IN)
+
+
+@pytest.mark.parametrize("script", TESTED_IN)
+def test_a_script_is_named_in_the_file_that_runs_it(script: str) -> None:
+    text = (Path(__file__).parents[1] / TESTED_IN[script]).read_text(encoding="utf-8")
+    assert Path(script).stem in text
