@@ -1,4 +1,4 @@
-"""The conversations that some scorers hold rows to, read as rows to be scored are."""
+"""The anchors: conversations that some scorers compare rows with, read in the same way as rows."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from sqsd_filter.errors import InputError
 
 
 def read_anchors(source: str | Path) -> list[list[Message]]:
-    """All conversations of a source, in order; the form of its rows is detected.
+    """All conversations of a source, in order; the format of its rows is detected.
 
-    Raises `InputError`, for a row that can't be read, too: these files are small and chosen by hand.
+    Raises `InputError`, also for a single row that can't be read: these files are small and chosen by hand.
     """
-    found: list[list[Message]] = []
+    anchors: list[list[Message]] = []
     with closing(Opener()) as opener:
         sources = opener.open(expand([source]))
         try:
             form = Columns().choose(peek(sources))
         except InputError as problem:
             raise InputError(
-                f"It can't be told how the anchors in {source} are to be read: give each as 'messages', or as 'prompt' "
-                "and 'completion'."
+                f"The format of the anchors in {source} is not known: give each as 'messages', or as 'prompt' and "
+                "'completion'."
             ) from problem
 
         def visit(row: Row) -> None:
             try:
                 if row.value is None:
                     raise RowError(BAD_JSON, row.problem)
-                found.append(form.conversation(row.value))
+                anchors.append(form.conversation(row.value))
             except RowError as problem:
                 why = problem.detail or problem.status
-                raise InputError(f"{row.file}, line {row.line}: {why}. Mend the row or leave it out.") from problem
+                raise InputError(f"{row.file}, line {row.line}: {why}. Fix the row or leave it out.") from problem
 
         Corpus.scan(sources, visit=visit, columns=form.columns)
-    return found
+    return anchors

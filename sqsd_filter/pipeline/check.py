@@ -8,7 +8,7 @@ One model is loaded at a time.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -147,15 +147,15 @@ class _Check:
         n = int(np.isfinite(asked.risk).sum())
         anywhere = kernel in ("eager", "sdpa")  # others may be for a GPU, or for 16 bits, only
         full = {"dtype": "float32"} | ({} if anywhere else {"attention": "eager"})
-        exact = self._other("float32", **full) if half else asked
+        exact = self._other("float32", full) if half else asked
         plain, device = exact, scorer.device
         if plain is None and device.startswith("cuda"):  # slow, but it decides
-            plain, device = self._other("float32 on the CPU", device="cpu", **full), "cpu"
-        other = asked if half else self._other("bfloat16", dtype="bfloat16")
+            plain, device = self._other("float32 on the CPU", {"device": "cpu", **full}), "cpu"
+        other = asked if half else self._other("bfloat16", {"dtype": "bfloat16"})
         self._compare(HALVES, other, plain, mend="--dtype float32", exact=False, used=half)
-        eager = asked if kernel == "eager" else self._other("eager attention", attention="eager")
+        eager = asked if kernel == "eager" else self._other("eager attention", {"attention": "eager"})
         for name in kernels:
-            scores = asked if name == kernel else self._other(f"{name} attention", attention=name)
+            scores = asked if name == kernel else self._other(f"{name} attention", {"attention": name})
             self._compare(
                 f"{name} against eager attention",
                 scores,
@@ -166,7 +166,7 @@ class _Check:
             )
         few = _spread(asked)
         if scorer.device.startswith("cuda") and exact is not None:
-            there = self._other("the CPU", few, device="cpu", **full)
+            there = self._other("the CPU", {"device": "cpu", **full}, few)
             self._compare("cuda against cpu", _take(exact, few), there, mend="--device cpu")
         elif scorer.device.startswith("cuda"):
             self.skipped.append({"name": "cuda against cpu", "why": "there are no scores in float32 on the GPU"})
@@ -222,7 +222,7 @@ class _Check:
         kernel = str(model.config._attn_implementation)  # noqa: SLF001  (transformers has no public name for it)
         return asked, kernel, list(dict.fromkeys(name for name in (kernel, *_kernels(model)) if name != "eager"))
 
-    def _other(self, phase: str, rows: Sequence[int] | None = None, **settings: str) -> Scores | None:
+    def _other(self, phase: str, settings: Mapping[str, str], rows: Sequence[int] | None = None) -> Scores | None:
         """The scores by a scorer with other settings; None where it can't be set up so, which is noted."""
         return self._score(phase, rows, lambda: self.scorer.changed(**settings))
 

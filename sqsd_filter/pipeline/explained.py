@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from sqsd_filter.corpus.conversation import Message
 from sqsd_filter.errors import SQSDError, UsageError, option
@@ -14,11 +13,12 @@ from sqsd_filter.scoring.explain import Explanation, explain
 from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
 from sqsd_filter.storage.folder import write_text
 
-MOST = 1000  # rows: all that is told of them is held in memory
+MOST = 1000  # rows, whose explanations are held in memory
 
 
 def check_explain(count: int | None, dest: str | Path, scorer: BatchedScorer | None) -> None:
-    """Raise `UsageError` where so many rows can't be explained, or not there, or not what this scorer gives them."""
+    """Raise `UsageError` for a number of rows that can't be explained, a URL as destination, or a scorer other than
+    SQSD."""
     if count is None:
         return
     if scorer is not None and not isinstance(scorer, SQSDScorer):
@@ -37,22 +37,22 @@ def check_explain(count: int | None, dest: str | Path, scorer: BatchedScorer | N
 
 
 def write_explained(path: Path, scored: Scored, scorer: SQSDScorer, count: int, progress: Progress) -> int:
-    """Explain the `count` riskiest rows that have a score, equal risks in row order. Returns how many there were.
+    """Explain the `count` riskiest rows that have a score, equal risks in row order. Returns their number.
 
     Raises `SQSDError` where one does not fit into memory.
     """
     assert scored.form is not None
     rows = scored.riskiest(count)
     progress.start("explaining", len(rows))
-    found: dict[int, dict[str, Any]] = {index: {} for index in rows}
+    explanations: dict[int, dict[str, object]] = {index: {} for index in rows}
     for row in scored.corpus.read(min(rows, default=0), max(rows, default=-1) + 1, scored.form.columns):
-        if row.index not in found:
+        if row.index not in explanations:
             continue
         assert row.value is not None
         about = {"row": row.index, "file": row.file, "line": row.line, "risk": float(scored.risk[row.index])}
-        found[row.index] = {**about, **_explained(scorer, row.index, scored.form.conversation(row.value))}
+        explanations[row.index] = {**about, **_explained(scorer, row.index, scored.form.conversation(row.value))}
         progress.advance(1)
-    content = {"pack": scorer.pack.fingerprint, "dtype": scorer.dtype, "rows": list(found.values())}
+    content = {"pack": scorer.pack.fingerprint, "dtype": scorer.dtype, "rows": list(explanations.values())}
     write_text(path, json.dumps(content, indent=1) + "\n")
     return len(rows)
 

@@ -1,4 +1,4 @@
-"""One run from its destination's point of view: claimed, worked on, told of whatever happens, published."""
+"""One run from its destination's point of view: claimed, filled, reported on whatever happens, published."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ Work = Callable[[], tuple[RunContent, Notes]]  # writes the rows, and returns wh
 
 @dataclass(frozen=True)
 class Outlet:
-    """Where a run goes: a place on this disk, and perhaps a target that gets it from there. Where only the target was
-    asked for, the place is a stage that is struck in the end."""
+    """Where a run goes: a destination on this disk, and perhaps a target to which it is published from there. If only
+    the target was asked for, the destination lies in a staging folder that is deleted in the end."""
 
     destination: Destination
     target: Target | None = None
     stage: Path | None = None
-    lock: IO[bytes] | None = None  # on the stage
+    lock: IO[bytes] | None = None  # on the staging folder
     has_card: bool = True
 
     @classmethod
     def of(cls, dest: str | Path, overwrite: bool, push: PushTo | None) -> Outlet:
-        """Raises `SQSDError` where the run can't go there, as far as can be told before its work."""
+        """Raises `SQSDError` where the run can't be written there, as far as that is known before its work."""
         target: Target | None = push and replace(push, overwrite=overwrite or push.overwrite)
         stage, lock = None, None
         if "://" in str(dest):
@@ -87,8 +87,8 @@ class Outlet:
         return cls(destination, target, stage, lock)
 
     def spare(self, sources: Iterable[Source]) -> None:
-        """Raise `DestinationExists` for a source that would be lost with what is replaced, `UsageError` for a folder
-        that the output would become a part of."""
+        """Raise `DestinationExists` for a source that would be deleted with what the run replaces, `UsageError` for a
+        source folder in which the output would lie."""
         for source in sources:
             for root in source.roots:
                 if self.target is not None:
@@ -104,7 +104,7 @@ class Outlet:
                     )
 
     def close(self) -> None:
-        """Strike a stage on which there is nothing to go on from, and let others have it."""
+        """Delete a staging folder without any work in it, and unlock it."""
         if self.stage is not None and not self.destination.holds_work():
             shutil.rmtree(self.stage, ignore_errors=True)
         if self.lock is not None:
@@ -112,16 +112,16 @@ class Outlet:
 
 
 def stage_of(url: str) -> Path:
-    """Where the run to a URL stands until all of it has arrived there."""
+    """The staging folder of the run to a URL."""
     return cache_dir() / "stages" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
 
 
 @dataclass
 class Job:
-    """Everything a run has in common, whatever it exports.
+    """All that runs have in common, whatever they write.
 
-    `identity` is what makes two runs the same; `record` is only told in the report. `originals` has the cards of the
-    datasets that were read.
+    Two runs with the same `identity` are the same run; `record` only goes into the report. `originals` has the name and
+    card of each dataset that was read.
     """
 
     outlet: Outlet
@@ -135,11 +135,11 @@ class Job:
 
     @property
     def published_run(self) -> str:
-        """The run as a target knows it: explanations never get there, so they make no other run of it."""
+        """The run's id at a target. Explanations are not published, so they don't change it."""
         return run_id({name: value for name, value in self.identity.items() if name != "explain"})
 
     def carry_out(self, work: Work) -> FinishedReport:
-        """Claim the destination, do the work, leave a report whatever happens, publish. Returns the report.
+        """Claim the destination, do the work, write a report whatever happens, and publish. Returns the report.
 
         Raises `SQSDError` where the disk or the target refuses.
         """
@@ -157,7 +157,7 @@ class Job:
             return report
         except OSError as problem:
             raise SQSDError(
-                f"The run can't go on ({problem}): mend that and run the same command again; no score is lost."
+                f"The run can't go on ({problem}): fix that and run the same command again; no score is lost."
             ) from problem
         finally:
             self.meter.finish()
@@ -192,7 +192,7 @@ class Job:
         return {**report, "published": where, "already_done": False}
 
     def _carry_out(self, work: Work) -> FinishedReport:
-        # what a caller puts on record is anything, but under these two keys it is what the type says
+        # a caller may record anything, but under the keys of the type it is what the type says
         record = cast("RunFacts", {"settings": {}, **self.record})
         facts: RunFacts = {**record, "versions": versions(), **self.facts}
         known: RunFacts | Report = facts
@@ -216,7 +216,7 @@ class Job:
         return finished
 
     def _write_page(self, report: Report, notes: Notes) -> None:
-        """The rows are all written: a page that can't be is no reason to fail."""
+        """All rows are written: a page that can't be written is only a warning."""
         home = self.outlet.destination.home
         try:
             write_page(home, report, notes)

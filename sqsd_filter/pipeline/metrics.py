@@ -1,7 +1,7 @@
 """The state of a run as a file in Prometheus' text format, for node-exporter's textfile collector and the like.
 
-It is written when the run starts, every few seconds, and when the run ends, whatever the end. Files of several jobs may
-lie in one folder: every sample has the label `run`, the file's name.
+It is written when the run starts, every few seconds, and when it ends or fails. Files of several runs may lie in one
+folder: every sample has the label `run`, the file's name.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Metrics:
     def _try_to_write(self, state: str) -> None:
         try:
             self._write(state)
-        except Exception as problem:  # no reason to end a run, nor the thread that tells of it
+        except Exception as problem:  # neither the run nor this thread should end for it
             log.warning("the metrics file %s can't be written (%s)", self._path, problem)
 
     def _write(self, state: str) -> None:

@@ -117,6 +117,7 @@ def test_values_too_near_for_bfloat16_are_found_and_mended(tiny_pack: Path, tmp_
     assert not bad["ok"]
     assert bad["used"]
     assert bad["mend"] == "--dtype float32"
+    assert bad["rank"] is not None
     assert bad["rank"] < 0.99
     assert f"{bad['rank']:.4f}" in bad["why"]
     mended = check_pack(pack, scorer=SQSDScorer(pack, dtype="float32"), limit=8)
@@ -142,7 +143,7 @@ def test_a_kernel_for_halves_only_is_held_against_the_eager_one_in_float32(tiny_
 def test_without_the_comparison_that_decides_nothing_can_be_trusted(
     tiny_pack: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", narrow)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", narrow)  # noqa: SLF001  (it has no public name)
     how = ("--limit", "8", "--dtype", "bfloat16")
     code, out = run(capfd, str(tiny_pack), *how, "--json", "-q")
     found = json.loads(out)
@@ -161,7 +162,10 @@ def test_the_dense_form_is_left_out_where_it_does_not_fit_into_memory(
     dense.load()
     (row,) = dense.encoder.encode([[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]])
     updates = [dense.update(row, *at).values() for at in {probe.at for probe in dense.pack.probes}]
-    matrices = [*chain.from_iterable(updates), *chain.from_iterable(each.values() for each in dense.directions.values())]
+    matrices = [
+        *chain.from_iterable(updates),
+        *chain.from_iterable(each.values() for each in dense.directions.values()),
+    ]
     need = dense.dense_bytes
     assert need == sum(matrix.nbytes for matrix in matrices)
     model = AutoModelForCausalLM.from_pretrained(dense.base_model, dtype=torch.float64)

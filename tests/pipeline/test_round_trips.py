@@ -104,8 +104,8 @@ def scorer(tiny_pack: Path) -> SQSDScorer:
 
 def rows(dataset: datasets.Dataset) -> list[Any]:
     """As Arrow has them: nothing is decoded."""
-    table: pa.Table = dataset.with_format("arrow")[:]
-    return table.to_pylist()
+    undecoded: list[Any] = dataset.with_format("arrow")[:].to_pylist()
+    return undecoded
 
 
 def kept(where: str, to: str = "parquet", **how: Any) -> datasets.Dataset:

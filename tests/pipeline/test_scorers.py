@@ -15,6 +15,7 @@ from sqsd_filter.errors import DestinationExists, UsageError
 from sqsd_filter.pipeline.anchors import read_anchors
 from sqsd_filter.pipeline.run import filter_dataset, score_dataset, select_dataset
 from sqsd_filter.pipeline.stage.ray_engine import RayEngine
+from sqsd_filter.pipeline.writing.histogram import write_histogram
 from sqsd_filter.scoring.baselines import ANCHORED, SCORERS
 from tests.corpora import content, ids_of, make_rows, read_report, rows_of, write_jsonl
 from tests.tiny import chat
@@ -85,6 +86,16 @@ def test_no_page_calls_another_scorers_risk_sqsds(command: Command) -> None:
     assert "The risk comes from the scorer length on " in page
     assert ">risk by length (higher is riskier)<" in page
     assert "A low risk only means that a row ranks low by this measure. It does not mean that" in page
+
+
+def test_the_picture_names_the_scorer_on_its_axis(folder: Path, tiny_pack: Path) -> None:
+    report = filter_dataset("in.jsonl", "out", drop_count=4, scorer=make_scorer("length", tiny_pack))
+    bars = json.loads(Path("out/sqsd/notes.json").read_text())["histogram"]
+    write_histogram(folder / "length.png", bars, report)
+    write_histogram(folder / "sqsd.png", bars, {**report, "scorer": "sqsd"})
+    drawn = Path("out/sqsd/risk.png").read_bytes()
+    assert drawn == (folder / "length.png").read_bytes()
+    assert drawn != (folder / "sqsd.png").read_bytes()
 
 
 def test_scored_files_keep_the_name_of_their_scorer(folder: Path, tiny_pack: Path) -> None:

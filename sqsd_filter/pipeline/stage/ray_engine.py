@@ -18,6 +18,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext, suppress
 from functools import partial
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -143,7 +144,8 @@ class RayEngine:
         if not expected:
             return
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        ledger = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote(pack_files_of(scorer.pack))
+        actor = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here)
+        ledger = cast("ActorHandle[Any]", actor.remote(pack_files_of(scorer.pack)))
         arguments = {
             "scorer": copy.copy(scorer),  # without its model
             "ledger": ledger,
@@ -180,7 +182,7 @@ class RayEngine:
             raise SQSDError(f"{len(expected)} shards did not come back from Ray: run the same command again.")
 
     @contextmanager
-    def _reports(self, ledger: ActorHandle, progress: Progress) -> Iterator[None]:
+    def _reports(self, ledger: ActorHandle[Any], progress: Progress) -> Iterator[None]:
         """Report the ledger's figures to `progress`, with a note when no row is finished for long."""
         stop = threading.Event()
         rows = tokens = retried = 0
@@ -188,7 +190,7 @@ class RayEngine:
 
         def look() -> None:
             nonlocal rows, tokens, retried, moved
-            state = ray.get(ledger.state.remote(), timeout=30)
+            state: dict[str, int] = ray.get(ledger.state.remote(), timeout=30)
             progress.replicas(state["replicas"], state["retried"])
             if (state["rows"], state["tokens"]) != (rows, tokens):
                 progress.advance(state["rows"] - rows, state["tokens"] - tokens)
@@ -225,7 +227,8 @@ class RayEngine:
 
 
 def _batches(scored: ray.data.Dataset) -> Iterator[pa.Table]:
-    batches = iter(scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    iterable = scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    batches = cast("Generator[pa.Table]", iter(iterable))  # a generator in truth, of this format
     try:
         while (batch := next(batches, None)) is not None:
             yield batch

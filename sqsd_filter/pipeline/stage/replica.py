@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -93,7 +94,7 @@ class Ledger:
 class Replica:
     """A model on a device of its own, scoring shards."""
 
-    def __init__(self, scorer: BatchedScorer, ledger: ActorHandle, threads: int, content: str | None) -> None:
+    def __init__(self, scorer: BatchedScorer, ledger: ActorHandle[Any], threads: int, content: str | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
@@ -143,9 +144,10 @@ class Replica:
 
 
 class _Reporting(ScoringCallbacks):
-    def __init__(self, ledger: ActorHandle, replica: str, shard: int) -> None:
+    def __init__(self, ledger: ActorHandle[Any], replica: str, shard: int) -> None:
         self.ledger, self.replica, self.shard = ledger, replica, shard
-        self.attempt, apart, given_up = ray.get(ledger.begin.remote(shard))
+        begun: tuple[int, set[int], set[int]] = ray.get(ledger.begin.remote(shard))
+        self.attempt, apart, given_up = begun
         self.apart, self.given_up = frozenset(apart), frozenset(given_up)
         self.careful = self.attempt >= WATCHED_FROM
 
@@ -197,7 +199,7 @@ def pack_files_of(pack: Pack) -> dict[str, bytes]:
 
 
 @contextmanager
-def _local_copy(pack: Pack, ledger: ActorHandle) -> Iterator[Pack]:
+def _local_copy(pack: Pack, ledger: ActorHandle[Any]) -> Iterator[Pack]:
     """The pack on this node: at the driver's path if the same files are there, else written from the ledger's.
 
     Only the adapters are read here; the probes are the driver's, which need not be those of the file.
@@ -210,7 +212,8 @@ def _local_copy(pack: Pack, ledger: ActorHandle) -> Iterator[Pack]:
         yield local
         return
     with tempfile.TemporaryDirectory(prefix="sqsd-pack-") as folder:
-        for name, content in ray.get(ledger.pack_files.remote()).items():
+        files: Mapping[str, bytes] = ray.get(ledger.pack_files.remote())
+        for name, content in files.items():
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
