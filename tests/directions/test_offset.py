@@ -67,9 +67,10 @@ def test_a_direction_that_bfloat16_weights_would_swallow_is_there(tiny_pack: Pat
     for name, m in (("exact", exact), ("bfloat16", model)):
         grabbed: list[torch.Tensor] = []
         linear = m.get_submodule("model.layers.0.self_attn.v_proj")
-        at_zero = linear(torch.ones(1, 32, dtype=linear.weight.dtype) / 32)
+        ones = torch.ones(1, 32, dtype=m.dtype)
+        at_zero = linear(ones / 32)
         with offset(m, adapter, 1e-2):
-            grabbed.append(linear(torch.ones(1, 32, dtype=linear.weight.dtype) / 32) - at_zero)
+            grabbed.append(linear(ones / 32) - at_zero)
         seen[name] = grabbed[0].double()
     torch.testing.assert_close(seen["bfloat16"], seen["exact"], rtol=0.3, atol=5e-4)
 

@@ -51,7 +51,7 @@ def test_a_base_in_4_bits_gives_the_gradients_of_the_weights_that_it_stands_for(
         if isinstance(module, Linear4bit):
             stored: Any = module.weight
             weight = dequantize_4bit(stored.data, stored.quant_state)
-            twin = dense.get_submodule(name).weight
+            twin = dense.get_submodule(name).get_parameter("weight")
             assert module.weight.dtype == torch.uint8
             assert 0 < (weight - twin).norm() / twin.norm() < 0.2
             twin.copy_(weight)
