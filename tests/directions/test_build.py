@@ -241,7 +241,7 @@ BROKEN: dict[str, tuple[str, str, type[SQSDError], str]] = {
         'method = "dpo"',
         'method = "dpo"\ntake_step = "sensitive"',
         UsageError,
-        r"adapters\.safety.*is for an adapter that is a state only",
+        r"adapters\.safety.*is for an adapter that is only a state",
     ),
     "no such step": ("take_step = 2", "take_step = 6", UsageError, "trained for 4 steps: its take_step can't be 6"),
 }

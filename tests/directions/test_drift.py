@@ -303,7 +303,7 @@ def test_a_run_of_another_size_is_refused(tiny_pack: Path, tmp_path: Path, monke
     run = lora_run(tmp_path / "run", tiny_pack / "base", (1,))
     assert "have different shapes: name the right one" in fails(run, tiny_pack, PackError, base=start)
     full = full_run(tmp_path / "again", tiny_pack / "base", (1,))
-    assert "has another shape in the base model" in fails(full, tiny_pack, PackError, base=start)
+    assert "has different shapes in the base model" in fails(full, tiny_pack, PackError, base=start)
 
 
 def test_damaged_checkpoints_are_named(tiny_pack: Path, tmp_path: Path) -> None:
