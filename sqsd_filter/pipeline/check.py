@@ -253,7 +253,12 @@ class _Check:
         # In float32 the dense form would be the less exact one of the two.
         device = "cpu" if device == "mps" else device  # which has no float64
         scorer = ReferenceScorer(
-            own.pack, other, device, "float64", max_length=own.max_length, trust_remote_code=own.trust_remote_code
+            own.pack,
+            other,
+            device=device,
+            dtype="float64",
+            max_length=own.max_length,
+            trust_remote_code=own.trust_remote_code,
         )
         _free()  # of the model before
         need, free = 8 * self.parameters + scorer.dense_bytes, free_memory(device)

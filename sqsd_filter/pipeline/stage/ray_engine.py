@@ -18,14 +18,13 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import pyarrow as pa
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
-from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -35,7 +34,15 @@ from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import SQSDError, first_line
 from sqsd_filter.pipeline.report import EngineFacts
 from sqsd_filter.pipeline.stage.engines import ScoredShard
-from sqsd_filter.pipeline.stage.replica import Ledger, Replica, as_data, from_bytes, pack_files_of, raise_from
+from sqsd_filter.pipeline.stage.replica import (
+    Ledger,
+    LedgerHandle,
+    Replica,
+    as_data,
+    from_bytes,
+    pack_files_of,
+    raise_from,
+)
 from sqsd_filter.pipeline.stage.shards import Shard, conversations
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.scorer import BatchedScorer
@@ -49,7 +56,7 @@ class ShardSource(Datasource):
     """One read task per shard; each gives a single row with the shard's number and its conversations as JSON."""
 
     def __init__(self, corpus: ray.ObjectRef[Corpus], form: RowFormat, shards: Sequence[Shard]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray's own is not typed
         self._corpus, self._form, self._shards = corpus, form, shards
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -145,7 +152,7 @@ class RayEngine:
             return
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here)
-        ledger = cast("ActorHandle[Any]", actor.remote(pack_files_of(scorer.pack)))
+        ledger: LedgerHandle = actor.remote(pack_files_of(scorer.pack))
         arguments = {
             "scorer": copy.copy(scorer),  # without its model
             "ledger": ledger,
@@ -182,7 +189,7 @@ class RayEngine:
             raise SQSDError(f"{len(expected)} shards did not come back from Ray: run the same command again.")
 
     @contextmanager
-    def _reports(self, ledger: ActorHandle[Any], progress: Progress) -> Iterator[None]:
+    def _reports(self, ledger: LedgerHandle, progress: Progress) -> Iterator[None]:
         """Report the ledger's figures to `progress`, with a note when no row is finished for long."""
         stop = threading.Event()
         rows = tokens = retried = 0

@@ -17,12 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.actor import ActorHandle
 
 import sqsd_filter.errors as errors
 from sqsd_filter.corpus.conversation import conversation_key
@@ -32,6 +31,8 @@ from sqsd_filter.scoring.results import Scores, ScoringCallbacks
 from sqsd_filter.scoring.scorer import BatchedScorer
 
 log = logging.getLogger(__name__)
+
+LedgerHandle: TypeAlias = Any  # Ray's handle of a `Ledger`, with its methods; Ray's own type for it shows none of them
 
 BEAT = 2.0  # seconds between a replica's signs of life
 SILENT_FOR = 20.0  # seconds after which a replica counts as gone
@@ -94,7 +95,7 @@ class Ledger:
 class Replica:
     """A model on a device of its own, scoring shards."""
 
-    def __init__(self, scorer: BatchedScorer, ledger: ActorHandle[Any], threads: int, content: str | None) -> None:
+    def __init__(self, scorer: BatchedScorer, ledger: LedgerHandle, threads: int, content: str | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
@@ -144,7 +145,7 @@ class Replica:
 
 
 class _Reporting(ScoringCallbacks):
-    def __init__(self, ledger: ActorHandle[Any], replica: str, shard: int) -> None:
+    def __init__(self, ledger: LedgerHandle, replica: str, shard: int) -> None:
         self.ledger, self.replica, self.shard = ledger, replica, shard
         begun: tuple[int, set[int], set[int]] = ray.get(ledger.begin.remote(shard))
         self.attempt, apart, given_up = begun
@@ -199,7 +200,7 @@ def pack_files_of(pack: Pack) -> dict[str, bytes]:
 
 
 @contextmanager
-def _local_copy(pack: Pack, ledger: ActorHandle[Any]) -> Iterator[Pack]:
+def _local_copy(pack: Pack, ledger: LedgerHandle) -> Iterator[Pack]:
     """The pack on this node: at the driver's path if the same files are there, else written from the ledger's.
 
     Only the adapters are read here; the probes are the driver's, which need not be those of the file.
