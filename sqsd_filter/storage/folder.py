@@ -197,8 +197,6 @@ def sweep(folder: Path, older_than: float = 0.0) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a crash of the machine."""
-    if os.name == "nt":
-        return  # Windows opens no folders
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)

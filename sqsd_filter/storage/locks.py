@@ -5,30 +5,9 @@ The system's own file locks: unlike a file whose existence is the lock, they lea
 
 from __future__ import annotations
 
-import sys
+import fcntl
 from pathlib import Path
 from typing import IO
-
-if sys.platform == "win32":
-    import msvcrt
-    import time
-
-    def _take(file: IO[bytes], wait: bool) -> None:
-        while True:
-            file.seek(0)
-            try:
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-                return
-            except PermissionError as problem:
-                if not wait:
-                    raise BlockingIOError(problem.errno, problem.strerror) from None
-                time.sleep(0.1)
-
-else:
-    import fcntl
-
-    def _take(file: IO[bytes], wait: bool) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def take_lock(path: Path, *, wait: bool = False) -> IO[bytes]:
@@ -40,7 +19,7 @@ def take_lock(path: Path, *, wait: bool = False) -> IO[bytes]:
     """
     file = path.open("ab")
     try:
-        _take(file, wait)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise

@@ -58,6 +58,6 @@ def test_where_a_file_system_has_no_locks_nothing_is_locked(tmp_path: Path, monk
     def no_locks(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("sqsd_filter.storage.locks._take", no_locks)
+    monkeypatch.setattr("fcntl.flock", no_locks)
     with take_lock(tmp_path / "lock"):
         take_lock(tmp_path / "lock").close()
