@@ -161,6 +161,7 @@ def test_the_dense_form_is_left_out_where_it_does_not_fit_into_memory(
     dense = ReferenceScorer(tiny_pack, dtype="float64")
     dense.load()
     (row,) = dense.encoder.encode([[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]])
+    assert isinstance(row, Encoded)
     updates = [dense.update(row, *at).values() for at in {probe.at for probe in dense.pack.probes}]
     matrices = [
         *chain.from_iterable(updates),

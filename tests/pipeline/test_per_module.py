@@ -20,6 +20,7 @@ from sqsd_filter.pipeline.report import FinishedReport
 from sqsd_filter.pipeline.scores.upkeep import compact_all, describe
 from sqsd_filter.pipeline.stage import shards
 from sqsd_filter.pipeline.stage.replica import _to_table, from_bytes
+from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.pack import load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer, cosine
 from tests.corpora import make_rows, write_jsonl
@@ -57,6 +58,7 @@ def test_the_lists_are_the_dense_cosines_in_the_order_that_is_named(folder: Path
     dense.load()
     for row, turns in zip(table.to_pylist(), CONVERSATIONS, strict=False):
         (encoded,) = dense.encoder.encode([turns])
+        assert isinstance(encoded, Encoded)
         for probe in dense.pack.probes:
             update, V = dense.update(encoded, *probe.at), dense.directions[probe.direction]
             expected = [cosine(update[name], V[name]) for name in names[probe.name]]

@@ -92,7 +92,8 @@ def test_the_picture_names_the_scorer_on_its_axis(folder: Path, tiny_pack: Path)
     report = filter_dataset("in.jsonl", "out", drop_count=4, scorer=make_scorer("length", tiny_pack))
     bars = json.loads(Path("out/sqsd/notes.json").read_text())["histogram"]
     write_histogram(folder / "length.png", bars, report)
-    write_histogram(folder / "sqsd.png", bars, {**report, "scorer": "sqsd"})
+    report["scorer"] = "sqsd"
+    write_histogram(folder / "sqsd.png", bars, report)
     drawn = Path("out/sqsd/risk.png").read_bytes()
     assert drawn == (folder / "length.png").read_bytes()
     assert drawn != (folder / "sqsd.png").read_bytes()
