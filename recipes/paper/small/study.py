@@ -258,7 +258,7 @@ def study_rows(data: Path, seed: int = 0) -> dict[str, list[Row]]:
         for kind, answer in (("unsafe", "rejected"), ("safe", "chosen"))
     }
     chosen_on = {asked(row) for row in prepared["val"]}
-    prompts = {
+    prompts: dict[str, list[Row]] = {
         "harmful": [row for row in prepared["harmful"] if row["source"].startswith("AdvBench")],  # which it refuses
         "harmless": [row for row in prepared["harmless"] if asked(row) not in chosen_on],
     }
