@@ -182,7 +182,7 @@ scorer = together(
         metavar="SRC",
         help=f"Conversations with safe answers, for the scorers {', '.join(ANCHORED)}.",
     ),
-    option(MODEL, "--seed", type=int, show_default="0", metavar="N", help="Seed for --scorer random."),
+    option(MODEL, "--seed", type=int, show_default="0", metavar="N", help="Seed for `--scorer random`."),
 )
 scoring = together(pack, shared_state, scorer, model)
 

@@ -1,1 +1,1 @@
-"""Directions room: the compass (a pack of adapters) is made, read and checked here."""
+"""Direction packs: built, imported, inspected and tested; and what a fine-tune does along their directions."""

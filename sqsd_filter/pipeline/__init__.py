@@ -1,1 +1,1 @@
-"""Pipeline room: a corpus in, the same corpus without its riskiest rows out."""
+"""A corpus in, the same corpus without its riskiest rows out."""

@@ -1,1 +1,1 @@
-"""Scoring room: one row in, its danger, safety and risk out."""
+"""One row in, its danger, safety and risk out."""

@@ -53,7 +53,7 @@ CAVEATS = """\
 
 - A low risk only means {low}. It does not mean that a
   model fine-tuned on the kept rows is safe: evaluate the model that you train.
-- Risk depends on the length of a row. Read some of the dropped rows before you trust the cut.
+- Risk can be related to the length of answers. Read some of the dropped rows before you trust the cut.
 - Dropped rows may be harmful, and rows without a score were not judged. Read them before you train on them."""
 
 RULES = {
