@@ -95,7 +95,7 @@ def table(report: Mapping[str, Any]) -> str:
     for comparison in report["comparisons"]:
         if not comparison["ok"]:
             verb = "Use" if comparison["used"] else "Stay with"
-            lines.append(f"{comparison['name']}: {comparison['why']}. {verb} {comparison['mend']}.")
+            lines.append(f"{comparison['name']}: {comparison['why']}. {verb} {comparison['fix']}.")
     gap = f": there is no comparison {', '.join(report['missing'])}" if report["missing"] else ""
     trusted = f"Scores by these options {'can' if report['trusted'] else 'cannot'} be trusted{gap}."
     return "\n".join([*lines, trusted])

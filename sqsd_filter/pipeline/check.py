@@ -37,11 +37,11 @@ GIB = 1 << 30
 
 
 class Comparison(Difference):
-    """`used` says whether the scorer as asked for computes in the way that was tested, `mend` names the flag to use."""
+    """`used` says whether the scorer as asked for computes in the way that was tested, `fix` names the flag to use."""
 
     name: str
     used: bool
-    mend: str
+    fix: str
 
 
 class Skipped(TypedDict):
@@ -152,7 +152,7 @@ class _Check:
         if plain is None and device.startswith("cuda"):  # slow, but it decides
             plain, device = self._other("float32 on the CPU", {"device": "cpu", **full}), "cpu"
         other = asked if half else self._other("bfloat16", {"dtype": "bfloat16"})
-        self._compare(HALVES, other, plain, mend="--dtype float32", exact=False, used=half)
+        self._compare(HALVES, other, plain, fix="--dtype float32", exact=False, used=half)
         eager = asked if kernel == "eager" else self._other("eager attention", {"attention": "eager"})
         for name in kernels:
             scores = asked if name == kernel else self._other(f"{name} attention", {"attention": name})
@@ -160,19 +160,19 @@ class _Check:
                 f"{name} against eager attention",
                 scores,
                 eager,
-                mend="--attention eager",
+                fix="--attention eager",
                 exact=not half,
                 used=name == kernel,
             )
         few = _spread(asked)
         if scorer.device.startswith("cuda") and exact is not None:
             there = self._other("the CPU", {"device": "cpu", **full}, few)
-            self._compare("cuda against cpu", _take(exact, few), there, mend="--device cpu")
+            self._compare("cuda against cpu", _take(exact, few), there, fix="--device cpu")
         elif scorer.device.startswith("cuda"):
             self.skipped.append({"name": "cuda against cpu", "why": "there are no scores in float32 on the GPU"})
         if plain is not None:
             dense = self._dense(few, device)
-            self._compare("fast against dense", _take(plain, few), dense, mend="--pack or --model with another model")
+            self._compare("fast against dense", _take(plain, few), dense, fix="--pack or --model with another model")
         else:
             self.skipped.append({"name": "the dense form", "why": "there are no scores in float32"})
         _free()
@@ -214,7 +214,7 @@ class _Check:
             lone.apart = frozenset(range(len(self.turns)))
             self.progress.start("each row alone", len(self.turns))
             alone = scorer.score(self.turns, lone)
-            self._compare(name, asked, alone, mend="--token-budget 1", exact=scorer.dtype != "bfloat16")
+            self._compare(name, asked, alone, fix="--token-budget 1", exact=scorer.dtype != "bfloat16")
         else:
             self.skipped.append({"name": name, "why": "no batch holds two of these rows"})
         model = scorer.model.gradient.model
@@ -274,13 +274,13 @@ class _Check:
         tested: Scores | None,
         plainer: Scores | None,
         *,
-        mend: str,
+        fix: str,
         exact: bool = True,
         used: bool = True,
     ) -> None:
         if tested is not None and plainer is not None:
             difference = compare(tested, plainer, self.cut, exact)
-            self.comparisons.append({"name": name, "used": used, **difference, "mend": mend})
+            self.comparisons.append({"name": name, "used": used, **difference, "fix": fix})
 
 
 def _spread(scores: Scores) -> list[int]:

@@ -1,4 +1,4 @@
-"""`check`: sound scores pass, real faults are found and the flag that is named mends them."""
+"""`check`: sound scores pass, real faults are found and the flag that is named fixes them."""
 
 from __future__ import annotations
 
@@ -75,22 +75,22 @@ def test_a_sound_pack_can_be_trusted(tiny_pack: Path) -> None:
         assert one["rank"] == (None if name == "fast against dense" else pytest.approx(1, abs=0.01))
 
 
-def test_a_kernel_that_mixes_the_rows_of_a_batch_is_found_and_mended(tiny_pack: Path) -> None:
+def test_a_kernel_that_mixes_the_rows_of_a_batch_is_found_and_fixed(tiny_pack: Path) -> None:
     mixing = kernel("mixing", lambda output: output + 0.1 * (output.mean(0) - output[0]))
     found = check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, attention=mixing), limit=8)
     bad = by_name(found)["batched against alone"]
     assert not found["trusted"]
     assert not bad["ok"]
     assert bad["used"]
-    assert bad["mend"] == "--token-budget 1"
+    assert bad["fix"] == "--token-budget 1"
     assert bad["difference"]["risk"] > 1e-3
     assert "more than 0.0001" in bad["why"]
-    mended = check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, attention=mixing, token_budget=1), limit=8)
-    assert mended["trusted"]
-    assert [gap["name"] for gap in mended["skipped"]] == ["batched against alone"]
+    fixed = check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, attention=mixing, token_budget=1), limit=8)
+    assert fixed["trusted"]
+    assert [gap["name"] for gap in fixed["skipped"]] == ["batched against alone"]
 
 
-def test_a_kernel_that_is_wrong_is_found_and_mended(tiny_pack: Path) -> None:
+def test_a_kernel_that_is_wrong_is_found_and_fixed(tiny_pack: Path) -> None:
     wrong = kernel("wrong", lambda output: output * 1.01)
     found = check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, attention=wrong), limit=8)
     checks = by_name(found)
@@ -98,7 +98,7 @@ def test_a_kernel_that_is_wrong_is_found_and_mended(tiny_pack: Path) -> None:
     assert not found["trusted"]
     assert not bad["ok"]
     assert bad["used"]
-    assert bad["mend"] == "--attention eager"
+    assert bad["fix"] == "--attention eager"
     assert not checks["fast against dense"]["ok"]
     assert checks["batched against alone"]["ok"]
     assert checks["sdpa against eager attention"]["ok"]
@@ -106,7 +106,7 @@ def test_a_kernel_that_is_wrong_is_found_and_mended(tiny_pack: Path) -> None:
     assert check_pack(tiny_pack, scorer=SQSDScorer(tiny_pack, attention="eager"), limit=8)["trusted"]
 
 
-def test_values_too_near_for_bfloat16_are_found_and_mended(tiny_pack: Path, tmp_path: Path) -> None:
+def test_values_too_near_for_bfloat16_are_found_and_fixed(tiny_pack: Path, tmp_path: Path) -> None:
     same = {"direction": "danger", "state": "initial"}  # a risk that is the difference of nearly equal values
     probes = [{"name": "danger", "weight": 1, **same, "state_scaling": 2.0}]
     probes += [{"name": "safety", "weight": -1, **same, "state_scaling": 2.002}]
@@ -116,13 +116,13 @@ def test_values_too_near_for_bfloat16_are_found_and_mended(tiny_pack: Path, tmp_
     assert not found["trusted"]
     assert not bad["ok"]
     assert bad["used"]
-    assert bad["mend"] == "--dtype float32"
+    assert bad["fix"] == "--dtype float32"
     assert bad["rank"] is not None
     assert bad["rank"] < 0.99
     assert f"{bad['rank']:.4f}" in bad["why"]
-    mended = check_pack(pack, scorer=SQSDScorer(pack, dtype="float32"), limit=8)
-    assert mended["trusted"]
-    assert not by_name(mended)["bfloat16 against float32"]["ok"]
+    fixed = check_pack(pack, scorer=SQSDScorer(pack, dtype="float32"), limit=8)
+    assert fixed["trusted"]
+    assert not by_name(fixed)["bfloat16 against float32"]["ok"]
 
 
 def narrow(module: Any, query: torch.Tensor, *arguments: Any, **named: Any) -> tuple[torch.Tensor, None]:

@@ -100,7 +100,7 @@ def test_a_finished_run_is_done_until_something_of_it_is_missing_or_cut_short(to
             assert content(Path("out")) == done
 
 
-def test_a_changed_byte_in_a_data_file_is_mended_and_no_reasons_are_no_damage(folder: Path) -> None:
+def test_a_changed_byte_in_a_data_file_is_repaired_and_no_reasons_are_no_damage(folder: Path) -> None:
     write_jsonl(folder / "in.jsonl", ROWS)
     report = cut("out", "jsonl")
     assert Path("out/data/reasons.jsonl").read_bytes() == b""
