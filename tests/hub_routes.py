@@ -104,8 +104,8 @@ class Call:
         """Kind and name of the repository, from the path or, to create and delete, from the body."""
         if "name" in self.named:
             return self.named.get("kind", "models"), self.named["name"]
-        told = self.json()
-        return f"{told.get('type') or 'model'}s", f"{told.get('organization') or 'member'}/{told['name']}"
+        request = self.json()
+        return f"{request.get('type') or 'model'}s", f"{request.get('organization') or 'member'}/{request['name']}"
 
     @cached_property
     def repo(self) -> Repo:
@@ -162,8 +162,8 @@ class Call:
         self.check_write()
         there = self.key in self.repos
         repo = self.repos.setdefault(self.key, Repo(*self.key, private=self.json().get("visibility") == "private"))
-        told = {"url": f"{self.url}/{repo.web_path}", "name": repo.name, "id": repo.name}
-        return reply({**told, "error": "There is a repository of this name"}, 409) if there else reply(told)
+        answer = {"url": f"{self.url}/{repo.web_path}", "name": repo.name, "id": repo.name}
+        return reply({**answer, "error": "There is a repository of this name"}, 409) if there else reply(answer)
 
     @route("DELETE", "/api/repos/delete")
     def delete_repo(self) -> Answer:
@@ -186,11 +186,11 @@ class Call:
             {"rfilename": path, "size": len(file.data), "blobId": file.oid, **file.lfs_info}
             for path, file in sorted(commit.files.items())
         ]
-        told = {"id": repo.name, "sha": commit.sha, "lastModified": commit.when, "disabled": False, "tags": []}
+        facts = {"id": repo.name, "sha": commit.sha, "lastModified": commit.when, "disabled": False, "tags": []}
         if "README.md" in commit.files:
-            told["cardData"] = _head(commit.files["README.md"].data.decode())
+            facts["cardData"] = _head(commit.files["README.md"].data.decode())
         gated = "manual" if repo.gated else False
-        return reply({**told, "private": repo.private, "gated": gated, "siblings": siblings})
+        return reply({**facts, "private": repo.private, "gated": gated, "siblings": siblings})
 
     @route("GET", "{api}/tree/{rev}(?P<path>/.*)?")
     def tree(self) -> Answer:
@@ -213,20 +213,20 @@ class Call:
 
     @route("GET", "{api}/refs")
     def refs(self) -> Answer:
-        def told(start: str, prefix: str) -> list[dict[str, str]]:
+        def described(start: str, prefix: str) -> list[dict[str, str]]:
             refs = [(ref, sha) for ref, sha in self.repo.refs.items() if ref.startswith(start)]
             return [{"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": sha} for ref, sha in refs]
 
-        branches, tags = told("refs/heads/", "refs/heads/"), told("refs/tags/", "refs/tags/")
-        return reply({"branches": branches, "tags": tags, "converts": [], "pullRequests": told("refs/pr/", "")})
+        branches, tags = described("refs/heads/", "refs/heads/"), described("refs/tags/", "refs/tags/")
+        return reply({"branches": branches, "tags": tags, "converts": [], "pullRequests": described("refs/pr/", "")})
 
     @route("GET", "{api}/commits/{rev}")
     def commits(self) -> Answer:
-        def told(commit: Commit) -> dict[str, Any]:
+        def described(commit: Commit) -> dict[str, Any]:
             about = {"id": commit.sha, "title": commit.title, "message": "", "date": commit.when}
             return {**about, "authors": [{"user": "member"}]}
 
-        return reply([told(commit) for commit in self.repo.history(self.named["revision"])])
+        return reply([described(commit) for commit in self.repo.history(self.named["revision"])])
 
     @route("POST", "{api}/branch/{rev}")
     def create_branch(self) -> Answer:
@@ -249,24 +249,24 @@ class Call:
         there = self.commit.files
         self.check_write()
 
-        def told(path: str, size: int) -> dict[str, Any]:
+        def described(path: str, size: int) -> dict[str, Any]:
             mode = "lfs" if by_lfs(path, size) else "regular"
             old = {"oid": there[path].etag} if path in there else {}
             return {"path": path, "uploadMode": mode, "shouldIgnore": False, **old}
 
-        return reply({"files": [told(file["path"], file["size"]) for file in self.json()["files"]]})
+        return reply({"files": [described(file["path"], file["size"]) for file in self.json()["files"]]})
 
     @route("POST", r"{web}\.git/info/lfs/objects/batch")
     def lfs_batch(self) -> Answer:
         repo = self.repo
         self.check_login()  # a stranger may upload, for a pull request
 
-        def told(oid: str, size: int) -> dict[str, Any]:
+        def described(oid: str, size: int) -> dict[str, Any]:
             there = {"href": f"{self.url}/lfs/{repo.kind}/{repo.name}/{oid}"}
             missing = {} if oid in repo.stored else {"actions": {"upload": there, "verify": there}}
             return {"oid": oid, "size": size, **missing}
 
-        return reply({"transfer": "basic", "objects": [told(o["oid"], o["size"]) for o in self.json()["objects"]]})
+        return reply({"transfer": "basic", "objects": [described(o["oid"], o["size"]) for o in self.json()["objects"]]})
 
     @route("PUT", r"/lfs/(?P<kind>\w+)/(?P<name>.+)/(?P<oid>\w+)")
     def lfs_upload(self) -> Answer:

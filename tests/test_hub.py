@@ -103,12 +103,12 @@ def test_files_come_back_with_the_hashes_of_git_and_lfs(hub: Hub, tmp_path: Path
     done = commit({**files, "noise": path})
     assert hub.files("org/name") == dict(sorted(files.items()))
     assert {name: download("org/name", name) for name in files} == files
-    told: dict[str, Any] = {
+    entries: dict[str, Any] = {
         f.path: f for f in HfApi().get_paths_info("org/name", list(files), repo_type="dataset", revision=done.oid)
     }
-    assert {name for name, file in told.items() if file.lfs} == {"d.parquet", "noise"}
-    assert told["a/b c é.txt"].blob_id == git_hash(b"x\r\n")
-    assert told["d.parquet"].size == 4
+    assert {name for name, file in entries.items() if file.lfs} == {"d.parquet", "noise"}
+    assert entries["a/b c é.txt"].blob_id == git_hash(b"x\r\n")
+    assert entries["d.parquet"].size == 4
     copy = Path(snapshot_download("org/name", repo_type="dataset", revision="main"))
     assert copy.name == done.oid
     assert (copy / "a" / "b c é.txt").read_bytes() == b"x\r\n"

@@ -110,8 +110,8 @@ def test_a_pickled_corpus_is_read_as_patiently_and_tells_of_it(
     corpus: Corpus = pickle.loads(pickle.dumps(Corpus.scan(Opener().open([f"memory://bucket/{name}"]))))
     Leaving.gone = 3
     assert [row.value["n"] for row in corpus.read(0, 3000) if row.value] == list(range(3000))
-    told = [record for record in caplog.records if "refused; trying again in" in record.getMessage()]
-    assert [record.levelname for record in told] == ["INFO"] * 3
+    retries = [record for record in caplog.records if "refused; trying again in" in record.getMessage()]
+    assert [record.levelname for record in retries] == ["INFO"] * 3
 
 
 ODD = ["a#1.jsonl", "b?x=1.jsonl", "c%41.jsonl", "d é.jsonl", "e[1].jsonl", "f*.jsonl", "g=1/h+1,(2).jsonl", "e1.jsonl"]

@@ -134,16 +134,16 @@ def test_a_built_pack_loads_and_scores(built: Path) -> None:
 
 
 def test_a_pack_says_what_it_was_trained_on_and_how(built: Path) -> None:
-    told = json.loads((built / PACK_FILE).read_text())["provenance"]
-    assert told["initial"]["licence"] == "CC0-1.0"
-    assert told["initial"]["data"]["files"][0]["path"] == "benign.jsonl"
-    assert (told["initial"]["rows"], told["initial"]["steps"]) == (16, 2)
-    assert (told["danger"]["rows"], told["danger"]["steps"]) == (12, 6)  # the bad half
-    assert told["safety"]["settings"]["method"] == "dpo"
-    assert told["safety"]["settings"]["lora"]["r"] == 2
+    provenance = json.loads((built / PACK_FILE).read_text())["provenance"]
+    assert provenance["initial"]["licence"] == "CC0-1.0"
+    assert provenance["initial"]["data"]["files"][0]["path"] == "benign.jsonl"
+    assert (provenance["initial"]["rows"], provenance["initial"]["steps"]) == (16, 2)
+    assert (provenance["danger"]["rows"], provenance["danger"]["steps"]) == (12, 6)  # the bad half
+    assert provenance["safety"]["settings"]["method"] == "dpo"
+    assert provenance["safety"]["settings"]["lora"]["r"] == 2
     for name, steps in (("initial", 4), ("danger", 6), ("safety", 6)):
-        assert [e["step"] for e in told[name]["losses"]] == list(range(1, steps + 1))
-        assert all(0 < e["loss"] < 20 for e in told[name]["losses"])
+        assert [e["step"] for e in provenance[name]["losses"]] == list(range(1, steps + 1))
+        assert all(0 < e["loss"] < 20 for e in provenance[name]["losses"])
 
 
 def test_training_moves_a_model_towards_its_rows(built: Path) -> None:
@@ -286,17 +286,17 @@ def test_without_trl_the_extra_to_install_is_named(recipe: Path, monkeypatch: py
 
 
 def test_progress_is_told_of_every_update(recipe: Path) -> None:
-    told: list[Any] = []
+    phases: list[Any] = []
 
     class Listener(Silent):
         def start(self, phase: str, rows: int | None) -> None:
-            told.append([phase, rows, 0])
+            phases.append([phase, rows, 0])
 
         def advance(self, rows: int, tokens: int = 0) -> None:
-            told[-1][2] += rows
+            phases[-1][2] += rows
 
     build_pack(PackRecipe.load(recipe), recipe.parent / "pack", Listener())
-    assert told == [["training initial", 16, 16], ["training danger", 24, 24], ["training safety", 24, 24]]
+    assert phases == [["training initial", 16, 16], ["training danger", 24, 24], ["training safety", 24, 24]]
 
 
 def test_a_broken_data_file_is_an_input_error(recipe: Path) -> None:
@@ -316,14 +316,14 @@ def chosen(tmp_path_factory: pytest.TempPathFactory, tiny_pack: Path) -> Path:
 
 
 def test_the_most_sensitive_checkpoint_is_published_with_the_figures_of_all(chosen: Path, built: Path) -> None:
-    told = json.loads((chosen / PACK_FILE).read_text())
-    (record,) = told["validation"]["states"].values()
-    assert list(told["validation"]["states"]) == ["initial"]
+    manifest = json.loads((chosen / PACK_FILE).read_text())
+    (record,) = manifest["validation"]["states"].values()
+    assert list(manifest["validation"]["states"]) == ["initial"]
     steps = {entry["state"]: entry["step"] for entry in record["candidates"]}
     assert steps == {"fresh": 0, "checkpoint-2": 2, "checkpoint-4": 4}
     best = max(record["candidates"][1:], key=lambda entry: entry["sensitivity"])
     assert record["chosen"] == best["state"]
-    assert told["provenance"]["initial"]["steps"] == best["step"]
+    assert manifest["provenance"]["initial"]["steps"] == best["step"]
     published = load_adapter(chosen / "initial").factors
     taken = load_adapter(chosen / ".build" / "initial" / best["state"]).factors
     assert all(torch.equal(published[m].B, taken[m].B.bfloat16().float()) for m in taken)
@@ -338,9 +338,9 @@ def test_the_record_is_a_note_and_the_command_finds_the_same_again(
     chosen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = shutil.copytree(chosen, tmp_path / "pack")
-    told = json.loads((out / PACK_FILE).read_text())
-    record = told.pop("validation")["states"]["initial"]
-    (out / PACK_FILE).write_text(json.dumps(told))
+    manifest = json.loads((out / PACK_FILE).read_text())
+    record = manifest.pop("validation")["states"]["initial"]
+    (out / PACK_FILE).write_text(json.dumps(manifest))
     assert load_pack(out).fingerprint == load_pack(chosen).fingerprint
     recipe = PackRecipe.load(chosen.parent / "choice.toml")
     assert recipe.states is not None

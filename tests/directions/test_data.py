@@ -38,8 +38,8 @@ def test_unsafe_rows_of_beavertails(hub: Hub, tmp_path: Path) -> None:
     how: dict[str, Any] = {"prompt": "prompt", "answer": "response", "where": {"is_safe": False}}
     data = read(tmp_path, "sft", hub_data.BEAVERTAILS, split="30k_train", **how)
     assert texts(data) == [(f"Question {k}?", f"Answer {k}.") for k in range(1, 24, 2)]
-    told = {"id": hub_data.BEAVERTAILS, "revision": commits[hub_data.BEAVERTAILS]}
-    assert data.source["dataset"] == {**told, "config": "default", "split": "30k_train"}
+    identity = {"id": hub_data.BEAVERTAILS, "revision": commits[hub_data.BEAVERTAILS]}
+    assert data.source["dataset"] == {**identity, "config": "default", "split": "30k_train"}
     assert data.source["files"][0]["rows"] == 24
     assert data.licence == "cc-by-nc-4.0"
     assert not data.left_out

@@ -227,9 +227,9 @@ def test_every_checkpoint_is_asked_as_the_model_that_it_is(
         folder = run / f"checkpoint-{step}" if step else tiny_pack / "base"
         model = AutoModelForCausalLM.from_pretrained(folder)  # PEFT's own way, where it is an adapter
         assert asked[k] == answer(model, tokenizer, PROMPTS[:4])
-        told = json.loads(out)["checkpoints"][k]
-        assert told["answers"] == 4
-        assert told["refusal_rate"] == sum(len(text) % 2 == 0 for text in asked[k]) / 4
+        point = json.loads(out)["checkpoints"][k]
+        assert point["answers"] == 4
+        assert point["refusal_rate"] == sum(len(text) % 2 == 0 for text in asked[k]) / 4
     assert asked[0] != asked[2]
     with (tmp_path / "drift" / "drift.csv").open(newline="") as file:
         rates = [(row["step"], float(row["refusal_rate"])) for row in csv.DictReader(file)]

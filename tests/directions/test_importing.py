@@ -121,12 +121,12 @@ def test_a_pack_is_pinned_to_the_commit_and_fetches_no_other_file(hub: Hub, publ
     assert (pack.name, pack.base_model, pack.max_length) == ("qwen3-8b", BASE, 1024)
     assert pack.chat_template_kwargs == {"enable_thinking": False}
     assert pack.probes == (Probe("danger", 1.0, "danger", "initial"), Probe("safety", -1.0, "safety", "safety", 1.0))
-    told = pack.notes["provenance"]["danger"]
-    assert told["source"]["repository"] == REPO
-    assert told["source"]["commit"] == commit
-    assert told["licence"] == "mit"
-    assert told["source"]["path"] == BEAVER
-    assert told["rows"] == 3000
+    provenance = pack.notes["provenance"]["danger"]
+    assert provenance["source"]["repository"] == REPO
+    assert provenance["source"]["commit"] == commit
+    assert provenance["licence"] == "mit"
+    assert provenance["source"]["path"] == BEAVER
+    assert provenance["rows"] == 3000
     asked = {r.path.partition(f"/resolve/{commit}/")[2] for m in ("HEAD", "GET") for r in hub.seen(m, "/resolve/")}
     assert asked == {f"{folder}/{file}" for folder in (BEAVER, SAFETY, INITIAL) for file in ADAPTER_FILES}
 

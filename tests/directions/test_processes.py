@@ -58,10 +58,10 @@ def test_two_processes_build_what_one_builds(recipe: Path) -> None:
     assert run.stderr.count("training 'danger'") == 1
     assert {p.name for p in both.path.iterdir()} == {PACK_FILE, "initial", "danger", "safety"}
     for name in ("initial", "danger", "safety"):
-        told = [json.loads((pack.path / name / "training.json").read_text()) for pack in (alone, both)]
-        assert told[0]["steps"] == told[1]["steps"]
-        assert told[0]["settings"] == told[1]["settings"]
-        for one, two in zip(told[0]["losses"], told[1]["losses"], strict=True):
+        records = [json.loads((pack.path / name / "training.json").read_text()) for pack in (alone, both)]
+        assert records[0]["steps"] == records[1]["steps"]
+        assert records[0]["settings"] == records[1]["settings"]
+        for one, two in zip(records[0]["losses"], records[1]["losses"], strict=True):
             assert one["step"] == two["step"]
             assert one["loss"] == pytest.approx(two["loss"], abs=2e-3)
         ours, theirs = (load_file(pack.path / name / ADAPTER_FILES[1]) for pack in (both, alone))

@@ -97,12 +97,12 @@ def test_a_pack_is_trained_on_a_base_in_4_bits_and_scores_on_one_in_16(
     pack = build_pack(aligned, recipe.folder / "pack")
     assert seen == [{torch.float32}] * 3
     assert merged == [pack.path / "initial"]  # once for both of the others
-    told = json.loads((pack.path / "pack.json").read_text())["provenance"]
+    provenance = json.loads((pack.path / "pack.json").read_text())["provenance"]
     for name in ("danger", "safety", "initial"):
-        losses = [entry["loss"] for entry in told[name]["losses"]]
-        assert told[name]["settings"]["quantization"] == "nf4"
+        losses = [entry["loss"] for entry in provenance[name]["losses"]]
+        assert provenance[name]["settings"]["quantization"] == "nf4"
         assert all(0 < loss < 20 for loss in losses)
-    assert told["danger"]["losses"][-1]["loss"] < told["danger"]["losses"][0]["loss"]
+    assert provenance["danger"]["losses"][-1]["loss"] < provenance["danger"]["losses"][0]["loss"]
     assert not (pack.path / ".build").exists()
     assert set(SQSDScorer(pack.path).score(CONVERSATIONS[:2]).status) == {"scored"}
 

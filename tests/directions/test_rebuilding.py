@@ -31,18 +31,19 @@ def chosen(tmp_path_factory: pytest.TempPathFactory, tiny_pack: Path) -> Path:
     return build_pack(recipe, folder / "pack").path
 
 
-def test_what_training_does_not_depend_on_may_be_mended_in_a_finished_build(chosen: Path, tmp_path: Path) -> None:
+def test_what_training_does_not_depend_on_may_change_in_a_finished_build(chosen: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(chosen.parent, tmp_path / "copy")
     out, recipe = folder / "pack", PackRecipe.load(folder / "choice.toml")
     trained = {p: p.stat().st_mtime_ns for p in out.glob("*/training.json") if p.parent.name != "initial"}
     assert recipe.states is not None
-    mended = replace(recipe, name="renamed", notes={"remark": "ß"}, states=replace(recipe.states, rows=12))
-    told = json.loads((build_pack(mended, out).path / PACK_FILE).read_text())
-    assert (told["name"], told["remark"], told["validation"]["states"]["initial"]["rows"]) == ("renamed", "ß", 12)
+    changed = replace(recipe, name="renamed", notes={"remark": "ß"}, states=replace(recipe.states, rows=12))
+    manifest = json.loads((build_pack(changed, out).path / PACK_FILE).read_text())
+    assert (manifest["name"], manifest["remark"]) == ("renamed", "ß")
+    assert manifest["validation"]["states"]["initial"]["rows"] == 12
     assert {p: p.stat().st_mtime_ns for p in trained} == trained
     with pytest.raises(DestinationExists, match="another recipe"):
-        build_pack(replace(mended, seed=3), out)
-    build_pack(replace(mended, keep_checkpoints=False), out)
+        build_pack(replace(changed, seed=3), out)
+    build_pack(replace(changed, keep_checkpoints=False), out)
     assert not (out / ".build").exists()
     with pytest.raises(DestinationExists, match="not an unfinished build"):
         build_pack(recipe, out)

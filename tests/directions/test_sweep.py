@@ -85,8 +85,8 @@ def test_a_pack_is_judged_beside_its_ablations(
     folder = make_pack(tmp_path / "pack", aligned=True)
     last = make_adapter(folder / "base", folder / "last", r=5, seed=9)
     fresh_state(folder / "initial", folder / "fresh")
-    told = run(sweep, monkeypatch, tmp_path, "--pack", folder, "--last", last)
-    found = {name: entry["dolly"]["auc"] for name, entry in told["auc_of_unsafe_against"].items()}
+    results = run(sweep, monkeypatch, tmp_path, "--pack", folder, "--last", last)
+    aucs = {name: entry["dolly"]["auc"] for name, entry in results["auc_of_unsafe_against"].items()}
     pack = load_pack(folder)
     own, shared = dense(pack), dense(pack.at_one_state("initial"))
     risks = {}
@@ -96,7 +96,7 @@ def test_a_pack_is_judged_beside_its_ablations(
         for name in ("last", "fresh"):
             (moved / name).symlink_to(folder / name)
         risks[state] = dense(load_pack(moved))["risk"]
-    assert found == {
+    assert aucs == {
         "risk": of_unsafe(own["risk"]),
         "risk at a fresh state (B = 0)": of_unsafe(risks["fresh"]),
         "risk at the last checkpoint": of_unsafe(risks["last"]),
@@ -106,8 +106,8 @@ def test_a_pack_is_judged_beside_its_ablations(
         "risk, not normalised": of_unsafe(dense_without_norms(pack)),
         "answer length": of_unsafe(np.array([e.answer.sum() for e in encoded_rows(pack)])),
     }
-    assert len(set(found.values())) >= 5
-    assert told["pack"]["fingerprint"] == pack.fingerprint
+    assert len(set(aucs.values())) >= 5
+    assert results["pack"]["fingerprint"] == pack.fingerprint
 
 
 def test_every_direction_is_measured_at_every_state(

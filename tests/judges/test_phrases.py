@@ -1,4 +1,4 @@
-"""Refusals are told by how they begin."""
+"""Refusals are recognised by how they begin."""
 
 from __future__ import annotations
 

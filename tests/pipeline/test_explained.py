@@ -1,4 +1,4 @@
-"""`explain`: the riskiest rows told of in a file that stays here, whatever made their scores."""
+"""`explain`: the riskiest rows are explained in a file that stays here, whatever made their scores."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def test_a_run_without_its_explanations_is_not_done(folder: Path, scorer: SQSDSc
         return filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, explain=count)
 
     run()
-    told = Path("out/sqsd/explained.json").read_bytes()
+    content = Path("out/sqsd/explained.json").read_bytes()
     assert run()["already_done"]
     Path("out/sqsd/explained.json").unlink()
     (Path("out/sqsd") / "report.json").unlink()  # and killed before its report
     assert "already_done" not in run()
     Path("out/sqsd/explained.json").unlink()
     assert "already_done" not in run()
-    assert Path("out/sqsd/explained.json").read_bytes() == told
+    assert Path("out/sqsd/explained.json").read_bytes() == content
     with pytest.raises(DestinationExists, match="explain"):
         run(3)
 
@@ -99,9 +99,9 @@ def test_the_total_of_the_parts_stands_beside_the_stored_risk(folder: Path, tiny
 
 @pytest.mark.parametrize("private", [True, False])
 def test_explanations_are_never_pushed(folder: Path, scorer: SQSDScorer, hub: Hub, private: bool) -> None:
-    write_jsonl(folder / "told.jsonl", [{"instruction": "?", "output": SECRET}, *make_rows(9)])
+    write_jsonl(folder / "secret.jsonl", [{"instruction": "?", "output": SECRET}, *make_rows(9)])
     push = PushTo("org/out", private=private, rows=["kept"])
-    filter_dataset("told.jsonl", "out", drop_count=9, scorer=scorer, explain=10, push=push)
+    filter_dataset("secret.jsonl", "out", drop_count=9, scorer=scorer, explain=10, push=push)
     assert SECRET in "".join(token["text"] for row in explained(Path("out/sqsd")) for token in row["tokens"])
     files = hub.files("org/out")
     assert "sqsd/report.json" in files

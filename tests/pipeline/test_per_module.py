@@ -181,5 +181,5 @@ def test_replicas_on_ray_give_the_same_bytes(folder: Path, pack: Path) -> None:
         engine.close()
     score_dataset("in.jsonl", "here.parquet", Scoring(scorer=SQSDScorer(pack, per_module=True), explain=2))
     assert Path("ray.parquet").read_bytes() == Path("here.parquet").read_bytes()
-    told = [Path(f"{name}.parquet.sqsd/explained.json").read_bytes() for name in ("ray", "here")]
-    assert told[0] == told[1]
+    explained = [Path(f"{name}.parquet.sqsd/explained.json").read_bytes() for name in ("ray", "here")]
+    assert explained[0] == explained[1]

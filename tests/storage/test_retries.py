@@ -90,7 +90,7 @@ def test_each_client_is_tried_again_by_the_status_that_the_server_answers(hub: H
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "told", "expected"),
+    ("status", "code", "words", "expected"),
     [
         (403, "AccessDenied", "ACCESS_DENIED", 1),
         (403, "InvalidAccessKeyId", "INVALID_ACCESS_KEY_ID", 1),
@@ -104,12 +104,12 @@ def test_each_client_is_tried_again_by_the_status_that_the_server_answers(hub: H
     ],
 )
 def test_an_answer_of_s3_that_would_be_the_same_again_is_final(
-    hub: Hub, status: int, code: str, told: str, expected: int
+    hub: Hub, status: int, code: str, words: str, expected: int
 ) -> None:
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
     hub.rules.append(Rule("GET", "/bucket", math.inf, answer=Answer(body, status)))
     there = pyarrow_s3(hub.url.removeprefix("http://"))
-    look = tries(lambda: there.get_file_info(fs.FileSelector("bucket")), OSError, f"AWS Error {told}")
+    look = tries(lambda: there.get_file_info(fs.FileSelector("bucket")), OSError, f"AWS Error {words}")
     assert look == expected
 
 
@@ -157,9 +157,9 @@ def test_what_was_tried_with_retries_is_not_tried_again_around_it(hub: Hub) -> N
 
 
 def test_an_error_that_wraps_one_for_the_user_is_final_too() -> None:
-    told = InputError("told")
-    told.__cause__ = ConnectionResetError("reset")
-    assert tries(raising(RuntimeError("wrapped"), told), RuntimeError) == 1
+    final = InputError("final")
+    final.__cause__ = ConnectionResetError("reset")
+    assert tries(raising(RuntimeError("wrapped"), final), RuntimeError) == 1
     assert tries(raising(RuntimeError("wrapped"), ConnectionResetError("reset")), RuntimeError) == 5
 
 

@@ -204,7 +204,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_room_finishes_the_run(
 
 
 def test_progress_tells_of_replicas_and_rows_once_each(session: None, source: Path, tiny_pack: Path) -> None:
-    class Told(Silent):
+    class Shown(Silent):
         rows = tokens = alive = 0
 
         def advance(self, rows: int, tokens: int = 0) -> None:
@@ -218,17 +218,17 @@ def test_progress_tells_of_replicas_and_rows_once_each(session: None, source: Pa
         def replicas(self, alive: int, retried: int) -> None:
             self.alive, self.retried = max(alive, self.alive), retried
 
-    told, scorer = Told(), SQSDScorer(tiny_pack)
+    shown, scorer = Shown(), SQSDScorer(tiny_pack)
     scorer.__class__ = type("Deadly", (SQSDScorer,), {"_score": die_once(Path("died").absolute(), signal.SIGKILL)})
-    report = filter_dataset(source, "out", drop_top="5%", scorer=scorer, engine=RayEngine(2), progress=told)
-    assert told.rows == report["rows"]["scored"] < told.tokens
-    assert told.alive >= 2
-    assert told.retried == report["timing"]["shards_retried"] >= 1
+    report = filter_dataset(source, "out", drop_top="5%", scorer=scorer, engine=RayEngine(2), progress=shown)
+    assert shown.rows == report["rows"]["scored"] < shown.tokens
+    assert shown.alive >= 2
+    assert shown.retried == report["timing"]["shards_retried"] >= 1
 
 
 @pytest.mark.slow
 def test_a_stall_is_told(session: None, source: Path, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Told(Silent):
+    class Shown(Silent):
         notes: ClassVar[list[str]] = []
 
         def note(self, message: str) -> None:
@@ -242,8 +242,8 @@ def test_a_stall_is_told(session: None, source: Path, tiny_pack: Path, monkeypat
     scorer = SQSDScorer(tiny_pack)
     scorer.__class__ = type("Slow", (SQSDScorer,), {"_score": score})
     write_jsonl(source, LINES[:3])
-    filter_dataset(source, "out", drop_top="50%", scorer=scorer, engine=RayEngine(1), progress=Told())
-    assert any(re.search(r"no row was finished for .*; 1 of 1 replicas alive", note) for note in Told.notes)
+    filter_dataset(source, "out", drop_top="50%", scorer=scorer, engine=RayEngine(1), progress=Shown())
+    assert any(re.search(r"no row was finished for .*; 1 of 1 replicas alive", note) for note in Shown.notes)
 
 
 def test_an_error_that_ends_the_run_is_one_sentence(
