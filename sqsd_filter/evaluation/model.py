@@ -6,7 +6,6 @@ side path, as in training, because merging it into bfloat16 weights would distor
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,7 +28,7 @@ from sqsd_filter.scoring.batching import is_out_of_memory
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
 from sqsd_filter.scoring.models import load_model, load_tokenizer, longest_input
 from sqsd_filter.scoring.pack import Pack
-from sqsd_filter.scoring.placement import check_device, choose_device
+from sqsd_filter.scoring.placement import check_device, choose_device, release_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,7 +107,7 @@ class Subject:
         save_adapter(trainer, target)
         record = {"rows": len(rows), "seed": seed, "steps": trainer.state.global_step, "losses": losses(trainer)}
         del trainer
-        free_memory()
+        release_memory()
         return record | {"settings": asdict(self.tuning)}
 
     @contextmanager
@@ -142,10 +141,3 @@ def held_out_loss(model: PreTrainedModel, rows: Sequence[Encoded]) -> float | No
     """The mean over the rows of each answer's mean loss (nats per token); None where it overflows."""
     loss = -float(log_probabilities(model, rows).mean())
     return loss if math.isfinite(loss) else None
-
-
-def free_memory() -> None:
-    """Give back the memory of a model that is no longer used."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

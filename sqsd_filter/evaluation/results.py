@@ -29,7 +29,7 @@ class CorpusFile(TypedDict):
     rows: int
 
 
-class RowCounts(TypedDict):
+class EvaluatedRows(TypedDict):
     """Rows of the corpus: all, with a score by every scorer, with answer tokens, held out, and left to learn from."""
 
     all: int
@@ -139,7 +139,7 @@ class Results(TypedDict):
 
     model: ModelFacts | None
     corpus: list[CorpusFile]
-    rows: RowCounts | None
+    rows: EvaluatedRows | None
     prompts: PromptCounts | None
     sets: SetDesign
     seeds: list[int]

@@ -15,7 +15,7 @@ from sqsd_filter.evaluation.folder import PICTURE, POISONED, RESULTS, check_dest
 from sqsd_filter.evaluation.plot import CURVES, draw_windows
 from sqsd_filter.evaluation.poison import curves, mix_figures
 from sqsd_filter.evaluation.results import MixFigures, Point, Results
-from sqsd_filter.evaluation.scores import Scores, corpus_of, poison_scores, prompts_of, read_scores
+from sqsd_filter.evaluation.scores import NamedScores, corpus_of, poison_scores, prompts_of, read_scores
 from sqsd_filter.evaluation.settings import Design
 from sqsd_filter.evaluation.study import Study
 from sqsd_filter.pictures import picture
@@ -96,7 +96,7 @@ def _note_missing(dest: Path, results: Results, names: Sequence[str], progress: 
 
 
 def _mixes(
-    scorers: Sequence[Scores], unsafe: Sequence[Earlier], dest: Path, progress: Progress
+    scorers: Sequence[NamedScores], unsafe: Sequence[Earlier], dest: Path, progress: Progress
 ) -> tuple[dict[str, dict[str, MixFigures]], dict[str, dict[str, list[Point]]]]:
     """`poisoned` and `curves` of results.json. Figures of risks seen before are read from poisoned.json."""
     known = read_json(dest / POISONED) or {}

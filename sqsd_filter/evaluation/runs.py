@@ -14,13 +14,14 @@ from pathlib import Path
 from sqsd_filter.directions.refusals import read_prompts
 from sqsd_filter.evaluation.figures import RunOutcome
 from sqsd_filter.evaluation.folder import ALIGNED, ANSWERS, HELD_OUT, RUNS, TRAINING, UNTUNED, RunFolder, judged_file
-from sqsd_filter.evaluation.model import Answerer, Subject, free_memory, held_out_loss
+from sqsd_filter.evaluation.model import Answerer, Subject, held_out_loss
 from sqsd_filter.evaluation.scores import Rows
 from sqsd_filter.evaluation.sets import TrainingSet
 from sqsd_filter.evaluation.settings import VLLM, Design
 from sqsd_filter.evaluation.vllm_answers import vllm_answers
 from sqsd_filter.judges import REFUSED, Judge
 from sqsd_filter.progress import Progress
+from sqsd_filter.scoring.placement import release_memory
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Runner:
                     self.progress.note(f"{run.name}: {number}")
                     self._fine_tune(run, keep_adapters)
                     self._measure_loss(run)
-                    free_memory()
+                    release_memory()
             if waiting := {run.key: run for _, run in batch if not self._folder(run.key).has(ANSWERS)}:
                 with self._answerer() as answerer:
                     for run in waiting.values():

@@ -31,7 +31,7 @@ BATCH = 1024  # conversations encoded together
 
 
 @dataclass(frozen=True)
-class Scores:
+class NamedScores:
     """One scorer's scores of a corpus, under the name of the scorer."""
 
     name: str
@@ -51,7 +51,7 @@ class Scores:
         return hashlib.blake2b(self.earlier.keys.tobytes(), digest_size=8).hexdigest()
 
 
-def read_scores(given: Sequence[str | Path], opener: Opener, progress: Progress) -> list[Scores]:
+def read_scores(given: Sequence[str | Path], opener: Opener, progress: Progress) -> list[NamedScores]:
     """The scores of each scorer, from a file that `sqsd-filter score` wrote or from a run's folder.
 
     A scorer is named as in its report. Where there is no report, or several name the same scorer, it is named after the
@@ -62,10 +62,10 @@ def read_scores(given: Sequence[str | Path], opener: Opener, progress: Progress)
     others = [read_earlier([one], opener, None, progress, keyed=True, likely=first.form) for one in given[1:]]
     for other in others:
         check_same(first, other)
-    return [Scores(name, one) for name, one in zip(names(given), [first, *others], strict=True)]
+    return [NamedScores(name, one) for name, one in zip(names(given), [first, *others], strict=True)]
 
 
-def scored_by_all(scorers: Sequence[Scores], progress: Progress) -> np.ndarray:
+def scored_by_all(scorers: Sequence[NamedScores], progress: Progress) -> np.ndarray:
     """Whether each row (n,) has a score by every scorer. Notes which scorers lack scores that others have."""
     scored_sn = np.array([each.scored for each in scorers])
     for each, count in zip(scorers, (scored_sn.any(0) & ~scored_sn).sum(1).tolist(), strict=True):
@@ -180,7 +180,7 @@ def conversations(earlier: Earlier, indices: np.ndarray) -> Iterator[tuple[int, 
 
 def poison_scores(
     given: Sequence[str | Path],
-    benign: Sequence[Scores],
+    benign: Sequence[NamedScores],
     sources: Sequence[str | Path],
     opener: Opener,
     progress: Progress,

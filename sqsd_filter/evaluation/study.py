@@ -15,15 +15,15 @@ from sqsd_filter.evaluation.folder import digest
 from sqsd_filter.evaluation.model import Subject
 from sqsd_filter.evaluation.results import (
     ArmFigures,
+    EvaluatedRows,
     JudgeFacts,
     ModelFacts,
     PromptCounts,
-    RowCounts,
     SetFigures,
     WindowFigures,
 )
 from sqsd_filter.evaluation.runs import Prompts, Run, Runner
-from sqsd_filter.evaluation.scores import Rows, Scores, scored_by_all
+from sqsd_filter.evaluation.scores import NamedScores, Rows, scored_by_all
 from sqsd_filter.evaluation.sets import TrainingSet, by_risk, cut_sets, match_tokens, windows
 from sqsd_filter.evaluation.settings import CUT, VLLM, WINDOWS, Design
 from sqsd_filter.evaluation.vllm_answers import check_vllm
@@ -53,7 +53,7 @@ class Study:
     def __init__(
         self,
         design: Design,
-        scorers: Sequence[Scores],
+        scorers: Sequence[NamedScores],
         pack: str | Path,
         device: str | None,
         dest: Path,
@@ -86,7 +86,7 @@ class Study:
             raise UsageError(
                 f"{option('held_out')} {design.held_out:,} leaves no scored row to learn from: choose a smaller number."
             )
-        self.rows: RowCounts = {
+        self.rows: EvaluatedRows = {
             "all": len(scored),
             "scored": int(scored.sum()),
             "usable": int(usable.sum()),

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from sqsd_filter.errors import SQSDError, UsageError, option
-from sqsd_filter.evaluation.model import Answerer, Subject, free_memory
+from sqsd_filter.evaluation.model import Answerer, Subject
 from sqsd_filter.judges.generation import as_asked, as_text, as_turns, ends_of
+from sqsd_filter.scoring.placement import release_memory
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -50,7 +51,7 @@ def vllm_answers(subject: Subject, base: Path, room: int) -> Iterator[Answerer]:
 
     try:
         subject.save(base)
-        free_memory()
+        release_memory()
         engine = _engine(subject, base, room)
         try:
             ends = ends_of(GenerationConfig.from_pretrained(base), subject.tokenizer)

@@ -7,7 +7,6 @@ One model is loaded at a time.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -19,10 +18,11 @@ from sqsd_filter.corpus.addresses import Opener, expand, peek
 from sqsd_filter.corpus.conversation import Message, RowError
 from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.errors import InputError, ModelError, UsageError
-from sqsd_filter.pipeline.comparison import EXACT, FEWEST, RANK, SIDES, Difference, compare
+from sqsd_filter.pipeline.comparison import EXACT, FEWEST, RANK, SIDES, ScoreDifference, compare
 from sqsd_filter.pipeline.selecting.selection import Cut
 from sqsd_filter.pipeline.stage.engines import ProgressCallbacks
 from sqsd_filter.progress import Progress, Silent
+from sqsd_filter.scoring.placement import free_memory, release_memory
 from sqsd_filter.scoring.results import Scores
 from sqsd_filter.scoring.scorer import Scorer, SQSDScorer
 
@@ -36,7 +36,7 @@ HALVES = "bfloat16 against float32"  # without it, no score in bfloat16 can be t
 GIB = 1 << 30
 
 
-class Comparison(Difference):
+class Comparison(ScoreDifference):
     """`used` says whether the scorer as asked for computes in the way that was tested, `fix` names the flag to use."""
 
     name: str
@@ -175,7 +175,7 @@ class _Check:
             self._compare("fast against dense", _take(plain, few), dense, fix="--pack or --model with another model")
         else:
             self.skipped.append({"name": "the dense form", "why": "there are no scores in float32"})
-        _free()
+        release_memory()
         self.progress.finish()
         used = {comparison["name"]: comparison["ok"] for comparison in self.comparisons if comparison["used"]}
         missing = [HALVES] if half and HALVES not in used else []
@@ -203,13 +203,13 @@ class _Check:
     def _as_asked(self) -> tuple[Scores, str, list[str]]:
         """The scores by the scorer as it is set up, its attention kernel, and the kernels other than eager that the
         model supports. Compares the scores with those of each row alone."""
-        scorer, watch = self.scorer.changed(), _LargestBatch(self.progress)
+        scorer, callbacks = self.scorer.changed(), _LargestBatch(self.progress)
         self.progress.start("as asked", len(self.turns))
-        asked = scorer.score(self.turns, watch)
+        asked = scorer.score(self.turns, callbacks)
         if (scored := int(np.isfinite(asked.risk).sum())) < FEWEST:
             raise InputError(f"Only {scored} rows can be scored, which is too few to compare: give at least {FEWEST}.")
         name = "batched against alone"
-        if watch.largest > 1:
+        if callbacks.largest > 1:
             lone = ProgressCallbacks(self.progress)
             lone.apart = frozenset(range(len(self.turns)))
             self.progress.start("each row alone", len(self.turns))
@@ -229,7 +229,7 @@ class _Check:
     def _score(self, phase: str, rows: Sequence[int] | None, make: Callable[[], Scorer]) -> Scores | None:
         from sqsd_filter.scoring.batching import is_out_of_memory
 
-        _free()  # of the model before
+        release_memory()  # of the model before
         turns = self.turns if rows is None else [self.turns[k] for k in rows]
         self.progress.start(phase, len(turns))
         try:
@@ -245,7 +245,6 @@ class _Check:
     def _dense(self, rows: Sequence[int], device: str) -> Scores | None:
         """The scores in the dense form; None, which is noted, where that needs more memory than there is: a machine
         would rather kill the process than say so."""
-        from sqsd_filter.scoring.placement import free_memory
         from sqsd_filter.scoring.reference import ReferenceScorer
 
         own = self.scorer
@@ -260,7 +259,7 @@ class _Check:
             max_length=own.max_length,
             trust_remote_code=own.trust_remote_code,
         )
-        _free()  # of the model before
+        release_memory()  # of the model before
         need, free = 8 * self.parameters + scorer.dense_bytes, free_memory(device)
         if need > free:
             why = f"it takes {need / GIB:,.1f} GiB of memory, of which {free / GIB:,.1f} are free"
@@ -308,11 +307,3 @@ def _kernels(model: PreTrainedModel) -> list[str]:
     if halves and getattr(model, "_supports_flash_attn", False) and is_flash_attn_2_available():
         kernels.append("flash_attention_2")
     return kernels
-
-
-def _free() -> None:
-    """Release the memory of models that are no longer referred to."""
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing where no GPU was used

@@ -16,7 +16,7 @@ RANK = 0.99  # the least rank correlation of the risk where one way is in bfloat
 SIDES = 0.1  # there, the share of the dropped rows (at least one row) that may change places with kept ones
 
 
-class Difference(TypedDict):
+class ScoreDifference(TypedDict):
     """`difference` has the largest |Δ| of the risk and of each probe among the `rows` with both scores, `rank`
     Spearman's correlation of their risks, and `sides` the number of rows that only one of the two drops. Below
     `FEWEST` rows both are None. `why` says what is wrong where it is not `ok`."""
@@ -29,7 +29,7 @@ class Difference(TypedDict):
     why: str
 
 
-def compare(tested: Scores, plainer: Scores, cut: Cut, exact: bool) -> Difference:
+def compare(tested: Scores, plainer: Scores, cut: Cut, exact: bool) -> ScoreDifference:
     """Compare scores of the same rows: by their differences if `exact`, else by their ranks and the dropped rows."""
     fine, plain = np.isfinite(tested.risk), np.isfinite(plainer.risk)
     both = fine & plain

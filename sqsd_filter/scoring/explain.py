@@ -29,32 +29,32 @@ TOP = 10  # modules that are listed one by one
 DIGITS = 7  # after the decimal point
 
 
-class Part(TypedDict):
+class RiskPart(TypedDict):
     """A part of the risk, and each probe's share of it by the probe's name, weighted."""
 
     risk: float
     probes: dict[str, float]
 
 
-class LayerPart(Part):
+class LayerPart(RiskPart):
     """The part of a layer's modules; `layer` is None for modules outside of all layers."""
 
     layer: int | None
 
 
-class TypePart(Part):
+class TypePart(RiskPart):
     """The part of all modules of one type: a module's name after its layer's number."""
 
     type: str
 
 
-class ModulePart(Part):
+class ModulePart(RiskPart):
     """The part of one module."""
 
     module: str
 
 
-class TokenPart(Part):
+class TokenPart(RiskPart):
     """The part of one answer token, with its text."""
 
     text: str
@@ -64,12 +64,12 @@ class Explanation(TypedDict):
     """A row's risk in parts: `layers` and `module_types` cover all modules, `modules` the `TOP` with the largest parts;
     `prompt` and `answer` cover all positions, `tokens` each token of the answers."""
 
-    total: Part
+    total: RiskPart
     layers: list[LayerPart]
     module_types: list[TypePart]
     modules: list[ModulePart]
-    prompt: Part
-    answer: Part
+    prompt: RiskPart
+    answer: RiskPart
     tokens: list[TokenPart]
 
 
@@ -91,13 +91,13 @@ def explain(scorer: SQSDScorer, turns: Sequence[Message]) -> Explanation:
     gives_answer = row.answer[1 : len(by_token) + 1]
     texts = scorer.encoder.texts(turns)
 
-    def part(values: np.ndarray) -> Part:
+    def part(values: np.ndarray) -> RiskPart:
         """The sum of parts (…, probes)."""
         total = values.reshape(-1, len(weights)).sum(axis=0)
         probes = {probe.name: round(float(value), DIGITS) for probe, value in zip(model.probes, total, strict=True)}
         return {"risk": round(float(total.sum()), DIGITS), "probes": probes}
 
-    def grouped(keys: Sequence[Key]) -> list[tuple[Key, Part]]:
+    def grouped(keys: Sequence[Key]) -> list[tuple[Key, RiskPart]]:
         """The modules' parts summed by these keys, one per module; the riskiest first."""
         groups = [(key, part(by_module[[k == key for k in keys]])) for key in dict.fromkeys(keys)]
         return sorted(groups, key=lambda group: -group[1]["risk"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -64,6 +65,14 @@ def free_memory(device: str) -> int:
 
     free: int = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
     return free
+
+
+def release_memory() -> None:
+    """Give back the memory of models that are no longer referred to."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where no GPU was used
 
 
 def limit_threads() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sqsd_filter.scoring.explain import Part, explain
+from sqsd_filter.scoring.explain import RiskPart, explain
 from sqsd_filter.scoring.reference import ReferenceScorer, cosine
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.tiny import CONVERSATIONS, chat, encoded, make_adapter, make_pack
@@ -25,7 +25,7 @@ def test_every_way_to_take_the_risk_apart_sums_to_it(packs: dict[str, Path], arc
         assert explained["total"]["probes"] == pytest.approx(
             {"danger": scores.probes["danger"][0], "safety": -scores.probes["safety"][0]}, abs=1e-5
         )
-        ways: list[Sequence[Part]] = [
+        ways: list[Sequence[RiskPart]] = [
             explained["layers"],
             explained["module_types"],
             [explained["prompt"], explained["answer"]],

@@ -38,7 +38,7 @@ class Excerpt(TypedDict):
     more: int
 
 
-class Origin(TypedDict):
+class RowOrigin(TypedDict):
     """A row's index in the corpus, its file and its line there."""
 
     row: int
@@ -46,7 +46,7 @@ class Origin(TypedDict):
     line: int
 
 
-class _ShownRow(Origin):
+class _ShownRow(RowOrigin):
     prompt: Excerpt
     answer: Excerpt
 
@@ -59,7 +59,7 @@ class RiskyRow(_ShownRow):
     probes: dict[str, float]
 
 
-class UnscoredRow(Origin):
+class UnscoredRow(RowOrigin):
     """A row without a score."""
 
     why: str
@@ -213,7 +213,7 @@ def _values(chunk: Chunk, rows: Sequence[int], form: RowFormat | None) -> Iterab
     return to_rows(table.take(np.array(rows, np.int64) - chunk.start))
 
 
-def _origin(chunk: Chunk, row: int) -> Origin:
+def _origin(chunk: Chunk, row: int) -> RowOrigin:
     k = row - chunk.start
     return {"row": row, "file": chunk.files[k], "line": chunk.lines[k]}
 

@@ -48,9 +48,9 @@ class LocalEngine:
     def score(
         self, corpus: Corpus, form: RowFormat, scorer: BatchedScorer, shards: Sequence[Shard], progress: Progress
     ) -> Generator[ScoredShard]:
-        watch = ProgressCallbacks(progress)
+        callbacks = ProgressCallbacks(progress)
         for shard in shards:
-            yield shard, *score_shard(corpus, form, scorer, shard, watch)
+            yield shard, *score_shard(corpus, form, scorer, shard, callbacks)
 
     def facts(self) -> EngineFacts:
         return {"engine": "local"}

@@ -126,8 +126,8 @@ class Replica:
         shard = batch["shard"][0].as_py()
         problem = batch["problem"][0].as_py() or self.problem
         turns = [] if problem else [json.loads(text) for text in batch["conversations"][0].as_py()]
-        watch = _Reporting(self.ledger, self.name, shard)
-        if watch.attempt > LAST_ATTEMPT:  # not for ever: nothing that was noted is to blame
+        callbacks = _Reporting(self.ledger, self.name, shard)
+        if callbacks.attempt > LAST_ATTEMPT:  # not for ever: nothing that was noted is to blame
             turns, problem = (
                 [],
                 as_data(
@@ -135,7 +135,7 @@ class Replica:
                 ),
             )
         try:
-            scores = self.scorer.score(turns, watch) if turns else None
+            scores = self.scorer.score(turns, callbacks) if turns else None
         except SQSDError as failure:
             scores, problem = None, as_data(failure)
         except Exception as failure:  # the device is lost: only a new process can go on

@@ -117,8 +117,8 @@ def conversations(corpus: Corpus, form: RowFormat, shard: Shard) -> list[Convers
 
 
 def score_shard(
-    corpus: Corpus, form: RowFormat, scorer: Scorer, shard: Shard, watch: ScoringCallbacks | None = None
+    corpus: Corpus, form: RowFormat, scorer: Scorer, shard: Shard, callbacks: ScoringCallbacks | None = None
 ) -> tuple[list[bytes], Scores]:
     """Keys and scores of a shard's wanted rows, in row order."""
     turns = conversations(corpus, form, shard)
-    return [conversation_key(t) for t in turns], scorer.score(turns, watch)
+    return [conversation_key(t) for t in turns], scorer.score(turns, callbacks)
