@@ -57,15 +57,6 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> dict[tuple[str, 
 COMMANDS = commands(cli)
 
 
-@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
-def test_the_docs_have_every_command_and_option(path: tuple[str, ...]) -> None:
-    if path != ("filter",):  # goes without its name
-        assert f"sqsd-filter {' '.join(path)} " in EVERYTHING
-    options = [p for p in COMMANDS[path].params if isinstance(p, click.Option)]
-    longest = [max(p.opts, key=len) for p in options]
-    assert [o for o in longest if not re.search(rf"{o}\b", EVERYTHING)] == []
-
-
 def test_the_page_on_rows_has_every_row_format_and_role_and_status() -> None:
     reasons = (SCORED, NO_ANSWER, PROMPT_TOO_LONG, NONFINITE, BAD_JSON, BAD_ROW, TEMPLATE_ERROR, *TRANSIENT)
     assert [name for name in (*FORMATS, *ROLES, *reasons) if f"`{name}`" not in DOCS["docs/rows.md"]] == []
