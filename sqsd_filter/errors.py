@@ -2,7 +2,7 @@
 
 
 class SQSDError(Exception):
-    """Any failure whose message is meant for the user: one sentence with the cause and the fix."""
+    """Any failure whose message is meant for the user: it names the cause and the fix."""
 
     exit_code = 1
 

@@ -56,7 +56,7 @@ OUTPUT = """\
 stdout carries the result only: a summary, or with `--json` the report as one JSON object. Progress, notes and errors go
 to stderr: bars on a terminal, otherwise a line every 30 seconds. `--quiet` prints errors only.
 
-An error is one sentence with the cause and the fix.
+An error names the cause and the fix.
 
 | exit code | meaning |
 | --- | --- |

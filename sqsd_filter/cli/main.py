@@ -61,7 +61,7 @@ def cli() -> None:
     \b
         sqsd-filter in.jsonl out/ --drop-top 5%
 
-    This is short for the command filter, and takes its options: see `sqsd-filter filter --help`.
+    This is short for the command filter: `filter --help` shows its options.
     """
 
 

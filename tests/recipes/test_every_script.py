@@ -10,17 +10,17 @@ import pytest
 from tests.recipes.scripts import RECIPES
 
 TESTED_IN = {
-    "benchmarks/random_pack.py": "recipes/test_benchmarks.py",
-    "benchmarks/scale.py": "recipes/test_benchmarks.py",
-    "benchmarks/speed.py": "recipes/test_benchmarks.py",
-    "drift/dolly.py": "recipes/test_drift.py",
-    "judge/train.py": "judges/test_recipe.py",
-    "packs/smollm2-135m/prepare.py": "recipes/test_packs.py",
-    "packs/smollm2-135m/refusals.py": "recipes/test_packs.py",
-    "packs/smollm2-135m/sweep.py": "recipes/test_packs.py",
-    "paper/small/study.py": "recipes/test_paper.py",
-    "paper/small/tables.py": "recipes/test_paper.py",
-    "slurm/filter.sbatch": "recipes/test_slurm.py",
+    "benchmarks/random_pack.py": "test_benchmarks.py",
+    "benchmarks/scale.py": "test_benchmarks.py",
+    "benchmarks/speed.py": "test_benchmarks.py",
+    "drift/dolly.py": "test_drift.py",
+    "judge/train.py": "test_judge.py",
+    "packs/smollm2-135m/prepare.py": "test_packs.py",
+    "packs/smollm2-135m/refusals.py": "test_packs.py",
+    "packs/smollm2-135m/sweep.py": "test_packs.py",
+    "paper/small/study.py": "test_paper.py",
+    "paper/small/tables.py": "test_paper.py",
+    "slurm/filter.sbatch": "test_slurm.py",
 }
 
 
@@ -31,5 +31,5 @@ def test_every_script_has_a_test() -> None:
 
 @pytest.mark.parametrize("script", TESTED_IN)
 def test_a_script_is_loaded_in_the_file_that_runs_it(script: str) -> None:
-    text = (Path(__file__).parents[1] / TESTED_IN[script]).read_text(encoding="utf-8")
+    text = (Path(__file__).with_name(TESTED_IN[script])).read_text(encoding="utf-8")
     assert re.search(rf'["/]{Path(script).stem}(\.\w+)?"', text)  # a word of a sentence would not do

@@ -1,6 +1,6 @@
 """The scripts of the built-in pack's recipe, on tiny models and made-up, harmless rows: prepare.py splits the data,
 sweep.py judges scores on the files that it writes, refusals.py judges models. What sweep.py measures is held to the
-dense form in tests/directions/test_sweep.py."""
+dense form in test_sweep.py."""
 
 from __future__ import annotations
 
