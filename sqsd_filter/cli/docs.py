@@ -31,7 +31,7 @@ below.
 SETTINGS = """\
 ## Where a setting comes from
 
-A flag goes before the environment, that before the config file, that before the default. `report.json` records the
+A flag wins over the environment, the environment over the config file, and that over the default. `report.json` records the
 value of each setting and where it came from.
 
 - **Environment**: `SQSD_FILTER_` and the name of the option, for example `SQSD_FILTER_DROP_TOP=5pct` or

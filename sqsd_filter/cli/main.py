@@ -319,7 +319,12 @@ def main(arguments: list[str] | None = None) -> None:
         problem.show(sys.stderr)
         sys.exit(2 if isinstance(problem, click.UsageError) else problem.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted. What was written is kept. The same command resumes:", err=True)
+        click.echo(
+            "Interrupted. Nothing was written. The same command starts again:"
+            if "--dry-run" in given
+            else "Interrupted. What was written is kept. The same command resumes:",
+            err=True,
+        )
         click.echo("  " + shlex.join(["sqsd-filter", *given]), err=True)
         sys.exit(INTERRUPTED)
     except SQSDError as problem:
