@@ -31,8 +31,8 @@ below.
 SETTINGS = """\
 ## Where a setting comes from
 
-A flag wins over the environment, the environment over the config file, and that over the default. `report.json` records the
-value of each setting and where it came from.
+A flag wins over the environment, the environment over the config file, and that over the default. `report.json`
+records the value of each setting and where it came from.
 
 - **Environment**: `SQSD_FILTER_` and the name of the option, for example `SQSD_FILTER_DROP_TOP=5pct` or
   `SQSD_FILTER_PER_SPLIT=1`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,17 @@ class Scoring:
     score_store: str | Path | None = None
     max_error_rate: str | float = 0.5
     explain: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` where the name of a thing is given for the thing."""
+        for name, maker in (
+            ("scorer", "make_scorer(...)"),
+            ("engine", "choose_engine(...)"),
+            ("columns", "Columns(...)"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, str | Mapping):
+                raise UsageError(f"{name} is {value!r}: give an object such as {maker} makes.")
 
     @cached_property
     def chosen_scorer(self) -> BatchedScorer:

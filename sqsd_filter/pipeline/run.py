@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sqsd_filter.corpus.addresses import HubDataset, Opener, Source, expand
 from sqsd_filter.corpus.row_formats import Columns
@@ -34,6 +34,8 @@ from sqsd_filter.storage.folder import Folder
 
 if TYPE_CHECKING:
     from sqsd_filter.pipeline.options import Sources
+
+T = TypeVar("T")
 
 
 def filter_dataset(
@@ -139,7 +141,7 @@ def score_dataset(
     adds a column of lists for each probe, with the cosine at each module; the file's metadata (`sqsd_modules`) and the
     report name the modules. That takes 12 bytes of memory per row, probe and module.
     """
-    scoring = scoring or Scoring()
+    scoring = _checked(scoring or Scoring(), Scoring, "Scoring(pack=...)")
     check_explain(scoring.explain, "", scoring.scorer)
     policy = Policy.of("quarantine", scoring.max_error_rate)
     if "://" in str(dest):
@@ -217,7 +219,8 @@ def select_dataset(
     """
     started = time.time()
     check_rule(scores, consensus)
-    writing = writing or Writing()
+    cut = _checked(cut, Cut, 'Cut.of(drop_top="5%")')
+    writing = _checked(writing or Writing(), Writing, 'Writing(to="jsonl")')
     export = CutRows(cut, Policy.of(writing.on_error, "100%"), writing.output)
     given, *others = (expand(as_list(each)) for each in (sources, *scores))
     meter = Meter(progress or Silent())
@@ -237,6 +240,13 @@ def select_dataset(
         identity = {**earlier.identity, **export.identity()}
         job = Job(outlet, identity, meter, record or {}, started, facts, None, _originals(earlier.sources))
         return job.carry_out(lambda: export.write(earlier.scored, outlet.destination.root, meter))
+
+
+def _checked(given: object, kind: type[T], example: str) -> T:
+    """The options that were given. Raises `UsageError` for anything else."""
+    if not isinstance(given, kind):
+        raise UsageError(f"{given!r} is not {kind.__name__}: give the options as {example}.")
+    return given
 
 
 def _outlet(dest: str | Path, writing: Writing) -> Outlet:
