@@ -146,7 +146,7 @@ def test_a_dataset_equals_itself_by_any_way_in(way: str, rich: datasets.Dataset,
 def test_the_kept_rows_of_a_run_are_read_by_naming_them(to: str, part: str, scorer: SQSDScorer, folder: Path) -> None:
     write_jsonl(folder / "in.jsonl", make_rows(40))
     filter_dataset("in.jsonl", "out", drop_top="10%", scorer=scorer, to=to)
-    with pytest.raises(InputError, match=f"name what to read of it: 'out:{part}'"):
+    with pytest.raises(InputError, match=f"name what to read, as 'out:{part}'"):
         filter_dataset("out", "again", drop_top="10%", scorer=scorer)
     assert filter_dataset(f"out:{part}", "again", drop_top="10%", scorer=scorer)["rows"]["total"] == 36
 
