@@ -59,5 +59,6 @@ def test_where_a_file_system_has_no_locks_nothing_is_locked(tmp_path: Path, monk
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    with take_lock(tmp_path / "lock"):
-        take_lock(tmp_path / "lock").close()
+    with take_lock(tmp_path / "lock") as first, take_lock(tmp_path / "lock") as second:
+        assert not first.closed
+        assert not second.closed
