@@ -1,5 +1,7 @@
 """What can go wrong for a user: one base error and a class for each kind, with the exit code of the command."""
 
+import re
+
 
 class SQSDError(Exception):
     """Any failure whose message is meant for the user: it names the cause and the fix."""
@@ -10,6 +12,16 @@ class SQSDError(Exception):
 def option(name: str) -> str:
     """An option, spelled as in Python and as on the command line, for a sentence."""
     return f"{name} (--{name.replace('_', '-')})"
+
+
+def as_flags(sentence: str) -> str:
+    """A sentence with its options as on the command line only: `drop_top (--drop-top)` becomes `--drop-top`."""
+
+    def flag(both: re.Match[str]) -> str:
+        name, flag = both.groups()
+        return flag if name.startswith("Columns(") or both[0] == option(name) else both[0]
+
+    return re.sub(r"(?:\bcolumns=)?(\bColumns\(\w+=…\)|\b\w+) \((--[\w-]+)\)", flag, sentence)
 
 
 def first_line(problem: BaseException) -> str:

@@ -24,7 +24,7 @@ from sqsd_filter.cli.report import report
 from sqsd_filter.cli.states import states
 from sqsd_filter.cli.steer import steer
 from sqsd_filter.cli.store import store
-from sqsd_filter.errors import SQSDError, UsageError
+from sqsd_filter.errors import SQSDError, UsageError, as_flags
 
 if TYPE_CHECKING:
     from sqsd_filter.pipeline.options import Scoring, Writing
@@ -330,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
     except SQSDError as problem:
         if os.environ.get("SQSD_FILTER_DEBUG"):
             raise
-        click.echo(f"Error: {problem}", err=True)
+        click.echo(f"Error: {as_flags(str(problem))}", err=True)
         sys.exit(problem.exit_code)
     except OSError as problem:
         if os.environ.get("SQSD_FILTER_DEBUG"):

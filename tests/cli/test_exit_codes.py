@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sqsd_filter.cli.main import main
-from sqsd_filter.errors import PackError
+from sqsd_filter.errors import PackError, as_flags, option
 from tests.commands import CUT, Command, one_sentence
 from tests.corpora import make_rows, read_report, write_jsonl
 
@@ -15,12 +15,17 @@ from tests.corpora import make_rows, read_report, write_jsonl
 def test_a_bare_number_is_a_usage_error_that_names_both_readings(command: Command) -> None:
     code, out, err = command("in.jsonl", "out", "--drop-top", "5")
     assert (code, out) == (2, "")
-    fix = "write drop_top (--drop-top) 5% or drop_count (--drop-count) 5."
+    fix = "write --drop-top 5% or --drop-count 5."
     assert one_sentence(err) == f"Error: '5' could mean 5% or 5 rows: {fix}"
     code, _, err = command("in.jsonl", "out", *CUT, "--max-error-rate", "5")
-    fix = "write max_error_rate (--max-error-rate) 5%."
+    fix = "write --max-error-rate 5%."
     assert code == 2
     assert one_sentence(err) == f"Error: '5' could mean 5% or 5 rows: {fix}"
+
+
+def test_errors_name_options_as_the_command_line_spells_them() -> None:
+    both = f"set {option('drop_top')}, or with columns=Columns(answer=…) (--answer-column) it, or push (--push-to)."
+    assert as_flags(both) == "set --drop-top, or with --answer-column it, or push (--push-to)."
 
 
 @pytest.mark.parametrize(
@@ -39,12 +44,12 @@ def test_a_bare_number_is_a_usage_error_that_names_both_readings(command: Comman
         ("no.parquet out --drop-top 5%", 3, "truncated or corrupt"),
         ("in.jsonl out --drop-top 5% --format Alpaca", 2, "no row format 'Alpaca'"),
         ("in.jsonl out --max-risk inf", 2, "finite"),
-        ("in.jsonl out --max-risk 1 --per-group id", 2, "leave out per_group (--per-group)"),
+        ("in.jsonl out --max-risk 1 --per-group id", 2, "leave out --per-group"),
         ("in.jsonl out --drop-top 5% --per-group topic", 3, "the columns are 'id', 'instruction', 'output'"),
         ("in.jsonl out --drop-top 5% --max-error-rate 7 --dry-run", 2, "7%"),
         ("in.jsonl out --drop-top 5% --engine local --replicas 2", 2, "--engine ray"),
         ("in.jsonl out --drop-top 5% --format messages", 3, "does not fit the columns"),
-        ("in.jsonl out --drop-top 5% --prompt-column q", 3, "(--prompt-column) names 'q'"),
+        ("in.jsonl out --drop-top 5% --prompt-column q", 3, "Error: --prompt-column names 'q'"),
         ("in.jsonl nowhere/out --drop-top 5%", 3, "The folder nowhere does not exist"),
         ("in.jsonl in.jsonl/out --drop-top 5%", 3, "in.jsonl"),
         ("select in.jsonl out --drop-top 5%", 3, "score it first"),

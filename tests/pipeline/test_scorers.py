@@ -145,8 +145,8 @@ def test_stores_and_runs_never_mix_scorers_or_anchors(folder: Path, tiny_pack: P
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [
-        (("--scorer", "larf"), 2, "by unsafe_anchors (--unsafe-anchors) and safe_anchors (--safe-anchors)."),
-        (("--scorer", "larf", *ANCHORS[:2]), 2, "two conversations or more by safe_anchors (--safe-anchors)."),
+        (("--scorer", "larf"), 2, "by --unsafe-anchors and --safe-anchors."),
+        (("--scorer", "larf", *ANCHORS[:2]), 2, "two conversations or more by --safe-anchors."),
         (("--scorer", "larf", *ANCHORS, "--explain", "3"), 2, "the scorer larf has none: leave it out."),
         (("--scorer", "length", "--seed", "1"), 2, "no use for a seed"),
         (ANCHORS, 2, "The scorer sqsd has no use for anchors"),

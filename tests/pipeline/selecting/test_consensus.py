@@ -201,7 +201,7 @@ def test_files_that_nothing_is_known_of_are_read_as_the_first_pack_was(folder: P
     with pytest.raises(InputError, match="row 1, where one has another conversation"):
         select_dataset("a.parquet", "again", cut, **how)
     pq.write_table(table.drop_columns(["q", "prompt"]), "b.parquet")
-    with pytest.raises(InputError, match=r"which columns were scored: keep b\.parquet\.sqsd"):
+    with pytest.raises(InputError, match=r"columns that were scored are not known: keep b\.parquet\.sqsd"):
         select_dataset("a.parquet", "again", cut, **how)
 
 
@@ -211,7 +211,7 @@ def test_a_rule_and_further_scores_go_together(folder: Path) -> None:
         ({"scores": ["a.parquet"]}, "mean-rank or max"),
         ({"consensus": "max"}, "--scores"),
         ({"scores": ["a.parquet"], "consensus": "min"}, "mean-rank, max, not 'min'"),
-        ({"scores": ["a.parquet"] * 26, "consensus": "max"}, "No more than 26"),
+        ({"scores": ["a.parquet"] * 26, "consensus": "max"}, "at most 26 packs"),
     ):
         with pytest.raises(UsageError, match=complaint):
             select_dataset("a.parquet", "out", Cut.of(drop_count=1), **how)
