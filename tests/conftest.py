@@ -8,9 +8,11 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,6 +30,20 @@ def pytest_collection_finish() -> None:
     training: transformers and accelerate collect several times in each."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save each picture without what was drawn on it: to render them takes matplotlib longer than all else in a tiny
+    run. Tests marked `pictures` look at them."""
+    if "pictures" not in request.keywords:
+        save = Figure.savefig
+
+        def empty(figure: Figure, *given: Any, **settings: Any) -> None:
+            figure.clear()
+            save(figure, *given, **settings)
+
+        monkeypatch.setattr(Figure, "savefig", empty)
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ def test_the_table_and_the_json_say_what_results_json_does(
             5,
             "name a folder as DEST, which comes last",
         ),
-        (["s.parquet", "out", "--batch-size", "4", "--arms", "none"], 2, "is not a multiple of device_batch_size"),
+        (["s.parquet", "out", "--batch-size", "4", "--arms", "none"], 2, "is not a multiple of --device-batch-size"),
     ],
     ids=["size", "harmful", "nothing", "arms", "seeds", "share", "scores", "no scores", "no folder", "batch"],
 )

@@ -18,6 +18,14 @@ from sqsd_filter.cli.main import main
 from tests.commands import CUT, Command, entries, one_sentence
 from tests.corpora import SPLITS, content, make_rows, read_report, split_file, write_jsonl
 
+pytestmark = pytest.mark.pictures  # the processes that are killed draw them
+
+
+def moments(fast: str, **names: int) -> pytest.MarkDecorator:
+    """A test at each of these moments; all but the `fast` one are slow."""
+    cases = [pytest.param(at, id=name, marks=() if name == fast else pytest.mark.slow) for name, at in names.items()]
+    return pytest.mark.parametrize("moment", cases)
+
 
 def test_output_that_cannot_be_printed_is_a_failure_but_no_bug(
     started: Callable[..., ForkServerProcess], folder: Path
@@ -66,20 +74,27 @@ def segments(dest: Path) -> dict[str, tuple[int, int]]:
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in (dest / "sqsd" / "scores").glob("[!.]*")}
 
 
-@pytest.mark.parametrize(
-    ("moment", "shards"),
-    [(1, 0), (2, 0), (3, 1), (4, 2), (5, 3), (6, 3), (7, 3), (8, 3), (9, 3), (10, 3), (11, 3), (12, 3)],
-    ids=[
-        *("start", "shard 0", "shard 1", "shard 2", "kept", "dropped"),
-        *("errors", "picture", "card", "notes", "page", "report"),
-    ],
+@moments(
+    "shard_1",
+    start=1,
+    shard_0=2,
+    shard_1=3,
+    shard_2=4,
+    kept=5,
+    dropped=6,
+    errors=7,
+    picture=8,
+    card=9,
+    notes=10,
+    page=11,
+    report=12,
 )
 def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_bytes(
-    moment: int, shards: int, big: list[str], killed: Callable[..., int], command: Command, undisturbed: dict[str, Any]
+    moment: int, big: list[str], killed: Callable[..., int], command: Command, undisturbed: dict[str, Any]
 ) -> None:
     assert killed(moment, signal.SIGKILL, *big) == -signal.SIGKILL
     before = segments(Path("out"))
-    assert len(before) == shards
+    assert len(before) == min(max(moment - 2, 0), 3)
     assert command(*big)[0] == 0
     after = segments(Path("out"))
     assert before.items() <= after.items()
@@ -144,7 +159,7 @@ def test_two_runs_on_one_destination_are_one_too_many(
     assert content(Path("out")) == undisturbed
 
 
-@pytest.mark.parametrize("moment", [2, 5, 11, 12, 13], ids=["scores", "export", "report", "swap", "half swapped"])
+@moments("half_swapped", scores=2, export=5, report=11, swap=12, half_swapped=13)
 def test_a_killed_overwrite_never_costs_the_old_output_and_can_be_finished(
     moment: int, command: Command, killed: Callable[..., int], folder: Path
 ) -> None:
@@ -163,7 +178,7 @@ def test_a_killed_overwrite_never_costs_the_old_output_and_can_be_finished(
     assert entries(folder) == ["in.jsonl", "out", "stderr", "stdout", "straight"]
 
 
-@pytest.mark.parametrize("moment", [7, 8, 9, 10, 11], ids=["report", "swap", "no file", "old home", "no home"])
+@moments("swap", report=7, swap=8, no_file=9, old_home=10, no_home=11)
 def test_a_score_file_and_its_home_are_swapped_together_even_when_killed(
     moment: int, command: Command, killed: Callable[..., int], folder: Path
 ) -> None:

@@ -163,6 +163,7 @@ def test_a_base_adapter_is_trained_first_and_lies_under_the_others(recipe: Path,
     assert first[1] < first[0]  # the base has been moved towards such rows
 
 
+@pytest.mark.slow
 def test_a_build_that_is_killed_goes_on_from_its_checkpoint_to_the_same_bytes(recipe: Path, built: Path) -> None:
     out = recipe.parent / "pack"
     command = [sys.executable, "-m", "sqsd_filter", "pack", "build", str(recipe), str(out)]

@@ -180,6 +180,7 @@ def area(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
     return int((picture[60:, :, :3] == colour).all(axis=2).sum())
 
 
+@pytest.mark.pictures
 def test_the_picture_shows_every_direction_in_both_panels(command: Command, run: Path, tmp_path: Path) -> None:
     command(run, "--out", "drift")
     picture = np.asarray(Image.open(tmp_path / "drift" / "drift.png"))

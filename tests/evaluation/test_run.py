@@ -201,6 +201,7 @@ def test_an_evaluation_that_is_killed_at_each_step_goes_on_to_the_same_bytes(
     assert content(out) == content(tmp_path / "whole")
 
 
+@pytest.mark.pictures
 def test_what_is_done_is_not_done_again_and_what_is_lost_is(pack: Path, files: Path, mine: Path) -> None:
     first, before, notes = json.loads((mine / "results.json").read_text()), content(mine), Notes()
     shutil.rmtree(mine / "runs" / first["runs"]["knows"]["S2"][0])

@@ -74,6 +74,7 @@ RESULTS: Results = {
 }
 
 
+@pytest.mark.pictures
 def test_an_evaluation_is_shown_with_its_intervals(out: Path, tmp_path: Path, report: Command) -> None:
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     code, stdout, stderr = report(out, "--evaluation", tmp_path / "results.json", "--json")

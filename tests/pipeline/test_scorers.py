@@ -79,6 +79,7 @@ def test_the_main_command_drops_by_the_scorer_and_its_card_says_which_it_was(com
 UNTRUE = ("SQSD risk", "from the pack", "pushes the model further", "moves the model little along the directions")
 
 
+@pytest.mark.pictures
 def test_no_page_calls_another_scorers_risk_sqsds(command: Command) -> None:
     assert command("in.jsonl", "out", "--scorer", "length", "--drop-count", "4")[0] == 0
     page = Path("out/sqsd/report.html").read_text()
@@ -88,6 +89,7 @@ def test_no_page_calls_another_scorers_risk_sqsds(command: Command) -> None:
     assert "A low risk only means that a row ranks low by this measure. It does not mean that" in page
 
 
+@pytest.mark.pictures
 def test_the_picture_names_the_scorer_on_its_axis(folder: Path, tiny_pack: Path) -> None:
     report = filter_dataset("in.jsonl", "out", drop_count=4, scorer=make_scorer("length", tiny_pack))
     bars = json.loads(Path("out/sqsd/notes.json").read_text())["histogram"]
@@ -99,6 +101,7 @@ def test_the_picture_names_the_scorer_on_its_axis(folder: Path, tiny_pack: Path)
     assert drawn != (folder / "sqsd.png").read_bytes()
 
 
+@pytest.mark.pictures
 def test_scored_files_keep_the_name_of_their_scorer(folder: Path, tiny_pack: Path) -> None:
     for name in ("length", "random"):
         score_dataset("in.jsonl", f"{name}.parquet", Scoring(scorer=make_scorer(name, tiny_pack)))

@@ -17,6 +17,7 @@ def _on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
+@pytest.mark.slow
 def test_speed_compares_the_scorer_with_the_bare_passes_and_the_dense_form(capsys: pytest.CaptureFixture[str]) -> None:
     speed = importlib.import_module("speed")
     speed.main(["--shape", "tiny", "--rows", "3", "--block", "2", "--longest", "24", "--dense-rows", "1"])

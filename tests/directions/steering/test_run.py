@@ -204,6 +204,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bytes(
     assert contents(out) == contents(steered)
 
 
+@pytest.mark.pictures
 def test_known_points_are_not_measured_again(
     compass: Path, rows: Path, steered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

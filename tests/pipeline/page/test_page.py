@@ -165,6 +165,7 @@ def test_cosines_by_module_are_drawn_in_a_picture_per_probe(tmp_path: Path) -> N
     assert "image" not in [tag for tag, _ in seen.elements]
 
 
+@pytest.mark.pictures
 def test_modules_are_called_by_their_last_name_where_that_is_theirs_alone(tmp_path: Path) -> None:
     report, notes = noted(tmp_path, make_rows(9))
     places: list[tuple[int | None, str]] = [(0, kind) for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")]

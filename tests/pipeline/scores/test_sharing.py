@@ -201,6 +201,7 @@ def test_a_damaged_file_costs_its_scores_only(
     assert not first.exists()
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_and_compactions_meanwhile_lose_nothing(folder: Path, tiny_pack: Path) -> None:
     command = [sys.executable, "-m", "sqsd_filter", "--drop-top", "5%", "--score-store", "store"]
     command += ["--pack", str(tiny_pack), "--quiet"]

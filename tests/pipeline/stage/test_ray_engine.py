@@ -40,6 +40,8 @@ ROWS = [row if k % 128 < 8 else {**make_rows(1)[0], "id": k} for k, row in enume
 LINES = [*ROWS[:200], b"broken", {"id": -1, "instruction": "?", "output": ""}, *ROWS[200:]]
 SHARDS = 6
 
+pytestmark = pytest.mark.pictures  # what a module's fixture leaves is compared whole
+
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[None]:
@@ -86,6 +88,7 @@ def test_bytes_do_not_depend_on_the_number_of_replicas(
     assert ray.is_initialized()  # only sessions started by the tool are shut down
 
 
+@pytest.mark.slow
 def test_a_killed_replica_costs_time_only(
     session: None, source: Path, tiny_pack: Path, undisturbed: dict[str, Any]
 ) -> None:
@@ -116,6 +119,7 @@ def die_once(mark: Path, how: int) -> Callable[..., None]:
     return score
 
 
+@pytest.mark.slow
 def test_a_row_that_keeps_killing_its_replica_is_set_apart_and_the_rest_is_scored(
     session: None, source: Path, tiny_pack: Path, undisturbed: dict[str, Any]
 ) -> None:
@@ -155,6 +159,7 @@ def failing_row(self: Any, members: Any) -> Any:
     return type(self.model).project(self.model, members)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("project", "unscored"), [(short_of_memory, {}), (failing_row, {"failed": 1})])
 def test_what_a_batch_can_not_do_its_rows_do_apart_on_any_engine(
     session: None, source: Path, tiny_pack: Path, project: Any, unscored: dict[str, int]
@@ -203,6 +208,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_room_finishes_the_run(
     assert content(Path("out")) == undisturbed
 
 
+@pytest.mark.slow
 def test_progress_tells_of_replicas_and_rows_once_each(session: None, source: Path, tiny_pack: Path) -> None:
     class Shown(Silent):
         rows = tokens = alive = 0
@@ -266,6 +272,7 @@ def test_a_node_with_another_model_under_the_same_name_is_refused(session: None,
         filter_dataset(source, "out", drop_top="5%", scorer=scorer, engine=RayEngine(1))
 
 
+@pytest.mark.slow
 def test_a_file_that_changes_under_the_run_is_an_input_error(session: None, source: Path, tiny_pack: Path) -> None:
     class Meddling(RayEngine):
         def score(self, *arguments: Any, **named: Any) -> Any:
@@ -377,6 +384,7 @@ def test_a_shard_that_never_gets_through_is_given_up_in_the_end() -> None:
 # ---------------------------------------------------------------------------------------------- nodes and the driver
 
 
+@pytest.mark.slow
 def test_a_node_that_goes_away_costs_time_only(source: Path, tiny_pack: Path, undisturbed: dict[str, Any]) -> None:
     from ray.cluster_utils import Cluster
 

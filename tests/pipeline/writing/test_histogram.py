@@ -23,6 +23,8 @@ from sqsd_filter.pipeline.writing.histogram import MOST_BARS, bar_edges, count_b
 BLUE, ORANGE = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
 NORMAL = np.random.default_rng(0).normal(-0.3, 0.2, 1000)
 
+pytestmark = pytest.mark.pictures
+
 
 def quantiles(risk: np.ndarray) -> dict[str, float]:
     return {f"{q}%": float(np.quantile(risk, q / 100)) for q in QUANTILES} if len(risk) else {}
