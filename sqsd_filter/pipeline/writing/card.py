@@ -115,6 +115,7 @@ def _config(name: str, files: Sequence[WrittenFile]) -> dict[str, Any]:
     their rows do: a hash of the files' content sees to that.
     """
     content = hashlib.sha256("".join(file["sha256"] for file in files).encode()).hexdigest()
+    rows = sum(file["rows"] for file in files)
     data_files = []
     filled = [file for file in files if file["rows"]] or files[:1]  # `datasets` refuses a split without rows
     for split, part in _by(filled, "split").items():
@@ -123,7 +124,7 @@ def _config(name: str, files: Sequence[WrittenFile]) -> dict[str, Any]:
     return {
         "config_name": "default" if name == "kept" else name,
         "data_files": data_files,
-        "description": f"{sum(file['rows'] for file in files)} rows, SHA-256 of its files' {content}",
+        "description": f"{rows:,} row{'s' * (rows != 1)}, content {content}",
     }
 
 
