@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from sqsd_filter.corpus.conversation import is_turn
+from sqsd_filter.corpus.conversation import Message, RowError, is_turn
 from sqsd_filter.errors import UsageError
 
 if TYPE_CHECKING:
     import pandas
 
+    from sqsd_filter.corpus.row_formats import RowFormat
     from sqsd_filter.scoring.results import Scores
 
 # The forms in which `datasets` and Ray Data hand over a batch: columns by name, an Arrow table, a data frame.
@@ -87,6 +88,18 @@ class Batch:
         if length is None:
             raise _single_row()
         return length
+
+    def conversations(self, form: RowFormat) -> tuple[list[list[Message]], dict[int, str]]:
+        """The conversation of each row, which is empty where there is none, and by row number the reasons for that."""
+        turns: list[list[Message]] = []
+        reasons: dict[int, str] = {}
+        for k, row in enumerate(self):
+            try:
+                turns.append(form.conversation(row))
+            except RowError as problem:
+                reasons[k] = problem.status
+                turns.append([])
+        return turns, reasons
 
     def with_scores(self, scores: Scores) -> BatchData:
         """The batch to return.

@@ -20,7 +20,8 @@ from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.models import load_model
 from sqsd_filter.scoring.pack import Pack
 from sqsd_filter.scoring.results import ScoreCollector
-from sqsd_filter.scoring.scorer import Scorer, ScorerSettings
+from sqsd_filter.scoring.scorer import Scorer
+from sqsd_filter.scoring.settings import ScorerSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel

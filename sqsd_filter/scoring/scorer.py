@@ -10,11 +10,11 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Protocol, Self, Unpack, cast
 
 import numpy as np
 
-from sqsd_filter.corpus.conversation import Message, RowError
+from sqsd_filter.corpus.conversation import Message
 from sqsd_filter.corpus.row_formats import Columns, RowFormat
 from sqsd_filter.errors import UsageError
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
@@ -22,6 +22,7 @@ from sqsd_filter.scoring.fingerprint import PickleState
 from sqsd_filter.scoring.pack import Pack, load_pack
 from sqsd_filter.scoring.placement import check_device, choose_device, limit_threads, sound
 from sqsd_filter.scoring.results import ScoreCollector, Scores, ScoringCallbacks
+from sqsd_filter.scoring.settings import DTYPES, BatchedSettings, ScorerSettings
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -35,30 +36,6 @@ FAILED = "failed"  # a row that makes the model fail; the detail has the error
 TRANSIENT = (OUT_OF_MEMORY, FAILED, CRASHED)  # reasons that may not hold on the next run
 SCORING = 3  # raise it with every change that gives a row a different score or reason
 SQSD = "sqsd"  # the name of `SQSDScorer`
-DTYPES = ("float32", "bfloat16", "float64")
-
-
-class ScorerSettings(TypedDict, total=False):
-    """Keyword arguments of `Scorer`, beside the pack and the model."""
-
-    device: str | None
-    dtype: str | None
-    max_length: int | None
-    columns: Columns | None
-    trust_remote_code: bool
-
-
-class BatchedSettings(ScorerSettings, total=False):
-    """Keyword arguments of `BatchedScorer`, beside the pack and the model."""
-
-    token_budget: int | None
-    attention: str | None
-
-
-class SQSDSettings(BatchedSettings, total=False):
-    """Keyword arguments of `SQSDScorer`, beside the pack and the model."""
-
-    per_module: bool
 
 
 class RowModel(Protocol):
@@ -214,14 +191,7 @@ class Scorer:
         if self._form is None or self._form[0] != names:
             self._form = names, self.columns.choose(rows)
         _, form = self._form
-        turns: list[list[Message]] = []
-        reasons: dict[int, str] = {}
-        for k, row in enumerate(rows):
-            try:
-                turns.append(form.conversation(row))
-            except RowError as problem:
-                reasons[k] = problem.status
-                turns.append([])
+        turns, reasons = rows.conversations(form)
         scores = self.score(turns)
         for k, reason in reasons.items():
             scores.status[k] = reason

@@ -18,8 +18,9 @@ import numpy as np
 from sqsd_filter.scoring.baselines.base import Baseline
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.pack import Pack
-from sqsd_filter.scoring.scorer import SQSDScorer, SQSDSettings
+from sqsd_filter.scoring.scorer import SQSDScorer
 from sqsd_filter.scoring.scoring_model import SQSDModel
+from sqsd_filter.scoring.settings import SQSDSettings
 
 
 class DangerScorer(SQSDScorer):

@@ -16,8 +16,9 @@ from sqsd_filter.errors import InputError, UsageError, option
 from sqsd_filter.scoring.batching import micro_batches, retry_in_halves, run_parallel
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.pack import Pack
-from sqsd_filter.scoring.scorer import BatchedScorer, BatchedSettings, RowModel
+from sqsd_filter.scoring.scorer import BatchedScorer, RowModel
 from sqsd_filter.scoring.scoring_model import ScoringModel
+from sqsd_filter.scoring.settings import BatchedSettings
 
 KINDS = ("unsafe_anchors", "safe_anchors")
 
