@@ -17,6 +17,37 @@ from sqsd_filter.pipeline.scores.scored import ScoreCounts, Scored
 from sqsd_filter.pipeline.selecting.selection import ERROR, Selection
 
 SPLITS = ("kept", "dropped", "errors")
+BIG = 2**70
+# Rows with values that are easily changed on their way, and the same among lines that get no score, for REASONS.
+VALUES: list[dict[str, Any]] = [
+    {
+        "output": f"Answer {k}.",
+        "id": k,
+        "zip": "007",
+        "when": "2024-01-31T12:00:00Z",
+        "big": BIG + k,
+        "text": "line\u2028separator, é, 👩, \u0000",
+        "nested": {"b": [1, None, {"c": "x"}], "a": None},
+        "none": None,
+        "mixed": k if k % 2 else str(k),
+        "instruction": f"Question {k}?",
+    }
+    for k in range(6)
+]
+NASTY: list[dict[str, Any] | bytes] = [
+    *VALUES,
+    b'{"instruction": "broken", "output": "x"',
+    b'{"instruction": "\xff", "output": "x"}',
+    b"[1, 2]",
+    b"",
+    {"id": 10, "instruction": "no answer", "output": "  "},
+    {"id": 11, "instruction": 5, "output": "wrong type"},
+    {"id": 12, "instruction": "far too long " * 200, "output": "x"},
+    {"id": 13, "instruction": "no such column"},
+    {**VALUES[0], "id": 14},
+    {**VALUES[1], "id": 15},
+]
+REASONS = {"bad_json": 4, "no_answer": 2, "bad_row": 1, "prompt_too_long": 1}
 
 
 def make_rows(n: int) -> list[dict[str, Any]]:
@@ -72,3 +103,8 @@ def content(dest: Path) -> dict[str, Any]:
 def read_report(dest: Path) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((dest / "sqsd" / "report.json").read_text())
     return report
+
+
+def segments(home: Path) -> dict[str, tuple[int, int]]:
+    """The files of stored scores, by name: a file that was not written again is the same."""
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in (home / "scores").iterdir()}

@@ -1,85 +1,39 @@
-"""Whole runs through the API: every row in one place and unchanged, the same bytes each time, no row scored twice."""
+"""Whole runs through the API: every row in one place, the same bytes each time, no row scored twice."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import math
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
-import zstandard
 
-from sqsd_filter import Cut, Scoring, SQSDScorer, Writing, filter_dataset, score_dataset, select_dataset
+from sqsd_filter import Scoring, SQSDScorer, filter_dataset, score_dataset
 from sqsd_filter.corpus.row_formats import Columns
-from sqsd_filter.errors import DestinationExists, InputError, RowErrorBudgetExceeded, SQSDError, UsageError
+from sqsd_filter.errors import DestinationExists, RowErrorBudgetExceeded, UsageError
 from sqsd_filter.pipeline.stage import shards
-from tests.corpora import SPLITS, content, ids_of, make_rows, read_report, rows_of, split_file, write_jsonl
-from tests.disks import small_disk
+from tests.corpora import (
+    NASTY,
+    REASONS,
+    SPLITS,
+    VALUES,
+    content,
+    ids_of,
+    make_rows,
+    read_report,
+    rows_of,
+    segments,
+    split_file,
+    write_jsonl,
+)
 
 datasets.disable_progress_bars()
-
-BIG = 2**70
-VALUES: list[dict[str, Any]] = [
-    {
-        "output": f"Answer {k}.",
-        "id": k,
-        "zip": "007",
-        "when": "2024-01-31T12:00:00Z",
-        "big": BIG + k,
-        "text": "line\u2028separator, é, 👩, \u0000",
-        "nested": {"b": [1, None, {"c": "x"}], "a": None},
-        "none": None,
-        "mixed": k if k % 2 else str(k),
-        "instruction": f"Question {k}?",
-    }
-    for k in range(6)
-]
-NASTY: list[dict[str, Any] | bytes] = [
-    *VALUES,
-    b'{"instruction": "broken", "output": "x"',
-    b'{"instruction": "\xff", "output": "x"}',
-    b"[1, 2]",
-    b"",
-    {"id": 10, "instruction": "no answer", "output": "  "},
-    {"id": 11, "instruction": 5, "output": "wrong type"},
-    {"id": 12, "instruction": "far too long " * 200, "output": "x"},
-    {"id": 13, "instruction": "no such column"},
-    {**VALUES[0], "id": 14},
-    {**VALUES[1], "id": 15},
-]
-REASONS = {"bad_json": 4, "no_answer": 2, "bad_row": 1, "prompt_too_long": 1}
-
-
-@pytest.fixture(scope="module")
-def scorer(tiny_pack: Path) -> SQSDScorer:
-    return SQSDScorer(tiny_pack)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with 60 plain rows in in.jsonl."""
-    monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "in.jsonl", make_rows(60))
-    return tmp_path
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "shard_size", lambda rows: 16)
-
-
-def segments(home: Path) -> dict[str, tuple[int, int]]:
-    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in (home / "scores").iterdir()}
 
 
 # ---------------------------------------------------------------------------------------------- every row in one place
@@ -205,89 +159,6 @@ def test_senseless_options_are_usage_errors_before_anything_is_read(
     with pytest.raises(UsageError):
         filter_dataset("missing.jsonl", "out", drop_count=2, scorer=scorer, **options)
     assert not Path("out").exists()
-
-
-# ---------------------------------------------------------------------------------------------- formats
-
-
-def save_to_disk(path: Path) -> str:
-    datasets.Dataset.from_list(make_rows(60)).save_to_disk(str(path / "saved"))
-    return "saved"
-
-
-def write(path: Path, data: bytes) -> str:
-    path.write_bytes(data)
-    return path.name
-
-
-FORMATS: dict[str, Callable[[Path], str]] = {
-    "jsonl.gz": lambda at: write(at / "a.jsonl.gz", gzip.compress((at / "in.jsonl").read_bytes())),
-    "jsonl.zst": lambda at: write(at / "a.jsonl.zst", zstandard.compress((at / "in.jsonl").read_bytes())),
-    "json": lambda at: write(at / "a.json", json.dumps(make_rows(60)).encode()),
-    "csv": lambda at: write(
-        at / "a.csv",
-        b"id,instruction,output\n"
-        + b"".join('{id},"{instruction}","{output}"\n'.format(**row).encode() for row in make_rows(60)),
-    ),
-    "parquet": lambda at: str(pq.write_table(pa.Table.from_pylist(make_rows(60)), at / "a.parquet") or "a.parquet"),
-    "save_to_disk": save_to_disk,
-}
-
-
-@pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
-def test_every_format_gives_the_same_scores_and_cut(
-    make: Callable[[Path], str], folder: Path, scorer: SQSDScorer
-) -> None:
-    report = filter_dataset(make(folder), "out", drop_top="5%", scorer=scorer)
-    plain = filter_dataset("in.jsonl", "plain", drop_top="5%", scorer=scorer)
-    assert report["risk_quantiles"] == plain["risk_quantiles"]
-    for split in ("kept", "dropped"):
-        assert [int(k) for k in ids_of(Path("out"), split)] == ids_of(Path("plain"), split)
-
-
-@pytest.mark.parametrize("kind", ["parquet", "save_to_disk"])
-def test_features_of_a_dataset_survive(kind: str, folder: Path, scorer: SQSDScorer) -> None:
-    features = datasets.Features(
-        {
-            "id": datasets.Value("int32"),
-            "instruction": datasets.Value("string"),
-            "output": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=["bad", "good"]),
-            "sizes": datasets.List(datasets.Value("int16"), length=2),
-        }
-    )
-    rows = [{**row, "label": row["id"] % 2, "sizes": [1, 2]} for row in make_rows(10)]
-    dataset = datasets.Dataset.from_list(rows, features=features)
-    if kind == "parquet":
-        dataset.to_parquet("a.parquet")
-    else:
-        dataset.save_to_disk("saved")
-    filter_dataset("a.parquet" if kind == "parquet" else "saved", "out", drop_count=3, scorer=scorer)
-    for name, count in (("default", 7), ("dropped", 3)):
-        loaded = datasets.load_dataset("out", name, split="train", cache_dir=str(folder / "cache"))
-        assert {n: f for n, f in loaded.features.items() if not n.startswith("sqsd_")} == features
-        assert loaded.features["sqsd_risk"] == datasets.Value("float64")
-        assert len(loaded) == count
-
-
-def test_load_dataset_never_answers_with_another_runs_rows(folder: Path, scorer: SQSDScorer) -> None:
-    for place in ("one", "two"):  # both called out, of the same shape
-        (folder / place).mkdir()
-        rows = [{**row, "output": f"{place} {row['output']}"} for row in make_rows(20)]
-        filter_dataset(write_jsonl(folder / f"{place}.jsonl", rows), f"{place}/out", drop_count=3, scorer=scorer)
-        for name, split in (("default", "kept"), ("dropped", "dropped")):
-            loaded = datasets.load_dataset(f"{place}/out", name, split="train", cache_dir="cache")
-            assert [{n: row[n] for n in rows[0]} for row in loaded] == [
-                {n: row[n] for n in rows[0]} for row in rows_of(folder / place / "out", split)
-            ]
-
-
-def test_columns_can_be_named(folder: Path, scorer: SQSDScorer) -> None:
-    write_jsonl(folder / "odd.jsonl", [{"q": row["instruction"], "a": row["output"]} for row in make_rows(60)])
-    report = filter_dataset("odd.jsonl", "out", drop_count=3, columns=Columns(prompt="q", answer="a"), scorer=scorer)
-    plain = filter_dataset("in.jsonl", "plain", drop_count=3, scorer=scorer)
-    assert report["format"] == "custom (q, a)"
-    assert report["risk_quantiles"] == plain["risk_quantiles"]
 
 
 # ---------------------------------------------------------------------------------------------- what a run leaves
@@ -424,292 +295,3 @@ def test_shards_and_batches_change_no_score(
     cut = filter_dataset("in.jsonl", "cut", drop_top="5%", scorer=SQSDScorer(tiny_pack, token_budget=1))
     assert ids_of(Path("cut"), "dropped") == ids_of(Path("whole"), "dropped")
     assert cut["risk_quantiles"] == pytest.approx(whole["risk_quantiles"], abs=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------- score, then select
-
-
-@pytest.fixture
-def nasty(folder: Path, scorer: SQSDScorer) -> Path:
-    """nasty.jsonl, filtered into `run` and scored into scored.parquet."""
-    write_jsonl(folder / "nasty.jsonl", NASTY)
-    filter_dataset("nasty.jsonl", "run", drop_count=1, scorer=scorer)
-    score_dataset("nasty.jsonl", "scored.parquet", Scoring(scorer=scorer))
-    return folder
-
-
-def test_score_writes_every_row_in_order_with_its_columns(nasty: Path) -> None:
-    table = pq.read_table("scored.parquet")
-    scores = ["sqsd_risk", "sqsd_danger", "sqsd_safety", "sqsd_status"]
-    assert table.column_names == [*VALUES[0], *scores, "sqsd_reason", "sqsd_file", "sqsd_line", "sqsd_raw"]
-    assert table["id"].to_pylist() == [*range(6), *[None] * 4, *range(10, 16)]
-    assert [r for r in table["sqsd_raw"].to_pylist() if r is not None] == NASTY[6:10]
-    risk, status = table["sqsd_risk"].to_pylist(), table["sqsd_status"].to_pylist()
-    assert all((r is not None) == (s == "scored") for r, s in zip(risk, status, strict=True))
-    report = json.loads(Path("scored.parquet.sqsd/report.json").read_text())
-    assert report["rows"]["total"] == 16
-    assert "kept" not in report["rows"]
-    assert report["unscored"] == REASONS
-
-
-CUTS: list[dict[str, Any]] = [{"drop_top": "30%"}, {"drop_count": 3}, {"max_risk": 0.0}, {"keep_lowest": 2}]
-
-
-@pytest.mark.parametrize("cut", CUTS, ids=str)
-@pytest.mark.parametrize("source", ["run", "scored.parquet"])
-def test_selecting_from_scores_equals_filtering_with_that_cut(
-    source: str, cut: dict[str, Any], nasty: Path, scorer: SQSDScorer
-) -> None:
-    selected = select_dataset(source, "selected", Cut.of(**cut))
-    filtered = filter_dataset("nasty.jsonl", "filtered", **cut, scorer=scorer)
-    for key in ("threshold", "ties", "cut", "unscored", "risk_quantiles"):
-        assert selected[key] == filtered[key]
-    for split in SPLITS:
-        assert rows_of(Path("selected"), split) == rows_of(Path("filtered"), split)
-        ours, theirs = (pq.read_table(split_file(Path(name), split)) for name in ("selected", "filtered"))
-        assert source != "run" or ours.equals(theirs)  # a scored file has one schema for all of its rows
-
-
-def test_a_row_that_is_no_conversation_leaves_the_columns_of_the_others_alone(folder: Path, scorer: SQSDScorer) -> None:
-    odd = {"prompt": "q3", "completion": BIG, "n": "many"}
-    rows = [{"prompt": f"q{k}", "completion": f"a{k}", "n": k} for k in range(3)] + [odd]
-    write_jsonl(folder / "odd.jsonl", rows)
-    report = filter_dataset("odd.jsonl", "out", drop_count=1, scorer=scorer)
-    loaded = [datasets.load_dataset("out", n, split="train", cache_dir="cache") for n in ("default", "dropped")]
-    own = [{name: row[name] for name in odd} for dataset in loaded for row in dataset]
-    assert sorted(own, key=lambda row: row["n"]) == rows[:3]
-    assert [{name: row[name] for name in odd} for row in rows_of(Path("out"), "errors")] == [odd]
-    assert report["json_columns"] == []
-    assert "JSON" not in Path("out/README.md").read_text()
-
-    kept = filter_dataset("odd.jsonl", "all", drop_count=1, on_error="keep", scorer=scorer)
-    assert odd in [{name: row[name] for name in odd} for row in rows_of(Path("all"), "kept")]
-    assert kept["json_columns"] == ["completion", "n"]
-    assert "`completion`, `n`" in Path("all/README.md").read_text()
-
-
-def test_an_odd_list_of_messages_leaves_the_others_lists(folder: Path, scorer: SQSDScorer) -> None:
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    write_jsonl(folder / "odd.jsonl", [{"messages": turns}, {"messages": BIG}, {"messages": "none"}])
-    filter_dataset("odd.jsonl", "out", drop_count=0, max_error_rate="100%", scorer=scorer)
-    assert pq.read_table(split_file(Path("out"), "kept"))["messages"].to_pylist() == [turns]
-    assert [row["messages"] for row in rows_of(Path("out"), "errors")] == [BIG, "none"]
-
-
-MINE = {"sqsd_notes": "mine", "sqsd_raw": 5, "sqsd_line": "x"}
-
-
-def test_columns_of_the_user_may_begin_with_sqsd(folder: Path, scorer: SQSDScorer) -> None:
-    rows = [{**row, **MINE} for row in make_rows(3)] + [{"id": 3, "instruction": "q", "output": "", **MINE}]
-    write_jsonl(folder / "own.jsonl", rows)
-    score_dataset("own.jsonl", "scored.parquet", Scoring(scorer=scorer))
-    filter_dataset("own.jsonl", "out", drop_count=0, scorer=scorer)
-    assert [{name: row[name] for name in rows[0]} for row in rows_of(Path("out"), "kept")] == rows[:3]
-    [error] = rows_of(Path("out"), "errors")
-    assert (error["sqsd_notes"], error["sqsd_raw"], error["sqsd_line"]) == ("mine", None, 4)
-    assert pq.read_table("scored.parquet")["sqsd_notes"].to_pylist() == ["mine"] * 4
-
-
-def test_scores_of_an_earlier_run_make_way_whatever_its_probes_were(folder: Path, scorer: SQSDScorer) -> None:
-    earlier = {"sqsd_risk": 9.0, "sqsd_other": 9.0, "sqsd_status": "scored", "sqsd_notes": "mine"}
-    write_jsonl(folder / "earlier.jsonl", [{**row, **earlier} for row in make_rows(3)])
-    score_dataset("earlier.jsonl", "again.parquet", Scoring(scorer=scorer))
-    table = pq.read_table("again.parquet")
-    scores = ["sqsd_risk", "sqsd_danger", "sqsd_safety", "sqsd_status"]
-    assert table.column_names == ["id", "instruction", "output", "sqsd_notes", *scores]
-    assert 9.0 not in table["sqsd_risk"].to_pylist()
-
-
-def test_a_value_that_python_does_not_have_passes_through_a_run(folder: Path, scorer: SQSDScorer) -> None:
-    source = pa.Table.from_pylist([*make_rows(3), {"id": 3, "instruction": "q", "output": ""}])
-    source = source.append_column("when", pa.array([10**15, 1, None, 10**14], pa.timestamp("ms")))
-    pq.write_table(source, "a.parquet")
-    filter_dataset("a.parquet", "out", drop_count=0, scorer=scorer)
-    assert pq.read_table(split_file(Path("out"), "kept"))["when"].equals(source["when"][:3])
-    assert pq.read_table(split_file(Path("out"), "errors"))["when"].equals(source["when"][3:])
-    with pytest.raises(RowErrorBudgetExceeded, match=r"a\.parquet, line 4"):
-        filter_dataset("a.parquet", "strict", drop_count=0, on_error="fail", scorer=scorer)
-
-
-def test_a_file_name_that_is_not_utf8_is_spelled_out(folder: Path, scorer: SQSDScorer) -> None:
-    name = os.fsdecode(b"odd\xff.jsonl")
-    write_jsonl(folder / name, [*make_rows(2), {}])
-    filter_dataset(name, "out", drop_count=0, scorer=scorer)
-    assert [row["sqsd_file"] for row in rows_of(Path("out"), "errors")] == ["odd\\xff.jsonl"]
-
-
-def test_scoring_a_scored_file_again_replaces_its_scores_and_nothing_else(nasty: Path, scorer: SQSDScorer) -> None:
-    score_dataset("scored.parquet", "again.parquet", Scoring(max_error_rate="100%", scorer=scorer))
-    first, again = pq.read_table("scored.parquet"), pq.read_table("again.parquet")
-    assert again.column_names == first.column_names
-    assert again.drop_columns(["sqsd_status"]).equals(first.drop_columns(["sqsd_status"]))
-
-
-def test_a_score_that_is_not_finite_is_an_error_row(folder: Path) -> None:
-    rows = [{"id": k, "sqsd_risk": r, "sqsd_status": "scored"} for k, r in enumerate([0.1, math.nan, 0.3])]
-    pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
-    report = select_dataset("a.parquet", "out", Cut.of(drop_count=1))
-    assert report["unscored"] == {"nonfinite": 1}
-    assert [ids_of(Path("out"), split) for split in SPLITS] == [[0], [2], [1]]
-
-
-def test_rows_without_scores_cannot_be_selected_from(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"no columns sqsd_risk and sqsd_status \(line 1\): score it first"):
-        select_dataset("in.jsonl", "out", Cut.of(drop_count=1))
-
-
-def test_selecting_from_what_was_selected_or_from_half_a_run_says_what_to_do(nasty: Path, scorer: SQSDScorer) -> None:
-    select_dataset("run", "selected", Cut.of(drop_count=1))
-    with pytest.raises(InputError, match="was made by select"):
-        select_dataset("selected", "again", Cut.of(drop_count=1))
-    Path("run/sqsd/report.json").unlink()
-    with pytest.raises(InputError, match="holds an unfinished run"):
-        select_dataset("run", "other", Cut.of(drop_count=1))
-
-
-def test_selecting_from_a_run_works_from_any_folder(nasty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    select_dataset("run", "here", Cut.of(drop_count=3))
-    (nasty / "deep" / "er").mkdir(parents=True)
-    monkeypatch.chdir(nasty / "deep" / "er")
-    report = select_dataset("../../run", "there", Cut.of(drop_count=3))
-    assert [i["path"] for i in report["inputs"]] == ["../../nasty.jsonl"]
-    for split in ("kept", "dropped"):
-        assert rows_of(Path("there"), split) == rows_of(nasty / "here", split)
-    assert str(nasty) not in (nasty / "run/sqsd/run.json").read_text()
-    with pytest.raises(DestinationExists, match="holds the input"):
-        select_dataset("../../run", "../..", Cut.of(drop_count=2), Writing(overwrite=True))
-
-
-def test_selecting_from_a_run_whose_input_has_changed_is_refused(nasty: Path) -> None:
-    write_jsonl(nasty / "nasty.jsonl", NASTY[1:])
-    with pytest.raises(InputError, match="changed since it was scored"):
-        select_dataset("run", "other", Cut.of(drop_count=1))
-
-
-@pytest.mark.parametrize("source", ["run", "run/data/kept-00000-of-00001.parquet", "scored.parquet"])
-def test_nothing_is_ever_filtered_in_place(source: str, nasty: Path) -> None:
-    dest = source.split("/")[0]
-    before = {p: p.read_bytes() for p in nasty.rglob("*") if p.is_file()}
-    with pytest.raises(DestinationExists, match="which --overwrite would delete"):
-        select_dataset(source, dest, Cut.of(drop_count=3), Writing(overwrite=True))
-    assert {p: p.read_bytes() for p in nasty.rglob("*") if p.is_file()} == before
-
-
-# ---------------------------------------------------------------------------------------------- destinations
-
-
-class Unused(SQSDScorer):
-    """Fails the test when anything is scored."""
-
-    def score(self, *_: Any) -> Any:
-        raise AssertionError("scored before the destination was looked at")
-
-
-@pytest.mark.parametrize("dest", [".", "..", "/proc"])
-def test_what_can_not_be_swapped_is_refused_before_scoring(
-    dest: str,
-    folder: Path,
-    tiny_pack: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    (folder / "work").mkdir()
-    (folder / "work" / "notes.txt").touch()
-    outside = write_jsonl(tmp_path_factory.mktemp("elsewhere") / "in.jsonl", make_rows(3))
-    monkeypatch.chdir(folder / "work")
-    with pytest.raises(DestinationExists, match="can't be replaced, since it"):
-        filter_dataset(outside, dest, drop_count=0, overwrite=True, scorer=Unused(tiny_pack))
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_in_the_place_of_a_scored_file_is_refused_before_scoring(
-    overwrite: bool, folder: Path, tiny_pack: Path
-) -> None:
-    (folder / "d.parquet").mkdir()
-    with pytest.raises(DestinationExists, match="is a folder, but the output is a file"):
-        score_dataset("in.jsonl", "d.parquet", Scoring(scorer=Unused(tiny_pack)), overwrite=overwrite)
-
-
-def test_a_glob_that_finds_the_destination_finds_the_same_inputs(folder: Path, scorer: SQSDScorer) -> None:
-    (folder / "data").mkdir()
-    (folder / "in.jsonl").rename("data/in.jsonl")
-    for again in (False, True):
-        typed = [str(path) for path in sorted(Path("data").iterdir())]
-        for sources in (typed, "data/*"):
-            report = filter_dataset(sources, "data/out", drop_count=1, scorer=scorer)
-        assert [i["path"] for i in report["inputs"]] == ["data/in.jsonl"]
-        assert again == ("data/out" in typed)
-    for _ in range(2):
-        score_dataset("data/in.*", "data/in.parquet", Scoring(scorer=scorer))
-    with pytest.raises(InputError, match=r"data/out holds the output of an earlier run"):
-        filter_dataset("data/out", "data/out", drop_count=1, scorer=scorer)
-
-
-def test_a_scored_file_that_is_not_the_reports_is_written_again(folder: Path, scorer: SQSDScorer) -> None:
-    score_dataset("in.jsonl", "scored.parquet", Scoring(scorer=scorer))
-    done = Path("scored.parquet").read_bytes()
-    score_dataset("in.jsonl", "other.parquet", Scoring(limit=7, scorer=scorer))
-    shutil.copy("other.parquet", "scored.parquet")
-    report = score_dataset("in.jsonl", "scored.parquet", Scoring(scorer=scorer))
-    assert not report.get("already_done")
-    assert Path("scored.parquet").read_bytes() == done
-
-
-def test_a_kill_between_two_swaps_leaves_nothing_that_counts_as_done(folder: Path, scorer: SQSDScorer) -> None:
-    score_dataset("in.jsonl", "scored.parquet", Scoring(scorer=scorer))
-    done = Path("scored.parquet").read_bytes()
-    Path("scored.parquet").rename(".scored.parquet.sqsd-old")
-    pq.write_table(pq.read_table(".scored.parquet.sqsd-old").select(["id", "sqsd_risk"]), "scored.parquet")
-    score_dataset("in.jsonl", "scored.parquet", Scoring(scorer=scorer))
-    assert Path("scored.parquet").read_bytes() == done
-    assert not Path(".scored.parquet.sqsd-old").exists()
-
-
-# ---------------------------------------------------------------------------------------------- disks that refuse
-
-
-@pytest.mark.parametrize("size", [100, 3000, 4500], ids=["start", "scores", "export"])
-def test_a_full_disk_gives_one_clear_sentence_and_room_finishes_the_run(
-    size: int, folder: Path, scorer: SQSDScorer, capfd: pytest.CaptureFixture[str]
-) -> None:
-    scorer.score([])  # nothing of the model is written
-    sentence = r"^[^\n]* can't (be written|go on) [^\n]*File too large[^\n]*\.$"
-    with pytest.raises(SQSDError, match=sentence), small_disk(size):
-        filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)
-    assert not [p for p in Path("out").rglob("*") if p.name.endswith(".tmp") or p.name == "lock"]
-    assert "Traceback" not in capfd.readouterr().err
-    assert filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)["status"] == "ok"
-    filter_dataset("in.jsonl", "straight", drop_top="5%", scorer=scorer)
-    assert content(Path("out")) == content(Path("straight"))
-
-
-@pytest.fixture
-def nobody(scorer: SQSDScorer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder where this process may read and not write, as for anyone but root."""
-    scorer.score([])
-    scorer.settings()  # what lies in root's folders has been read
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_jsonl(folder / "in.jsonl", make_rows(3))
-        write_jsonl(folder / "secret.jsonl", make_rows(3)).chmod(0)
-        (folder / "closed").mkdir(0o700)
-        folder.chmod(0o555)
-        monkeypatch.chdir(folder)
-        root = os.geteuid() == 0
-        if root:
-            os.seteuid(65534)
-        yield folder
-        if root:
-            os.seteuid(0)
-        folder.chmod(0o755)
-
-
-@pytest.mark.parametrize(
-    ("source", "dest"),
-    [("in.jsonl", "out"), ("in.jsonl", "closed/out"), ("secret.jsonl", "out"), ("closed/a.jsonl", "out")],
-)
-def test_what_may_not_be_read_or_written_is_an_input_error(
-    source: str, dest: str, scorer: SQSDScorer, nobody: Path
-) -> None:
-    with pytest.raises(InputError, match=r"^[^\n]*(secret|closed|out)[^\n]*Permission denied[^\n]*\.$"):
-        filter_dataset(source, dest, drop_count=1, scorer=scorer)

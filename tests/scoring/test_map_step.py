@@ -1,58 +1,28 @@
-"""The scorer as a step of `datasets`: every kind and format, values untouched, a cache that sees the content alone."""
+"""The scorer as a step of `datasets`: every kind and format, with all other values untouched."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import pickle
-import shutil
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
-from datasets import (
-    Audio,
-    Dataset,
-    DatasetDict,
-    Features,
-    Image,
-    IterableDatasetDict,
-    Json,
-    List,
-    Value,
-    load_from_disk,
-)
-from datasets.fingerprint import Hasher
+from datasets import Audio, Dataset, DatasetDict, Features, Image, IterableDatasetDict, Json, List, Value
 
 from sqsd_filter import Columns, Scoring, SQSDScorer, score_dataset, select
 from sqsd_filter.errors import InputError, UsageError
-from sqsd_filter.scoring.placement import check_device, choose_device, thread_pool
-from tests import tiny
 from tests.corpora import write_jsonl
-from tests.tiny import CONVERSATIONS, chat, make_pack
+from tests.scoring.mapping import TURNS, UNSCORABLE, rows
+from tests.tiny import CONVERSATIONS, chat
 
-ROOT = Path(__file__).parents[2]
-UNSCORABLE: list[Any] = [None, chat("no answer?", " "), chat("x " * 400, "too long")]
-TURNS = [*CONVERSATIONS[:3], *UNSCORABLE, *CONVERSATIONS[3:]]
 STATUS = [*["scored"] * 3, "no_answer", "no_answer", "prompt_too_long", *["scored"] * 3]
 SCORES = Features(
     {name: Value("float64") for name in ("sqsd_risk", "sqsd_danger", "sqsd_safety")} | {"sqsd_status": Value("string")}
 )
 FORMATS = (None, "arrow", "numpy", "pandas", "torch")
 every_format = pytest.mark.parametrize("form", FORMATS)
-
-
-def rows(turns: list[Any] = TURNS) -> Dataset:
-    """With numbers that the formats of arrays and tensors would round."""
-    return Dataset.from_list([{"id": 2**53 + k, "third": k + 1 / 3, "messages": t} for k, t in enumerate(turns)])
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +107,15 @@ def test_scores_are_those_of_the_command(tiny_pack: Path, tmp_path: Path, batch_
         assert a.is_null().equals(b.is_null())
         assert np.nanmax(np.abs(a.to_numpy() - b.to_numpy())) <= (1e-6 if batch_size < 1000 else 0)
     assert ours["sqsd_status"][:] == theirs["sqsd_status"][:]
+
+
+@pytest.mark.parametrize("with_rank", [False, True])
+def test_several_processes_give_the_same_scores(tiny_pack: Path, expected: np.ndarray, with_rank: bool) -> None:
+    scorer = SQSDScorer(tiny_pack)
+    scorer.model  # noqa: B018  (a model that no other process may use)
+    scored = rows().map(scorer, batched=True, num_proc=2, batch_size=2, with_rank=with_rank)
+    assert scored["sqsd_status"][:] == STATUS
+    assert close(scored, expected)
 
 
 # ---------------------------------------------------------------------------------------------- values and types
@@ -278,214 +257,3 @@ def test_a_single_row_is_one_sentence(
 def test_what_the_scorer_has_no_use_for_is_one_sentence(tiny_pack: Path, how: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"call map with.* without {next(iter(how))}"):
         rows().map(SQSDScorer(tiny_pack), batched=True, **how)
-
-
-# ---------------------------------------------------------------------------------------------- processes
-
-
-@pytest.mark.parametrize(
-    ("named", "rank", "gpus", "device"),
-    [
-        (None, None, 0, "cpu"),
-        (None, 3, 0, "cpu"),
-        (None, None, 4, "cuda"),
-        (None, 0, 4, "cuda:0"),
-        (None, 5, 4, "cuda:1"),
-        ("cuda", 7, 4, "cuda:3"),
-        ("cuda:2", 1, 4, "cuda:2"),
-        ("cuda", 1, 0, "cuda"),
-        ("cpu", 1, 4, "cpu"),
-    ],
-)
-def test_processes_take_turns_on_the_gpus(
-    monkeypatch: pytest.MonkeyPatch, named: str | None, rank: int | None, gpus: int, device: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert choose_device(named, rank) == device
-
-
-def test_a_process_stays_on_the_gpu_of_its_rank(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    scorer = SQSDScorer(tiny_pack)
-    assert (scorer.device, scorer.dtype) == ("cuda", "bfloat16")
-    with pytest.raises(UsageError, match="The device 'cuda:1' can't be used"):
-        scorer({"messages": CONVERSATIONS}, 3)
-    assert pickle.loads(pickle.dumps(scorer)).device == "cuda"  # another process has a rank of its own
-
-
-def test_a_fork_that_can_not_use_its_parents_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, ...")
-
-    monkeypatch.setattr(torch, "empty", refuse)
-    with pytest.raises(UsageError, match=r"forked subprocess\): call multiprocess\.set_start_method\('spawn'\)"):
-        check_device("cuda")
-
-
-@pytest.mark.parametrize("with_rank", [False, True])
-def test_several_processes_give_the_same_scores(tiny_pack: Path, expected: np.ndarray, with_rank: bool) -> None:
-    scorer = SQSDScorer(tiny_pack)
-    scorer.model  # noqa: B018  (a model that no other process may use)
-    scored = rows().map(scorer, batched=True, num_proc=2, batch_size=2, with_rank=with_rank)
-    assert scored["sqsd_status"][:] == STATUS
-    assert close(scored, expected)
-
-
-PROCESSES = """
-import faulthandler, os, sys
-import torch, multiprocess
-from datasets import Dataset
-from sqsd_filter import SQSDScorer
-from tests.tiny import chat
-
-def main(pack, how):
-    if how == "spawn":
-        multiprocess.set_start_method("spawn")
-    torch.set_num_threads(2)
-    (torch.ones(800, 800) @ torch.ones(800, 800)).sum()  # OpenMP has threads now, which a fork lacks
-    scorer, turns = SQSDScorer(pack), [chat(str(k), "a") for k in range(8)]
-    risk = scorer.score(turns).risk
-    if how == "bare fork":
-        for own in (scorer, SQSDScorer(pack)):
-            if (child := os.fork()) == 0:
-                faulthandler.dump_traceback_later(90, exit=True)  # where it waits for ever, if it does
-                os._exit(int((own.score(turns).risk != risk).any() or own.model.workers != 2))
-            assert os.waitpid(child, 0)[1] == 0
-        return
-    scored = Dataset.from_dict({"messages": turns}).map(scorer, batched=True, num_proc=2, batch_size=2)
-    assert abs(risk - scored["sqsd_risk"][:]).max() <= 2e-6 and torch.get_num_threads() == 2
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
-    print("the same scores everywhere")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["fork", "bare fork", "spawn"])
-def test_processes_of_a_parent_that_has_computed_do_not_wait_for_its_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    large = {**tiny.ARCHITECTURES["llama"], "hidden_size": 256, "intermediate_size": 1024}  # worth several threads
-    monkeypatch.setitem(tiny.ARCHITECTURES, "llama", large)
-    pack = make_pack(tmp_path / "pack")
-    (tmp_path / "script.py").write_text(PROCESSES)
-    assert "the same scores everywhere" in run_script(tmp_path / "script.py", str(pack), how)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds its threads in /proc")
-def test_a_pool_that_is_left_has_no_thread_on_its_way_out() -> None:
-    libc, key = ctypes.CDLL(None), ctypes.c_uint()
-    libc.pthread_key_create(ctypes.byref(key), ctypes.cast(libc.usleep, ctypes.c_void_p))
-
-    def linger(_: int) -> int:  # 0.2 s before it ends, as MKL takes some time for its buffers
-        libc.pthread_setspecific(key, ctypes.c_void_p(200_000))
-        return threading.get_native_id()
-
-    with thread_pool(2) as pool:
-        threads = set(pool.map(linger, range(2)))
-    assert threads
-    assert not threads & set(map(int, os.listdir("/proc/self/task")))
-
-
-def run_script(*arguments: str | Path, **environment: str) -> str:
-    """What a Python of its own prints. Where it does not end, it goes with all of its processes."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, *map(str, arguments)]
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        try:
-            printed, _ = process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    assert process.returncode == 0
-    return printed
-
-
-# ---------------------------------------------------------------------------------------------- the cache of datasets
-
-
-@pytest.fixture
-def stored(tmp_path: Path) -> Dataset:
-    """Rows on disk: others are not cached."""
-    rows().save_to_disk(tmp_path / "rows")
-    return load_from_disk(tmp_path / "rows")
-
-
-def test_the_same_map_again_is_taken_from_the_cache(
-    stored: Dataset, tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = stored.map(SQSDScorer(tiny_pack), batched=True)
-    shutil.copytree(tiny_pack, tmp_path / "elsewhere")
-    monkeypatch.setattr(SQSDScorer, "score", None)  # the model is not asked again
-    again = stored.map(SQSDScorer(tmp_path / "elsewhere", device="cpu"), batched=True)
-    assert again.cache_files == first.cache_files != stored.cache_files
-    with pytest.raises(TypeError):
-        stored.map(SQSDScorer(tiny_pack, max_length=100), batched=True)
-
-
-def test_a_hash_is_the_same_for_the_same_content(tiny_pack: Path, tmp_path: Path) -> None:
-    scorer = SQSDScorer(tiny_pack)
-    new = Hasher.hash(scorer)
-    scorer({"messages": CONVERSATIONS[:2]}, 0)
-    shutil.copytree(tiny_pack, tmp_path / "copy")
-    same = [
-        scorer,
-        scorer.on_device("cpu", gpus=0.5),
-        pickle.loads(pickle.dumps(scorer)),
-        SQSDScorer(tmp_path / "copy"),
-        SQSDScorer(str(tiny_pack), device="cpu", dtype="float32", max_length=256, columns=Columns()),
-        SQSDScorer(tiny_pack, token_budget=100, trust_remote_code=True),
-    ]
-    assert {Hasher.hash(other) for other in same} == {new}
-
-
-def test_a_hash_is_the_same_in_another_process(tiny_pack: Path) -> None:
-    code = (
-        "import sys; from sqsd_filter import SQSDScorer; scorer = SQSDScorer(sys.argv[1])\n"
-        "from datasets.fingerprint import Hasher; print(Hasher.hash(scorer))"  # imported after the scorer was made
-    )
-    assert run_script("-c", code, str(tiny_pack), PYTHONHASHSEED="7").split() == [Hasher.hash(SQSDScorer(tiny_pack))]
-
-
-def changed(folder: Path, file: str) -> None:
-    """One bit of a file's last byte."""
-    data = bytearray((folder / file).read_bytes())
-    data[-1] ^= 1
-    (folder / file).write_bytes(data)
-
-
-def test_a_hash_is_another_for_another_content(packs: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copytree(packs["llama"], pack := tmp_path / "pack")
-    (pack / "pack.json").write_text((pack / "pack.json").read_text().replace(str(packs["llama"]), str(pack)))
-
-    def hashes() -> Iterator[str]:
-        yield Hasher.hash(SQSDScorer(pack))
-        changed(pack, "danger/adapter_model.safetensors")
-        yield Hasher.hash(SQSDScorer(pack))
-        changed(pack, "base/model.safetensors")
-        yield Hasher.hash(SQSDScorer(pack))
-        yield Hasher.hash(SQSDScorer(packs["gpt2"]))
-        yield Hasher.hash(SQSDScorer(pack, dtype="bfloat16"))
-        yield Hasher.hash(SQSDScorer(pack, max_length=100))
-        yield Hasher.hash(SQSDScorer(pack, columns=Columns(messages="chat")))
-        yield Hasher.hash(SQSDScorer(pack, attention="eager"))
-        yield Hasher.hash(SQSDScorer(pack, per_module=True))
-
-    assert len(set(hashes())) == 9
-
-
-def test_a_dtype_that_the_device_decides_counts(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_cpu, half = Hasher.hash(SQSDScorer(tiny_pack)), Hasher.hash(SQSDScorer(tiny_pack, dtype="bfloat16"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert Hasher.hash(SQSDScorer(tiny_pack)) == half != on_cpu
-
-
-def test_a_loaded_scorer_pickles_without_its_model(tiny_pack: Path) -> None:
-    scorer = SQSDScorer(tiny_pack)
-    before = pickle.dumps(scorer)
-    risk = scorer({"messages": CONVERSATIONS[:1]})["sqsd_risk"]
-    assert pickle.dumps(scorer) == before
-    assert pickle.loads(before)({"messages": CONVERSATIONS[:1]})["sqsd_risk"] == risk
