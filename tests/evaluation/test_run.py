@@ -166,6 +166,7 @@ def test_windows_with_matched_tokens_teach_the_same_number_of_tokens(
     assert matched["loss"] == [None, None]
 
 
+@pytest.mark.pictures
 @pytest.mark.slow
 def test_an_evaluation_that_is_killed_at_each_step_goes_on_to_the_same_bytes(
     pack: Path, files: Path, tmp_path: Path

@@ -159,12 +159,14 @@ class RayEngine:
             "threads": self.threads,
             "content": scorer.base_content,
         }
+        replicas = self.replicas or 1
+        readers = max(2, min(replicas, os.cpu_count() or 1))  # more would only hold memory
         with _quiet_data(), self._reports(ledger, progress):
             # The files are the driver's: they are read where it runs, without a claim to a CPU that a replica may hold.
             source = ray.data.read_datasource(
                 ShardSource(ray.put(corpus), form, list(shards)),
                 override_num_blocks=len(shards),
-                concurrency=max(2, min(self.replicas or 1, os.cpu_count() or 1)),  # more would only hold memory
+                concurrency=min(readers, len(shards)),
                 num_cpus=0,
                 resources={_this_node(): 0.0001},
             )
@@ -173,7 +175,7 @@ class RayEngine:
                 fn_constructor_kwargs=arguments,
                 batch_size=1,
                 batch_format="pyarrow",
-                compute=ActorPoolStrategy(size=self.replicas),
+                compute=ActorPoolStrategy(size=min(replicas, len(shards))),
                 num_cpus=0 if self.gpus_per_replica else self.threads,
                 num_gpus=self.gpus_per_replica or None,
             )

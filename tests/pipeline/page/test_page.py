@@ -102,6 +102,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium is installed")
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_page_fits_a_phone_and_a_dark_screen(tmp_path: Path, dark: bool) -> None:
