@@ -17,11 +17,11 @@ def option(name: str) -> str:
 def as_flags(sentence: str) -> str:
     """A sentence with its options as on the command line only: `drop_top (--drop-top)` becomes `--drop-top`."""
 
-    def flag(both: re.Match[str]) -> str:
-        name, flag = both.groups()
-        return flag if name.startswith("Columns(") or both[0] == option(name) else both[0]
+    def as_flag(both: re.Match[str]) -> str:
+        name, flags = both.groups()
+        return flags if name.startswith("Columns(") or both[0] == option(name) else both[0]
 
-    return re.sub(r"(?:\bcolumns=)?(\bColumns\(\w+=…\)|\b\w+) \((--[\w-]+)\)", flag, sentence)
+    return re.sub(r"(?:\bcolumns=)?(\bColumns\([^()]*\)|\b\w+) \((--[\w-]+(?:, --[\w-]+)*)\)", as_flag, sentence)
 
 
 def first_line(problem: BaseException) -> str:

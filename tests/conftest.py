@@ -35,7 +35,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Save each picture without what was drawn on it: to render them takes matplotlib longer than all else in a tiny
-    run. Tests marked `pictures` look at them."""
+    run. Tests marked `pictures` look at them. Fixtures of a wider scope and other processes draw in full: a test that
+    compares with what they leave needs the mark, too."""
     if "pictures" not in request.keywords:
         save = Figure.savefig
 
@@ -88,7 +89,9 @@ def session() -> Iterator[None]:
     """Ray on two cores, for the tests of a module."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
 

@@ -107,4 +107,4 @@ def read_report(dest: Path) -> dict[str, Any]:
 
 def segments(home: Path) -> dict[str, tuple[int, int]]:
     """The files of stored scores, by name: a file that was not written again is the same."""
-    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in (home / "scores").iterdir()}
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in (home / "scores").glob("[!.]*")}

@@ -21,7 +21,7 @@ from sqsd_filter.scoring.models import load_model
 from sqsd_filter.scoring.pack import Pack
 from sqsd_filter.scoring.results import ScoreCollector
 from sqsd_filter.scoring.scorer import Scorer
-from sqsd_filter.scoring.settings import ScorerSettings
+from sqsd_filter.scoring.scorer_settings import ScorerSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel

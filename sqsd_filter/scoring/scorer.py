@@ -22,7 +22,7 @@ from sqsd_filter.scoring.fingerprint import PickleState
 from sqsd_filter.scoring.pack import Pack, load_pack
 from sqsd_filter.scoring.placement import check_device, choose_device, limit_threads, sound
 from sqsd_filter.scoring.results import ScoreCollector, Scores, ScoringCallbacks
-from sqsd_filter.scoring.settings import DTYPES, BatchedSettings, ScorerSettings
+from sqsd_filter.scoring.scorer_settings import DTYPES, BatchedSettings, ScorerSettings
 
 if TYPE_CHECKING:
     from datasets import Features

@@ -25,6 +25,8 @@ def test_a_bare_number_is_a_usage_error_that_names_both_readings(command: Comman
 
 def test_errors_name_options_as_the_command_line_spells_them() -> None:
     both = f"set {option('drop_top')}, or with columns=Columns(answer=…) (--answer-column) it, or push (--push-to)."
+    several = "name columns=Columns(prompt=…, answer=…) (--prompt-column, --answer-column) or --messages-column"
+    assert as_flags(several) == "name --prompt-column, --answer-column or --messages-column"
     assert as_flags(both) == "set --drop-top, or with --answer-column it, or push (--push-to)."
 
 

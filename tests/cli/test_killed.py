@@ -16,7 +16,7 @@ import pytest
 
 from sqsd_filter.cli.main import main
 from tests.commands import CUT, Command, entries, one_sentence
-from tests.corpora import SPLITS, content, make_rows, read_report, split_file, write_jsonl
+from tests.corpora import SPLITS, content, make_rows, read_report, segments, split_file, write_jsonl
 
 pytestmark = pytest.mark.pictures  # the processes that are killed draw them
 
@@ -47,7 +47,6 @@ LINES: list[dict[str, Any] | bytes] = [
     *ROWS[700:],
 ]
 BIG = ("big.jsonl", "out", *CUT, "--pack")
-NAMED = "run.json, three shards, kept, dropped, errors, picture, card, report"  # the order in which files appear
 
 
 @pytest.fixture
@@ -70,10 +69,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_pack: Path) -> di
     return content(folder / "out")
 
 
-def segments(dest: Path) -> dict[str, tuple[int, int]]:
-    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in (dest / "sqsd" / "scores").glob("[!.]*")}
-
-
 @moments(
     "shard_1",
     start=1,
@@ -93,10 +88,10 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_
     moment: int, big: list[str], killed: Callable[..., int], command: Command, undisturbed: dict[str, Any]
 ) -> None:
     assert killed(moment, signal.SIGKILL, *big) == -signal.SIGKILL
-    before = segments(Path("out"))
-    assert len(before) == min(max(moment - 2, 0), 3)
+    before = segments(Path("out/sqsd"))
+    assert len(before) == min(max(moment - 2, 0), 3)  # each of the moments 3 to 5 comes after a shard
     assert command(*big)[0] == 0
-    after = segments(Path("out"))
+    after = segments(Path("out/sqsd"))
     assert before.items() <= after.items()
     assert len(after) == 3
     assert content(Path("out")) == undisturbed
@@ -130,12 +125,12 @@ def test_an_interrupted_run_prints_the_command_that_goes_on(
     assert "Traceback" not in said
     assert read_report(Path("out"))["status"] == "interrupted"
     assert not (folder / "out" / "sqsd" / "lock").exists()
-    before = segments(Path("out"))
+    before = segments(Path("out/sqsd"))
     program, *arguments = shlex.split(said.splitlines()[-1])
     assert program == "sqsd-filter"
     assert command(*arguments)[0] == 0
     assert len(before) >= 2
-    assert before.items() <= segments(Path("out")).items()
+    assert before.items() <= segments(Path("out/sqsd")).items()
     assert content(Path("out")) == undisturbed
 
 

@@ -21,7 +21,7 @@ from sqsd_filter.corpus.json_schema import is_json_text, to_table
 from sqsd_filter.corpus.sources import Corpus, Row
 from sqsd_filter.errors import InputError
 from tests.corpora import open_corpus
-from tests.corpus.reading import exact, jsonl, peek, values, write
+from tests.corpus.source_files import exact, jsonl, peek, values, write
 
 datasets.disable_progress_bars()
 

@@ -23,7 +23,7 @@ from sqsd_filter.corpus.sources import Row
 from sqsd_filter.corpus.text_formats import JsonArray, Window
 from sqsd_filter.errors import InputError
 from tests.corpora import open_corpus
-from tests.corpus.reading import ROWS, jsonl, opened, peek, values, write, write_parquet
+from tests.corpus.source_files import ROWS, jsonl, opened, peek, values, write, write_parquet
 
 datasets.disable_progress_bars()
 

@@ -12,7 +12,7 @@ import zstandard
 
 from sqsd_filter.errors import InputError
 from tests.corpora import open_corpus
-from tests.corpus.reading import ROWS, exact, jsonl, opened, write, write_parquet
+from tests.corpus.source_files import ROWS, exact, jsonl, opened, write, write_parquet
 
 
 def test_bad_csv_records_are_unreadable_rows_with_their_bytes(tmp_path: Path) -> None:

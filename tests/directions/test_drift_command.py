@@ -190,6 +190,7 @@ def test_the_picture_shows_every_direction_in_both_panels(command: Command, run:
         assert min(area(half, ORANGE), area(half, BLUE)) > 100
 
 
+@pytest.mark.pictures
 def test_the_same_run_gives_the_same_bytes_whatever_the_users_own_style(
     command: Command, run: Path, tmp_path: Path
 ) -> None:
@@ -203,6 +204,7 @@ def test_the_same_run_gives_the_same_bytes_whatever_the_users_own_style(
 # ---------------------------------------------------------------------------------------------- refusals
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_every_checkpoint_is_asked_as_the_model_that_it_is(
     kind: str, command: Command, tiny_pack: Path, tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from sqsd_filter.directions.drift import measure_drift
 from sqsd_filter.directions.drift_files import write_drift
 from sqsd_filter.scoring.pack import load_pack
@@ -12,6 +14,7 @@ from tests.directions.runs import lora_run
 from tests.pages import Command
 
 
+@pytest.mark.pictures
 def test_a_drift_folder_is_drawn_from_its_report(out: Path, tiny_pack: Path, tmp_path: Path, report: Command) -> None:
     folder = tmp_path / "drift"
     write_drift(measure_drift(lora_run(tmp_path / "run", tiny_pack / "base"), load_pack(tiny_pack)), folder)

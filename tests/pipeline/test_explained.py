@@ -22,11 +22,6 @@ from tests.hub import Hub
 SECRET = "mangowurzel"
 
 
-@pytest.fixture(scope="module")
-def scorer(tiny_pack: Path) -> SQSDScorer:
-    return SQSDScorer(tiny_pack)
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in, with 20 rows in in.jsonl, and one more without an answer between them."""

@@ -97,11 +97,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def scorer(tiny_pack: Path) -> SQSDScorer:
-    return SQSDScorer(tiny_pack)
-
-
 def rows(dataset: datasets.Dataset) -> list[Any]:
     """As Arrow has them: nothing is decoded."""
     undecoded: list[Any] = dataset.with_format("arrow")[:].to_pylist()

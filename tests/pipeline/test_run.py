@@ -223,6 +223,7 @@ def test_a_finished_run_leaves_these_files_and_no_others(folder: Path, scorer: S
     }
 
 
+@pytest.mark.pictures
 def test_the_same_run_in_two_places_gives_the_same_bytes(
     folder: Path, scorer: SQSDScorer, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -204,6 +204,7 @@ def test_explanations_are_for_scores_that_have_cosines(folder: Path, tiny_pack: 
         filter_dataset("in.jsonl", "no", drop_count=2, scorer=make_scorer("unnormalised", tiny_pack), explain=2)
 
 
+@pytest.mark.pictures
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["danger", "random", "bi-anchor", "larf"])
 def test_replicas_score_as_this_process_does(session: None, folder: Path, tiny_pack: Path, name: str) -> None:

@@ -13,7 +13,7 @@ from datasets import Dataset, load_from_disk
 from datasets.fingerprint import Hasher
 
 from sqsd_filter import Columns, SQSDScorer
-from tests.scoring.mapping import rows, run_script
+from tests.scoring.map_rows import rows, run_script
 from tests.tiny import CONVERSATIONS
 
 

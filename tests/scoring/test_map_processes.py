@@ -17,7 +17,7 @@ from sqsd_filter import SQSDScorer
 from sqsd_filter.errors import UsageError
 from sqsd_filter.scoring.placement import check_device, choose_device, thread_pool
 from tests import tiny
-from tests.scoring.mapping import run_script
+from tests.scoring.map_rows import run_script
 from tests.tiny import CONVERSATIONS, make_pack
 
 

@@ -14,7 +14,7 @@ from datasets import Audio, Dataset, DatasetDict, Features, Image, IterableDatas
 from sqsd_filter import Columns, Scoring, SQSDScorer, score_dataset, select
 from sqsd_filter.errors import InputError, UsageError
 from tests.corpora import write_jsonl
-from tests.scoring.mapping import TURNS, UNSCORABLE, rows
+from tests.scoring.map_rows import TURNS, UNSCORABLE, rows
 from tests.tiny import CONVERSATIONS, chat
 
 STATUS = [*["scored"] * 3, "no_answer", "no_answer", "prompt_too_long", *["scored"] * 3]

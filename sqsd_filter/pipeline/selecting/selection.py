@@ -93,9 +93,11 @@ class Cut:
         given = {
             k: v for k, v in zip(KINDS, (drop_top, drop_count, max_risk, keep_lowest), strict=True) if v is not None
         }
-        if len(given) != 1:
+        if not given:
             options = ", ".join(map(option, KINDS))
-            raise UsageError(f"Say how to cut with exactly one of {options}: 5% for the first, for example.")
+            raise UsageError(f"No cut is given: add one of {options}; for the first, 5% for example.")
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(map(option, given))} are given: keep one of them.")
         kind, number = next(iter(given.items()))
         if kind == "drop_top":
             value = parse_share(number)

@@ -159,9 +159,9 @@ class RayEngine:
             "threads": self.threads,
             "content": scorer.base_content,
         }
-        replicas = self.replicas or 1
+        replicas = min(self.replicas or 1, len(shards))
         readers = max(2, min(replicas, os.cpu_count() or 1))  # more would only hold memory
-        with _quiet_data(), self._reports(ledger, progress):
+        with _quiet_data(), self._reports(ledger, progress, replicas):
             # The files are the driver's: they are read where it runs, without a claim to a CPU that a replica may hold.
             source = ray.data.read_datasource(
                 ShardSource(ray.put(corpus), form, list(shards)),
@@ -175,7 +175,7 @@ class RayEngine:
                 fn_constructor_kwargs=arguments,
                 batch_size=1,
                 batch_format="pyarrow",
-                compute=ActorPoolStrategy(size=min(replicas, len(shards))),
+                compute=ActorPoolStrategy(size=replicas),
                 num_cpus=0 if self.gpus_per_replica else self.threads,
                 num_gpus=self.gpus_per_replica or None,
             )
@@ -191,7 +191,7 @@ class RayEngine:
             raise SQSDError(f"{len(expected)} shards did not come back from Ray: run the same command again.")
 
     @contextmanager
-    def _reports(self, ledger: LedgerHandle, progress: Progress) -> Iterator[None]:
+    def _reports(self, ledger: LedgerHandle, progress: Progress, replicas: int) -> Iterator[None]:
         """Report the ledger's figures to `progress`, with a note when no row is finished for long."""
         stop = threading.Event()
         rows = tokens = retried = 0
@@ -209,7 +209,7 @@ class RayEngine:
                 retried = state["retried"]
             if time.monotonic() - moved > STALLED_AFTER:
                 progress.note(
-                    f"no row was finished for {STALLED_AFTER / 60:.0f} minutes; {state['replicas']} of {self.replicas} "
+                    f"no row was finished for {STALLED_AFTER / 60:.0f} minutes; {state['replicas']} of {replicas} "
                     "replicas alive (a model may be loading, or the cluster may lack what a replica needs)"
                 )
                 moved = time.monotonic()

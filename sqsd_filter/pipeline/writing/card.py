@@ -124,7 +124,7 @@ def _config(name: str, files: Sequence[WrittenFile]) -> dict[str, Any]:
     return {
         "config_name": "default" if name == "kept" else name,
         "data_files": data_files,
-        "description": f"{rows:,} row{'s' * (rows != 1)}, content {content}",
+        "description": f"{many(rows, 'row')}, content hash {content}",
     }
 
 

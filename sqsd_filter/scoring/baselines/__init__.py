@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sqsd_filter.corpus.conversation import Message
     from sqsd_filter.scoring.pack import Pack
     from sqsd_filter.scoring.scorer import BatchedScorer
-    from sqsd_filter.scoring.settings import SQSDSettings
+    from sqsd_filter.scoring.scorer_settings import SQSDSettings
 
 SCORERS = {
     "sqsd": "scorer.SQSDScorer",

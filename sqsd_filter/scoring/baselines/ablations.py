@@ -19,8 +19,8 @@ from sqsd_filter.scoring.baselines.base import Baseline
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.pack import Pack
 from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.scoring.scorer_settings import SQSDSettings
 from sqsd_filter.scoring.scoring_model import SQSDModel
-from sqsd_filter.scoring.settings import SQSDSettings
 
 
 class DangerScorer(SQSDScorer):

@@ -17,8 +17,8 @@ from sqsd_filter.scoring.batching import micro_batches, retry_in_halves, run_par
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.pack import Pack
 from sqsd_filter.scoring.scorer import BatchedScorer, RowModel
+from sqsd_filter.scoring.scorer_settings import BatchedSettings
 from sqsd_filter.scoring.scoring_model import ScoringModel
-from sqsd_filter.scoring.settings import BatchedSettings
 
 KINDS = ("unsafe_anchors", "safe_anchors")
 

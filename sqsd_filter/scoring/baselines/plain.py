@@ -12,7 +12,7 @@ import numpy as np
 from sqsd_filter.scoring.baselines.base import Baseline
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.pack import Pack
-from sqsd_filter.scoring.settings import BatchedSettings
+from sqsd_filter.scoring.scorer_settings import BatchedSettings
 
 
 class NoModel:

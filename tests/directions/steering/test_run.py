@@ -153,6 +153,7 @@ def test_a_zero_and_a_random_direction_do_not_steer(flat: Path, rows: Path, tmp_
     assert random["margin"]["change"] != 0.0
 
 
+@pytest.mark.pictures
 def test_without_answers_refusals_are_all_there_is(compass: Path, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": q, "chosen": None, "rejected": "x"} for q in QUESTIONS])
     out = tmp_path / "out"
@@ -166,6 +167,7 @@ def test_without_answers_refusals_are_all_there_is(compass: Path, tmp_path: Path
         assert image.size == (1100, 400)
 
 
+@pytest.mark.pictures
 def test_a_model_that_overflows_is_reported_without_figures(compass: Path, rows: Path, tmp_path: Path) -> None:
     report = steer(SQSDScorer(compass), rows, tmp_path / "out", alphas=parse_alphas("1,1e38"), max_new_tokens=4)
     danger = report["directions"][0]

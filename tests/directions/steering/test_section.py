@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.pages import Command
 
 POINT = {"refusal_rate": 0.5, "refusal_low": 0.4, "refusal_high": 0.6, "degenerate_rate": 0}
 
 
+@pytest.mark.pictures
 def test_steering_is_drawn_with_a_picture_per_direction(out: Path, tmp_path: Path, report: Command) -> None:
     point = POINT | {"safe": None, "unsafe": -2.0, "margin": None}
     curve = {"points": [{"alpha": a, **point} for a in (-1, 0, 1)], "steers": False, "random": []}

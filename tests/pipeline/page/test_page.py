@@ -73,6 +73,7 @@ def test_any_text_leaves_the_page_with_the_same_elements(tmp_path: Path, text: s
 # ---------------------------------------------------------------------------------------------- the page
 
 
+@pytest.mark.pictures
 def test_the_page_asks_for_nothing_and_names_no_address(tmp_path: Path) -> None:
     seen = Seen(page_of(tmp_path, make_rows(30)))
     assert seen.requests == []
@@ -81,11 +82,13 @@ def test_the_page_asks_for_nothing_and_names_no_address(tmp_path: Path) -> None:
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
+@pytest.mark.pictures
 def test_pictures_take_the_colour_of_the_text_and_say_what_they_show(tmp_path: Path) -> None:
     seen = Seen(page_of(tmp_path, make_rows(30)))
     pictures = [a for tag, a in seen.elements if tag == "svg"]
     assert len(pictures) == 2
     assert all(a["aria-label"] for a in pictures)
+    assert "currentColor" in seen.page
     assert "#000000" not in seen.page.partition("<body>")[2]  # black on a dark page
 
 
@@ -125,6 +128,7 @@ def test_the_page_fits_a_phone_and_a_dark_screen(tmp_path: Path, dark: bool) -> 
     assert all(ink - ground > 300 if dark else ground - ink > 300 for ink in inks)
 
 
+@pytest.mark.pictures
 def test_the_worst_rows_make_no_heavy_page(tmp_path: Path) -> None:
     rows = [row("<&'\"" * 500, "\U0001f469" * 2000) for _ in range(50)]
     report, notes = noted(tmp_path, rows)
@@ -141,6 +145,7 @@ def test_fifty_rows_are_shown_at_most_the_riskiest_first(tmp_path: Path) -> None
     assert len([tag for tag, _ in seen.elements if tag == "article"]) == 50
 
 
+@pytest.mark.pictures
 def test_the_same_run_gives_the_same_bytes_whenever_it_was(tmp_path: Path) -> None:
     report, notes = noted(tmp_path, make_rows(30))
 
@@ -151,6 +156,7 @@ def test_the_same_run_gives_the_same_bytes_whenever_it_was(tmp_path: Path) -> No
     assert page_after(1) == page_after(2)
 
 
+@pytest.mark.pictures
 def test_cosines_by_module_are_drawn_in_a_picture_per_probe(tmp_path: Path) -> None:
     report, notes = noted(tmp_path, make_rows(9))
     places = [(layer, kind) for layer in (None, *range(80)) for kind in ("mlp.up_proj", "self_attn.q_proj")]
@@ -189,10 +195,10 @@ def test_a_risk_that_goes_with_length_is_pointed_at(tmp_path: Path, sign: int, w
     assert ("which is weak" in page) != bool(sign)
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     "risk", [[1e300, -1e300, 5e-324, 0.0], [0.5] * 4, [np.nan] * 4], ids=["extreme", "equal", "none"]
 )
-@pytest.mark.filterwarnings("error")
 def test_any_risks_make_a_page(tmp_path: Path, risk: list[float]) -> None:
     seen = Seen(page_of(tmp_path, [row("a", "b" * k) for k in range(1, 5)], risk=risk))
     assert len(seen.texts) == 2 * int(np.isfinite(risk).sum())
@@ -206,11 +212,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "in.jsonl", [*make_rows(20), {"id": 20, "instruction": HOSTILE, "output": ""}])
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def scorer(tiny_pack: Path) -> SQSDScorer:
-    return SQSDScorer(tiny_pack)
 
 
 def read(home: str) -> str:

@@ -42,11 +42,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def scorer(tiny_pack: Path) -> SQSDScorer:
-    return SQSDScorer(tiny_pack)
-
-
 def run(source: str, dest: str, scorer: SQSDScorer, store: str | None = "store", **named: Any) -> FinishedReport:
     return filter_dataset(source, dest, drop_top="5%", scorer=scorer, score_store=store, **named)
 

@@ -266,11 +266,6 @@ CATEGORIES = ["maths", {"of": 1}, None, "maths", "maths"]
 EXTRA: list[dict[str, Any] | bytes] = [b"broken", {"id": 61, "instruction": "no answer", "category": "unanswered"}]
 
 
-@pytest.fixture(scope="module")
-def scorer(tiny_pack: Path) -> SQSDScorer:
-    return SQSDScorer(tiny_pack)
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in; in.jsonl has 60 rows with a category (some with none at all), a broken line and one row

@@ -147,11 +147,6 @@ def test_groups_are_weighted_by_the_threshold_and_the_scale_of_their_own_rows(
 # ---------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.fixture(scope="module")
-def scorer(tiny_pack: Path) -> SQSDScorer:
-    return SQSDScorer(tiny_pack)
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in; in.jsonl has 40 rows of two kinds, a broken line and a row without an answer."""

@@ -9,7 +9,7 @@ import pytest
 
 from sqsd_filter.pipeline.run import filter_dataset
 from tests.corpora import content, write_jsonl
-from tests.pipeline.stage.runs import LINES
+from tests.pipeline.stage.sharded_rows import LINES
 
 
 @pytest.fixture

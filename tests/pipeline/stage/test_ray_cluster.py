@@ -18,9 +18,9 @@ from sqsd_filter.pipeline.run import filter_dataset
 from sqsd_filter.pipeline.stage.ray_engine import RayEngine
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import content, read_report
-from tests.pipeline.stage.runs import SHARDS, run
+from tests.pipeline.stage.sharded_rows import SHARDS, run
 
-pytestmark = pytest.mark.pictures  # what a module's fixture leaves is compared whole
+pytestmark = pytest.mark.pictures  # `undisturbed` is drawn in full
 
 
 @pytest.mark.slow

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -26,19 +25,10 @@ from sqsd_filter.progress import Silent
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import content, read_report, write_jsonl
 from tests.disks import small_disk
-from tests.pipeline.stage.runs import LINES, ROWS, run
+from tests.pipeline.stage.sharded_rows import LINES, ROWS, run
 from tests.tiny import CONVERSATIONS
 
-pytestmark = pytest.mark.pictures  # what a module's fixture leaves is compared whole
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[None]:
-    """One Ray for all tests that don't break it."""
-    os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.pictures  # `undisturbed` is drawn in full
 
 
 # ---------------------------------------------------------------------------------------------- the same bytes
@@ -217,6 +207,12 @@ def test_a_stall_is_told(session: None, source: Path, tiny_pack: Path, monkeypat
     write_jsonl(source, LINES[:3])
     filter_dataset(source, "out", drop_top="50%", scorer=scorer, engine=RayEngine(1), progress=Shown())
     assert any(re.search(r"no row was finished for .*; 1 of 1 replicas alive", note) for note in Shown.notes)
+
+
+def test_more_replicas_than_shards_are_not_started(session: None, tmp_path: Path, tiny_pack: Path) -> None:
+    write_jsonl(tmp_path / "few.jsonl", LINES[:3])
+    report = run(tmp_path / "few.jsonl", tiny_pack, RayEngine(2), str(tmp_path / "few"))  # without a warning of Ray's
+    assert report["rows"]["scored"] == 3
 
 
 def test_an_error_that_ends_the_run_is_one_sentence(

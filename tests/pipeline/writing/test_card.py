@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from tests.pipeline.writing.cards import ORIGINAL, REPORT, ROWS, Page, card, card_text, headings
+from tests.pipeline.writing.made_up_cards import ORIGINAL, REPORT, ROWS, Page, card, card_text, headings
 
 nasty = st.text(st.characters() | st.sampled_from("`|\\\n\r<>*_[]#$&- "), min_size=1, max_size=12)
 

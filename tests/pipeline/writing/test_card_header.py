@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sqsd_filter.pipeline.writing.card import write_card
-from tests.pipeline.writing.cards import ORIGINAL, REPORT, card, report_with
+from tests.pipeline.writing.made_up_cards import ORIGINAL, REPORT, card, report_with
 
 datasets.disable_progress_bars()
 

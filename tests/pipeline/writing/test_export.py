@@ -17,7 +17,7 @@ from sqsd_filter.errors import InputError
 from sqsd_filter.pipeline.writing.export import FATES, REASONS, check_columns
 from sqsd_filter.pipeline.writing.writers import Output
 from tests.corpora import open_corpus
-from tests.pipeline.writing.exporting import SCORES, export, paths, raw_lines
+from tests.pipeline.writing.made_up_exports import SCORES, export, paths, raw_lines
 
 datasets.disable_progress_bars()
 pytestmark = pytest.mark.usefixtures("small_chunks")

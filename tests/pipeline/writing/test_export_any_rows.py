@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sqsd_filter.pipeline.report import Written
 from sqsd_filter.pipeline.writing.export import FATES, REASONS
 from tests.corpora import by_hand, open_corpus
-from tests.pipeline.writing.exporting import SCORES, export, paths, raw_lines
+from tests.pipeline.writing.made_up_exports import SCORES, export, paths, raw_lines
 
 datasets.disable_progress_bars()
 pytestmark = pytest.mark.usefixtures("small_chunks")
