@@ -206,7 +206,7 @@ def test_explanations_are_for_scores_that_have_cosines(folder: Path, tiny_pack: 
 
 @pytest.mark.pictures
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["danger", "random", "bi-anchor", "larf"])
+@pytest.mark.parametrize("name", ["random", "larf"])  # without a model, and with anchors beside the pack
 def test_replicas_score_as_this_process_does(session: None, folder: Path, tiny_pack: Path, name: str) -> None:
     given = anchors() if name in ANCHORED else {}
     for dest, engine in (("local", None), ("ray", RayEngine(2))):

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sqsd_filter.pipeline.stage import ray_engine
+from sqsd_filter.pipeline.stage.engines import LocalEngine
+
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 
 
@@ -37,7 +40,6 @@ def test_speed_compares_the_scorer_with_the_bare_passes_and_the_dense_form(capsy
         ["selection", "--scores", "1000", "--check"],
         ["selection", "--scores", "1000", "--groups", "3"],
         pytest.param(["memory", "--rows", "4", "--engine", "local"], marks=pytest.mark.slow),
-        pytest.param(["engines", "--rows", "4", "--rounds", "1"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -47,6 +49,22 @@ def test_scale_measures(arguments: list[str], capsys: pytest.CaptureFixture[str]
     assert measured
     if "--check" in arguments:
         assert measured["the same as by sorting"]
+
+
+@pytest.mark.slow
+def test_scale_compares_engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The engines on Ray are this process here: six sessions of replicas that load a model take minutes."""
+    asked = []
+
+    def engine(replicas: int, *, threads: int | None = None) -> LocalEngine:
+        asked.append((replicas, threads))
+        return LocalEngine()
+
+    monkeypatch.setattr(ray_engine, "RayEngine", engine)
+    importlib.import_module("scale").main(["engines", "--rows", "4", "--rounds", "1"])
+    measured = json.loads(capsys.readouterr().out)["engines"]
+    assert asked == [(1, None), (1, None), (1, 1), (1, 1), (2, 1), (2, 1)]  # with one row, and with all
+    assert set(measured["seconds"]) == set(measured["rows/s"])
 
 
 def test_a_random_pack_has_the_usual_probes(tmp_path: Path) -> None:
