@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sqsd_filter.cli import output
+from sqsd_filter.scoring.reference_rows import BENIGN, Pool, Reference, ReferenceRecord
 
 Row = Sequence[str]
+_SHOWN_LEVELS = ("50%", "95%", "99%", "99.9%", "100%")
 
 
 def inspection(report: Mapping[str, Any], *, modules: bool) -> str:
@@ -36,9 +38,31 @@ def inspection(report: Mapping[str, Any], *, modules: bool) -> str:
     if report["cosines"]:
         columns = ("directions", "modules", "cos", "mean of cos_m", "sum of cos_m")
         lines += ["", *_table(columns, (_cosine(pair) for pair in report["cosines"]))]
-    lines += ["", *_validation(report["validation"]), ""]
+    lines += ["", *_validation(report["validation"]), "", *_reference(report), ""]
     lines += [f"! {flag['code']}: {flag['message']}" for flag in report["flags"]] or ["no flags"]
     return "\n".join(lines)
+
+
+def reference(record: ReferenceRecord) -> list[str]:
+    """The reference rows of a pack as a table of risks, one line per corpus and one for all benign rows."""
+
+    def line(name: str, kind: str, pool: Pool, licence: str = "-") -> Row:
+        quantiles = pool.quantiles()
+        risks = (f"{quantiles[level]:.2f}" if level in quantiles else "-" for level in _SHOWN_LEVELS)
+        return name, kind, f"{pool.rows:,}", *risks, licence
+
+    corpora = record["corpora"]
+    lines = [line(each["name"], each["kind"], Pool.of([each]), each.get("licence", "-")) for each in corpora]
+    lines.append(line("all benign", BENIGN, Reference("", record).benign))
+    return _table(("reference", "kind", "rows", *(f"risk {level}" for level in _SHOWN_LEVELS), "licence"), lines)
+
+
+def _reference(report: Mapping[str, Any]) -> list[str]:
+    """The pack's reference, or how to add one."""
+    known = report["reference"]
+    if known["record"] is None:
+        return ["reference none: run sqsd-filter pack calibrate on the pack, so that a risk has a meaning"]
+    return [*reference(known["record"]), *([known["mismatch"]] if known["mismatch"] else [])]
 
 
 def conversion(report: Mapping[str, Any]) -> str:

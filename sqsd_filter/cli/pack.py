@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
-from sqsd_filter.cli import options, output
+from sqsd_filter.cli import options, output, settings
 from sqsd_filter.cli.base import Group, examples
 from sqsd_filter.cli.options import OPTIONS
+
+CORPORA = "Reference"  # heading of options
 
 
 @click.group(cls=Group, short_help="Build, import and inspect direction packs.")
@@ -96,6 +98,73 @@ def inspect(where: str, modules: bool, json_output: bool) -> None:
 
     report = inspect_pack(load_pack(where))
     output.show(report, as_json=json_output, quiet=False, text=lambda shown: inspection(shown, modules=modules))
+
+
+@pack.command(
+    short_help="Add reference rows, so that a risk has a meaning.",
+    epilog=examples(
+        (
+            "Compare risks with those of benign rows and of known unsafe answers",
+            "sqsd-filter pack calibrate my-pack --benign b.jsonl --unsafe u.jsonl",
+        ),
+    ),
+)
+@click.argument("where", metavar="PACK")
+@options.plain(
+    CORPORA,
+    "--benign",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]SRC",
+    help="Benign rows that nothing in the pack was trained or chosen on. Repeat it for several corpora.",
+)
+@options.plain(
+    CORPORA,
+    "--unsafe",
+    multiple=True,
+    metavar="[NAME=]SRC",
+    help="Known unsafe answers that nothing in the pack was trained or chosen on. Repeat it for several corpora.",
+)
+@options.plain(
+    CORPORA,
+    "--sample",
+    type=options.at_least_one,
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Largest number of rows to score of each corpus, spread evenly over it.",
+)
+@options.rows
+@options.shared_state
+@options.model
+@options.as_json
+@options.quiet
+@click.pass_context
+def calibrate(context: click.Context, /, **_: object) -> None:
+    """Score reference rows and write what they score into PACK, a folder. Its scores stay the same.
+
+    Then it is known what a risk means: "above 97 % of the benign reference rows". The command replaces the reference
+    that PACK has.
+    """
+    from sqsd_filter.cli.inspection import reference
+    from sqsd_filter.directions.calibration import calibrate as calibrate_pack
+
+    params = context.params
+    record = calibrate_pack(
+        params["where"],
+        params["benign"],
+        params["unsafe"],
+        scorer=lambda: settings.sqsd_scorer(params["where"], params),
+        columns=settings.columns(params),
+        progress=output.Display(quiet=params["quiet"]),
+        **{name: params[name] for name in ("sample", "limit", "streaming")},
+    )
+    output.show(
+        {"path": params["where"], "reference": record},
+        as_json=params["json_output"],
+        quiet=params["quiet"],
+        text=lambda shown: "\n".join(reference(shown["reference"])),
+    )
 
 
 @pack.command(

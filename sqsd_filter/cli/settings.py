@@ -14,7 +14,8 @@ from sqsd_filter.scoring.baselines import MEANT_FOR
 
 if TYPE_CHECKING:
     from sqsd_filter.corpus.row_formats import Columns
-    from sqsd_filter.scoring.scorer import BatchedScorer
+    from sqsd_filter.scoring.pack import Pack
+    from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
 
 CUTS = ("drop_top", "drop_count", "max_risk", "keep_lowest")
 CUT_HOW = ("per_group", "per_split", "weights")
@@ -118,23 +119,34 @@ def scorer(context: click.Context) -> BatchedScorer:
     """The scorer that the options under "Model" name."""
     from sqsd_filter.pipeline.anchors import read_anchors
     from sqsd_filter.scoring.baselines import make_scorer
-    from sqsd_filter.scoring.pack import load_pack
 
     params = context.params
     given: dict[str, Any] = {
         name: value if name == "seed" else read_anchors(value) for name, value in for_scorer(context).items()
     }
-    pack, shared_state = load_pack(params["pack"]), params.get("shared_state")
     return make_scorer(
         params.get("scorer", "sqsd"),
-        pack if shared_state is None else pack.at_one_state(shared_state),
+        _pack(params["pack"], params),
         **given,
-        model=params["model"],
-        device=params["device"],
-        dtype=params["dtype"],
-        max_length=params["max_length"],
-        token_budget=params["token_budget"],
-        attention=params["attention"],
+        **_model(params),
         per_module=params.get("per_module", False),
-        trust_remote_code=params["trust_remote_code"],
     )
+
+
+def sqsd_scorer(where: str, params: dict[str, Any]) -> SQSDScorer:
+    """The scorer of this pack, with the other options under "Model"."""
+    from sqsd_filter.scoring.scorer import SQSDScorer
+
+    return SQSDScorer(_pack(where, params), **_model(params))
+
+
+def _pack(where: str, params: dict[str, Any]) -> Pack:
+    from sqsd_filter.scoring.pack import load_pack
+
+    pack, shared_state = load_pack(where), params.get("shared_state")
+    return pack if shared_state is None else pack.at_one_state(shared_state)
+
+
+def _model(params: dict[str, Any]) -> dict[str, Any]:
+    names = ("model", "device", "dtype", "max_length", "token_budget", "attention", "trust_remote_code")
+    return {name: params[name] for name in names}

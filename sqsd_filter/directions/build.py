@@ -20,16 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from sqsd_filter.directions import processes
-from sqsd_filter.directions.data import TrainingData, read_data
+from sqsd_filter.directions.calibration import ReferenceCorpus, score_reference
+from sqsd_filter.directions.data import Example, TrainingData, prompt_and_reply, read_data
 from sqsd_filter.directions.recipe import AdapterRecipe, PackRecipe
 from sqsd_filter.directions.state_rows import usable
 from sqsd_filter.directions.states import checkpoints, compare_states
 from sqsd_filter.directions.training import WORK_DIR, take_checkpoint, train
-from sqsd_filter.errors import DestinationExists, SQSDError
+from sqsd_filter.errors import DestinationExists, InputError, SQSDError
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.pack import FORMAT, PACK_FILE, Pack, load_pack
+from sqsd_filter.scoring.reference_rows import REFERENCE
 from sqsd_filter.scoring.scorer import SQSDScorer
 from sqsd_filter.storage.folder import write_json, write_text
+from sqsd_filter.wording import many
+
+PROMPT_SHOWN = 60  # characters of a prompt in an error
 
 
 def build_pack(recipe: PackRecipe, target: str | Path, progress: Progress | None = None) -> Pack:
@@ -68,6 +73,7 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
         if not _is_done(records[name], adapter)
     }
     compared = _compared(recipe, target)
+    references = _references(recipe)
     processes.wait()  # until all have read the folder as it was
     if processes.is_first():
         work.mkdir(parents=True, exist_ok=True)
@@ -80,7 +86,11 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
         chosen = {
             name: _choose_state(recipe, name, compared, target, progress) for name in recipe.sensitive if compared
         }
-        write_json(target / PACK_FILE, _pack(recipe, records, fingerprint, chosen))
+        page = _pack(recipe, records, fingerprint, chosen)
+        if references:
+            scorer = SQSDScorer(_unbuilt(recipe, target))
+            page[REFERENCE] = score_reference(scorer, references, progress)
+        write_json(target / PACK_FILE, page)
     processes.wait()
     built = load_pack(target)
     processes.wait()
@@ -90,14 +100,17 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
 
 def _settings(recipe: PackRecipe) -> dict[str, Any]:
     """The whole recipe but its folder. A pack made by another recipe is not finished."""
-    return asdict(recipe) | {"folder": None}
+    plan = asdict(recipe) | {"folder": None}
+    if not recipe.reference:
+        del plan["reference"]  # as recipes were before there was one
+    return plan
 
 
 def _trained(recipe: PackRecipe) -> dict[str, Any]:
     """The settings that checkpoints depend on. A build reuses them if anything else in its recipe has changed."""
     plan = _settings(recipe)
-    for name in ("name", "probes", "states", "notes", "keep_checkpoints", "max_length"):
-        del plan[name]
+    for name in ("name", "probes", "states", "reference", "notes", "keep_checkpoints", "max_length"):
+        plan.pop(name, None)
     for name, adapter in plan["adapters"].items():
         if name != recipe.base_adapter:  # the others are trained on the base adapter
             del adapter["take_step"]
@@ -156,6 +169,34 @@ def _compared(recipe: PackRecipe, target: Path) -> TrainingData | None:
     turns = [turns for (turns,) in compared.examples]
     usable(SQSDScorer(_unbuilt(recipe, target)), turns, compared.positive, how.answer_tokens)
     return compared
+
+
+def _references(recipe: PackRecipe) -> list[ReferenceCorpus]:
+    """The rows of the pack's reference. Raises `InputError` if one of them has a prompt that the pack is trained or
+    chosen on."""
+    if not recipe.reference:
+        return []
+    used = {f"[adapters.{name}]": adapter for name, adapter in recipe.adapters.items()}
+    used |= {"[states]": recipe.states.source} if recipe.states is not None else {}
+    prompts = {where: set(map(_prompt, read_data(recipe, source).examples)) for where, source in used.items()}
+    corpora = []
+    for name, how in recipe.reference.items():
+        read = read_data(recipe, how.source)
+        for where, known in prompts.items():
+            if shared := [prompt for prompt in map(_prompt, read.examples) if prompt in known]:
+                raise InputError(
+                    f"[reference.{name}] has {many(len(shared), 'row')} with a prompt of {where}, for example "
+                    f"{shared[0][:PROMPT_SHOWN]!r}: a reference must have other prompts than the rest of the recipe."
+                )
+        turns = [turns for (turns,) in read.examples]
+        corpora.append(ReferenceCorpus(name, how.kind, turns, read.source, how.licence or read.licence))
+    return corpora
+
+
+def _prompt(example: Example) -> str:
+    """The text of the user's turns before the first answer, without differences in case and spaces."""
+    prompt, _ = prompt_and_reply(example[0])
+    return " ".join(" ".join(turn["content"] for turn in prompt if turn["role"] == "user").lower().split())
 
 
 def _choose_state(

@@ -72,7 +72,7 @@ def read_data(recipe: PackRecipe, adapter: AdapterRecipe, positive: Mapping[str,
         chosen = np.random.default_rng(recipe.seed).permutation(len(examples))[: adapter.rows].tolist()
         examples, marks = [examples[k] for k in chosen], [marks[k] for k in chosen]
     marked = marks if positive else None
-    return TrainingData(examples, marked, _source(corpus, sources), adapter.licence or _licence(sources), left_out)
+    return TrainingData(examples, marked, source_of(corpus, sources), adapter.licence or licence_of(sources), left_out)
 
 
 def _spec(folder: Path, adapter: AdapterRecipe) -> str:
@@ -142,7 +142,7 @@ def prompt_and_reply(turns: list[Message]) -> tuple[list[Message], list[Message]
     return turns[:start], turns[start:]
 
 
-def _source(corpus: Corpus, sources: Sequence[Source]) -> dict[str, Any]:
+def source_of(corpus: Corpus, sources: Sequence[Source]) -> dict[str, Any]:
     """The files that were read, without this machine's folders, and the dataset with its commit."""
     files = [{**given, "path": _name(given["path"])} for given in corpus.inputs]
     datasets = [source.dataset for source in sources if source.dataset is not None]
@@ -153,7 +153,7 @@ def _name(path: str) -> str:
     return path if "://" in path else Path(path).name
 
 
-def _licence(sources: Sequence[Source]) -> str | None:
+def licence_of(sources: Sequence[Source]) -> str | None:
     """The licence that the dataset's card names."""
     cards = {source.card for source in sources if source.card is not None}
     return ", ".join(licence for card in sorted(cards) for licence in Original.of(*card).licences) or None

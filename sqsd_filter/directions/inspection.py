@@ -22,6 +22,7 @@ from sqsd_filter.directions.validation import verdicts
 from sqsd_filter.scoring.adapters import Adapter, inner, load_adapter, norm
 from sqsd_filter.scoring.models import is_here
 from sqsd_filter.scoring.pack import ADAPTER_FILES, Pack, Probe
+from sqsd_filter.scoring.reference_rows import Reference
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")  # the first number in a module's name, and the name below that layer
 _SHOWN = ("data", "licence", "rows", "steps", "source")
@@ -60,8 +61,17 @@ def inspect_pack(pack: Pack) -> dict[str, Any]:
         ],
         "validation": pack.notes.get("validation"),
     }
+    report["reference"] = _reference(pack)
     report["shared_state"] = pack.shared_state is not None
     return {**report, "flags": flags(report)}
+
+
+def _reference(pack: Pack) -> dict[str, Any]:
+    """The pack's reference rows, None where it has none, and why they do not apply to its scores, if so."""
+    known = Reference.of(pack)
+    if known is None:
+        return {"record": None, "mismatch": None}
+    return {"record": known.record, "mismatch": known.outdated(pack)}
 
 
 def _cosine(a: Adapter, b: Adapter) -> dict[str, Any]:

@@ -25,6 +25,9 @@ state = "initial"              # take_step = "sensitive" in its adapter chooses 
 data = "benign.jsonl"
 prompt = "prompt"
 answer = "response"
+[reference.dolly]              # rows that give a risk its meaning, one table per corpus; see `pack calibrate`
+kind = "benign"                # or unsafe
+data = "held-out.jsonl"
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get
 
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.scoring.pack import CORE, PROBE_NAME, RESERVED, Probe
+from sqsd_filter.scoring.reference_rows import BENIGN, REFERENCE, UNSAFE
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -45,7 +49,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 SENSITIVE = "sensitive"
-RECORDED = ("provenance", "recipe", "validation")  # keys of pack.json that a build adds to the pack's own
+RECORDED = ("provenance", "recipe", "validation", REFERENCE)  # keys of pack.json that a build adds to the pack's own
 
 
 @dataclass(frozen=True)
@@ -133,13 +137,9 @@ class AdapterRecipe:
         return [column for column in (*single, *(self.answers or [])) if column is not None]
 
 
-@dataclass(frozen=True)
-class StateRows:
-    """The rows on which states are compared: a seeded sample of `rows`, with the keys of `AdapterRecipe`.
-
-    Rows whose columns equal `positive` should have a higher risk. `answer_tokens` cuts all answers to this length and
-    leaves out rows with shorter ones.
-    """
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRows:
+    """Rows that are measured, not trained on, with the keys of `AdapterRecipe`: a seeded sample of `rows`."""
 
     data: str
     config: str | None = None
@@ -152,15 +152,38 @@ class StateRows:
     answer: str | None = None
     where: Mapping[str, Any] = field(default_factory=dict)
     unless: Mapping[str, Any] = field(default_factory=dict)
-    positive: Mapping[str, Any] = field(default_factory=dict)
-    rows: int = 64
-    answer_tokens: int | None = None
+    rows: int
 
     @property
     def source(self) -> AdapterRecipe:
         """The same rows as a recipe that training can read."""
-        kept = {k: v for k, v in vars(self).items() if k not in ("positive", "answer_tokens")}
-        return AdapterRecipe(method="sft", **kept)
+        return AdapterRecipe(method="sft", **{f.name: getattr(self, f.name) for f in fields(MeasuredRows)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateRows(MeasuredRows):
+    """The rows on which states are compared.
+
+    Rows whose columns equal `positive` should have a higher risk. `answer_tokens` cuts all answers to this length and
+    leaves out rows with shorter ones.
+    """
+
+    positive: Mapping[str, Any] = field(default_factory=dict)
+    rows: int = 64
+    answer_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceRecipe(MeasuredRows):
+    """A reference corpus, of the `kind` benign or unsafe. None of its prompts may be in the pack's other data."""
+
+    kind: str
+    rows: int = 1000
+    licence: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in (BENIGN, UNSAFE):
+            raise UsageError(f"A reference corpus's kind must be '{BENIGN}' or '{UNSAFE}', not {self.kind!r}.")
 
 
 @dataclass(frozen=True)
@@ -181,12 +204,15 @@ class PackRecipe:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     lora: LoraShape = field(default_factory=LoraShape)
     states: StateRows | None = None
+    reference: Mapping[str, ReferenceRecipe] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     folder: Path = field(default_factory=Path)
 
     def __post_init__(self) -> None:
         if self.quantization not in (None, "nf4"):
             raise UsageError(f"quantization must be 'nf4' or left out, not {self.quantization!r}.")
+        if self.reference and all(each.kind == UNSAFE for each in self.reference.values()):
+            raise UsageError(f"[reference] has no corpus of the kind '{BENIGN}': add one.")
         if taken := sorted({*CORE, *RECORDED} & set(self.notes)):
             raise UsageError(f"[notes] can't have {', '.join(taken)}, which are keys of the pack itself: rename them.")
 
@@ -212,6 +238,10 @@ class PackRecipe:
         }
         if "states" in data:
             recipe["states"] = _typed(StateRows, data["states"], "[states]")
+        if "reference" in data:
+            recipe["reference"] = {
+                name: _typed(ReferenceRecipe, table, f"[reference.{name}]") for name, table in data["reference"].items()
+            }
         for probe in recipe["probes"]:
             if not PROBE_NAME.fullmatch(probe.name) or probe.name in RESERVED:
                 raise UsageError(f"[[probes]]: '{probe.name}' can't be a probe's name: use another.")

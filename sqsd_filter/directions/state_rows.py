@@ -1,4 +1,4 @@
-"""The rows on which candidate states are compared: read, encoded, and checked to be enough."""
+"""Rows to measure a pack on: read, encoded, and checked to be enough."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
 
-from sqsd_filter.corpus.addresses import Opener, expand, peek
+from sqsd_filter.corpus.addresses import Opener, Source, expand, peek
 from sqsd_filter.corpus.conversation import Message, RowError
-from sqsd_filter.corpus.row_formats import Columns
-from sqsd_filter.corpus.sources import Corpus
+from sqsd_filter.corpus.row_formats import Columns, RowFormat
+from sqsd_filter.corpus.sources import Corpus, Row
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.scoring.chat_encoder import Encoded, cut_answer
 from sqsd_filter.scoring.scorer import SQSDScorer
@@ -20,6 +21,44 @@ from sqsd_filter.scoring.scorer import SQSDScorer
 FEWEST_ROWS = 8
 TOO_SHORT = "too_short"  # the answer has fewer tokens than all answers are cut to
 Conversations = Sequence[Sequence[Message] | RowError]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows that are spread evenly over sources, and the format that they are read in."""
+
+    rows: list[Row]
+    form: RowFormat
+    corpus: Corpus
+    sources: Sequence[Source]
+
+    @property
+    def conversations(self) -> Conversations:
+        return [self.form.parse(row.value, row.problem) for row in self.rows]
+
+
+def read_sample(
+    source: str,
+    sample: int,
+    columns: Columns | None = None,
+    *,
+    column: str | None = None,
+    limit: int | None = None,
+    streaming: bool = False,
+) -> Sample:
+    """`sample` rows spread evenly over the source, or over its first `limit` rows, with a further `column`.
+
+    Raises `InputError` if the source can't be read, `UsageError` if it lacks the column.
+    """
+    with closing(Opener(streaming=streaming)) as opener:
+        sources = opener.open(expand([source]))
+        form = (columns or Columns()).choose(peek(sources))
+        corpus = Corpus.scan(sources, form=form, limit=limit)
+        if column is not None and column not in corpus.schema.names:
+            raise UsageError(f"--positive names '{column}', but {source} has {', '.join(corpus.schema.names)}.")
+        wanted = set(np.linspace(0, corpus.n_rows - 1, min(sample, corpus.n_rows)).astype(int).tolist())
+        rows = [row for row in corpus.read(0, corpus.n_rows) if row.index in wanted]
+    return Sample(rows, form, corpus, sources)
 
 
 def read_rows(source: str, sample: int, positive: str | None) -> tuple[Conversations, list[bool] | None]:
@@ -31,19 +70,11 @@ def read_rows(source: str, sample: int, positive: str | None) -> tuple[Conversat
     column, separator, value = (positive or "").partition("=")
     if positive is not None and not separator:
         raise UsageError(f"--positive must be COLUMN=VALUE, not '{positive}'.")
-    with closing(Opener()) as opener:
-        sources = opener.open(expand([source]))
-        form = Columns().choose(peek(sources))
-        corpus = Corpus.scan(sources, form=form)
-        if positive is not None and column not in corpus.schema.names:
-            raise UsageError(f"--positive names '{column}', but {source} has {', '.join(corpus.schema.names)}.")
-        wanted = set(np.linspace(0, corpus.n_rows - 1, min(sample, corpus.n_rows)).astype(int).tolist())
-        rows = [row for row in corpus.read(0, corpus.n_rows) if row.index in wanted]
-    conversations: Conversations = [form.parse(row.value, row.problem) for row in rows]
+    sampled = read_sample(source, sample, column=None if positive is None else column)
     if positive is None:
-        return conversations, None
-    cells = [(row.value or {}).get(column) for row in rows]
-    return conversations, [(cell if isinstance(cell, str) else json.dumps(cell)) == value for cell in cells]
+        return sampled.conversations, None
+    cells = [(row.value or {}).get(column) for row in sampled.rows]
+    return sampled.conversations, [(cell if isinstance(cell, str) else json.dumps(cell)) == value for cell in cells]
 
 
 def usable(
