@@ -172,7 +172,8 @@ def filter_command(context: click.Context, /, **_: object) -> None:
     """Score every row of SRC... and write the rows to DEST, a folder or URL, without the riskiest ones.
 
     SRC is a file, a glob, a folder, a dataset of the Hub (org/name), a URL, or `-` for standard input. Give exactly one
-    of --drop-top, --drop-count, --max-risk and --keep-lowest. The same command resumes an interrupted run.
+    of --drop-top, --drop-count, --max-risk, --keep-lowest and --above-reference. The same command resumes an
+    interrupted run.
     """
     from sqsd_filter.pipeline.selecting.selection import Cut
 
@@ -250,6 +251,7 @@ def score(context: click.Context, /, **_: object) -> None:
 @options.dest
 @options.cuts
 @options.combined
+@options.scored_by
 @options.on_error
 @options.written
 @options.overwrite
@@ -260,7 +262,7 @@ def select(context: click.Context, /, **_: object) -> None:
     """Cut rows by the scores that they have, without a model, and write them to DEST, a folder or URL.
 
     SRC... are files that `sqsd-filter score` wrote, or the folder of an earlier run. Give exactly one of --drop-top,
-    --drop-count, --max-risk and --keep-lowest.
+    --drop-count, --max-risk, --keep-lowest and --above-reference.
     """
     from sqsd_filter.pipeline.run import select_dataset
     from sqsd_filter.pipeline.selecting.selection import Cut
@@ -274,6 +276,7 @@ def select(context: click.Context, /, **_: object) -> None:
         _writing(params),
         scores=params["scores"],
         consensus=params["consensus"],
+        pack=params["pack"],
         progress=display,
         record=_record(context),
     )

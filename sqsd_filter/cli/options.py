@@ -66,9 +66,16 @@ cuts = together(
     option(CUT, "--keep-lowest", type=int, metavar="N", help="Keep the N rows with the lowest risk."),
     option(
         CUT,
+        "--above-reference",
+        metavar="SHARE",
+        help="Drop every row that is riskier than this share of the pack's benign reference rows, for example 99%.",
+    ),
+    option(
+        CUT,
         "--per-group",
         metavar="COLUMN",
-        help="Share the cut among the groups of rows with equal values in COLUMN. No group is emptied.",
+        help="Share the cut among the groups of rows with equal values in COLUMN. No group is emptied, except above a "
+        "reference.",
     ),
     option(CUT, "--per-split", is_flag=True, help="Cut each split on its own instead of all splits together."),
     option(
@@ -92,6 +99,14 @@ combined = together(
         type=click.Choice(list(CONSENSUS)),
         help="With --scores: take the mean of a row's ranks by all packs as its risk, or the largest rank.",
     ),
+)
+
+scored_by = plain(
+    CUT,
+    "--pack",
+    show_default="the one that the scores name",
+    metavar="NAME|DIR|HUB",
+    help="Pack that gave the scores, if that is not known or if it has been moved. Its reference rows are used.",
 )
 
 pack = option(

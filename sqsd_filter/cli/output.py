@@ -126,12 +126,13 @@ def show(report: Report, *, as_json: bool, quiet: bool, text: Callable[[Report],
 
 def summary(report: FinishedReport, dest: object) -> str:
     """At most a dozen lines about a finished run, and as many about its groups."""
-    from sqsd_filter.pipeline.report import load_calls
+    from sqsd_filter.pipeline.meaning import advice, false_alarms
+    from sqsd_filter.pipeline.report import cut_words, load_calls
 
     rows, q, seconds = report["rows"], report["risk_quantiles"], report["timing"]["seconds"]
     lines = []
     if "kept" in rows:
-        lines.append(f"{rows['kept']:,} of {rows['total']:,} rows kept in {dest} ({report['cut']})")
+        lines.append(f"{rows['kept']:,} of {rows['total']:,} rows kept in {dest} ({cut_words(report)})")
         cut = f"   risk {report['threshold']:.4f} and above" if report["threshold"] is not None else ""
         cut += f" ({report['ties']} kept rows tie)" if report["ties"] else ""
         published = report.get("published") or {"url": ""}
@@ -165,7 +166,10 @@ def summary(report: FinishedReport, dest: object) -> str:
     else:
         pace = f", {report['tokens'] / seconds:,.0f} tokens/s overall" if rows["scored"] and seconds else ""
         lines.append(f"  time     {duration(seconds)} for {report['tokens']:,} tokens{pace}")
-    return "\n".join(lines + (_groups(report["groups"]) if "groups" in report else []))
+    lines += _groups(report["groups"]) if "groups" in report else []
+    if reference := report.get("reference"):
+        lines += filter(None, (false_alarms(reference, rows.get("dropped", 0)), advice(reference)))
+    return "\n".join(lines)
 
 
 def _weights(weights: RowWeights) -> list[str]:

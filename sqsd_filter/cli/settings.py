@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sqsd_filter.scoring.pack import Pack
     from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
 
-CUTS = ("drop_top", "drop_count", "max_risk", "keep_lowest")
+CUTS = ("drop_top", "drop_count", "max_risk", "keep_lowest", "above_reference")
 CUT_HOW = ("per_group", "per_split", "weights")
 WRITTEN = ("to", "shard_size", "with_scores")
 _ORIGINS = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sqsd_filter.corpus.sources import Corpus
+from sqsd_filter.pipeline.meaning import Meaning
 from sqsd_filter.pipeline.page.notes import Notes, NoteTaker
 from sqsd_filter.pipeline.report import Explained, OutputFacts, RunContent
 from sqsd_filter.pipeline.scores.scored import Scored
@@ -46,13 +47,15 @@ class CutRows:
     cut: Cut
     policy: Policy
     output: Output
+    meaning: Meaning
 
     @property
     def per_group(self) -> str | None:
         return self.cut.per_group
 
     def identity(self) -> dict[str, object]:
-        return {"cut": str(self.cut), "on_error": self.policy.on_error, **vars(self.output)}
+        own = {"cut": str(self.cut), "on_error": self.policy.on_error, **vars(self.output)}
+        return own | self.meaning.identity(self.cut)
 
     def check(self, corpus: Corpus) -> None:
         check_columns(corpus, self.output)
@@ -67,7 +70,7 @@ class CutRows:
         written["extra_files"] += [PICTURE_FILE, CARD_FILE]  # the job writes them, from the whole report
         output = self.output
         content: RunContent = {
-            **summarise(scored, selection, self.cut),
+            **summarise(scored, selection, self.cut, self.meaning),
             **OutputFacts(to=output.to, shard_size=output.shard_size, with_scores=output.with_scores),
             **written,
             **Explained(),
@@ -80,6 +83,7 @@ class AllRows:
     """All rows with their scores in one parquet file."""
 
     policy: Policy
+    meaning: Meaning
     per_group: None = None
 
     def identity(self) -> dict[str, object]:
@@ -94,7 +98,7 @@ class AllRows:
         taker = NoteTaker(scored, None)
         written = export_scored(scored, root, progress, taker.see)
         content: RunContent = {
-            **summarise(scored, None, None),
+            **summarise(scored, None, None, self.meaning),
             **OutputFacts(to="parquet"),
             **written,
             **Explained(),

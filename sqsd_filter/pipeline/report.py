@@ -25,13 +25,15 @@ CONFIGS: tuple[Config, ...] = ("kept", "dropped", "errors")
 
 
 class PackFacts(TypedDict):
-    """The pack that gave the scores, and the base model that they were taken on; `weights` has each probe's."""
+    """The pack that gave the scores, and the base model that they were taken on; `weights` has each probe's. `where` is
+    what `load_pack` finds it by on this machine."""
 
     name: str
     fingerprint: str
     base_model: str
     weights: Mapping[str, float]
     shared_state: str | None
+    where: NotRequired[str]
 
 
 class ConsensusPack(TypedDict):
@@ -117,6 +119,60 @@ class RowWeights(TypedDict):
     sum: float
 
 
+class PoolFigures(TypedDict):
+    """Reference rows of one kind: their number, those of each corpus, and the quantiles of risk that they show."""
+
+    rows: int
+    corpora: dict[str, int]
+    quantiles: dict[str, float]
+
+
+class Excess(TypedDict):
+    """The rows of a corpus with a higher risk than a quantile of the benign reference; `expected` is the share of the
+    reference rows that have one."""
+
+    quantile: str
+    risk: float
+    rows: int
+    share: float
+    expected: float
+
+
+class Interval(TypedDict):
+    """An estimate with its 95 % interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+class PlantedFigures(TypedDict):
+    """How many rows are probably unsafe, by `planted.estimate`: the share of them in the corpus, the dropped rows that
+    are benign, the kept ones that are unsafe. `benign_above` and `unsafe_above` are the shares of the reference rows
+    that the cut would drop."""
+
+    benign_above: float
+    unsafe_above: float
+    share: Interval
+    false_alarms: Interval
+    remaining: Interval
+
+
+class ReferenceFigures(TypedDict, total=False):
+    """The risks beside those of the pack's reference rows; only `mismatch` where these do not apply, with the reason.
+
+    `threshold` is the risk that stands for the share of a cut by the reference. `planted` is None where the reference
+    can't tell.
+    """
+
+    mismatch: str
+    benign: PoolFigures
+    unsafe: PoolFigures
+    threshold: float
+    excess: Excess
+    planted: PlantedFigures | None
+
+
 class RunFigures(TypedDict):
     """What became of the rows, and how risk is spread over them."""
 
@@ -132,6 +188,7 @@ class RunFigures(TypedDict):
     modules: NotRequired[dict[str, list[str]]]
     groups: NotRequired[GroupFigures]
     weights: NotRequired[RowWeights]
+    reference: NotRequired[ReferenceFigures]
 
 
 class WrittenFile(TypedDict):
@@ -245,6 +302,17 @@ def risk_name(facts: ScoreFacts) -> str:
         return "SQSD risk"
     consensus = facts.get("consensus")
     return f"risk by {consensus['rule'] if consensus else facts['scorer']}"
+
+
+def cut_words(report: RunFigures) -> str | None:
+    """The cut, for people: the one by the reference with the risk that it stands for."""
+    reference = report.get("reference", {})
+    if report["cut"] is None or "threshold" not in reference:
+        return report["cut"]
+    rule, *how = report["cut"].split(", ")
+    share = rule.rpartition(" ")[2].removesuffix("%")
+    words = f"riskier than {share} % of the benign reference rows (risk above {reference['threshold']:.6g})"
+    return ", ".join([words, *how])
 
 
 def low_risk(facts: ScoreFacts) -> str:

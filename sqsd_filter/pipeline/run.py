@@ -15,6 +15,7 @@ from sqsd_filter.errors import UsageError
 from sqsd_filter.pipeline.explained import check_explain, write_explained
 from sqsd_filter.pipeline.exports import AllRows, CutRows, Export
 from sqsd_filter.pipeline.job import Job, Outlet
+from sqsd_filter.pipeline.meaning import Meaning, place_of
 from sqsd_filter.pipeline.options import Scoring, Writing
 from sqsd_filter.pipeline.page.notes import Notes
 from sqsd_filter.pipeline.publishing.hub import PushTo
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from sqsd_filter.pipeline.options import Sources
 
 T = TypeVar("T")
+COMBINED = Meaning(None, "Several packs' scores are combined to ranks, for which no pack has a reference: cut by rank.")
 
 
 def filter_dataset(
@@ -46,6 +48,7 @@ def filter_dataset(
     drop_count: int | None = None,
     max_risk: float | None = None,
     keep_lowest: int | None = None,
+    above_reference: str | float | None = None,
     per_group: str | None = None,
     per_split: bool = False,
     weights: bool = False,
@@ -70,7 +73,7 @@ def filter_dataset(
     """Score every row of the sources and write them to the folder or URL `dest` without the riskiest ones.
 
     `sources` is a path, URL or Hub id, a `datasets` dataset of any kind, or a sequence of these. Give exactly one of
-    the four ways to cut that `Cut` explains, with its `per_group`, `per_split` and `weights`. The other options are
+    the five ways to cut that `Cut` explains, with its `per_group`, `per_split` and `weights`. The other options are
     explained by `Scoring` and `Writing`. `record` is copied into the report.
 
     Returns the report, which is also in `dest/sqsd/report.json`. The same call resumes an interrupted run. Raises
@@ -83,7 +86,16 @@ def filter_dataset(
     return filter_rows(
         sources,
         dest,
-        Cut.of(drop_top, drop_count, max_risk, keep_lowest, per_group=per_group, per_split=per_split, weights=weights),
+        Cut.of(
+            drop_top,
+            drop_count,
+            max_risk,
+            keep_lowest,
+            above_reference,
+            per_group=per_group,
+            per_split=per_split,
+            weights=weights,
+        ),
         Scoring(
             pack=pack,
             scorer=scorer,
@@ -121,8 +133,9 @@ def filter_rows(
     """`filter_dataset` with its options in three parts."""
     policy = Policy.of(writing.on_error, scoring.max_error_rate)
     check_explain(scoring.explain, dest, scoring.scorer)
+    meaning = Meaning.of_scorer(scoring.chosen_scorer)
+    export = CutRows(meaning.place(cut), policy, writing.output, meaning)
     outlet = _outlet(dest, writing)
-    export = CutRows(cut, policy, writing.output)
     return _score(sources, outlet, export, scoring, progress or Silent(), record or {})
 
 
@@ -149,9 +162,10 @@ def score_dataset(
     dest = Path(dest)
     if dest.suffix != ".parquet":
         raise UsageError(f"Scores are written as parquet: name the file {dest.with_suffix('.parquet')}.")
+    export = AllRows(policy, Meaning.of_scorer(scoring.chosen_scorer))
     destination = Destination(dest, lambda root: root.with_name(root.name + ".sqsd"), overwrite=overwrite)
     outlet = Outlet(destination, has_card=False)
-    return _score(sources, outlet, AllRows(policy), scoring, progress or Silent(), record or {})
+    return _score(sources, outlet, export, scoring, progress or Silent(), record or {})
 
 
 def _score(
@@ -203,6 +217,7 @@ def select_dataset(
     *,
     scores: Sequence[Sources] = (),
     consensus: str | None = None,
+    pack: str | Path | None = None,
     streaming: bool = False,
     progress: Progress | None = None,
     record: Mapping[str, object] | None = None,
@@ -214,6 +229,9 @@ def select_dataset(
     is 1/n, the highest 1, equal risks share the mean of their ranks); "mean-rank" takes the mean of a row's ranks,
     "max" the largest. A row that a pack could not score has no risk.
 
+    The reference rows to compare risks with are those of the pack that gave the scores, as far as it is known; `pack`
+    names it where it is not, or where it has been moved.
+
     Other arguments are those of `filter_dataset`. Raises `InputError` where rows have no scores yet, or those of
     different packs are not of the same rows.
     """
@@ -221,7 +239,7 @@ def select_dataset(
     check_rule(scores, consensus)
     cut = _checked(cut, Cut, 'Cut.of(drop_top="5%")')
     writing = _checked(writing or Writing(), Writing, 'Writing(to="jsonl")')
-    export = CutRows(cut, Policy.of(writing.on_error, "100%"), writing.output)
+    policy = Policy.of(writing.on_error, "100%")
     given, *others = (expand(as_list(each)) for each in (sources, *scores))
     meter = Meter(progress or Silent())
     outlet = _outlet(dest, writing)
@@ -235,6 +253,8 @@ def select_dataset(
             outlet.spare(chain.from_iterable(pack.sources for pack in packs))
             earlier = agree(packs, consensus)
         outlet.spare(earlier.sources)
+        meaning = Meaning.of_scores(earlier.pack, earlier.scoring, pack) if consensus is None else COMBINED
+        export = CutRows(meaning.place(cut), policy, writing.output, meaning)
         check_columns(earlier.scored.corpus, writing.output)
         facts: ScoreFacts = {**earlier.facts, "datasets": _datasets(earlier.sources)}
         identity = {**earlier.identity, **export.identity()}
@@ -277,6 +297,7 @@ def _facts_of(scorer: BatchedScorer) -> ScoreFacts:
             base_model=scorer.base_model,
             weights=scorer.weights,
             shared_state=pack.shared_state,
+            where=place_of(pack),
         ),
         "scorer": scorer.name,
         "device": scorer.device.split(":")[0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sqsd_filter.pipeline.meaning import Meaning
 from sqsd_filter.pipeline.report import (
     Fates,
     GroupFigures,
@@ -19,8 +20,10 @@ from sqsd_filter.pipeline.selecting.selection import DROPPED, ERROR, FORMULA, KE
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 
 
-def summarise(scored: Scored, selection: Selection | None, cut: Cut | None) -> RunFigures:
-    """Without a selection no row is dropped."""
+def summarise(
+    scored: Scored, selection: Selection | None, cut: Cut | None, meaning: Meaning | None = None
+) -> RunFigures:
+    """Without a selection no row is dropped; `meaning` has the reference to compare risks with."""
     figures: RunFigures = {
         "rows": _counts(scored, selection),
         "unscored": scored.reasons(),
@@ -46,6 +49,8 @@ def summarise(scored: Scored, selection: Selection | None, cut: Cut | None) -> R
                 scale=None if apart else pieces[0]["scale"],
                 sum=sum(piece.total for piece in selection.pieces),
             )
+    if meaning is not None and (reference := meaning.figures(scored, selection, cut)) is not None:
+        figures["reference"] = reference
     return figures
 
 

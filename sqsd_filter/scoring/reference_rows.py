@@ -69,15 +69,15 @@ class ReferenceRecord(TypedDict):
 
 def settings_of(scorer: Scorer) -> ReferenceSettings:
     """What a scorer scores by."""
-    known = scorer.settings()
-    return cast(
-        "ReferenceSettings",
-        {
-            **{key: known[key] for key in ("pack", "base_model", "base_content", "scoring", "dtype", "max_length")},
-            "scorer": known.get("scorer", SQSD),
-            "shared_state": scorer.pack.shared_state,
-        },
-    )
+    return settings_from(scorer.settings(), scorer.pack.shared_state)
+
+
+def settings_from(known: Mapping[str, object], shared_state: str | None) -> ReferenceSettings:
+    """The same from a scorer's settings, which a run keeps, and the state that its pack's directions share."""
+    names = ("pack", "base_model", "base_content", "scoring", "dtype", "max_length")
+    settings = {name: known[name] for name in names}
+    settings |= {"scorer": known.get("scorer", SQSD), "shared_state": shared_state}
+    return cast("ReferenceSettings", settings)
 
 
 def summarise_rows(name: str, kind: str, sha256: str, values: Mapping[str, np.ndarray]) -> ReferenceRows:

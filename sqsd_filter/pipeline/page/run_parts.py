@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from sqsd_filter.pictures import BLUE, ORANGE, plain
+from sqsd_filter.pipeline.meaning import advice, false_alarms
 from sqsd_filter.pipeline.page.notes import Lengths, ModuleMeans, Notes, UnscoredRow
 from sqsd_filter.pipeline.page.parts import Plot, Section, Table
-from sqsd_filter.pipeline.report import ConsensusPack, PackFacts, Report, is_sqsd, risk_name
+from sqsd_filter.pipeline.report import ConsensusPack, PackFacts, Report, cut_words, is_sqsd, risk_name
 from sqsd_filter.pipeline.rules import CONSENSUS
 from sqsd_filter.pipeline.writing.figures import number, shown
 from sqsd_filter.pipeline.writing.histogram import FAR, draw_histogram
@@ -50,16 +51,19 @@ def summary(report: Report) -> list[str]:
     anyway = f" (kept anyway: {kept:,})" if kept else ""
     words.append(f"{many(rows['total'], 'row')} were read: {fates}, {unscored:,} could not be scored{anyway}.")
     if report["cut"] is not None:
-        words.append(f"The cut: {report['cut']}.")
+        words.append(f"The cut: {cut_words(report)}.")
     if weights := report.get("weights"):
         at = "" if weights["threshold"] is None else f" with the threshold {weights['threshold']:.6g}"
         words.append(f"Each row has the weight {weights['formula']}{at}; the weights add up to {weights['sum']:,.6g}.")
     elif report["threshold"] is not None and rows["dropped"]:
         ties = f"; kept rows with the same risk: {report['ties']:,}" if report["ties"] else ""
         words.append(f"The lowest risk among the dropped rows is {report['threshold']:.6g}{ties}.")
+    reference = report.get("reference", {})
+    words += filter(None, (false_alarms(reference, rows.get("dropped", 0)), advice(reference)))
     if groups := report.get("groups"):
         column = "split" if groups["column"] is None else f"group of rows with the same {groups['column']}"
-        words.append(f"Each {column} had its own share of the cut.")
+        apart = "was cut at the same risk" if "threshold" in reference else "had its own share of the cut"
+        words.append(f"Each {column} {apart}.")
     return [*words, _measure(report)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ class Earlier:
     """Scored rows and their origin.
 
     `identity` is different for other rows or scores; `facts` are for the report. `keys` (n,) S16 are the keys of the
-    conversations, zero where a row has none. `pack` is what is known of the pack, and `form` the format in which rows
-    were read, or are read for the keys.
+    conversations, zero where a row has none. `pack` is what is known of the pack, `scoring` the settings of its scorer,
+    and `form` the format in which rows were read, or are read for the keys.
     """
 
     where: str
@@ -39,6 +39,7 @@ class Earlier:
     keys: np.ndarray
     pack: PackFacts | None
     form: RowFormat | None
+    scoring: Mapping[str, object] | None
 
 
 def read_earlier(
@@ -61,7 +62,8 @@ def read_earlier(
         return _run(home, opener, per_group, progress)
     sources = opener.open(given)
     beside = Path(f"{given[0]}.sqsd") if home is not None else None  # as `score` leaves it
-    form = _form(beside)
+    known = read_run(beside) if beside is not None else None
+    form = RowFormat(**known["row_format"]) if known else None
     if keyed and form is None:
         form = _likely_form(sources, beside, likely)
     index = Index(form) if keyed and form is not None else None
@@ -85,13 +87,8 @@ def read_earlier(
         index.keys if index is not None else np.zeros(0, "S16"),
         report.get("pack") if report else None,
         form,
+        known["scoring"] if known else None,
     )
-
-
-def _form(beside: Path | None) -> RowFormat | None:
-    """The format in which rows were read when they were scored, if it is known."""
-    known = read_run(beside) if beside is not None else None
-    return RowFormat(**known["row_format"]) if known else None
 
 
 def _likely_form(sources: Sequence[Source], beside: Path | None, likely: RowFormat | None) -> RowFormat:
@@ -130,9 +127,10 @@ def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) 
     store = ScoreStore(home / "scores", known["scoring"], list(pack["weights"]))
     scored = from_store(corpus, index, store, pack["weights"], groups)
     identity = {**known, "inputs": corpus.inputs}
-    identity.pop("explain", None)  # belongs to the earlier cut
+    for name in ("explain", "reference"):  # belong to the earlier cut
+        identity.pop(name, None)
     facts: ScoreFacts = {"pack": pack, **_scorer(report)}
-    return Earlier(str(home.parent), sources, scored, identity, facts, index.keys, pack, form)
+    return Earlier(str(home.parent), sources, scored, identity, facts, index.keys, pack, form, known["scoring"])
 
 
 def _scorer(report: ScoreFacts) -> ScoreFacts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 from sqsd_filter.corpus.conversation import SCORED
 from sqsd_filter.corpus.spool import as_it_is, format_of, stored, with_types_of
 from sqsd_filter.errors import InputError, UsageError
+from sqsd_filter.pipeline.meaning import Meaning
 from sqsd_filter.pipeline.selecting.selection import DROPPED, ERROR, KEPT, Cut, cut_rows
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ def select(
     drop_count: int | None = None,
     max_risk: float | None = None,
     keep_lowest: int | None = None,
+    above_reference: str | float | None = None,
+    pack: str | Path | None = None,
     together: bool = False,
 ) -> tuple[D, D, D]:
     """Cut a scored dataset of any kind into (kept, dropped, errors) of that kind, each in row order.
@@ -40,14 +44,18 @@ def select(
     >>> kept["sqsd_risk"][:], dropped["sqsd_risk"][:], errors["sqsd_status"][:]
     ([0.2], [0.9], ['no_answer'])
 
-    Each split of a dict is cut on its own, or all of them `together` at one risk. A stream that is cut at `max_risk`
-    stays a stream, which each of the three parts reads again. Any other cut depends on all risks: then the stream is
-    read here, once, into a file in the cache of `datasets`, which is deleted when this process ends.
+    Each split of a dict is cut on its own, or all of them `together` at one risk. `above_reference` drops the rows that
+    are riskier than this share of the benign reference rows of `pack`, the pack that gave the scores. A stream that is
+    cut so or at `max_risk` stays a stream, which each of the three parts reads again. Any other cut depends on all
+    risks: then the stream is read here, once, into a file in the cache of `datasets`, which is deleted when this
+    process ends.
 
     Raises `InputError` where the score columns are missing or hold no scores, and `UsageError` unless exactly one valid
     cut is given.
     """
-    cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest)
+    cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest, above_reference)
+    if cut.kind == "above_reference":
+        cut = Meaning.of_scores(None, None, pack).place(cut)
     if not isinstance(dataset, dict):
         return _cut([dataset], cut)[0]
     splits: list[Any] = list(dataset.values())
@@ -65,7 +73,7 @@ def _cut(splits: Sequence[Any], cut: Cut) -> list[tuple[Any, Any, Any]]:
     for split in splits:
         if not isinstance(split, Dataset | IterableDataset):
             raise UsageError(f"select cuts what datasets has loaded, not {type(split).__name__}.")
-    if cut.kind == "max_risk" and all(isinstance(split, IterableDataset) for split in splits):
+    if cut.limit is not None and all(isinstance(split, IterableDataset) for split in splits):
         return [_cut_stream(split, cut) for split in splits]  # a row's fate depends on no other row
     tables = [stored(split, _check) if isinstance(split, IterableDataset) else split for split in splits]
     risks = [_risks_of(table) for table in tables]

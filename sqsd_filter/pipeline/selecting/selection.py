@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, TypedDict
 
@@ -21,7 +21,7 @@ from sqsd_filter.errors import UsageError, option
 from sqsd_filter.pipeline.selecting.groups import Groups, apportion, nth_riskiest
 
 KEPT, DROPPED, ERROR = 0, 1, 2
-KINDS = ("drop_top", "drop_count", "max_risk", "keep_lowest")
+KINDS = ("drop_top", "drop_count", "max_risk", "keep_lowest", "above_reference")
 FORMULA = "1 / (1 + exp((risk - threshold) / scale))"
 
 
@@ -66,8 +66,9 @@ def _count(name: str, given: str | float) -> int:
 class Cut:
     """One way to cut: `kind` is one of `KINDS`, `value` a share, a count of rows, or a risk.
 
-    `per_group` names the column whose groups share what is dropped; with `per_split` each split is cut on its own;
-    with `weights` rows are weighted and none is dropped.
+    `above_reference` drops the rows that are riskier than this share of the pack's benign reference rows; `level` is
+    that risk, once the pack is known. `per_group` names the column whose groups share what is dropped; with `per_split`
+    each split is cut on its own; with `weights` rows are weighted and none is dropped.
     """
 
     kind: str
@@ -75,6 +76,7 @@ class Cut:
     per_group: str | None = None
     per_split: bool = False
     weights: bool = False
+    level: float | None = None
 
     @classmethod
     def of(
@@ -83,6 +85,7 @@ class Cut:
         drop_count: int | None = None,
         max_risk: float | None = None,
         keep_lowest: int | None = None,
+        above_reference: str | float | None = None,
         *,
         per_group: str | None = None,
         per_split: bool = False,
@@ -90,9 +93,8 @@ class Cut:
     ) -> Cut:
         """The one cut that was asked for. Raises `UsageError` for none, several, or a senseless value."""
         value: Fraction | int | float
-        given = {
-            k: v for k, v in zip(KINDS, (drop_top, drop_count, max_risk, keep_lowest), strict=True) if v is not None
-        }
+        values = (drop_top, drop_count, max_risk, keep_lowest, above_reference)
+        given = {k: v for k, v in zip(KINDS, values, strict=True) if v is not None}
         if not given:
             options = ", ".join(map(option, KINDS))
             raise UsageError(f"No cut is given: add one of {options}; for the first, 5% for example.")
@@ -101,6 +103,8 @@ class Cut:
         kind, number = next(iter(given.items()))
         if kind == "drop_top":
             value = parse_share(number)
+        elif kind == "above_reference":
+            value = parse_share(number, kind, "")
         elif kind == "max_risk":
             value = _risk(number)
             if per_group is not None or per_split:
@@ -115,11 +119,21 @@ class Cut:
 
     def __str__(self) -> str:
         """Different for any two cuts: it is part of a run's identity."""
-        number = float(self.value * 100) if self.kind == "drop_top" else self.value
-        sign = "%" if self.kind == "drop_top" else ""
+        is_share = self.kind in ("drop_top", "above_reference")
+        number = float(self.value * 100) if is_share else self.value
+        sign = "%" if is_share else ""
         text = f"{self.kind.replace('_', '-')} {str(number).removesuffix('.0')}{sign}"
         text += f", per-group {json.dumps(self.per_group, ensure_ascii=False)}" if self.per_group is not None else ""
         return text + ", per-split" * self.per_split + ", weights" * self.weights
+
+    def at(self, level: float) -> Cut:
+        """The cut by the reference, above this risk."""
+        return replace(self, level=level)
+
+    @property
+    def limit(self) -> float | None:
+        """The risk above which rows are dropped, where that does not depend on the other rows."""
+        return float(self.value) if self.kind == "max_risk" else self.level
 
     def count(self, risk: np.ndarray) -> int:
         """How many of n scored rows to drop."""
@@ -130,7 +144,8 @@ class Cut:
             return min(n, int(self.value))
         if self.kind == "keep_lowest":
             return max(0, n - int(self.value))
-        return int((risk > self.value).sum())
+        assert self.limit is not None, "a cut by the reference has no level yet"
+        return int((risk > self.limit).sum())
 
     def takes_all(self, k: int, n: int) -> bool:
         """Does the cut ask to drop all of n scored rows? A share below 100% does not, even if it rounds up to k = n."""
@@ -140,7 +155,7 @@ class Cut:
         """The lowest risk among the k riskiest rows; None for k = 0."""
         if k == 0:
             return None
-        return float(self.value) if self.kind == "max_risk" else nth_riskiest(risk, k - 1)
+        return nth_riskiest(risk, k - 1) if self.limit is None else self.limit
 
 
 class PieceKey(TypedDict, total=False):
@@ -200,7 +215,7 @@ def cut_rows(
     """Decide the fate of every row: `risk` (n,) float, `scored` (n,) bool, true where the risk is valid.
 
     Each of `splits` is cut on its own. `groups` share a cut as `apportion` says, and each keeps at least one row unless
-    the cut asks to drop all rows.
+    the cut asks to drop all rows. A cut above one risk is the same in all of them.
     """
     fate = np.full(len(risk), ERROR, dtype=np.uint8)
     fate[scored] = KEPT
@@ -210,7 +225,10 @@ def cut_rows(
         k = cut.count(risk[inside])
         parts = [(within | key, rows, risk[rows]) for key, rows in _apart("value", groups, inside)]
         keeps_one = groups is not None and not cut.takes_all(k, len(inside))
-        shares = apportion(k, [values for _, _, values in parts], leave=int(keeps_one))
+        if cut.limit is None:
+            shares = apportion(k, [values for _, _, values in parts], leave=int(keeps_one))
+        else:
+            shares = [cut.count(values) for _, _, values in parts]
         spared += k - sum(shares)
         for (key, rows, values), share in zip(parts, shares, strict=True):
             if row_weights is None:

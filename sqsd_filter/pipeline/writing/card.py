@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from sqsd_filter.corpus.addresses import HubDataset
+from sqsd_filter.pipeline.meaning import advice, false_alarms
 from sqsd_filter.pipeline.report import (
     GroupFigures,
     PackFacts,
@@ -61,6 +62,7 @@ RULES = {
     "drop-count": "the {} riskiest of the scored rows",
     "max-risk": "the scored rows with a risk above {}",
     "keep-lowest": "all scored rows but the {} with the lowest risk",
+    "above-reference": "the scored rows that are riskier than {} of the benign reference rows of the pack",
 }
 
 
@@ -173,7 +175,9 @@ def _removed(report: Report) -> str:
         heading, words = "How rows are weighted", _weighted(weights)
     else:
         heading, words = "What was removed, and why", _dropped(report)
-    parts = [f"## {heading}", words]
+    reference = report.get("reference", {})
+    said = " ".join(filter(None, (false_alarms(reference, rows["dropped"]), advice(reference))))
+    parts = [f"## {heading}", words, *([said] if said else [])]
     if groups := report.get("groups"):
         parts.append(_groups(groups, weighted=bool(weights)))
     if unscored := report["unscored"]:
@@ -194,6 +198,9 @@ def _dropped(report: Report) -> str:
         "The riskiest rows are those that are expected to erode a model's safety most when it is fine-tuned on them. "
         f"This run dropped {RULES[kind].format(value)} ({code(cut)})."
     )
+    reference = report.get("reference", {})
+    if "threshold" in reference:
+        words += f" These have a risk above {reference['threshold']:.6g}."
     if report["threshold"] is not None:
         words += f" The lowest risk among the dropped rows is {report['threshold']:.6g}"
         words += f"; kept rows with the same risk: {report['ties']:,}." if report["ties"] else "."

@@ -114,8 +114,9 @@ def test_where_no_row_has_a_score_nothing_is_cut(apart: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("cut", "named"),
     [
-        ({}, ["drop_top", "drop_count", "max_risk", "keep_lowest"]),
+        ({}, ["drop_top", "drop_count", "max_risk", "keep_lowest", "above_reference"]),
         ({"drop_top": "5%", "drop_count": 3}, ["drop_top", "drop_count"]),
+        ({"max_risk": 1, "above_reference": "99%"}, ["max_risk", "above_reference"]),
         *(({"max_risk": risk}, ["max_risk"]) for risk in (math.nan, -math.inf, "x", [1], 10**400)),
         *(({"drop_count": count}, ["drop_count"]) for count in (-1, 2.7, "x", "1/0", math.nan, math.inf, [1])),
         ({"keep_lowest": -1}, ["keep_lowest"]),
@@ -140,6 +141,7 @@ def test_whole_numbers_of_any_kind_count_rows() -> None:
         ({"drop_count": 1234567}, "drop-count 1234567"),
         ({"keep_lowest": 0}, "keep-lowest 0"),
         ({"max_risk": 0.12345678}, "max-risk 0.12345678"),
+        ({"above_reference": "99.5%", "per_split": True}, "above-reference 99.5%, per-split"),
         ({"drop_count": 3, "per_split": True, "weights": True}, "drop-count 3, per-split, weights"),
         ({"drop_count": 3, "per_group": "per-split"}, 'drop-count 3, per-group "per-split"'),
         ({"drop_count": 3, "per_group": 'a", weights "é'}, 'drop-count 3, per-group "a\\", weights \\"é"'),

@@ -1,0 +1,188 @@
+"""What the risks of a run mean: the reference of the pack that gave them, if it has one that applies, and its figures.
+
+The command's summary, the card and the page take their sentences from here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from sqsd_filter.errors import PackError, UsageError, option
+from sqsd_filter.pipeline.planted import Above, estimate
+from sqsd_filter.pipeline.report import Excess, Interval, PackFacts, PlantedFigures, PoolFigures, ReferenceFigures
+from sqsd_filter.pipeline.scores.scored import Scored
+from sqsd_filter.pipeline.selecting.selection import DROPPED, Cut, Selection
+from sqsd_filter.scoring.pack import PACKS_DIR, Pack, embedded_packs, load_pack
+from sqsd_filter.scoring.reference_rows import Pool, Reference, settings_from, settings_of, share_of
+from sqsd_filter.scoring.scorer import Scorer
+from sqsd_filter.wording import many
+
+EXCESS_LEVELS = ("99%", "95%")  # the first one that the benign reference shows is reported
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """The reference for the rows of a run; without one, `why` is the sentence for those who ask for it. `mismatch` is
+    that sentence where there is a reference that does not apply."""
+
+    reference: Reference | None
+    why: str = ""
+    mismatch: str | None = None
+
+    @classmethod
+    def of_scorer(cls, scorer: Scorer) -> Meaning:
+        """For rows that this scorer scores. Raises `PackError` where the pack's reference is damaged."""
+        reference = Reference.of(scorer.pack)
+        if reference is None:
+            return cls(None, _without(scorer.pack))
+        mismatch = reference.mismatch(settings_of(scorer))
+        return cls(None, mismatch, mismatch) if mismatch else cls(reference)
+
+    @classmethod
+    def of_scores(
+        cls, facts: PackFacts | None, scoring: Mapping[str, object] | None, pack: str | Path | None
+    ) -> Meaning:
+        """For rows with scores, of which these facts of the pack and these settings are known; `pack` names the pack
+        where that is not known, or where it has been moved. Raises `PackError` for one that can't be read."""
+        if pack is None and facts is None:
+            return cls(None, f"It is not known which pack gave these scores: name it with {option('pack')}.")
+        found = _found(facts) if pack is None and facts is not None else load_pack(pack or "")
+        if found is None:
+            name = facts["name"] if facts else ""
+            return cls(None, f"The pack {name}, which gave these scores, is not here: name it with {option('pack')}.")
+        reference = Reference.of(found)
+        if reference is None:
+            return cls(None, _without(found))
+        settings = settings_from(scoring, facts["shared_state"] if facts else None) if scoring else None
+        mismatch = reference.mismatch(settings) if settings is not None else None
+        return cls(None, mismatch, mismatch) if mismatch else cls(reference)
+
+    def place(self, cut: Cut) -> Cut:
+        """The cut with its threshold, if it takes it from the reference. Raises `UsageError`."""
+        if cut.kind != "above_reference":
+            return cut
+        return cut.at(self.needed().threshold(Fraction(cut.value)))
+
+    def needed(self) -> Reference:
+        """The reference. Raises `UsageError` where there is none, or none that applies."""
+        if self.reference is None:
+            raise UsageError(self.why)
+        return self.reference
+
+    def identity(self, cut: Cut | None) -> dict[str, object]:
+        """What makes it another run where the reference decides on rows."""
+        if cut is None or cut.kind != "above_reference":
+            return {}
+        text = json.dumps(self.needed().identity())
+        return {"reference": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
+
+    def figures(self, scored: Scored, selection: Selection | None, cut: Cut | None) -> ReferenceFigures | None:
+        """The figures for the report; None where the pack has no reference."""
+        if self.mismatch is not None:
+            return {"mismatch": self.mismatch}
+        if self.reference is None:
+            return None
+        risk, benign, unsafe = scored.risk[scored.scored], self.reference.benign, self.reference.unsafe
+        figures: ReferenceFigures = {"benign": _pool(benign)}
+        if unsafe is not None:
+            figures["unsafe"] = _pool(unsafe)
+        if cut is not None and cut.level is not None:
+            figures["threshold"] = cut.level
+        if excess := _excess(benign, risk):
+            figures["excess"] = excess
+        if unsafe is not None and selection is not None and cut is not None:
+            threshold = selection.threshold if cut.limit is None else cut.limit
+            if threshold is not None and not cut.weights and len(risk):
+                figures["planted"] = _planted(benign, unsafe, selection, threshold, including=cut.limit is None)
+        return figures
+
+
+def _without(pack: Pack) -> str:
+    return (
+        f"The pack {pack.name} has no reference rows to compare with: run 'sqsd-filter pack calibrate' on its folder, "
+        "or on a copy of it."
+    )
+
+
+def _found(facts: PackFacts) -> Pack | None:
+    """The pack that the facts name, if it is on this machine."""
+    where = facts.get("where") or facts["name"]
+    if where not in embedded_packs() and not Path(where).is_dir():
+        return None
+    try:
+        return load_pack(where)
+    except PackError:
+        return None
+
+
+def place_of(pack: Pack) -> str:
+    """What `load_pack` finds a pack by on this machine, also in another folder."""
+    return pack.path.name if pack.path.parent == PACKS_DIR else str(pack.path.resolve())
+
+
+def _pool(pool: Pool) -> PoolFigures:
+    return {"rows": pool.rows, "corpora": dict(pool.corpora), "quantiles": pool.quantiles()}
+
+
+def _planted(
+    benign: Pool, unsafe: Pool, selection: Selection, threshold: float, *, including: bool
+) -> PlantedFigures | None:
+    """What the dropped and the kept rows are, by the reference rows above the threshold, or `including` those at it."""
+    scored = sum(piece.scored for piece in selection.pieces)
+    known = (Above(pool.above(threshold, including=including), pool.rows) for pool in (benign, unsafe))
+    return estimate(Above(selection.count(DROPPED), scored), *known)
+
+
+def _excess(benign: Pool, risk: np.ndarray) -> Excess | None:
+    level = next((level for level in EXCESS_LEVELS if benign.shows(share_of(level))), None)
+    if level is None or not len(risk):
+        return None
+    at = benign.quantile(share_of(level))
+    rows = int((risk > at).sum())
+    expected = benign.above(at, including=False) / benign.rows
+    return {"quantile": level, "risk": at, "rows": rows, "share": rows / len(risk), "expected": expected}
+
+
+# ---------------------------------------------------------------------------------------------- in words
+
+
+def percent(share: float) -> str:
+    """A share in percent with two digits: 0.95 %, 2.1 %, 34 %."""
+    value = 100 * share
+    return f"{value:.2g} %" if value < 9.95 else f"{value:.0f} %"
+
+
+def advice(figures: ReferenceFigures) -> str:
+    """How many rows are riskier than nearly all benign reference rows, beside a clean corpus; or why nobody knows."""
+    if "mismatch" in figures:
+        return figures["mismatch"]
+    if not (excess := figures.get("excess")):
+        return ""
+    level = excess["quantile"].removesuffix("%")
+    return (
+        f"{percent(excess['share'])} of your rows lie above the benign {level} %; a clean corpus would have "
+        f"{percent(excess['expected'])}."
+    )
+
+
+def false_alarms(figures: ReferenceFigures, dropped: int) -> str:
+    """The estimate of what the cut found and what it left, or nothing where there is none."""
+    if "planted" not in figures:
+        return ""
+    if (planted := figures["planted"]) is None:
+        return "The reference can't tell false alarms here: known unsafe answers are not riskier than this more often."
+    return (
+        f"Of the {many(dropped, 'dropped row')}, about {_counted(planted['false_alarms'])} are false alarms, and about "
+        f"{_counted(planted['remaining'])} rows of the known unsafe kind remain, if the others are like the reference."
+    )
+
+
+def _counted(interval: Interval) -> str:
+    return f"{interval['estimate']:,.0f} ({interval['low']:,.0f} to {interval['high']:,.0f})"
