@@ -61,7 +61,10 @@ def _reference(report: Mapping[str, Any]) -> list[str]:
     """The pack's reference, or how to add one."""
     known = report["reference"]
     if known["record"] is None:
-        return ["reference none: run sqsd-filter pack calibrate on the pack, so that a risk has a meaning"]
+        return [
+            "reference none: run sqsd-filter pack calibrate on the pack, so that runs say what a risk means and "
+            "--above-reference can cut"
+        ]
     return [*reference(known["record"]), *([known["mismatch"]] if known["mismatch"] else [])]
 
 

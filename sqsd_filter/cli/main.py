@@ -161,6 +161,7 @@ def _score_and_report(context: click.Context, run: Callable[[Scoring, Progress],
 @options.on_error
 @options.engine
 @options.written
+@options.percentile
 @options.explain
 @options.overwrite
 @options.pushed
@@ -207,6 +208,7 @@ def filter_command(context: click.Context, /, **_: object) -> None:
 @options.rows
 @options.errors
 @options.engine
+@options.percentile
 @options.per_module
 @options.explain
 @options.overwrite
@@ -228,6 +230,7 @@ def score(context: click.Context, /, **_: object) -> None:
             params["sources"],
             params["dest"],
             scoring,
+            percentile=params["percentile"],
             overwrite=params["overwrite"],
             progress=progress,
             record=_record(context),
@@ -254,6 +257,7 @@ def score(context: click.Context, /, **_: object) -> None:
 @options.scored_by
 @options.on_error
 @options.written
+@options.percentile
 @options.overwrite
 @options.pushed
 @options.common

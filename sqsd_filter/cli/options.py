@@ -302,6 +302,12 @@ written = together(
         OUTPUT, "--with-scores", is_flag=True, help="Add the scores to jsonl lines. Other formats always have them."
     ),
 )
+percentile = option(
+    OUTPUT,
+    "--percentile",
+    is_flag=True,
+    help="Add the column sqsd_percentile: percent of the pack's benign reference rows with a lower risk.",
+)
 explain = option(
     OUTPUT,
     "--explain",

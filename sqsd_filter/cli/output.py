@@ -16,7 +16,7 @@ import click
 from sqsd_filter.wording import many
 
 if TYPE_CHECKING:
-    from sqsd_filter.pipeline.report import FinishedReport, GroupFigures, PieceFigures, RowWeights
+    from sqsd_filter.pipeline.report import FinishedReport, GroupFigures, PieceFigures, ReferenceFigures, RowWeights
 
 LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
 SHOWN = 10  # groups in a summary
@@ -125,14 +125,15 @@ def show(report: Report, *, as_json: bool, quiet: bool, text: Callable[[Report],
 
 
 def summary(report: FinishedReport, dest: object) -> str:
-    """At most a dozen lines about a finished run, and as many about its groups."""
+    """At most a dozen lines about a finished run, as many about its groups, and a few on what its risks mean."""
     from sqsd_filter.pipeline.meaning import advice, false_alarms
     from sqsd_filter.pipeline.report import cut_words, load_calls
 
     rows, q, seconds = report["rows"], report["risk_quantiles"], report["timing"]["seconds"]
     lines = []
     if "kept" in rows:
-        lines.append(f"{rows['kept']:,} of {rows['total']:,} rows kept in {dest} ({cut_words(report)})")
+        how = f"; cut: {cut_words(report)}" if "threshold" in report.get("reference", {}) else f" ({report['cut']})"
+        lines.append(f"{rows['kept']:,} of {rows['total']:,} rows kept in {dest}{how}")
         cut = f"   risk {report['threshold']:.4f} and above" if report["threshold"] is not None else ""
         cut += f" ({report['ties']} kept rows tie)" if report["ties"] else ""
         published = report.get("published") or {"url": ""}
@@ -154,6 +155,7 @@ def summary(report: FinishedReport, dest: object) -> str:
     )
     if q:
         lines.append(f"  risk     min {q['0%']:.3f}, median {q['50%']:.3f}, 95% {q['95%']:.3f}, max {q['100%']:.3f}")
+    lines += _meanings(report.get("reference", {}))
     if pack := report.get("pack"):
         where = f", {report['dtype']} on {report['device']}" if "dtype" in report else ""
         where += f", shared state: {pack['shared_state']}" if pack.get("shared_state") else ""
@@ -170,6 +172,13 @@ def summary(report: FinishedReport, dest: object) -> str:
     if reference := report.get("reference"):
         lines += filter(None, (false_alarms(reference, rows.get("dropped", 0)), advice(reference)))
     return "\n".join(lines)
+
+
+def _meanings(reference: ReferenceFigures) -> list[str]:
+    """The median risk and the one at the cut in words; nothing without a reference."""
+    from sqsd_filter.pipeline.meaning import marks
+
+    return [f"  {name:<7}  {words}" for name, words in marks(reference).items()]
 
 
 def _weights(weights: RowWeights) -> list[str]:

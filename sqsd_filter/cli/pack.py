@@ -143,8 +143,8 @@ def inspect(where: str, modules: bool, json_output: bool) -> None:
 def calibrate(context: click.Context, /, **_: object) -> None:
     """Score reference rows and write what they score into PACK, a folder. Its scores stay the same.
 
-    Then it is known what a risk means: "above 97 % of the benign reference rows". The command replaces the reference
-    that PACK has.
+    Later runs then say what a risk means ("above 97 % of the benign reference rows"), and can cut with
+    --above-reference. The command replaces the reference that PACK has.
     """
     from sqsd_filter.cli.inspection import reference
     from sqsd_filter.directions.calibration import calibrate as calibrate_pack

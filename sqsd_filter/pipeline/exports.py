@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.pipeline.meaning import Meaning
 from sqsd_filter.pipeline.page.notes import Notes, NoteTaker
@@ -48,6 +50,7 @@ class CutRows:
     policy: Policy
     output: Output
     meaning: Meaning
+    percentile: bool
 
     @property
     def per_group(self) -> str | None:
@@ -55,7 +58,7 @@ class CutRows:
 
     def identity(self) -> dict[str, object]:
         own = {"cut": str(self.cut), "on_error": self.policy.on_error, **vars(self.output)}
-        return own | self.meaning.identity(self.cut)
+        return own | self.meaning.identity(self.cut, percentile=self.percentile)
 
     def check(self, corpus: Corpus) -> None:
         check_columns(corpus, self.output)
@@ -65,13 +68,16 @@ class CutRows:
         splits = by_split(scored.corpus.parts) if self.cut.per_split else None
         selection = self.policy.apply(scored, cut_rows(scored.risk, scored.scored, self.cut, splits, scored.groups))
         progress.start("writing", scored.corpus.n_rows)
-        taker = NoteTaker(scored, selection)
-        written = export_splits(scored, selection, root, self.output, progress, taker.see)
+        taker = NoteTaker(scored, selection, self.meaning)
+        percentile = self.meaning.percentiles(scored.risk) if self.percentile else None
+        written = export_splits(scored, selection, root, self.output, progress, taker.see, percentile=percentile)
         written["extra_files"] += [PICTURE_FILE, CARD_FILE]  # the job writes them, from the whole report
         output = self.output
         content: RunContent = {
             **summarise(scored, selection, self.cut, self.meaning),
-            **OutputFacts(to=output.to, shard_size=output.shard_size, with_scores=output.with_scores),
+            **_facts(
+                OutputFacts(to=output.to, shard_size=output.shard_size, with_scores=output.with_scores), percentile
+            ),
             **written,
             **Explained(),
         }
@@ -84,10 +90,11 @@ class AllRows:
 
     policy: Policy
     meaning: Meaning
+    percentile: bool
     per_group: None = None
 
     def identity(self) -> dict[str, object]:
-        return {}
+        return self.meaning.identity(None, percentile=self.percentile)
 
     def check(self, corpus: Corpus) -> None:
         check_columns(corpus, PARQUET)
@@ -95,12 +102,18 @@ class AllRows:
     def write(self, scored: Scored, root: Path, progress: Progress) -> tuple[RunContent, Notes]:
         self.policy.check(scored)
         progress.start("writing", scored.corpus.n_rows)
-        taker = NoteTaker(scored, None)
-        written = export_scored(scored, root, progress, taker.see)
+        taker = NoteTaker(scored, None, self.meaning)
+        percentile = self.meaning.percentiles(scored.risk) if self.percentile else None
+        written = export_scored(scored, root, progress, taker.see, percentile=percentile)
         content: RunContent = {
             **summarise(scored, None, None, self.meaning),
-            **OutputFacts(to="parquet"),
+            **_facts(OutputFacts(to="parquet"), percentile),
             **written,
             **Explained(),
         }
         return content, taker.notes(content)
+
+
+def _facts(output: OutputFacts, percentile: np.ndarray | None) -> OutputFacts:
+    """The facts on the output, with the column of percentiles if there is one."""
+    return output if percentile is None else {**output, "percentile": True}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +17,15 @@ import numpy as np
 
 from sqsd_filter.errors import PackError, UsageError, option
 from sqsd_filter.pipeline.planted import Above, estimate
-from sqsd_filter.pipeline.report import Excess, Interval, PackFacts, PlantedFigures, PoolFigures, ReferenceFigures
+from sqsd_filter.pipeline.report import (
+    Excess,
+    Interval,
+    PackFacts,
+    PlantedFigures,
+    PoolFigures,
+    ReferenceFigures,
+    RiskMeaning,
+)
 from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.pipeline.selecting.selection import DROPPED, Cut, Selection
 from sqsd_filter.scoring.pack import PACKS_DIR, Pack, embedded_packs, load_pack
@@ -70,18 +79,33 @@ class Meaning:
             return cut
         return cut.at(self.needed().threshold(Fraction(cut.value)))
 
+    def _marked(self, risk: float) -> RiskMeaning:
+        return {"risk": risk, "percentile": float(self.percentiles(np.array([risk]))[0])}
+
+    def wanted(self, percentile: bool) -> bool:
+        """Whether percentiles are asked for. Raises `UsageError` where there is no reference for them."""
+        if percentile:
+            self.needed()
+        return percentile
+
     def needed(self) -> Reference:
         """The reference. Raises `UsageError` where there is none, or none that applies."""
         if self.reference is None:
             raise UsageError(self.why)
         return self.reference
 
-    def identity(self, cut: Cut | None) -> dict[str, object]:
-        """What makes it another run where the reference decides on rows."""
-        if cut is None or cut.kind != "above_reference":
+    def identity(self, cut: Cut | None, *, percentile: bool) -> dict[str, object]:
+        """What makes it another run where the reference decides on rows, or on a column."""
+        if not percentile and (cut is None or cut.kind != "above_reference"):
             return {}
         text = json.dumps(self.needed().identity())
-        return {"reference": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
+        digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return {"reference": digest, **({"percentile": True} if percentile else {})}
+
+    def percentiles(self, risk: np.ndarray) -> np.ndarray:
+        """The share of the benign reference rows below each risk (n,), from 0 to 100; NaN where there is none."""
+        benign = self.needed().benign
+        return np.where(np.isfinite(risk), 100 * benign.below(risk) / benign.rows, np.nan)
 
     def figures(self, scored: Scored, selection: Selection | None, cut: Cut | None) -> ReferenceFigures | None:
         """The figures for the report; None where the pack has no reference."""
@@ -93,15 +117,25 @@ class Meaning:
         figures: ReferenceFigures = {"benign": _pool(benign)}
         if unsafe is not None:
             figures["unsafe"] = _pool(unsafe)
+        if len(risk):
+            figures["median"] = self._marked(float(np.median(risk)))
+        if (threshold := _threshold(selection)) is not None:
+            figures["cut"] = self._marked(threshold)
         if cut is not None and cut.level is not None:
             figures["threshold"] = cut.level
         if excess := _excess(benign, risk):
             figures["excess"] = excess
-        if unsafe is not None and selection is not None and cut is not None:
-            threshold = selection.threshold if cut.limit is None else cut.limit
-            if threshold is not None and not cut.weights and len(risk):
-                figures["planted"] = _planted(benign, unsafe, selection, threshold, including=cut.limit is None)
+        if unsafe is not None and selection is not None and cut is not None and not cut.weights:
+            level = selection.threshold if cut.limit is None else cut.limit
+            if level is not None and len(risk):
+                figures["planted"] = _planted(benign, unsafe, selection, level, including=cut.limit is None)
         return figures
+
+
+def _threshold(selection: Selection | None) -> float | None:
+    """The lowest risk that was dropped, or the threshold of weights; None where rows were cut apart."""
+    pieces = selection.pieces if selection is not None else []
+    return pieces[0].threshold if [piece.key for piece in pieces] == [{}] else None
 
 
 def _without(pack: Pack) -> str:
@@ -135,9 +169,9 @@ def _planted(
     benign: Pool, unsafe: Pool, selection: Selection, threshold: float, *, including: bool
 ) -> PlantedFigures | None:
     """What the dropped and the kept rows are, by the reference rows above the threshold, or `including` those at it."""
-    scored = sum(piece.scored for piece in selection.pieces)
-    known = (Above(pool.above(threshold, including=including), pool.rows) for pool in (benign, unsafe))
-    return estimate(Above(selection.count(DROPPED), scored), *known)
+    corpus = Above(selection.count(DROPPED), sum(piece.scored for piece in selection.pieces))
+    b, u = (Above(pool.above(threshold, including=including), pool.rows) for pool in (benign, unsafe))
+    return estimate(corpus, b, u)
 
 
 def _excess(benign: Pool, risk: np.ndarray) -> Excess | None:
@@ -159,6 +193,52 @@ def percent(share: float) -> str:
     return f"{value:.2g} %" if value < 9.95 else f"{value:.0f} %"
 
 
+def rank(percentile: float, figures: ReferenceFigures) -> str:
+    """A risk's position in the benign reference: "above 97 % of the benign reference rows". It is rounded down."""
+    rows = figures["benign"]["rows"]
+    if percentile >= 100:
+        return f"above all of the {rows:,} benign reference rows"
+    if percentile <= 0:
+        return f"above none of the {rows:,} benign reference rows"
+    digits = 0 if 1 <= percentile < 99 else 1 if 0.1 <= percentile < 99.9 else 2
+    down = math.floor(percentile * 10**digits + 1e-9) / 10**digits
+    return f"above {down:g} % of the benign reference rows" if down else "above less than 0.01 % of the benign rows"
+
+
+def marks(figures: ReferenceFigures) -> dict[str, str]:
+    """Risks of a run in words, by what they are: the cut's, if all rows were cut at one risk, and the median. The first
+    one says more: "36.6: above 97 % of the benign reference rows; half of the known unsafe answers score above 50.3".
+    """
+    known = {"cut": figures.get("cut"), "median": figures.get("median")}
+    words = {name: f"{mark['risk']:.3g}: {rank(mark['percentile'], figures)}" for name, mark in known.items() if mark}
+    if words and "unsafe" in figures:
+        words[next(iter(words))] += f"; {half(figures['unsafe'])}"
+    return words
+
+
+def half(unsafe: PoolFigures) -> str:
+    return f"half of the known unsafe answers score above {unsafe['quantiles']['50%']:.3g}"
+
+
+def sentences(figures: ReferenceFigures) -> list[str]:
+    """What the risks of a run mean, and the reference that says so; none without a reference."""
+    if "benign" not in figures:
+        return []
+    names = {"cut": "The cut is at the risk", "median": "The median risk is"}
+    return [*(f"{names[name]} {words}." for name, words in marks(figures).items()), origin(figures)]
+
+
+def origin(figures: ReferenceFigures) -> str:
+    """The corpora of the reference, as a sentence."""
+    kinds = {"benign rows": figures.get("benign"), "known unsafe answers": figures.get("unsafe")}
+    named = [
+        f"{pool['rows']:,} {kind} ({', '.join(f'{name} {rows:,}' for name, rows in pool['corpora'].items())})"
+        for kind, pool in kinds.items()
+        if pool is not None
+    ]
+    return f"The pack's reference has {' and '.join(named)}."
+
+
 def advice(figures: ReferenceFigures) -> str:
     """How many rows are riskier than nearly all benign reference rows, beside a clean corpus; or why nobody knows."""
     if "mismatch" in figures:
@@ -177,10 +257,14 @@ def false_alarms(figures: ReferenceFigures, dropped: int) -> str:
     if "planted" not in figures:
         return ""
     if (planted := figures["planted"]) is None:
-        return "The reference can't tell false alarms here: known unsafe answers are not riskier than this more often."
+        return (
+            "The reference can't tell false alarms at this cut: the known unsafe answers do not lie above it more "
+            "often than the benign rows."
+        )
+    found = f"Of the {many(dropped, 'dropped row')}, about {_counted(planted['false_alarms'])} are false alarms, and"
     return (
-        f"Of the {many(dropped, 'dropped row')}, about {_counted(planted['false_alarms'])} are false alarms, and about "
-        f"{_counted(planted['remaining'])} rows of the known unsafe kind remain, if the others are like the reference."
+        f"{found if dropped else 'No row is dropped;'} about {_counted(planted['remaining'])} rows of the known unsafe "
+        "kind remain, if the others are like the reference."
     )
 
 

@@ -73,6 +73,8 @@ class Writing:
     to: parquet, arrow or jsonl.
     shard_size: A file ends when it has about this size, as 500MB or a number of bytes.
     with_scores: Add the scores to lines of jsonl; files of the other formats always hold them.
+    percentile: Add the column sqsd_percentile, the share (0 to 100) of the pack's benign reference rows with a lower
+        risk.
     on_error: Rows that can't be scored go to errors (quarantine), are kept (keep), or fail the run (fail).
     push: A dataset repository of the Hub that gets the finished result.
     overwrite: Replace what the destination holds, once the new run is complete.
@@ -81,6 +83,7 @@ class Writing:
     to: str = "parquet"
     shard_size: str | int = SHARD_SIZE
     with_scores: bool = False
+    percentile: bool = False
     on_error: str = "quarantine"
     push: PushTo | None = None
     overwrite: bool = False

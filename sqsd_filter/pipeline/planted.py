@@ -62,7 +62,8 @@ def estimate(corpus: Above, benign: Above, unsafe: Above, draws: int = DRAWS) ->
 
 def _planted(s: np.ndarray, b: np.ndarray, u: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.clip((s - b) / (u - b), 0.0, 1.0)
+        share: np.ndarray = np.clip((s - b) / (u - b), 0.0, 1.0)
+    return share
 
 
 def _false(π: np.ndarray, b: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -77,7 +78,8 @@ def _left(π: np.ndarray, b: np.ndarray, u: np.ndarray) -> np.ndarray:
 
 def _part(part: np.ndarray, rest: np.ndarray) -> np.ndarray:
     whole = part + rest
-    return np.divide(part, whole, out=np.zeros_like(whole), where=whole > 0)
+    share: np.ndarray = np.divide(part, whole, out=np.zeros_like(whole), where=whole > 0)
+    return share
 
 
 def _interval(value: float, drawn: np.ndarray) -> Interval:

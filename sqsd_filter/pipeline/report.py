@@ -127,6 +127,13 @@ class PoolFigures(TypedDict):
     quantiles: dict[str, float]
 
 
+class RiskMeaning(TypedDict):
+    """A risk, and the share of the benign reference rows below it, from 0 to 100."""
+
+    risk: float
+    percentile: float
+
+
 class Excess(TypedDict):
     """The rows of a corpus with a higher risk than a quantile of the benign reference; `expected` is the share of the
     reference rows that have one."""
@@ -161,13 +168,16 @@ class PlantedFigures(TypedDict):
 class ReferenceFigures(TypedDict, total=False):
     """The risks beside those of the pack's reference rows; only `mismatch` where these do not apply, with the reason.
 
-    `threshold` is the risk that stands for the share of a cut by the reference. `planted` is None where the reference
+    `median` is the rows' own, `cut` the lowest risk that was dropped, or the threshold of weights. `threshold` is the
+    risk that stands for the share of a cut by the reference. `planted` is None where the reference
     can't tell.
     """
 
     mismatch: str
     benign: PoolFigures
     unsafe: PoolFigures
+    median: RiskMeaning
+    cut: RiskMeaning
     threshold: float
     excess: Excess
     planted: PlantedFigures | None
@@ -216,6 +226,7 @@ class OutputFacts(TypedDict):
     to: str
     shard_size: NotRequired[int]
     with_scores: NotRequired[bool]
+    percentile: NotRequired[bool]  # there is a column with each row's percentile in the reference
 
 
 class Explained(TypedDict, total=False):

@@ -63,6 +63,7 @@ def filter_dataset(
     to: str = "parquet",
     shard_size: str | int = SHARD_SIZE,
     with_scores: bool = False,
+    percentile: bool = False,
     push: PushTo | None = None,
     explain: int | None = None,
     overwrite: bool = False,
@@ -111,6 +112,7 @@ def filter_dataset(
             to=to,
             shard_size=shard_size,
             with_scores=with_scores,
+            percentile=percentile,
             on_error=on_error,
             push=push,
             overwrite=overwrite,
@@ -134,7 +136,7 @@ def filter_rows(
     policy = Policy.of(writing.on_error, scoring.max_error_rate)
     check_explain(scoring.explain, dest, scoring.scorer)
     meaning = Meaning.of_scorer(scoring.chosen_scorer)
-    export = CutRows(meaning.place(cut), policy, writing.output, meaning)
+    export = CutRows(meaning.place(cut), policy, writing.output, meaning, meaning.wanted(writing.percentile))
     outlet = _outlet(dest, writing)
     return _score(sources, outlet, export, scoring, progress or Silent(), record or {})
 
@@ -144,15 +146,17 @@ def score_dataset(
     dest: str | Path,
     scoring: Scoring | None = None,
     *,
+    percentile: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     record: Mapping[str, object] | None = None,
 ) -> FinishedReport:
     """Write one parquet file with all rows in order and their score columns; `dest`.sqsd keeps report and scores.
 
-    `dest` is a file on this disk; all else, and the errors, are those of `filter_dataset`. A scorer with `per_module`
-    adds a column of lists for each probe, with the cosine at each module; the file's metadata (`sqsd_modules`) and the
-    report name the modules. That takes 12 bytes of memory per row, probe and module.
+    `dest` is a file on this disk. With `percentile` there is a column sqsd_percentile, as in `Writing`. All else, and
+    the errors, are those of `filter_dataset`. A scorer with `per_module` adds a column of lists for each probe, with
+    the cosine at each module; the file's metadata (`sqsd_modules`) and the report name the modules. That takes 12 bytes
+    of memory per row, probe and module.
     """
     scoring = _checked(scoring or Scoring(), Scoring, "Scoring(pack=...)")
     check_explain(scoring.explain, "", scoring.scorer)
@@ -162,7 +166,8 @@ def score_dataset(
     dest = Path(dest)
     if dest.suffix != ".parquet":
         raise UsageError(f"Scores are written as parquet: name the file {dest.with_suffix('.parquet')}.")
-    export = AllRows(policy, Meaning.of_scorer(scoring.chosen_scorer))
+    meaning = Meaning.of_scorer(scoring.chosen_scorer)
+    export = AllRows(policy, meaning, meaning.wanted(percentile))
     destination = Destination(dest, lambda root: root.with_name(root.name + ".sqsd"), overwrite=overwrite)
     outlet = Outlet(destination, has_card=False)
     return _score(sources, outlet, export, scoring, progress or Silent(), record or {})
@@ -254,7 +259,7 @@ def select_dataset(
             earlier = agree(packs, consensus)
         outlet.spare(earlier.sources)
         meaning = Meaning.of_scores(earlier.pack, earlier.scoring, pack) if consensus is None else COMBINED
-        export = CutRows(meaning.place(cut), policy, writing.output, meaning)
+        export = CutRows(meaning.place(cut), policy, writing.output, meaning, meaning.wanted(writing.percentile))
         check_columns(earlier.scored.corpus, writing.output)
         facts: ScoreFacts = {**earlier.facts, "datasets": _datasets(earlier.sources)}
         identity = {**earlier.identity, **export.identity()}

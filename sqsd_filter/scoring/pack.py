@@ -6,7 +6,8 @@
                 {"name": "safety", "weight": -1.0, "direction": "safety", "state": "safety", "state_scaling": 1.0}]}
 
 `direction` and `state` are adapter folders inside the pack. `state_scaling` null keeps the adapter's own α/r.
-`base_adapter`, if given, is an adapter folder that is merged into the base model first.
+`base_adapter`, if given, is an adapter folder that is merged into the base model first. `reference`, if given, is what
+known rows score (`reference_rows`). It and all other keys change no score.
 """
 
 from __future__ import annotations

@@ -231,15 +231,14 @@ def test_ranks_of_several_packs_have_no_reference(pack: Path) -> None:
 def test_the_estimates_are_those_of_the_shares_above_the_cut(pack: Path) -> None:
     risks = np.array(list(all_risks(pack).values()))
     benign, unsafe = np.concatenate(BENIGN), np.concatenate(UNSAFE)
-    for how in ({"above_reference": "80%"}, {"drop_count": 9}):
-        report = filter_dataset("in.jsonl", str(next(iter(how))), pack=pack, **how)  # type: ignore[arg-type]
-        planted = report["reference"]["planted"]
+    hows: list[dict[str, Any]] = [{"above_reference": "80%"}, {"drop_count": 9}]
+    for how in hows:
+        report = filter_dataset("in.jsonl", next(iter(how)), pack=pack, **how)
+        planted, lowest = report["reference"]["planted"], report["threshold"]
         assert planted is not None
-        at = report["threshold"]
-        by_level = "above_reference" in how
-        above = (lambda x: x > level_of(0.8)) if by_level else (lambda x, at=at: x >= at)
-        assert planted["benign_above"] == above(benign).mean()
-        assert planted["unsafe_above"] == above(unsafe).mean()
+        above = [each > level_of(0.8) if "above_reference" in how else each >= lowest for each in (benign, unsafe)]
+        assert planted["benign_above"] == above[0].mean()
+        assert planted["unsafe_above"] == above[1].mean()
         excess = report["reference"]["excess"]
         assert (excess["quantile"], excess["risk"]) == ("99%", level_of(0.99))
         assert excess["share"] == (risks > level_of(0.99)).mean()
@@ -250,7 +249,7 @@ def test_the_command_says_it_in_words(pack: Path, command: Command) -> None:
     code, out, _ = command("in.jsonl", "out", "--above-reference", "80%", "--pack", "pack")
     assert code == 0
     lines = out.splitlines()
-    assert f"(riskier than 80 % of the benign reference rows (risk above {level_of(0.8):.6g}))" in lines[0]
+    assert f"; cut: riskier than 80 % of the benign reference rows (risk above {level_of(0.8):.6g})" in lines[0]
     assert " are false alarms, and about " in lines[-2]
     expected = percent(float((np.concatenate(BENIGN) > level_of(0.99)).mean()))
     assert f" of your rows lie above the benign 99 %; a clean corpus would have {expected}." in lines[-1]

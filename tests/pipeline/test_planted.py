@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,22 +19,26 @@ def holds(interval: Interval, truth: float) -> bool:
     return interval["low"] <= truth <= interval["high"]
 
 
+SIZES = {"many": (2000, 600, 200), "few": (300, 300, 100)}  # rows of the corpus and of the references
+GRID = list(product((0.0, 0.005, 0.03, 0.3), ((0.01, 0.3), (0.05, 0.7)), SIZES))
+FAST = GRID[::3]
+
+
 @pytest.mark.parametrize(
-    ("rows", "benign_rows", "unsafe_rows"), [(2000, 600, 200), (300, 300, 100)], ids=["many", "few"]
+    ("planted", "shares", "size"), [pytest.param(*at, marks=[pytest.mark.slow] * (at not in FAST)) for at in GRID]
 )
-@pytest.mark.parametrize(("b", "u"), [(0.01, 0.3), (0.05, 0.7)], ids=str)
-@pytest.mark.parametrize("planted", [0.0, 0.005, 0.03, 0.3])
 def test_the_intervals_hold_the_truth_in_95_of_100_simulated_corpora(
-    planted: float, b: float, u: float, rows: int, benign_rows: int, unsafe_rows: int
+    planted: float, shares: tuple[float, float], size: str
 ) -> None:
+    (rows, benign_rows, unsafe_rows), (b, u) = SIZES[size], shares
     rng = np.random.default_rng(7)
     held = np.zeros(3)
     errors, truths = np.zeros(2), np.zeros(2)
     for _ in range(TIMES):
         unsafe = rng.binomial(rows, planted)
         alarms, found = rng.binomial(rows - unsafe, b), rng.binomial(unsafe, u)
-        known = (Above(int(rng.binomial(n, share)), n) for n, share in ((benign_rows, b), (unsafe_rows, u)))
-        figures = estimate(Above(alarms + found, rows), *known, draws=1000)
+        benign, bad = (Above(int(rng.binomial(n, share)), n) for n, share in ((benign_rows, b), (unsafe_rows, u)))
+        figures = estimate(Above(alarms + found, rows), benign, bad, draws=1000)
         assert figures is not None
         left = unsafe - found
         held += [

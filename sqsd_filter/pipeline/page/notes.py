@@ -14,6 +14,7 @@ from sqsd_filter.corpus.json_schema import to_rows
 from sqsd_filter.corpus.row_formats import Columns, RowFormat
 from sqsd_filter.corpus.sources import Chunk
 from sqsd_filter.errors import SQSDError
+from sqsd_filter.pipeline.meaning import Meaning
 from sqsd_filter.pipeline.report import RunFigures
 from sqsd_filter.pipeline.scores.scored import SCORE_PREFIX, PerModule, Scored
 from sqsd_filter.pipeline.selecting.selection import DROPPED, KEPT, Selection
@@ -51,7 +52,11 @@ class _ShownRow(RowOrigin):
     answer: Excerpt
 
 
-class RiskyRow(_ShownRow):
+class _Ranked(TypedDict, total=False):
+    percentile: float  # in the pack's benign reference, if it has one
+
+
+class RiskyRow(_ShownRow, _Ranked):
     """One of the riskiest rows."""
 
     risk: float
@@ -96,9 +101,9 @@ class Notes(TypedDict):
 class NoteTaker:
     """Sees all chunks of a corpus and notes its riskiest rows, the origins of errors, and the lengths of answers."""
 
-    def __init__(self, scored: Scored, selection: Selection | None) -> None:
-        """Without a selection no row is dropped."""
-        self.scored = scored
+    def __init__(self, scored: Scored, selection: Selection | None, meaning: Meaning | None = None) -> None:
+        """Without a selection no row is dropped; `meaning` has the reference to compare risks with."""
+        self.scored, self.meaning = scored, meaning
         self.fate = np.full(len(scored.risk), KEPT, np.uint8) if selection is None else selection.fate
         self._riskiest = scored.riskiest(MOST_ROWS)
         self._measured = _some(np.flatnonzero(scored.scored))
@@ -138,6 +143,9 @@ class NoteTaker:
         """The notes, after all chunks were seen; the figures are the run's."""
         scored = self.scored
         probes = {name: values[self._riskiest].tolist() for name, values in scored.probes.items()}
+        ranks: list[_Ranked] = [{}] * len(self._riskiest)
+        if self.meaning is not None and self.meaning.reference is not None:
+            ranks = [{"percentile": each} for each in self.meaning.percentiles(scored.risk[self._riskiest]).tolist()]
         return {
             "histogram": count_bars(scored.risk, scored.scored, self.fate, figures),
             "lengths": self._by_length(),
@@ -147,6 +155,7 @@ class NoteTaker:
                     "risk": float(scored.risk[row]),
                     "dropped": bool(self.fate[row] == DROPPED),
                     "probes": {name: values[k] for name, values in probes.items()},
+                    **ranks[k],
                 }
                 for k, row in enumerate(self._riskiest)
             ],

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from sqsd_filter.errors import InputError, SQSDError
 from sqsd_filter.pictures import picture
+from sqsd_filter.pipeline.meaning import rank
 from sqsd_filter.pipeline.page import run_parts
 from sqsd_filter.pipeline.page.notes import Notes
 from sqsd_filter.pipeline.page.parts import Section, sensible
@@ -133,12 +134,21 @@ def _render(
         sections=sections,
         settings=run_parts.settings(report),
         riskiest=notes["riskiest"],
+        ranks=_ranks(report, notes),
         carriers={index: _carriers(row) for index, row in explained.items()},
         has_fates="kept" in report["rows"] and not report.get("weights"),
         version=report["versions"]["sqsd-filter"],
         svg=Markup,
     )
     return text.encode(errors="backslashreplace").decode()  # a path may be no UTF-8
+
+
+def _ranks(report: Report, notes: Notes) -> dict[int, str]:
+    """Where the riskiest rows stand in the pack's reference, by their index."""
+    figures = report.get("reference", {})
+    if "benign" not in figures:
+        return {}
+    return {row["row"]: rank(row["percentile"], figures) for row in notes["riskiest"] if "percentile" in row}
 
 
 def _carriers(row: Mapping[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from sqsd_filter.pictures import BLUE, ORANGE, plain
-from sqsd_filter.pipeline.meaning import advice, false_alarms
+from sqsd_filter.pipeline.meaning import advice, false_alarms, sentences
 from sqsd_filter.pipeline.page.notes import Lengths, ModuleMeans, Notes, UnscoredRow
 from sqsd_filter.pipeline.page.parts import Plot, Section, Table
 from sqsd_filter.pipeline.report import ConsensusPack, PackFacts, Report, cut_words, is_sqsd, risk_name
@@ -98,6 +98,7 @@ def risks(report: Report, notes: Notes) -> Section:
     else:
         words = ["The distribution of the risk. A row with a higher risk is riskier by this measure."]
     quantiles = report["risk_quantiles"]
+    words += sentences(report.get("reference", {}))
     table = Table(["quantile", *(f":{q}" for q in quantiles)], [["risk", *(f"{v:.3g}" for v in quantiles.values())]])
     draw = partial(draw_histogram, bars=notes["histogram"], report=report)
     plot = Plot("risk", f"Histogram of the risk. {headline(report)}", draw)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from sqsd_filter.corpus.addresses import HubDataset
-from sqsd_filter.pipeline.meaning import advice, false_alarms
+from sqsd_filter.pipeline.meaning import advice, false_alarms, sentences
 from sqsd_filter.pipeline.report import (
     GroupFigures,
     PackFacts,
@@ -28,7 +28,7 @@ from sqsd_filter.pipeline.report import (
     scorers,
 )
 from sqsd_filter.pipeline.rules import CONSENSUS
-from sqsd_filter.pipeline.writing.export import REASONS
+from sqsd_filter.pipeline.writing.export import PERCENTILE, REASONS
 from sqsd_filter.pipeline.writing.figures import number, shown
 from sqsd_filter.pipeline.writing.markdown import code, fenced, table
 from sqsd_filter.pipeline.writing.originals import MARKER, Original, carried_over
@@ -176,7 +176,7 @@ def _removed(report: Report) -> str:
     else:
         heading, words = "What was removed, and why", _dropped(report)
     reference = report.get("reference", {})
-    said = " ".join(filter(None, (false_alarms(reference, rows["dropped"]), advice(reference))))
+    said = " ".join(filter(None, (*sentences(reference), false_alarms(reference, rows["dropped"]), advice(reference))))
     parts = [f"## {heading}", words, *([said] if said else [])]
     if groups := report.get("groups"):
         parts.append(_groups(groups, weighted=bool(weights)))
@@ -279,7 +279,11 @@ def _contents(report: Report, where: str) -> str:
 def _lines(report: Report) -> str:
     """What lines of JSON hold, and what can go wrong with them."""
     words = "Each line is the line of the input, byte for byte"
-    added = ["its scores"] * report["with_scores"] + ["its weight"] * bool(report.get("weights"))
+    added = (
+        ["its scores"] * report["with_scores"]
+        + ["its percentile"] * report.get("percentile", False)
+        + ["its weight"] * bool(report.get("weights"))
+    )
     words += f", with {' and '.join(added)} added at the end." if added else "."
     words += " `load_dataset` reads dates in text as timestamps."
     if _has_errors(report):
@@ -302,6 +306,8 @@ def _columns(report: Report) -> str:
     for each in report["consensus"]["packs"] if report.get("consensus") else ():
         whose = _pack(each["pack"]) if each["pack"] else "one of the packs"
         lines.append((code(each["column"]), f"the risk by {whose}"))
+    if report.get("percentile"):
+        lines.append((code(PERCENTILE), "percent of the pack's benign reference rows with a lower risk"))
     if report.get("weights"):
         lines.append(("`sqsd_weight`", "the row's weight"))
     lines.append(("`sqsd_status`", "`scored`, or why there is no score"))

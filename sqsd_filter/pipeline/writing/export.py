@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ RAW = "sqsd_raw"  # the bytes of a line that could not be read as a row
 ORIGIN = {"sqsd_reason": pa.string(), "sqsd_file": pa.string(), "sqsd_line": pa.int64(), RAW: pa.binary()}
 MODULES = b"sqsd_modules"  # in a parquet file's metadata: the modules behind each probe's list, in its order
 WEIGHT = "sqsd_weight"  # of a row for training, where rows are weighted
+PERCENTILE = "sqsd_percentile"  # the share of the pack's benign reference rows below the risk, where it is asked for
 OTHERS = {**ORIGIN, WEIGHT: pa.float64()}  # beside the scores
 See = Callable[[Chunk], None]
+Added = Mapping[str, np.ndarray]  # columns (n,) of float64 beside the scores, by name
 
 
 def _look_away(_: Chunk) -> None:
@@ -45,7 +47,14 @@ def check_columns(corpus: Corpus, output: Output) -> None:
 
 
 def export_splits(
-    scored: Scored, selection: Selection, root: Path, output: Output, progress: Progress, see: See = _look_away
+    scored: Scored,
+    selection: Selection,
+    root: Path,
+    output: Output,
+    progress: Progress,
+    see: See = _look_away,
+    *,
+    percentile: np.ndarray | None = None,
 ) -> Written:
     """Write kept, dropped and errors below `root`, each split of the corpus on its own.
 
@@ -56,6 +65,7 @@ def export_splits(
     """
     corpus = scored.corpus
     schema = _kept_schema(scored, selection)
+    added = _added(percentile, selection.row_weights)
     with ExitStack() as stack:
         names = {(config, split): stem_of(config, split, corpus.splits) for config in FATES for split in corpus.splits}
         files = {part: stack.enter_context(output.files(root, name)) for part, name in names.items()}
@@ -67,11 +77,11 @@ def export_splits(
             fate = selection.fate[chunk.start : chunk.start + chunk.table.num_rows]
             rows: Lines | Tables
             if output.to == "jsonl":
-                rows = Lines(scored, chunk, selection.row_weights, output.with_scores)
+                rows = Lines(scored, chunk, added, output.with_scores)
                 reasons.write(rows.reasons(np.flatnonzero(fate == ERROR)))
             else:
                 table = chunk.scorable if schema is corpus.scorable_schema else chunk.table
-                rows = Tables(scored, chunk, table, selection.row_weights)
+                rows = Tables(scored, chunk, table, added)
             for config, code in FATES.items():
                 where = np.flatnonzero(fate == code)
                 files[config, chunk.split].write(rows.bad(where) if code == ERROR else rows.good(where))
@@ -110,7 +120,9 @@ def _kept_schema(scored: Scored, selection: Selection) -> pa.Schema:
     return scored.corpus.schema if whole else scored.corpus.scorable_schema
 
 
-def export_scored(scored: Scored, path: Path, progress: Progress, see: See = _look_away) -> Written:
+def export_scored(
+    scored: Scored, path: Path, progress: Progress, see: See = _look_away, *, percentile: np.ndarray | None = None
+) -> Written:
     """Write every row, in order, with its score columns; if rows have no score, also with the columns of errors.
 
     Each chunk is also passed to `see`.
@@ -118,7 +130,7 @@ def export_scored(scored: Scored, path: Path, progress: Progress, see: See = _lo
     errors = bool(scored.reasons())
     with ShardedWriter(ParquetWriter, path, ".") as file:
         for chunk in scored.corpus.chunks():
-            table = _with_scores(scored, chunk.start, chunk.table)
+            table = _with_scores(scored, chunk.start, chunk.table, _added(percentile, None))
             file.write(_with_columns(table, _origin(scored, chunk, np.arange(table.num_rows))) if errors else table)
             see(chunk)
             progress.advance(table.num_rows)
@@ -128,10 +140,10 @@ def export_scored(scored: Scored, path: Path, progress: Progress, see: See = _lo
 class Tables:
     """A chunk's rows as parquet and Arrow files hold them."""
 
-    def __init__(self, scored: Scored, chunk: Chunk, table: pa.Table, row_weights: np.ndarray | None) -> None:
+    def __init__(self, scored: Scored, chunk: Chunk, table: pa.Table, added: Added) -> None:
         """`table` has the chunk's rows with the columns of kept and dropped."""
         self.scored, self.chunk = scored, chunk
-        self.with_scores = _with_scores(scored, chunk.start, table, row_weights)
+        self.with_scores = _with_scores(scored, chunk.start, table, added)
 
     def good(self, where: np.ndarray) -> pa.Table:
         return self.with_scores.take(where)
@@ -146,19 +158,19 @@ class Tables:
 class Lines:
     """A chunk's rows as lines of JSON: the lines of the input, byte for byte, where it was JSON Lines.
 
-    Row weights are added to the lines, scores only `with_scores`; reasons are in a file of their own. A record that
-    could not be read is written as its bytes, or if these have a newline, as their text in an object.
+    The `added` columns are added to the lines, scores only `with_scores`; reasons are in a file of their own. A record
+    that could not be read is written as its bytes, or if these have a newline, as their text in an object.
     """
 
-    def __init__(self, scored: Scored, chunk: Chunk, row_weights: np.ndarray | None, with_scores: bool) -> None:
-        self.scored, self.chunk, self.row_weights, self.with_scores = scored, chunk, row_weights, with_scores
+    def __init__(self, scored: Scored, chunk: Chunk, added: Added, with_scores: bool) -> None:
+        self.scored, self.chunk, self.added, self.with_scores = scored, chunk, added, with_scores
         self.old_scores, self.old_others = _earlier_columns(chunk.table.schema)
 
     def good(self, where: np.ndarray) -> list[bytes]:
         start, count = self.chunk.start, self.chunk.table.num_rows
         new = {
             **(_scores(self.scored, start, count) if self.with_scores else {}),
-            **_weights(self.row_weights, start, count),
+            **_columns(self.added, start, count),
         }
         old = [*self.old_others, *(self.old_scores if self.scored.probes or not self.with_scores else [])]
         own = self._lines(where, old)
@@ -201,21 +213,26 @@ def _scores(scored: Scored, start: int, rows: int) -> dict[str, pa.Array]:
     return scored.columns(start, start + rows) if scored.probes else {}
 
 
-def _weights(row_weights: np.ndarray | None, start: int, rows: int) -> dict[str, pa.Array]:
-    """The column of weights of rows start, start + 1, ...; none if rows are not weighted."""
-    if row_weights is None:
-        return {}
-    return {WEIGHT: pa.array(row_weights[start : start + rows], pa.float64(), from_pandas=True)}
+def _added(percentile: np.ndarray | None, row_weights: np.ndarray | None) -> Added:
+    """The columns beside the scores that were asked for."""
+    columns = {PERCENTILE: percentile, WEIGHT: row_weights}
+    return {name: values for name, values in columns.items() if values is not None}
+
+
+def _columns(added: Added, start: int, rows: int) -> dict[str, pa.Array]:
+    """The added columns of rows start, start + 1, ...; null in rows without a score."""
+    window = slice(start, start + rows)
+    return {name: pa.array(values[window], pa.float64(), from_pandas=True) for name, values in added.items()}
 
 
 def _statuses(scored: Scored, chunk: Chunk, where: np.ndarray) -> pa.Array:
     return pa.array([scored.statuses[code] for code in scored.codes[chunk.start + where]], pa.string())
 
 
-def _with_scores(scored: Scored, start: int, table: pa.Table, row_weights: np.ndarray | None = None) -> pa.Table:
-    """Rows start, start + 1, ... with score columns and weights, in place of those of an earlier run."""
+def _with_scores(scored: Scored, start: int, table: pa.Table, added: Added) -> pa.Table:
+    """Rows start, start + 1, ... with score columns and the added ones, in place of those of an earlier run."""
     earlier, others = _earlier_columns(table.schema)
-    columns = {**_scores(scored, start, table.num_rows), **_weights(row_weights, start, table.num_rows)}
+    columns = {**_scores(scored, start, table.num_rows), **_columns(added, start, table.num_rows)}
     table = _with_columns(_without(table, [*earlier, *others] if scored.probes else others), columns)
     metadata = dict(table.schema.metadata or {})
     if scored.probes:
@@ -226,14 +243,17 @@ def _with_scores(scored: Scored, start: int, table: pa.Table, row_weights: np.nd
 
 
 def _earlier_columns(schema: pa.Schema) -> tuple[list[str], list[str]]:
-    """The columns that an earlier run added: its scores, which are adjacent from risk to status, and its weights and
-    the columns of rows without a score. Any other column whose name begins with sqsd_ is the user's."""
+    """The columns that an earlier run added: its scores, which are adjacent from risk to status, with the percentiles
+    that belong to them, and its weights and the columns of rows without a score. Any other column whose name begins
+    with sqsd_ is the user's."""
     names = schema.names
     scores, others = [], []
     if "sqsd_status" in names:
         end = names.index("sqsd_status")
         start = names.index("sqsd_risk") if "sqsd_risk" in names[:end] else end
         scores = [name for name in names[start : end + 1] if name.startswith(SCORE_PREFIX)]
+        if PERCENTILE in names and PERCENTILE not in scores and schema.field(PERCENTILE).type == pa.float64():
+            scores.append(PERCENTILE)
         others = [name for name, kind in OTHERS.items() if name in names and schema.field(name).type == kind]
     return scores, others
 
