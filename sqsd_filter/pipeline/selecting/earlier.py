@@ -127,7 +127,7 @@ def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) 
     store = ScoreStore(home / "scores", known["scoring"], list(pack["weights"]))
     scored = from_store(corpus, index, store, pack["weights"], groups)
     identity = {**known, "inputs": corpus.inputs}
-    for name in ("explain", "reference"):  # belong to the earlier cut
+    for name in ("explain", "reference", "percentile"):  # belong to the earlier output
         identity.pop(name, None)
     facts: ScoreFacts = {"pack": pack, **_scorer(report)}
     return Earlier(str(home.parent), sources, scored, identity, facts, index.keys, pack, form, known["scoring"])
