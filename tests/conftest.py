@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,15 @@ from matplotlib.figure import Figure
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The address of the last cluster is in this folder: a session of Ray would join another test process's. A short path,
+# since sockets lie below it.
+os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="r-")
 
 from tests.compass import make_compass
 from tests.hub import Hub
 from tests.tiny import ARCHITECTURES, make_pack
 
+atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, tests would ignore it for all
 torch.set_num_threads(1)  # the models here are too small to share among threads
 
