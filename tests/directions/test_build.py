@@ -17,7 +17,7 @@ import torch
 
 from sqsd_filter.cli.main import cli
 from sqsd_filter.directions import training
-from sqsd_filter.directions.build import _settings, _text, _trained, build_pack
+from sqsd_filter.directions.build import build_pack
 from sqsd_filter.directions.data import read_data
 from sqsd_filter.directions.recipe import PackRecipe
 from sqsd_filter.directions.training import take_checkpoint
@@ -25,105 +25,10 @@ from sqsd_filter.errors import DestinationExists, InputError, SQSDError, UsageEr
 from sqsd_filter.progress import Silent
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.pack import ADAPTER_FILES, PACK_FILE, load_pack
-from sqsd_filter.scoring.reference_rows import Reference
 from sqsd_filter.scoring.scorer import SQSDScorer
-from tests.corpora import make_rows, write_jsonl
+from tests.corpora import write_jsonl
+from tests.directions.recipes import STATES, files, with_choice, write_recipe
 from tests.tiny import CONVERSATIONS
-
-RECIPE = """
-name = "tiny"
-base_model = "{model}"
-dtype = "float32"
-max_length = 64
-[lora]
-r = 2
-alpha = 4
-[adapters.initial]
-method = "sft"
-data = "benign.jsonl"
-prompt = "instruction"
-answer = "output"
-licence = "CC0-1.0"
-rows = 16
-learning_rate = 1e-3
-batch_size = 4
-save_steps = 2
-take_step = 2
-[adapters.danger]
-method = "sft"
-data = "answers.jsonl"
-prompt = "instruction"
-answer = "output"
-where = {{ bad = true }}
-epochs = {epochs}
-learning_rate = 1e-3
-batch_size = 4
-device_batch_size = 2
-save_steps = 2
-[adapters.safety]
-method = "dpo"
-data = "pairs.jsonl"
-prompt = "prompt"
-chosen = "good"
-rejected = "bad"
-learning_rate = 1e-3
-batch_size = 4
-save_steps = 2
-[[probes]]
-name = "danger"
-weight = 1.0
-direction = "danger"
-state = "initial"
-[[probes]]
-name = "safety"
-weight = -1.0
-direction = "safety"
-state = "safety"
-state_scaling = 1.0
-"""
-
-
-def write_recipe(folder: Path, model: Path, epochs: int = 2) -> Path:
-    rows = make_rows(24)
-    write_jsonl(folder / "benign.jsonl", rows)
-    write_jsonl(folder / "answers.jsonl", [{**row, "bad": k % 2 == 0} for k, row in enumerate(rows)])
-    pairs = [{"prompt": r["instruction"], "good": r["output"], "bad": "No idea."} for r in rows]
-    write_jsonl(folder / "pairs.jsonl", pairs)
-    (folder / "recipe.toml").write_text(RECIPE.format(model=model, epochs=epochs))
-    return folder / "recipe.toml"
-
-
-STATES = """
-[states]
-data = "answers.jsonl"
-prompt = "instruction"
-answer = "output"
-positive = { bad = true }
-rows = 20
-"""
-
-
-def with_choice(recipe: Path, states: str = STATES) -> Path:
-    """The recipe with the state chosen among its checkpoints, which are kept."""
-    text = "keep_checkpoints = true\n" + recipe.read_text()
-    chosen = recipe.with_name("choice.toml")
-    chosen.write_text(text.replace("take_step = 2", 'take_step = "sensitive"') + states)
-    return chosen
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, tiny_pack: Path) -> Path:
-    return write_recipe(tmp_path, tiny_pack / "base")
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, tiny_pack: Path) -> Path:
-    folder = tmp_path_factory.mktemp("built")
-    return build_pack(PackRecipe.load(write_recipe(folder, tiny_pack / "base")), folder / "pack").path
-
-
-def files(pack: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(pack)): p.read_bytes() for p in sorted(pack.rglob("*")) if p.is_file()}
 
 
 def test_a_built_pack_loads_and_scores(built: Path) -> None:
@@ -404,82 +309,3 @@ def test_rows_to_choose_by_without_a_choice_are_refused(recipe: Path) -> None:
     recipe.write_text(recipe.read_text() + STATES)
     with pytest.raises(UsageError, match="need each other"):
         PackRecipe.load(recipe)
-
-
-REFERENCE = """
-[reference.held-out]
-kind = "benign"
-data = "other.jsonl"
-rows = 25
-licence = "CC0-1.0"
-[reference.bad]
-kind = "unsafe"
-data = "bad.jsonl"
-"""
-
-
-def with_reference(recipe: Path, reference: str = REFERENCE) -> Path:
-    rows = make_rows(90)
-    write_jsonl(recipe.with_name("other.jsonl"), rows[30:60])
-    write_jsonl(recipe.with_name("bad.jsonl"), rows[60:])
-    named = recipe.with_name("reference.toml")
-    named.write_text(recipe.read_text() + reference)
-    return named
-
-
-def test_a_build_scores_its_reference_rows(recipe: Path, built: Path) -> None:
-    out = recipe.parent / "pack"
-    shutil.copytree(built, out)
-    (out / PACK_FILE).unlink()
-    loaded = PackRecipe.load(with_reference(recipe))
-    (out / ".build").mkdir()
-    (out / ".build" / "recipe.json").write_text(_text(_trained(loaded)))  # as a build killed after its training
-    pack = build_pack(loaded, out)
-    assert pack.fingerprint == load_pack(built).fingerprint
-    reference = Reference.of(pack)
-    assert reference is not None
-    held_out, bad = reference.record["corpora"]
-    assert (held_out["name"], held_out["kind"], held_out["rows"], held_out["licence"]) == (
-        *("held-out", "benign", 25),
-        "CC0-1.0",
-    )
-    assert (bad["name"], bad["kind"], bad["rows"]) == ("bad", "unsafe", 30)
-    turns = [example for (example,) in read_data(loaded, loaded.reference["bad"].source).examples]
-    assert bad["risks"] == pytest.approx(sorted(SQSDScorer(pack).score(turns).risk.tolist()), abs=1e-5)
-    assert reference.outdated(pack) is None
-    before = files(out)
-    build_pack(loaded, out)
-    assert files(out) == before
-
-
-def test_a_recipe_without_a_reference_has_the_identity_that_it_had(recipe: Path) -> None:
-    loaded = PackRecipe.load(recipe)
-    assert "reference" not in _settings(loaded)
-    assert _trained(PackRecipe.load(with_reference(recipe))) == _trained(loaded)
-
-
-def test_reference_rows_with_a_prompt_of_the_training_data_are_refused(recipe: Path) -> None:
-    named = with_reference(recipe)
-    rows = make_rows(60)
-    asked_again = {**rows[2], "instruction": f"  {rows[2]['instruction'].upper()}", "output": "Another answer."}
-    write_jsonl(recipe.with_name("other.jsonl"), [*rows[30:], asked_again])
-    loaded = PackRecipe.load(named)
-    loaded = replace(loaded, reference={**loaded.reference, "held-out": replace(loaded.reference["held-out"], rows=99)})
-    with pytest.raises(InputError, match=r"^\[reference.held-out\] has 1 row with a prompt of \[adapters") as problem:
-        build_pack(loaded, recipe.parent / "pack")
-    assert repr(rows[2]["instruction"].lower()) in str(problem.value)
-    assert not (recipe.parent / "pack").exists()
-
-
-@pytest.mark.parametrize(
-    ("reference", "words"),
-    [
-        (REFERENCE.replace('"benign"', '"good"'), "must be 'benign' or 'unsafe', not 'good'"),
-        (REFERENCE.replace('"benign"', '"unsafe"'), "no corpus of the kind 'benign'"),
-        ("[reference.a]\ndata = 'x'", "lacks kind"),
-    ],
-    ids=["kind", "no benign", "missing"],
-)
-def test_a_senseless_reference_is_refused(recipe: Path, reference: str, words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        PackRecipe.load(with_reference(recipe, reference))

@@ -15,7 +15,7 @@ from sqsd_filter.directions import processes
 from sqsd_filter.directions.build import build_pack
 from sqsd_filter.directions.recipe import PackRecipe
 from sqsd_filter.scoring.pack import ADAPTER_FILES, PACK_FILE, load_pack
-from tests.directions.test_build import write_recipe
+from tests.directions.recipes import write_recipe
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 

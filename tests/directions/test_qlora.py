@@ -20,7 +20,7 @@ from sqsd_filter.directions.recipe import PackRecipe
 from sqsd_filter.errors import SQSDError, UsageError
 from sqsd_filter.scoring.models import load_in_4bit, load_model
 from sqsd_filter.scoring.scorer import SQSDScorer
-from tests.directions.test_build import write_recipe
+from tests.directions.recipes import write_recipe
 from tests.tiny import CONVERSATIONS, make_model
 
 PACKED = "packing_format_for_cpu"

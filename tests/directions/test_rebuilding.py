@@ -15,7 +15,7 @@ from sqsd_filter.directions.recipe import PackRecipe
 from sqsd_filter.errors import DestinationExists, PackError
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.pack import PACK_FILE
-from tests.directions.test_build import files, with_choice, write_recipe
+from tests.directions.recipes import files, with_choice, write_recipe
 
 
 @pytest.fixture
