@@ -17,6 +17,8 @@ from typing import Any
 Message = dict[str, Any]
 Conversation = list[Message]
 
+MAX_DEPTH = 200  # levels in a row; far below Python's recursion limit, whose reach depends on version and caller
+
 SCORED = "scored"
 NO_ANSWER = "no_answer"
 PROMPT_TOO_LONG = "prompt_too_long"
@@ -233,16 +235,19 @@ def _plain(value: object, where: str, *, nulls: bool = False) -> Any:  # noqa: A
     """The value in JSON's types, without keys that are null unless `nulls` are kept."""
     try:
         return _as_json(value, nulls)
-    except (TypeError, RecursionError) as problem:
-        reason = problem if isinstance(problem, TypeError) else "something nested too deeply"
-        raise RowError(BAD_ROW, f"{where} describes a tool or a call with {reason}, which JSON can't hold") from problem
+    except TypeError as problem:
+        raise RowError(
+            BAD_ROW, f"{where} describes a tool or a call with {problem}, which JSON can't hold"
+        ) from problem
 
 
-def _as_json(value: object, nulls: bool) -> object:
+def _as_json(value: object, nulls: bool, depth: int = 0) -> object:
+    if depth > MAX_DEPTH:
+        raise TypeError("something nested too deeply")
     if isinstance(value, Mapping):
-        return {str(key): _as_json(item, nulls) for key, item in value.items() if nulls or item is not None}
+        return {str(key): _as_json(item, nulls, depth + 1) for key, item in value.items() if nulls or item is not None}
     if isinstance(value, list | tuple):
-        return [_as_json(item, nulls) for item in value]
+        return [_as_json(item, nulls, depth + 1) for item in value]
     if value is None or isinstance(value, str | int | float):
         return value
     raise TypeError(type(value).__name__)

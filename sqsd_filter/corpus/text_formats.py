@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NoReturn, Protocol
 
+from sqsd_filter.corpus.conversation import MAX_DEPTH
 from sqsd_filter.corpus.files import SourceFile, unreadable
 from sqsd_filter.errors import InputError
 
@@ -21,7 +22,6 @@ Record = tuple[int, int, dict[str, Any] | None, str, bytes]
 Absorb = Callable[[bytes], None]  # gets every byte read from disk, for hashing
 
 BLOCK = 1 << 18
-MAX_DEPTH = 200  # far below Python's recursion limit, so that the result doesn't depend on the caller's stack
 MAX_CSV_FIELD = 1 << 26
 TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 TOO_LONG_INT = "an integer of more than 4300 digits"
