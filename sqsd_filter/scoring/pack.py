@@ -29,7 +29,7 @@ PACK_FILE = "pack.json"
 FORMAT = 1
 PACKS_DIR = Path(__file__).resolve().parent.parent / "packs"  # the embedded ones
 PROBE_NAME = re.compile(r"(?!.*_modules$)[a-z][a-z0-9_]*")  # sqsd_<probe>_modules is the column of --per-module
-RESERVED = ("risk", "status", "reason", "file", "line", "raw")  # other columns are called sqsd_<one of these>
+RESERVED = ("risk", "status", "percentile", "weight", "reason", "file", "line", "raw")  # of other columns: sqsd_<name>
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -123,7 +123,9 @@ def test_what_is_not_a_valid_pack_says_why(
     assert str(folder) in str(problem.value)
 
 
-@pytest.mark.parametrize("name", ["", "Danger", "2nd", "a-b", "a b", "risk", "status", "danger\n", "é"])
+@pytest.mark.parametrize(
+    "name", ["", "Danger", "2nd", "a-b", "a b", "risk", "status", "percentile", "weight", "danger\n", "é"]
+)
 def test_a_probe_name_must_make_a_column(folder: Path, name: str) -> None:
     write(folder, probes=[{**DANGER, "name": name}])
     with pytest.raises(PackError, match="can't be a probe's name"):
