@@ -28,6 +28,7 @@ from sqsd_filter.cli.base import Command, examples
     metavar="SHARE",
     help="Count the rows that change sides at this cut.",
 )
+@options.risk
 @options.shared_state
 @options.model
 @options.option(
@@ -69,7 +70,8 @@ def check(context: click.Context, /, **_: object) -> None:
 def table(report: Mapping[str, Any]) -> str:
     """One line per comparison, then each failure with the flag that fixes it."""
     pack = report["pack"]
-    shared = f", shared state: {pack['shared_state']}" if pack["shared_state"] else ""
+    shared = f", risk: {pack['risk']}" if pack["risk"] else ""
+    shared += f", shared state: {pack['shared_state']}" if pack["shared_state"] else ""
     lines = [
         f"{pack['name']} ({pack['fingerprint']}) on {pack['base_model']}, {report['dtype']} on {report['device']}, "
         f"{report['attention']} attention{shared}",

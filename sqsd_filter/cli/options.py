@@ -169,6 +169,13 @@ model = together(
     ),
     trust_remote_code,
 )
+risk = option(
+    MODEL,
+    "--risk",
+    show_default="the pack's own",
+    metavar="NAME",
+    help="Compute another risk of the pack; `pack inspect` lists them. The built-in pack has paper, SQSD as published.",
+)
 shared_state = option(
     MODEL,
     "--shared-state",
@@ -199,7 +206,7 @@ scorer = together(
     ),
     option(MODEL, "--seed", type=int, show_default="0", metavar="N", help="Seed for `--scorer random`."),
 )
-scoring = together(pack, shared_state, scorer, model)
+scoring = together(pack, risk, shared_state, scorer, model)
 
 rows = together(
     option(

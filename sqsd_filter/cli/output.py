@@ -158,6 +158,7 @@ def summary(report: FinishedReport, dest: object) -> str:
     lines += _meanings(report.get("reference", {}))
     if pack := report.get("pack"):
         where = f", {report['dtype']} on {report['device']}" if "dtype" in report else ""
+        where += f", risk: {pack['risk']}" if pack.get("risk") else ""
         where += f", shared state: {pack['shared_state']}" if pack.get("shared_state") else ""
         lines.append(f"  pack     {pack['name']} ({pack['fingerprint']}) on {pack['base_model']}{where}")
     if consensus := report.get("consensus"):

@@ -135,6 +135,7 @@ def inspect(where: str, modules: bool, json_output: bool) -> None:
     help="Largest number of rows to score of each corpus, spread evenly over it.",
 )
 @options.rows
+@options.risk
 @options.shared_state
 @options.model
 @options.as_json

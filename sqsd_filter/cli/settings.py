@@ -143,7 +143,8 @@ def sqsd_scorer(where: str, params: dict[str, Any]) -> SQSDScorer:
 def _pack(where: str, params: dict[str, Any]) -> Pack:
     from sqsd_filter.scoring.pack import load_pack
 
-    pack, shared_state = load_pack(where), params.get("shared_state")
+    pack, risk, shared_state = load_pack(where), params.get("risk"), params.get("shared_state")
+    pack = pack if risk is None else pack.with_risk(risk)
     return pack if shared_state is None else pack.at_one_state(shared_state)
 
 

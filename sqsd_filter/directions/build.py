@@ -1,4 +1,4 @@
-"""Build a pack from a recipe: the danger direction by SFT, the safety direction by DPO, the benign state by SFT.
+"""Build a pack from a recipe: directions by SFT, by DPO or by contrast, states by SFT.
 
 trl and peft train; this module resumes, chooses states, and records the provenance in the pack. An interrupted build
 resumes from its last checkpoint if the same recipe is built into the same folder again, even if settings that training
@@ -14,22 +14,22 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from sqsd_filter.directions import processes
 from sqsd_filter.directions.calibration import ReferenceCorpus, score_reference
-from sqsd_filter.directions.data import Example, TrainingData, prompt_and_reply, read_data
+from sqsd_filter.directions.contrast.make import make_contrast, read_contrast
+from sqsd_filter.directions.data import TrainingData, prompt_of, read_data
 from sqsd_filter.directions.recipe import AdapterRecipe, PackRecipe
 from sqsd_filter.directions.state_rows import usable
 from sqsd_filter.directions.states import checkpoints, compare_states
 from sqsd_filter.directions.training import WORK_DIR, take_checkpoint, train
 from sqsd_filter.errors import DestinationExists, InputError, SQSDError
 from sqsd_filter.progress import Progress, Silent
-from sqsd_filter.scoring.pack import FORMAT, PACK_FILE, Pack, load_pack
-from sqsd_filter.scoring.reference_rows import REFERENCE
+from sqsd_filter.scoring.pack import FORMAT, PACK_FILE, REFERENCE, Pack, Risk, load_pack
 from sqsd_filter.scoring.scorer import SQSDScorer
 from sqsd_filter.storage.folder import write_json, write_text
 from sqsd_filter.wording import many
@@ -66,12 +66,13 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
         if begun.read_text(encoding="utf-8") != plan:
             raise DestinationExists(f"{target} holds the build of another recipe: choose another folder or remove it.")
     # read all data before any training, so that a problem with the last adapter's shows now, not after hours
-    records = {name: target / name / "training.json" for name in recipe.adapters}
+    records = {name: target / name / "training.json" for name in (*recipe.adapters, *recipe.contrasts)}
     data = {
         name: read_data(recipe, adapter)
         for name, adapter in recipe.adapters.items()
         if not _is_done(records[name], adapter)
     }
+    contrasts = {name: read_contrast(recipe, name) for name in recipe.contrasts}
     compared = _compared(recipe, target)
     references = _references(recipe)
     processes.wait()  # until all have read the folder as it was
@@ -86,6 +87,10 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
         chosen = {
             name: _choose_state(recipe, name, compared, target, progress) for name in recipe.sensitive if compared
         }
+    processes.wait()
+    for name, rows in contrasts.items():
+        make_contrast(recipe, name, rows, _unbuilt(recipe, target), work / name, progress)
+    if processes.is_first():
         page = _pack(recipe, records, fingerprint, chosen)
         if references:
             scorer = SQSDScorer(_unbuilt(recipe, target))
@@ -101,15 +106,17 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
 def _settings(recipe: PackRecipe) -> dict[str, Any]:
     """The whole recipe but its folder. A pack made by another recipe is not finished."""
     plan = asdict(recipe) | {"folder": None}
-    if not recipe.reference:
-        del plan["reference"]  # as recipes were before there was one
+    for name in ("reference", "contrasts", "risks"):
+        if not plan[name]:
+            del plan[name]  # as recipes were before there was one
     return plan
 
 
 def _trained(recipe: PackRecipe) -> dict[str, Any]:
     """The settings that checkpoints depend on. A build reuses them if anything else in its recipe has changed."""
     plan = _settings(recipe)
-    for name in ("name", "probes", "states", "reference", "notes", "keep_checkpoints", "max_length"):
+    free = ("name", "probes", "risks", "contrasts", "states", "reference", "notes", "keep_checkpoints", "max_length")
+    for name in free:
         plan.pop(name, None)
     for name, adapter in plan["adapters"].items():
         if name != recipe.base_adapter:  # the others are trained on the base adapter
@@ -147,6 +154,7 @@ def _pack(
         "chat_template_kwargs": dict(recipe.chat_template_kwargs),
         "max_length": recipe.max_length,
         "probes": [asdict(p) for p in recipe.probes],
+        **({"risks": risks} if (risks := _risks(recipe)) else {}),
         "provenance": {name: json.loads(record.read_text()) for name, record in records.items()},
         "recipe": fingerprint,
         **({"validation": {"states": chosen}} if chosen else {}),
@@ -154,10 +162,15 @@ def _pack(
     }
 
 
+def _risks(recipe: PackRecipe) -> dict[str, Any]:
+    return {name: {"probes": [asdict(p) for p in probes]} for name, probes in recipe.risks.items()}
+
+
 def _unbuilt(recipe: PackRecipe, target: Path) -> Pack:
     """The pack as it will be, for its settings; its adapters may not exist yet."""
     settings = ("base_model", "probes", "base_revision", "base_adapter", "chat_template_kwargs", "max_length")
-    return Pack(target, recipe.name, **{key: getattr(recipe, key) for key in settings})
+    risks = {name: Risk(probes) for name, probes in recipe.risks.items()}
+    return Pack(target, recipe.name, **{key: getattr(recipe, key) for key in settings}, risks=risks)
 
 
 def _compared(recipe: PackRecipe, target: Path) -> TrainingData | None:
@@ -178,12 +191,19 @@ def _references(recipe: PackRecipe) -> list[ReferenceCorpus]:
         return []
     used = {f"[adapters.{name}]": adapter for name, adapter in recipe.adapters.items()}
     used |= {"[states]": recipe.states.source} if recipe.states is not None else {}
-    prompts = {where: set(map(_prompt, read_data(recipe, source).examples)) for where, source in used.items()}
+    used |= {
+        f"[[contrasts.{name}.rows]] {number + 1}": table.source
+        for name, how in recipe.contrasts.items()
+        for number, table in enumerate(how.rows)
+    }
+    prompts = {
+        where: {prompt_of(turns) for turns, *_ in read_data(recipe, source).examples} for where, source in used.items()
+    }
     corpora = []
     for name, how in recipe.reference.items():
         read = read_data(recipe, how.source)
         for where, known in prompts.items():
-            if shared := [prompt for prompt in map(_prompt, read.examples) if prompt in known]:
+            if shared := [prompt for (turns,) in read.examples if (prompt := prompt_of(turns)) in known]:
                 raise InputError(
                     f"[reference.{name}] has {many(len(shared), 'row')} with a prompt of {where}, for example "
                     f"{shared[0][:PROMPT_SHOWN]!r}: a reference must have other prompts than the rest of the recipe."
@@ -191,12 +211,6 @@ def _references(recipe: PackRecipe) -> list[ReferenceCorpus]:
         turns = [turns for (turns,) in read.examples]
         corpora.append(ReferenceCorpus(name, how.kind, turns, read.source, how.licence or read.licence))
     return corpora
-
-
-def _prompt(example: Example) -> str:
-    """The text of the user's turns before the first answer, without differences in case and spaces."""
-    prompt, _ = prompt_and_reply(example[0])
-    return " ".join(" ".join(turn["content"] for turn in prompt if turn["role"] == "user").lower().split())
 
 
 def _choose_state(
@@ -207,7 +221,7 @@ def _choose_state(
     assert how is not None
     candidates = checkpoints(target / WORK_DIR / name)
     record = compare_states(
-        _unbuilt(recipe, target),
+        replace(_unbuilt(recipe, target), probes=recipe.trained_probes),
         candidates,
         [turns for (turns,) in compared.examples],
         compared.positive,

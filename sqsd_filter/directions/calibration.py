@@ -20,10 +20,9 @@ from sqsd_filter.directions.validation import recordable
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.pipeline.stage.engines import ProgressCallbacks
 from sqsd_filter.progress import Progress, Silent
-from sqsd_filter.scoring.pack import PACK_FILE
+from sqsd_filter.scoring.pack import PACK_FILE, REFERENCE
 from sqsd_filter.scoring.reference_rows import (
     BENIGN,
-    REFERENCE,
     UNSAFE,
     ReferenceRecord,
     ReferenceRows,
@@ -87,7 +86,9 @@ def calibrate(
     path = folder / PACK_FILE
     page = json.loads(path.read_text(encoding="utf-8"))
     sweep(folder)
-    write_json(path, {**page, REFERENCE: record})
+    named_risk = chosen.pack.risk
+    (page if named_risk is None else page["risks"][named_risk])[REFERENCE] = record
+    write_json(path, page)
     return record
 
 

@@ -30,25 +30,30 @@ Example = tuple[list[Message], ...]  # one conversation for SFT, the chosen and 
 @dataclass(frozen=True)
 class TrainingData:
     """The examples of an adapter, their source, and the number of rows left out by reason. `positive` marks examples,
-    if that was asked for."""
+    and `sources` has each example's value of a column, if that was asked for."""
 
     examples: list[Example]
     positive: list[bool] | None
+    sources: list[str] | None
     source: dict[str, Any]
     licence: str | None
     left_out: Counter[str]
 
 
-def read_data(recipe: PackRecipe, adapter: AdapterRecipe, positive: Mapping[str, Any] | None = None) -> TrainingData:
+def read_data(
+    recipe: PackRecipe, adapter: AdapterRecipe, positive: Mapping[str, Any] | None = None, by: str | None = None
+) -> TrainingData:
     """The examples of one adapter: the rows that its filters keep, or a seeded sample of them if it sets `rows`.
 
-    With `positive`, examples whose columns equal it are marked. Raises `InputError` if the data can't be read or lacks
-    columns, `PackError` if no row is left.
+    With `positive`, examples whose columns equal it are marked; `by` names a column whose values are kept. Raises
+    `InputError` if the data can't be read or lacks columns, `PackError` if no row is left.
     """
     with closing(Opener()) as opener:
         sources = opener.open([_spec(recipe.folder, adapter)])
-        read, columns = _reader(adapter, peek(sources), list(positive or ()))
+        extra = [*(positive or ()), *([by] if by is not None else [])]
+        read, columns = _reader(adapter, peek(sources), extra)
         examples: list[Example] = []
+        values: list[str] = []
         marks: list[bool] = []
         left_out: Counter[str] = Counter()
         first: list[str] = []
@@ -59,6 +64,7 @@ def read_data(recipe: PackRecipe, adapter: AdapterRecipe, positive: Mapping[str,
                     raise RowError(BAD_JSON, row.problem)
                 if _wanted(adapter, row.value):
                     examples.append(read(row.value))
+                    values.append(str(row.value.get(by)) if by is not None else "")
                     marks.append(all(row.value.get(column) == value for column, value in (positive or {}).items()))
             except RowError as problem:
                 left_out[problem.status] += 1
@@ -70,9 +76,11 @@ def read_data(recipe: PackRecipe, adapter: AdapterRecipe, positive: Mapping[str,
         raise PackError(f"No row of {adapter.data} is left for training{why}: check its columns, where and unless.")
     if adapter.rows is not None and len(examples) > adapter.rows:
         chosen = np.random.default_rng(recipe.seed).permutation(len(examples))[: adapter.rows].tolist()
-        examples, marks = [examples[k] for k in chosen], [marks[k] for k in chosen]
-    marked = marks if positive else None
-    return TrainingData(examples, marked, source_of(corpus, sources), adapter.licence or licence_of(sources), left_out)
+        examples, marks, values = [examples[k] for k in chosen], [marks[k] for k in chosen], [values[k] for k in chosen]
+    marked, named = marks if positive else None, values if by is not None else None
+    return TrainingData(
+        examples, marked, named, source_of(corpus, sources), adapter.licence or licence_of(sources), left_out
+    )
 
 
 def _spec(folder: Path, adapter: AdapterRecipe) -> str:
@@ -140,6 +148,12 @@ def prompt_and_reply(turns: list[Message]) -> tuple[list[Message], list[Message]
     """The turns before the first supervised one, and the rest."""
     start = next(k for k, turn in enumerate(turns) if is_supervised(turn))
     return turns[:start], turns[start:]
+
+
+def prompt_of(turns: list[Message]) -> str:
+    """The text of the user's turns before the first answer, without differences in case and spaces."""
+    prompt, _ = prompt_and_reply(turns)
+    return " ".join(" ".join(turn["content"] for turn in prompt if turn["role"] == "user").lower().split())
 
 
 def source_of(corpus: Corpus, sources: Sequence[Source]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class CheckedPack(TypedDict):
     name: str
     fingerprint: str
     base_model: str
+    risk: str | None
     shared_state: str | None
 
 
@@ -186,6 +187,7 @@ class _Check:
                 "name": scorer.pack.name,
                 "fingerprint": scorer.pack.fingerprint,
                 "base_model": scorer.base_model,
+                "risk": scorer.pack.risk,
                 "shared_state": scorer.pack.shared_state,
             },
             "dtype": scorer.dtype,

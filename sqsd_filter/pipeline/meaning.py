@@ -63,6 +63,8 @@ class Meaning:
         if pack is None and facts is None:
             return cls(None, f"It is not known which pack gave these scores: name it with {option('pack')}.")
         found = _found(facts) if pack is None and facts is not None else load_pack(pack or "")
+        if found is not None and facts is not None and facts.get("risk") in found.risks:
+            found = found.with_risk(facts["risk"])
         if found is None:
             name = facts["name"] if facts else ""
             return cls(None, f"The pack {name}, which gave these scores, is not here: name it with {option('pack')}.")

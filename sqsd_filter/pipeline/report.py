@@ -25,14 +25,16 @@ CONFIGS: tuple[Config, ...] = ("kept", "dropped", "errors")
 
 
 class PackFacts(TypedDict):
-    """The pack that gave the scores, and the base model that they were taken on; `weights` has each probe's. `where` is
-    what `load_pack` finds it by on this machine."""
+    """The pack that gave the scores, and the base model that they were taken on; `weights` has each probe's. `risk` is
+    the name of the pack's risk, where it is not the pack's own. `where` is what `load_pack` finds the pack by on this
+    machine."""
 
     name: str
     fingerprint: str
     base_model: str
     weights: Mapping[str, float]
     shared_state: str | None
+    risk: NotRequired[str]
     where: NotRequired[str]
 
 

@@ -295,15 +295,18 @@ def _originals(sources: Sequence[Source]) -> list[tuple[str, str]]:
 
 def _facts_of(scorer: BatchedScorer) -> ScoreFacts:
     pack = scorer.pack
+    facts = PackFacts(
+        name=pack.name,
+        fingerprint=pack.fingerprint,
+        base_model=scorer.base_model,
+        weights=scorer.weights,
+        shared_state=pack.shared_state,
+        where=place_of(pack),
+    )
+    if pack.risk is not None:
+        facts["risk"] = pack.risk
     return {
-        "pack": PackFacts(
-            name=pack.name,
-            fingerprint=pack.fingerprint,
-            base_model=scorer.base_model,
-            weights=scorer.weights,
-            shared_state=pack.shared_state,
-            where=place_of(pack),
-        ),
+        "pack": facts,
         "scorer": scorer.name,
         "device": scorer.device.split(":")[0],
         "dtype": scorer.dtype,

@@ -7,7 +7,12 @@
 
 `direction` and `state` are adapter folders inside the pack. `state_scaling` null keeps the adapter's own α/r.
 `base_adapter`, if given, is an adapter folder that is merged into the base model first. `reference`, if given, is what
-known rows score (`reference_rows`). It and all other keys change no score.
+known rows score (`reference_rows`). `risks` has other risks that the pack can compute, each with probes (and a
+reference) of its own:
+
+     "risks": {"paper": {"probes": [...], "reference": {...}}}
+
+All other keys change no score.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ PACK_FILE = "pack.json"
 FORMAT = 1
 PACKS_DIR = Path(__file__).resolve().parent.parent / "packs"  # the embedded ones
 PROBE_NAME = re.compile(r"(?!.*_modules$)[a-z][a-z0-9_]*")  # sqsd_<probe>_modules is the column of --per-module
+REFERENCE = "reference"  # the key of what reference rows score, in pack.json and in each risk
 RESERVED = ("risk", "status", "percentile", "weight", "reason", "file", "line", "raw")  # of other columns: sqsd_<name>
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -51,8 +57,19 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Risk:
+    """Another risk of a pack: its probes, and what reference rows score by it (JSON), if that is known."""
+
+    probes: tuple[Probe, ...]
+    reference: object = None
+
+
+@dataclass(frozen=True)
 class Pack:
-    """A validated pack. It has the paths of the adapters; the scorer reads them."""
+    """A validated pack. It has the paths of the adapters; the scorer reads them.
+
+    `risk` names the one of its `risks` that it computes; None is the pack's own.
+    """
 
     path: Path
     name: str
@@ -63,6 +80,8 @@ class Pack:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 1024
     notes: Mapping[str, Any] = field(default_factory=dict)  # JSON: provenance, licences, quantiles; not interpreted
+    risks: Mapping[str, Risk] = field(default_factory=dict)
+    risk: str | None = None
 
     def adapter(self, name: str) -> Path:
         """The folder of one of the pack's adapters."""
@@ -82,6 +101,12 @@ class Pack:
     def folders(self) -> list[str]:
         """Names of all adapters that the pack needs."""
         return [*self.adapters, *([self.base_adapter] if self.base_adapter else [])]
+
+    @property
+    def all_folders(self) -> list[str]:
+        """The same with those that its other risks need."""
+        others = {name for risk in self.risks.values() for p in risk.probes for name in (p.direction, p.state)}
+        return [*self.folders, *sorted(others - set(self.folders))]
 
     @property
     def shared_state(self) -> str | None:
@@ -104,6 +129,20 @@ class Pack:
         probes = (replace(p, state=state, state_scaling=scalings[state]) for p in self.probes)
         return replace(self, probes=tuple(probes))
 
+    def with_risk(self, name: str) -> Pack:
+        """The pack that computes another one of its `risks`, with that one's reference. Its fingerprint is that of a
+        pack with these probes.
+
+        Raises `UsageError` where the pack has no risk of that name.
+        """
+        if name not in self.risks:
+            known = ", ".join(sorted(self.risks)) or "none beside its own"
+            raise UsageError(f"The pack {self.name} has no risk '{name}': it has {known}.")
+        other = self.risks[name]
+        notes = {key: value for key, value in self.notes.items() if key != REFERENCE}
+        notes |= {REFERENCE: other.reference} if other.reference is not None else {}
+        return replace(self, probes=other.probes, risk=name, notes=notes)
+
     def of_sign(self, sign: int) -> Pack:
         """The pack with only its danger probes, whose weight is positive, or (-1) only its safety probes. Its
         fingerprint differs.
@@ -112,7 +151,9 @@ class Pack:
         """
         probes = tuple(p for p in self.probes if p.weight * sign > 0)
         if not probes:
-            raise UsageError(f"The pack {self.name} has no probe of {'danger' if sign > 0 else 'safety'}.")
+            others = [name for name, risk in self.risks.items() if any(p.weight * sign > 0 for p in risk.probes)]
+            fix = f": the risk '{others[0]}' has one" if others else ""
+            raise UsageError(f"The pack {self.name} has no probe of {'danger' if sign > 0 else 'safety'}{fix}.")
         return replace(self, probes=probes)
 
     @cached_property
@@ -199,9 +240,6 @@ def _read(folder: Path) -> Pack:
         raise PackError(f"{path} must hold a JSON object.")
     if data.get("format") != FORMAT:
         raise PackError(f"{path} has format {data.get('format')!r}; this version reads format {FORMAT}.")
-    probes = data.get("probes")
-    if not isinstance(probes, list) or not probes:
-        raise PackError(f"{path} needs a list of probes.")
     pack = Pack(
         path=folder,
         name=_field(data, "name", str, path),
@@ -210,15 +248,13 @@ def _read(folder: Path) -> Pack:
         base_adapter=_field(data, "base_adapter", str, path, None),
         chat_template_kwargs=_field(data, "chat_template_kwargs", dict, path, {}),
         max_length=_field(data, "max_length", int, path, 1024),
-        probes=tuple(_probe(entry, path) for entry in probes),
+        probes=_probes(data.get("probes"), path),
         notes={k: v for k, v in data.items() if k not in CORE},
+        risks={name: _risk(entry, path) for name, entry in _field(data, "risks", dict, path, {}).items()},
     )
     if pack.max_length < 2:
         raise PackError(f"{path}: max_length must be at least 2 tokens.")
-    names = [p.name for p in pack.probes]
-    if len(set(names)) < len(names):
-        raise PackError(f"{path} names a probe twice: {', '.join(names)}.")
-    for name in pack.folders:
+    for name in pack.all_folders:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
             raise PackError(f"{path}: the adapter '{name}' must be a folder inside the pack.")
@@ -230,7 +266,7 @@ def _read(folder: Path) -> Pack:
 
 CORE = {
     *("format", "name", "base_model", "base_revision", "base_adapter"),
-    *("chat_template_kwargs", "max_length", "probes"),
+    *("chat_template_kwargs", "max_length", "probes", "risks"),
 }
 _REQUIRED = object()
 Value = TypeVar("Value")
@@ -251,6 +287,22 @@ def _field(data: Mapping[str, Any], key: str, kind: type, path: Path, default: o
     if value is not default and not fits:
         raise PackError(f"{path}: '{key}' must be of type {kind.__name__}, not {value!r}.")
     return value
+
+
+def _risk(entry: object, path: Path) -> Risk:
+    if not isinstance(entry, dict):
+        raise PackError(f"{path}: each of the risks must be an object, not {entry!r}.")
+    return Risk(_probes(entry.get("probes"), path), entry.get(REFERENCE))
+
+
+def _probes(entries: object, path: Path) -> tuple[Probe, ...]:
+    if not isinstance(entries, list) or not entries:
+        raise PackError(f"{path} needs a list of probes.")
+    probes = tuple(_probe(entry, path) for entry in entries)
+    names = [p.name for p in probes]
+    if len(set(names)) < len(names):
+        raise PackError(f"{path} names a probe twice: {', '.join(names)}.")
+    return probes
 
 
 def _probe(entry: object, path: Path) -> Probe:

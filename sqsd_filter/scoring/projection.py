@@ -133,6 +133,21 @@ def summed(
     return A_ri, B_ro.mul_(group.block_ro)
 
 
+def each_gradient(
+    group: GroupProjection,
+    x_bti: torch.Tensor,
+    h_btr: torch.Tensor,
+    d_bto: torch.Tensor,
+    e_btr: torch.Tensor,
+    *_: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every row's own G_A (b, r, i) and G_B (b, r, o), the latter without its factor s."""
+    dtype = group.gram_A_rr.dtype
+    G_A_bri = torch.bmm(e_btr.transpose(1, 2), x_bti).to(dtype)
+    G_B_bro = torch.bmm(h_btr.transpose(1, 2), d_bto).to(dtype)
+    return G_A_bri, G_B_bro.mul_(group.block_ro)
+
+
 def contract(
     group: GroupProjection, x_bti: torch.Tensor, h_btr: torch.Tensor, d_bto: torch.Tensor, e_btr: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,11 +24,10 @@ from typing import NotRequired, TypedDict, cast
 import numpy as np
 
 from sqsd_filter.errors import PackError, UsageError
-from sqsd_filter.scoring.pack import PACK_FILE, Pack
+from sqsd_filter.scoring.pack import PACK_FILE, REFERENCE, Pack
 from sqsd_filter.scoring.scorer import SCORING, SQSD, Scorer
 from sqsd_filter.wording import many
 
-REFERENCE = "reference"  # the key of pack.json
 BENIGN, UNSAFE = "benign", "unsafe"
 HIGHEST, SPREAD = 200, 300  # risks that are kept of a corpus
 LEVELS = ("0%", "1%", "5%", "25%", "50%", "75%", "90%", "95%", "99%", "99.5%", "99.9%", "100%")

@@ -76,7 +76,8 @@ def _measure(report: Report) -> str:
         return f"The risk combines several packs ({packs}): it is the {CONSENSUS[consensus['rule']]}."
     if not (pack := report.get("pack")):
         return f"The risk was in the input{_other(report)}."
-    state = f", with the state {pack['shared_state']} for all directions" if pack.get("shared_state") else ""
+    state = f", by its risk {pack['risk']}" if pack.get("risk") else ""
+    state += f", with the state {pack['shared_state']} for all directions" if pack.get("shared_state") else ""
     if is_sqsd(report):
         return f"The risk comes from the pack {_pack(pack)}{state}."
     return f"The risk comes from the scorer {report['scorer']} on {pack['base_model']}{state}."
@@ -261,7 +262,8 @@ def _about(report: Report) -> list[Sequence[str]]:
         if pack:
             total = " ".join(f"{weight:+g} × {name}" for name, weight in pack["weights"].items())
             rows += [("name", pack["name"]), ("fingerprint", pack["fingerprint"]), ("base model", pack["base_model"])]
-            rows += [("risk", total), ("shared state", pack.get("shared_state") or "none: each direction has its own")]
+            rows += [(f"risk {pack['risk']}" if pack.get("risk") else "risk", total)]
+            rows += [("shared state", pack.get("shared_state") or "none: each direction has its own")]
         else:
             rows.append(("name", "not known: the scores were in the input"))
     facts: dict[Literal["dtype", "device", "max_length", "format"], str]

@@ -195,7 +195,7 @@ def from_bytes(data: bytes) -> tuple[list[bytes], Scores]:
 
 
 def pack_files_of(pack: Pack) -> dict[str, bytes]:
-    names = [PACK_FILE, *(f"{adapter}/{file}" for adapter in pack.folders for file in ADAPTER_FILES)]
+    names = [PACK_FILE, *(f"{adapter}/{file}" for adapter in pack.all_folders for file in ADAPTER_FILES)]
     return {name: (pack.path / name).read_bytes() for name in names}
 
 

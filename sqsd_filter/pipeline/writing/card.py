@@ -143,6 +143,8 @@ def _opening(report: Report) -> str:
         measured = f"It combines the risks of several packs ({packs}): it is the {CONSENSUS[consensus['rule']]}."
     else:
         measured = f"The pack is {_pack(pack)}." if pack else "The scores were already in the input."
+    if pack and (named := pack.get("risk")):
+        measured += f" Of its risks this is {code(named)}."
     if pack and (state := pack.get("shared_state")):
         measured += (
             f" Shared state: {code(state)}. All directions use this one state. In the paper each direction has its "
