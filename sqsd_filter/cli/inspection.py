@@ -28,6 +28,7 @@ def inspection(report: Mapping[str, Any], *, modules: bool) -> str:
         "",
         *_table(("probe", "weight", "direction", "state", "modules", "cos to state", "steers"), _probes(report)),
     ]
+    lines += [_risk(name, probes) for name, probes in report["risks"].items() if name != report["risk"]]
     adapters = report["adapters"]
     shape = ("adapter", "role", "rank", "α/r", "modules", "layers", "size", "‖V‖")
     lines += ["", *_table(shape, (_adapter(name, a) for name, a in adapters.items()))]
@@ -38,6 +39,8 @@ def inspection(report: Mapping[str, Any], *, modules: bool) -> str:
     if report["cosines"]:
         columns = ("directions", "modules", "cos", "mean of cos_m", "sum of cos_m")
         lines += ["", *_table(columns, (_cosine(pair) for pair in report["cosines"]))]
+    for name, contrast in report["contrasts"].items():
+        lines += ["", *_contrast(name, contrast)]
     lines += ["", *_validation(report["validation"]), "", *_reference(report), ""]
     lines += [f"! {flag['code']}: {flag['message']}" for flag in report["flags"]] or ["no flags"]
     return "\n".join(lines)
@@ -102,6 +105,26 @@ def _probes(report: Mapping[str, Any]) -> Iterator[Row]:
         steers = {None: "outdated" if p["steering_outdated"] else "not tried", True: "yes", False: "no"}[p["steers"]]
         cosine = _number(p["cosine_to_state"]["global"], "+.3f")
         yield p["name"], f"{p['weight']:+g}", p["direction"], p["state"], cover, cosine, steers
+
+
+def _risk(name: str, probes: Sequence[Mapping[str, Any]]) -> str:
+    total = " ".join(f"{p['weight']:+g} {p['name']} ('{p['direction']}' at '{p['state']}')" for p in probes)
+    return f"risk '{name}' is {total}: --risk {name}"
+
+
+def _contrast(name: str, contrast: Mapping[str, Any]) -> list[str]:
+    """How a direction by contrast scores unsafe sources that it was not fitted on: each source against each other."""
+    found, settings = contrast["held_out"], contrast["settings"]
+    others = list(dict.fromkeys(other for each in found for other in each["auc"]))
+    head = (
+        f"'{name}' is a contrast at '{settings['state']}' of {contrast['rows']:,} rows, ridge {settings['ridge']:g}. "
+    )
+    head += "Each unsafe source as scored by fits without it:"
+    rows = [
+        (other, *(f"{each['auc'][other]:.3f}" if other in each["auc"] else "-" for each in found)) for other in others
+    ]
+    rows.append(("above 99 % of all", *(f"{each['above']:.1%}" for each in found)))
+    return [head, *_table(("AUC against", *(f"{each['source']} ({each['rows']:,})" for each in found)), rows)]
 
 
 def _adapter(name: str, a: Mapping[str, Any]) -> Row:

@@ -89,14 +89,16 @@ def _ready(report: Mapping[str, object]) -> str:
 @pack.command(short_help="Show the contents of a pack, and warn of flaws.")
 @click.argument("where", metavar="PACK")
 @options.plain(OPTIONS, "--modules", is_flag=True, help="List the norm of every module.")
+@options.risk
 @options.as_json
-def inspect(where: str, modules: bool, json_output: bool) -> None:
+def inspect(where: str, modules: bool, risk: str | None, json_output: bool) -> None:
     """Show the contents of PACK and warn of flaws. PACK is a built-in name, a folder or a repository of the Hub."""
     from sqsd_filter.cli.inspection import inspection
     from sqsd_filter.directions.inspection import inspect_pack
     from sqsd_filter.scoring.pack import load_pack
 
-    report = inspect_pack(load_pack(where))
+    pack = load_pack(where)
+    report = inspect_pack(pack if risk is None else pack.with_risk(risk))
     output.show(report, as_json=json_output, quiet=False, text=lambda shown: inspection(shown, modules=modules))
 
 

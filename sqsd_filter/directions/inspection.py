@@ -32,8 +32,9 @@ def inspect_pack(pack: Pack) -> dict[str, Any]:
     """A report on a pack without its model. Numbers that are not finite are None.
 
     It has `probes`, `states` (adapter, scaling, and the probes that share the pass), `adapters` with norms per module,
-    `cosines` between each two directions, `validation` as recorded, and `flags`: likely problems, each with a code and
-    a sentence that names the fix. Raises `PackError` if adapters can't be read or don't fit together.
+    `cosines` between each two directions, `risks` (the pack's others, with their probes), `contrasts` (how directions
+    by contrast were fitted), `validation` as recorded, and `flags`: likely problems, each with a code and a sentence
+    that names the fix. Raises `PackError` if adapters can't be read or don't fit together.
     """
     adapters = {name: load_adapter(pack.adapter(name)) for name in pack.folders}
     norms = {name: {m: norm(f) for m, f in a.factors.items()} for name, a in adapters.items()}
@@ -61,9 +62,23 @@ def inspect_pack(pack: Pack) -> dict[str, Any]:
         ],
         "validation": pack.notes.get("validation"),
     }
+    report["risk"] = pack.risk
+    report["risks"] = {
+        name: [{"name": p.name, "weight": p.weight, "direction": p.direction, "state": p.state} for p in risk.probes]
+        for name, risk in pack.risks.items()
+    }
+    report["contrasts"] = {name: found for name in pack.folders if (found := _contrast(pack, name)) is not None}
     report["reference"] = _reference(pack)
     report["shared_state"] = pack.shared_state is not None
     return {**report, "flags": flags(report)}
+
+
+def _contrast(pack: Pack, name: str) -> dict[str, Any] | None:
+    """How a direction by contrast was fitted, and how it scores unsafe sources that a fit has not seen."""
+    entry = (pack.notes.get("provenance") or {}).get(name)
+    if not isinstance(entry, dict) or not isinstance(entry.get("held_out"), list):
+        return None
+    return {"settings": entry.get("settings"), "rows": entry.get("rows"), "held_out": entry["held_out"]}
 
 
 def _reference(pack: Pack) -> dict[str, Any]:
