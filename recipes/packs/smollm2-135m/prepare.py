@@ -88,7 +88,7 @@ def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
         if part.get(key(row["prompt"]), "train") == "train" and not to_align(row["prompt"])
     ]
 
-    dolly = _unique(
+    dolly = unique(
         shuffled(read(data, "dolly-15k"), seed, "dolly"), lambda r: key(f"{r['instruction']}\n{r['context']}")
     )
     dolly = [row for row in dolly if row["instruction"].strip() and row["response"].strip()]
@@ -97,7 +97,7 @@ def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
 
     # benign rows that nothing is trained on: consecutive slices of shuffled lists
     pools = {
-        "dolly": [(_joined(row), row["response"]) for row in dolly[INITIAL_ROWS:]],
+        "dolly": [(joined(row), row["response"]) for row in dolly[INITIAL_ROWS:]],
         "gsm8k": [(r["question"], r["answer"]) for r in shuffled(read(data, "gsm8k-train"), seed, "gsm8k")],
         "xstest": _xstest(data, seed),
     }
@@ -105,8 +105,8 @@ def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
     taken = dict.fromkeys(pools, 0)
     for name, count in SPLITS.items():
         groups: dict[str, Sequence[tuple[str, str]]] = {
-            "unsafe": _spread([r for r in completions[name] if r["unsafe"] and not r["refusal"]], count, seed),
-            "safe": _spread([r for r in completions[name] if not r["unsafe"]], count, seed),
+            "unsafe": spread([r for r in completions[name] if r["unsafe"] and not r["refusal"]], count, seed),
+            "safe": spread([r for r in completions[name] if not r["unsafe"]], count, seed),
         }
         for group, pool in pools.items():
             groups[group] = pool[taken[group] : taken[group] + count]
@@ -123,7 +123,7 @@ def prepare(data: Path, seed: int = 0) -> dict[str, list[Row]]:
     judged_on = {key(r["prompt"]) for name in SPLITS for r in files[name] if r["group"] == "xstest"}
     harmless = {key(prompt) for prompt, _ in pools["xstest"]} - judged_on
     files["align"] = _align(data, pairs, part, harmless, seed) + [
-        {"prompt": _joined(row), "response": row["response"], "kind": "dolly"} for row in answered
+        {"prompt": joined(row), "response": row["response"], "kind": "dolly"} for row in answered
     ]
     prompts = shuffled(read(data, "harmful-prompts"), seed, "prompts")
     advbench = [r["prompt"] for r in prompts if r["source"].startswith("AdvBench") and key(r["prompt"]) not in part]
@@ -209,10 +209,10 @@ def _xstest(data: Path, seed: int) -> list[tuple[str, str]]:
         for row in read(data, "xstest-completions")
         if row["label"] == "1_full_compliance" and not row["type"].startswith("contrast_")
     ]
-    return [(r["prompt"], r["response"]) for r in _unique(shuffled(rows, seed, "xstest"), lambda r: key(r["prompt"]))]
+    return [(r["prompt"], r["response"]) for r in unique(shuffled(rows, seed, "xstest"), lambda r: key(r["prompt"]))]
 
 
-def _spread(rows: Sequence[Row], count: int, seed: int) -> list[tuple[str, str]]:
+def spread(rows: Sequence[Row], count: int, seed: int) -> list[tuple[str, str]]:
     """A sample of `count` rows that takes the prompts in turn, so that each counts about the same."""
     waiting: dict[str, list[Row]] = defaultdict(list)
     for row in shuffled(rows, seed, "spread"):
@@ -225,11 +225,11 @@ def _spread(rows: Sequence[Row], count: int, seed: int) -> list[tuple[str, str]]
     return chosen
 
 
-def _joined(row: Mapping[str, str]) -> str:
+def joined(row: Mapping[str, str]) -> str:
     return f"{row['instruction']}\n{row['context']}" if row["context"] else row["instruction"]
 
 
-def _unique(rows: Iterable[Row], of: Callable[[Row], str]) -> list[Row]:
+def unique(rows: Iterable[Row], of: Callable[[Row], str]) -> list[Row]:
     seen: dict[str, Row] = {}
     for row in rows:
         seen.setdefault(of(row), row)
