@@ -205,11 +205,13 @@ class ReferenceRecipe(MeasuredRows):
 class ContrastRows(MeasuredRows):
     """Rows of a contrast: all `unsafe`, or none. `weight` says how much they count among the rows of their kind.
 
-    With `by`, the rows of each value of this column are a source of their own, and these sources share the weight
-    equally. All rows are taken unless `rows` is given.
+    They are one source, called `name` (default: as their data, with the number of the table). With `by`, the rows of
+    each value of this column are a source of their own, and these sources share the weight equally. All rows are taken
+    unless `rows` is given.
     """
 
     unsafe: bool
+    name: str | None = None
     by: str | None = None
     weight: float = 1.0
     rows: int | None = None

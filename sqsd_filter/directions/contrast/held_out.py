@@ -6,11 +6,13 @@ other folds without that source. So neither the source nor any prompt of what is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
 
-from sqsd_filter.directions.contrast.ridge import Vectors, balanced, scores, solve
+from sqsd_filter.directions.contrast.ridge import balanced, solve
 from sqsd_filter.statistics import auc
 
 FOLDS = 4
@@ -27,48 +29,62 @@ class HeldOutSource(TypedDict):
     above: float
 
 
-def held_out(
-    vectors: Vectors,
-    modules: list[slice],
-    kernel_nn: np.ndarray,
-    unsafe_n: np.ndarray,
-    source_n: np.ndarray,
-    weight_n: np.ndarray,
-    prompt_n: np.ndarray,
-    ridge: float,
-) -> list[HeldOutSource]:
-    """The figures of each unsafe source; `prompt_n` has a number (n,) that equal prompts share.
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a contrast: `unsafe` (n,), the name of each row's `source` (n,), that source's `weight` (n,), and a
+    number (n,) that rows with the same `prompt` share."""
 
-    With one unsafe source alone nothing is left to fit on, and its rows are scored by fits on its other folds.
+    unsafe: np.ndarray
+    source: np.ndarray
+    weight: np.ndarray
+    prompt: np.ndarray
+
+    @property
+    def fold(self) -> np.ndarray:
+        return self.prompt % FOLDS
+
+    def names(self, *, unsafe: bool) -> list[str]:
+        return [str(name) for name in np.unique(self.source[self.unsafe == unsafe])]
+
+
+Fit = tuple[str, int]  # the source and the fold that a fit has not seen
+
+
+def fits_without(rows: Rows, kernel_nn: np.ndarray, ridge: float) -> tuple[list[Fit], np.ndarray]:
+    """The fits that leave out one unsafe source and one fold, and their α (n, fits).
+
+    With one unsafe source alone nothing would be left to fit on: its rows are then scored by fits on its other folds.
     """
-    fold_n = prompt_n % FOLDS
-    names = [str(name) for name in np.unique(source_n[unsafe_n])]
-    fits, alphas = [], []
+    names = rows.names(unsafe=True)
+    fits, alphas = [], [np.zeros((len(rows.unsafe), 0))]
     for name in names:
         for fold in range(FOLDS):
-            used_n = (fold_n != fold) & ((source_n != name) | ~unsafe_n | (len(names) == 1))
-            weights_n = balanced(unsafe_n, source_n, np.where(used_n, weight_n, 0.0))
-            if (weights_n[unsafe_n] > 0).any() and (weights_n[~unsafe_n] > 0).any():
+            seen_n = (rows.source != name) | ~rows.unsafe | (len(names) == 1)
+            weights_n = np.where(seen_n & (rows.fold != fold), rows.weight, 0.0)
+            if (weights_n[rows.unsafe] > 0).any() and (weights_n[~rows.unsafe] > 0).any():
+                weights_n = balanced(rows.unsafe, rows.source, weights_n)
                 fits.append((name, fold))
-                alphas.append(solve(kernel_nn, unsafe_n, weights_n, ridge))
-    if not fits:
-        return []
-    scores_nf = scores(vectors, modules, np.stack(alphas, axis=1))
-    weights_n = balanced(unsafe_n, source_n, weight_n)
-    result: list[HeldOutSource] = []
-    for name in names:
-        score_n = np.full(len(unsafe_n), np.nan)
+                alphas.append(solve(kernel_nn, rows.unsafe, weights_n, ridge)[:, None])
+    return fits, np.concatenate(alphas, axis=1)
+
+
+def figures(rows: Rows, fits: Sequence[Fit], scores_nf: np.ndarray) -> list[HeldOutSource]:
+    """How the fits score what they have not seen; `scores_nf` has every row's score by every fit."""
+    weights_n = balanced(rows.unsafe, rows.source, rows.weight)
+    found: list[HeldOutSource] = []
+    for name in rows.names(unsafe=True):
+        score_n = np.full(len(rows.unsafe), np.nan)
         for k, (of, fold) in enumerate(fits):
             if of == name:
-                score_n[fold_n == fold] = scores_nf[fold_n == fold, k]
+                score_n[rows.fold == fold] = scores_nf[rows.fold == fold, k]
         known_n = ~np.isnan(score_n)
-        own = score_n[known_n & unsafe_n & (source_n == name)]
-        if not len(own):
+        own = score_n[known_n & rows.unsafe & (rows.source == name)]
+        rest_n = known_n & ~rows.unsafe
+        if not len(own) or not rest_n.any():
             continue
-        others = {str(n): score_n[known_n & ~unsafe_n & (source_n == n)] for n in np.unique(source_n[~unsafe_n])}
-        rest_n = known_n & ~unsafe_n
+        others = {other: score_n[rest_n & (rows.source == other)] for other in rows.names(unsafe=False)}
         threshold = weighted_quantile(score_n[rest_n], weights_n[rest_n], LEVEL)
-        result.append(
+        found.append(
             {
                 "source": name,
                 "rows": len(own),
@@ -76,7 +92,7 @@ def held_out(
                 "above": round(float((own > threshold).mean()), 4),
             }
         )
-    return result
+    return found
 
 
 def weighted_quantile(values_n: np.ndarray, weights_n: np.ndarray, level: float) -> float:

@@ -17,8 +17,8 @@ import torch
 from sqsd_filter.corpus.conversation import NONFINITE, Message, RowError, conversation_key
 from sqsd_filter.directions import processes
 from sqsd_filter.directions.adapter_folder import write_adapter
-from sqsd_filter.directions.contrast.held_out import held_out
-from sqsd_filter.directions.contrast.ridge import balanced, combine, kernel, solve
+from sqsd_filter.directions.contrast.held_out import Rows, figures, fits_without
+from sqsd_filter.directions.contrast.ridge import apply, balanced, kernel, solve
 from sqsd_filter.directions.contrast.store import UpdateStore
 from sqsd_filter.directions.contrast.updates import UpdateModel, UpdateSpace, as_adapter
 from sqsd_filter.directions.data import TrainingData, prompt_of, read_data
@@ -56,11 +56,19 @@ class ContrastData:
 
 
 def read_contrast(recipe: PackRecipe, name: str) -> ContrastData:
-    """The rows of a contrast of the recipe. Raises `InputError` if a row is both unsafe and not, or as `read_data`."""
+    """The rows of a contrast of the recipe. Raises `InputError` if a row is both unsafe and not, if two tables
+    share a source, or as `read_data`."""
     data = ContrastData()
+    tables: dict[tuple[bool, str], int] = {}
     for number, table in enumerate(recipe.contrasts[name].rows):
         read = read_data(recipe, table.source, by=table.by)
-        sources = read.sources or [f"{Path(table.data).stem} {number + 1}"] * len(read.examples)
+        named = table.name or f"{Path(table.data).stem} {number + 1}"
+        sources = read.sources or [named] * len(read.examples)
+        for source in set(sources):
+            if tables.setdefault((table.unsafe, source), number) != number:
+                raise InputError(
+                    f"[[contrasts.{name}.rows]]: two tables have the source '{source}': give one of them another name."
+                )
         shares = table.weight / len(set(sources))
         for (turns,), source in zip(read.examples, sources, strict=True):
             key = conversation_key(turns).hex()
@@ -107,12 +115,12 @@ def make_contrast(
             why = ", ".join(f"{count} {status}" for status, count in sorted(left_out.items()))
             raise InputError(f"[contrasts.{name}] has no usable rows of one kind{f' ({why})' if why else ''}.")
         progress.note(f"fitting '{name}' on {many(len(rows), 'row')}")
-        vector, figures = _fit(how, rows, store, keys, space)
+        vector, found = _fit(how, rows, store, keys, space)
         length = math.hypot(*(norm(each) for each in state.factors.values())) or 1.0
         write_adapter(pack.adapter(name), *as_adapter(space.factors(vector), length))
         record = {"data": data.record, "licence": _licences(data), "rows": len(rows), "left_out": dict(left_out)}
         settings_of = {k: v for k, v in asdict(how).items() if k != "rows"}
-        write_json(pack.adapter(name) / "training.json", {**record, "settings": settings_of, **figures})
+        write_json(pack.adapter(name) / "training.json", {**record, "settings": settings_of, **found})
     processes.wait()
 
 
@@ -177,13 +185,17 @@ def _fit(
     how: ContrastRecipe, rows: Sequence[ContrastRow], store: UpdateStore, keys: Sequence[str], space: UpdateSpace
 ) -> tuple[np.ndarray, Mapping[str, Any]]:
     """The coordinates of the direction, and what shows whether it points beyond its own rows."""
-    unsafe_n = np.array([row.unsafe for row in rows])
-    source_n = np.array([row.source for row in rows])
-    weight_n = np.array([row.weight for row in rows])
-    prompts = [int(hashlib.blake2b(prompt_of(row.turns).encode(), digest_size=4).hexdigest(), 16) for row in rows]
+    prompts = [hashlib.blake2b(prompt_of(row.turns).encode(), digest_size=4).digest() for row in rows]
+    fitted = Rows(
+        unsafe=np.array([row.unsafe for row in rows]),
+        source=np.array([row.source for row in rows]),
+        weight=np.array([row.weight for row in rows]),
+        prompt=np.array([int.from_bytes(prompt) for prompt in prompts]),
+    )
     vectors, modules = store.vectors(keys), [module.where for module in space.modules.values()]
     kernel_nn = kernel(vectors, modules)
-    weights_n = balanced(unsafe_n, source_n, weight_n)
-    vector = combine(vectors, modules, solve(kernel_nn, unsafe_n, weights_n, how.ridge))
-    beyond = held_out(vectors, modules, kernel_nn, unsafe_n, source_n, weight_n, np.array(prompts, np.int64), how.ridge)
-    return vector, {"held_out": beyond}
+    weights_n = balanced(fitted.unsafe, fitted.source, fitted.weight)
+    alpha_n = solve(kernel_nn, fitted.unsafe, weights_n, how.ridge)
+    fits, without_nf = fits_without(fitted, kernel_nn, how.ridge)
+    vector, scores_nf = apply(vectors, modules, np.column_stack([alpha_n, without_nf]))
+    return vector, {"held_out": figures(fitted, fits, scores_nf[:, 1:])}

@@ -74,21 +74,18 @@ def solve(kernel_nn: np.ndarray, unsafe_n: np.ndarray, weights_n: np.ndarray, ri
     return alpha_n
 
 
-def combine(vectors: Vectors, modules: Sequence[slice], alpha_n: np.ndarray) -> np.ndarray:
-    """v = Σ_j α_j φ_j: (width,) float32."""
-    weights_n = torch.from_numpy(alpha_n).float()
-    return torch.cat([weights_n @ part for part in _parts(vectors, modules)]).numpy()
-
-
-def scores(vectors: Vectors, modules: Sequence[slice], alpha_nf: np.ndarray) -> np.ndarray:
-    """Σ_m cos(ΔW_j, V) of every row with the direction of every fit: (n, f) float64."""
+def apply(vectors: Vectors, modules: Sequence[slice], alpha_nf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The coordinates v = Σ_j α_j φ_j of the direction of the first fit (width,) float32, and with the direction V of
+    every fit Σ_m cos(ΔW_j, V) of every row: (n, f) float64. The vectors are read once."""
     weights_nf = torch.from_numpy(alpha_nf).float()
     total_nf = torch.zeros(alpha_nf.shape, dtype=torch.float64)
+    first = []
     for part in _parts(vectors, modules):
         directions = weights_nf.T @ part
+        first.append(directions[0])
         norms_f1 = torch.linalg.vector_norm(directions, dim=1, keepdim=True)
         total_nf += (part @ torch.where(norms_f1 == 0, 0, directions / norms_f1).T).double()
-    return total_nf.numpy()
+    return torch.cat(first).numpy(), total_nf.numpy()
 
 
 def _parts(vectors: Vectors, modules: Sequence[slice]) -> Iterable[torch.Tensor]:

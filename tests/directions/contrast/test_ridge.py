@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sqsd_filter.directions.contrast.held_out import held_out, weighted_quantile
-from sqsd_filter.directions.contrast.ridge import balanced, combine, kernel, scores, solve
+from sqsd_filter.directions.contrast.held_out import Rows, figures, fits_without, weighted_quantile
+from sqsd_filter.directions.contrast.ridge import apply, balanced, kernel, solve
 from sqsd_filter.statistics import auc
 
 MODULES = [slice(0, 8), slice(8, 20), slice(20, 30)]
@@ -49,7 +49,8 @@ def test_the_solution_is_that_of_the_primal_problem() -> None:
     y = np.where(unsafe_n, 1.0, -1.0)
     penalty = 0.3 * len(MODULES) * np.diag([1.0] * 30 + [0.0])
     v = np.linalg.solve((x.T * weights_n) @ x + penalty, (x.T * weights_n) @ y)[:30]
-    assert np.allclose(combine(vectors, MODULES, alpha_n) / len(MODULES), v, atol=1e-5)
+    direction, _ = apply(vectors, MODULES, alpha_n[:, None])
+    assert np.allclose(direction / len(MODULES), v, atol=1e-5)
     assert alpha_n.sum() == pytest.approx(0, abs=1e-9)
 
 
@@ -65,13 +66,14 @@ def test_rows_without_weight_change_nothing() -> None:
 def test_a_score_is_the_sum_of_cosines_with_the_direction() -> None:
     vectors, unsafe_n = sample(25, shift=0.5)
     alpha_nf = np.random.default_rng(2).normal(size=(25, 2))
-    found = scores(vectors, MODULES, alpha_nf)
+    first, found = apply(vectors, MODULES, alpha_nf)
+    assert np.allclose(first, alpha_nf[:, 0] @ vectors.values, atol=1e-5)
     for fit in range(2):
-        direction = combine(vectors, MODULES, alpha_nf[:, fit])
+        direction = alpha_nf[:, fit] @ vectors.values
         for row in range(25):
             cosines = [vectors.values[row, w] @ direction[w] / np.linalg.norm(direction[w]) for w in MODULES]
             assert found[row, fit] == pytest.approx(sum(cosines), abs=1e-5)
-    assert np.array_equal(scores(vectors, MODULES, np.zeros((25, 1))), np.zeros((25, 1)))
+    assert not apply(vectors, MODULES, np.zeros((25, 1)))[1].any()
     assert unsafe_n.any()
 
 
@@ -91,17 +93,16 @@ def test_a_difference_between_the_kinds_is_found_and_noise_is_not() -> None:
     for shift, low, high in ((1.5, 0.95, 1.0), (0.0, 0.3, 0.7)):
         train, unsafe_n = sample(300, seed=1, shift=shift)
         test, test_unsafe_n = sample(300, seed=2, shift=shift)
-        direction = combine(train, MODULES, solve(kernel(train, MODULES), unsafe_n, np.ones(300), 1.0))
+        alpha_n = solve(kernel(train, MODULES), unsafe_n, np.ones(300), 1.0)
+        direction, _ = apply(train, MODULES, alpha_n[:, None])
         score_n = test.values @ direction
         assert low <= auc(score_n[test_unsafe_n], score_n[~test_unsafe_n]) <= high
 
 
-def held_out_of(vectors: Array, unsafe_n: np.ndarray, source_n: np.ndarray) -> dict[str, float]:
-    prompts = np.random.default_rng(5).permutation(len(unsafe_n))
-    figures = held_out(
-        vectors, MODULES, kernel(vectors, MODULES), unsafe_n, source_n, np.ones(len(unsafe_n)), prompts, 1.0
-    )
-    return {each["source"]: each["auc"]["benign"] for each in figures}
+def held_out_of(vectors: Array, rows: Rows, ridge: float = 1.0) -> dict[str, float]:
+    fits, alpha_nf = fits_without(rows, kernel(vectors, MODULES), ridge)
+    _, scores_nf = apply(vectors, MODULES, alpha_nf)
+    return {each["source"]: each["auc"]["benign"] for each in figures(rows, fits, scores_nf)}
 
 
 def test_a_source_is_scored_by_fits_that_never_saw_it() -> None:
@@ -113,8 +114,10 @@ def test_a_source_is_scored_by_fits_that_never_saw_it() -> None:
     alike, apart = values.copy(), values.copy()
     alike[source_n == "two", ::3] += 2
     apart[source_n == "two", 1::3] += 2  # what the other source has nothing of
-    assert all(value > 0.9 for value in held_out_of(Array(alike), unsafe_n, source_n).values())
-    found = held_out_of(Array(apart), unsafe_n, source_n)
+    rows = Rows(unsafe_n, source_n, np.ones(400), rng.permutation(400))
+    assert all(value > 0.9 for value in held_out_of(Array(alike), rows).values())
+    found = held_out_of(Array(apart), rows)
+    assert set(found) == {"one", "two"}
     assert all(0.2 < value < 0.75 for value in found.values())
 
 
@@ -127,8 +130,7 @@ def test_no_row_is_scored_by_a_fit_that_saw_its_prompt() -> None:
     vectors, source_n = Array(values), np.where(unsafe_n, "one", "benign")
 
     def measured(prompt_n: np.ndarray) -> float:
-        k = kernel(vectors, MODULES)
-        return held_out(vectors, MODULES, k, unsafe_n, source_n, np.ones(60), prompt_n, 0.01)[0]["auc"]["benign"]
+        return held_out_of(vectors, Rows(unsafe_n, source_n, np.ones(60), prompt_n), 0.01)["one"]
 
     assert measured(np.arange(60)) > 0.9  # equal prompts on both sides: they are recognised
     assert measured(prompts) < 0.8
