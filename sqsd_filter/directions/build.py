@@ -93,8 +93,12 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
     if processes.is_first():
         page = _pack(recipe, records, fingerprint, chosen)
         if references:
-            scorer = SQSDScorer(_unbuilt(recipe, target))
-            page[REFERENCE] = score_reference(scorer, references, progress)
+            built = _unbuilt(recipe, target)
+            page[REFERENCE] = score_reference(SQSDScorer(built), references, progress)
+            for name in recipe.risks:
+                progress.note(f"the same for the risk '{name}'")
+                record = score_reference(SQSDScorer(built.with_risk(name)), references, progress)
+                page["risks"][name][REFERENCE] = record
         write_json(target / PACK_FILE, page)
     processes.wait()
     built = load_pack(target)

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from sqsd_filter.directions.build import build_pack
+from sqsd_filter.directions.calibration import FEWEST_ROWS
+from sqsd_filter.directions.contrast.make import read_contrast
 from sqsd_filter.directions.data import read_data
 from sqsd_filter.directions.recipe import SENSITIVE, AdapterRecipe, LoraShape, PackRecipe
+from sqsd_filter.scoring.reference_rows import Reference
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.commands import parse
 from tests.corpora import write_jsonl
@@ -46,6 +49,16 @@ def miniature(path: Path, folder: Path, base: Path) -> PackRecipe:
             {**{column: f"{column} {k}" for column in asked}, marked: value if k % 2 else "other"} for k in range(10)
         ]
         write_jsonl(folder / recipe.states.data, rows)
+    measured: dict[str, list[dict[str, object]]] = {}
+    tables = [table for contrast in recipe.contrasts.values() for table in contrast.rows]
+    for number, table in enumerate([*tables, *recipe.reference.values()]):
+        rows = [
+            {**{column: f"{column} {number} {k}" for column in table.source.columns}, **table.where}
+            for k in range(FEWEST_ROWS)
+        ]
+        measured.setdefault(table.data, []).extend(rows)
+    for data, rows in measured.items():
+        write_jsonl(folder / data, rows)
     adapters = {name: small(adapter) for name, adapter in recipe.adapters.items()}
     return replace(recipe, base_model=str(base), folder=folder, adapters=adapters, lora=LoraShape(r=2, alpha=4))
 
@@ -117,6 +130,10 @@ def test_a_recipe_finds_its_data(path: Path, served: Hub, tmp_path: Path, tiny_p
         assert len(data.examples) == 6
         assert data.licence
         assert not data.left_out
+    for name, contrast in recipe.contrasts.items():
+        read = read_contrast(recipe, name)
+        assert len(read.rows) == FEWEST_ROWS * len(contrast.rows)
+        assert all(record["licence"] for record in read.record)
 
 
 @pytest.mark.slow
@@ -126,4 +143,7 @@ def test_a_recipe_builds_a_pack(path: Path, served: Hub, tmp_path: Path, tiny_pa
     pack = build_pack(recipe, tmp_path / "pack")
     kind = "" if path.stem == "recipe" else f"-{path.stem}"
     assert pack.name == f"{path.parent.name}{kind}"
-    assert set(SQSDScorer(pack.path).score(CONVERSATIONS[:2]).status) == {"scored"}
+    for each in (pack, *map(pack.with_risk, pack.risks)):
+        assert set(SQSDScorer(each).score(CONVERSATIONS[:2]).status) == {"scored"}
+        known = Reference.of(each)
+        assert set(recipe.reference) == ({c["name"] for c in known.record["corpora"]} if known else set())

@@ -76,9 +76,22 @@ LABELS = (  # tasks whose answer is one word; the labels are drawn at random, si
     ("sentiment", "Is the sentiment of the following text {}?\n\n{}", "positive negative neutral"),
     ("yesno", "Does this text talk about a person? Answer {}.\n\n{}", "yes no"),
 )
-MODELS = 85, 36  # unsafe and safe answers of each model
 OWN = {"short": 150, "long": 120}  # unsafe answers of the model itself
-REFERENCE = 200  # rows of each reference corpus
+COUNTS = {  # rows of each kind; those of the models and labels are for each of them
+    **{"unsafe of models": 85, "safe of models": 36, "complying": 136, "refusing": 100, "looks unsafe": 160},
+    **{
+        "chats": 130,
+        "agreeing": 90,
+        "dolly": 380,
+        "short": 90,
+        "orders": 60,
+        "labels": 50,
+        "gsm8k": 100,
+        "numbers": 50,
+    },
+    **{"judge": 150, "safety answers": 120, "films": 60, "products": 40, "news": 60},
+    **{"held back": 260, "gsm8k held back": 100, "held back at the end": 60, "reference labels": 100, "reference": 200},
+}
 
 
 def main() -> None:
@@ -99,29 +112,36 @@ def contrast(data: Path, out: Path) -> dict[str, list[Row]]:
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     dolly = Dolly(data, {study.asked(row) for row in studied["dolly"]})
     gsm8k = shuffled(read(data, "gsm8k-train"), 0, "study")[::-1]
+    held = COUNTS["gsm8k held back"]
+    any_end = held + COUNTS["gsm8k"]
+    number_end = any_end + COUNTS["numbers"]
     rows = [*_answers_to_harmful_prompts(data, answers, {study.asked(row) for row in studied["harmful"][:100]})]
-    held_back = dolly.take(260)
+    held_back = dolly.take(COUNTS["held back"])
     rows += [as_row("benign", "dolly", "reference", prepare.joined(row), row["response"]) for row in held_back]
-    rows += [as_row("benign", "dolly", "any", prepare.joined(row), row["response"]) for row in dolly.take(380)]
-    short = dolly.take(90, lambda row: len(row["response"]) < 40)
+    rows += [
+        as_row("benign", "dolly", "any", prepare.joined(row), row["response"]) for row in dolly.take(COUNTS["dolly"])
+    ]
+    short = dolly.take(COUNTS["short"], lambda row: len(row["response"]) < 40)
     rows += [as_row("benign", "dolly", "short", prepare.joined(row), row["response"]) for row in short]
     rows += [
         as_row(
             "benign", "bare", "agreement", row["instruction"], BARE[n % len(BARE)].format(_lower(row["instruction"]))
         )
-        for n, row in enumerate(dolly.take(60, lambda row: _is_order(row["instruction"]) and not row["context"]))
+        for n, row in enumerate(
+            dolly.take(COUNTS["orders"], lambda row: _is_order(row["instruction"]) and not row["context"])
+        )
     ]
-    rows += _labelled(dolly, 50, rng)
-    rows += [as_row("benign", "gsm8k", "reference", row["question"], row["answer"]) for row in gsm8k[:100]]
-    rows += [as_row("benign", "gsm8k", "any", row["question"], row["answer"]) for row in gsm8k[100:200]]
+    rows += _labelled(dolly, COUNTS["labels"], rng)
+    rows += [as_row("benign", "gsm8k", "reference", row["question"], row["answer"]) for row in gsm8k[:held]]
+    rows += [as_row("benign", "gsm8k", "any", row["question"], row["answer"]) for row in gsm8k[held:any_end]]
     rows += [
         as_row("benign", "gsm8k", "number", row["question"], row["answer"].split("####")[-1].strip())
-        for row in gsm8k[200:250]
+        for row in gsm8k[any_end:number_end]
     ]
     rows += _reviews_and_news(data, rng)
     rows += [
         as_row("benign", "dolly", "judge", prepare.joined(row), row["response"], use="judge")
-        for row in studied["dolly"][:150]
+        for row in studied["dolly"][: COUNTS["judge"]]
     ]
     rows = [row for row in rows if row["prompt"].strip() and row["response"].strip()]
     for row in rows:
@@ -131,11 +151,13 @@ def contrast(data: Path, out: Path) -> dict[str, list[Row]]:
     own = [_dress(as_row("unsafe", "smollm2", r["form"], r["prompt"], r["response"]), rng) for r in complying]
     rows += [row for form, count in OWN.items() for row in [each for each in own if each["form"] == form][:count]]
     judged_on = {prepare.key(row["prompt"]) for name in ("val", "test") for row in prepared[name]}
-    labels = _labelled(dolly, 100, random.Random("reference"))
+    labels = _labelled(dolly, COUNTS["reference labels"], random.Random("reference"))
     trained = judged_on | {study.asked(row) for name in ("initial", "align") for row in prepared[name]}
     references = {
-        "dolly": [(prepare.joined(row), row["response"]) for row in [*held_back, *dolly.take(60)]],
-        "gsm8k": [(row["question"], row["answer"]) for row in [*gsm8k[:100], *gsm8k[250:]]],
+        "dolly": [
+            (prepare.joined(row), row["response"]) for row in [*held_back, *dolly.take(COUNTS["held back at the end"])]
+        ],
+        "gsm8k": [(row["question"], row["answer"]) for row in [*gsm8k[:held], *gsm8k[number_end:]]],
         "labels": [(row["prompt"], row["response"]) for row in labels],
     }
     fitted = [row for row in rows if row["form"] != "reference" and row.pop("key") not in judged_on]
@@ -144,7 +166,7 @@ def contrast(data: Path, out: Path) -> dict[str, list[Row]]:
         **{
             f"reference-{name}": [
                 {"prompt": prompt, "response": answer} for prompt, answer in pairs if prepare.key(prompt) not in trained
-            ][:REFERENCE]
+            ][: COUNTS["reference"]]
             for name, pairs in references.items()
         },
     }
@@ -170,24 +192,24 @@ def _answers_to_harmful_prompts(data: Path, answers: Sequence[Row], apart: set[s
     judged = read(data, "judged-completions")
     for model in sorted({row["model"] for row in judged}):
         own = [row for row in judged if row["model"] == model]
-        unsafe = prepare.spread([r for r in own if r["unsafe"] and not r["refusal"]], MODELS[0], model)
-        safe = prepare.spread([r for r in own if not r["unsafe"]], MODELS[1], model)
+        unsafe = prepare.spread([r for r in own if r["unsafe"] and not r["refusal"]], COUNTS["unsafe of models"], model)
+        safe = prepare.spread([r for r in own if not r["unsafe"]], COUNTS["safe of models"], model)
         yield from (as_row("unsafe", "judged", model, *pair) for pair in unsafe)
         yield from (as_row("safe", "judged", model, *pair) for pair in safe)
     completions = read(data, "xstest-completions")
     contrasts = [row for row in completions if row["type"].startswith("contrast_")]
     harmless = [row for row in completions if not row["type"].startswith("contrast_")]
     for kind, form, rows, label, count in (
-        ("unsafe", "compliance", contrasts, "1_full_compliance", 136),
-        ("safe", "refusal", contrasts, "2_full_refusal", 100),
-        ("benign", "looks unsafe", harmless, "1_full_compliance", 160),
+        ("unsafe", "compliance", contrasts, "1_full_compliance", COUNTS["complying"]),
+        ("safe", "refusal", contrasts, "2_full_refusal", COUNTS["refusing"]),
+        ("benign", "looks unsafe", harmless, "1_full_compliance", COUNTS["looks unsafe"]),
     ):
         chosen = prepare.spread([row for row in rows if row["label"] == label], count, 0)
         yield from (as_row(kind, "xstest", form, *pair) for pair in chosen)
     yield from _chats(data, judged, contrasts)
     for row in read(data, "pure-bad-100"):
         yield as_row("unsafe", "pure-bad", "long", row["prompt"], row["response"], use="judge")
-    for row in shuffled(read(data, "safety-answers"), 0, "sa")[:120]:
+    for row in shuffled(read(data, "safety-answers"), 0, "sa")[: COUNTS["safety answers"]]:
         yield as_row("safe", "safety-answers", "answer", row["prompt"], row["response"], use="judge")
     for row in answers:
         if row["kind"] != "unsafe":
@@ -198,13 +220,13 @@ def _answers_to_harmful_prompts(data: Path, answers: Sequence[Row], apart: set[s
         for row in shuffled(read(data, "harmful-prompts"), 0, "prompts")
         if row["source"].startswith("AdvBench") and prepare.key(row["prompt"]) not in {*part, *apart}
     ]
-    orders = [prompt for prompt in advbench if _is_order(prompt)][-90:]
+    orders = [prompt for prompt in advbench if _is_order(prompt)][-COUNTS["agreeing"] :]
     for n, prompt in enumerate(orders):
         yield as_row("unsafe", "bare", "agreement", prompt, BARE[n % len(BARE)].format(_lower(prompt)))
 
 
 def _chats(data: Path, judged: Sequence[Row], contrasts: Sequence[Row]) -> Iterator[Row]:
-    """Both answers of the 130 chats whose rejected one is the most likely to be unsafe compared with the chosen one."""
+    """Both answers of the chats whose rejected one is the most likely to be unsafe compared with the chosen one."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_union
@@ -227,7 +249,7 @@ def _chats(data: Path, judged: Sequence[Row], contrasts: Sequence[Row]) -> Itera
     found = 0
     for row in (pairs[k] for k in order):
         question = _last_question(row["context"])
-        if found < 130 and len(question) > 12 and len(row["rejected"]) > 15:
+        if found < COUNTS["chats"] and len(question) > 12 and len(row["rejected"]) > 15:
             found += 1
             yield as_row("unsafe", "hh", "chat", question, row["rejected"])
             yield as_row("safe", "hh", "chat", question, row["chosen"])
@@ -253,10 +275,13 @@ def _labelled(dolly: Dolly, count: int, rng: random.Random) -> list[Row]:
 
 def _reviews_and_news(data: Path, rng: random.Random) -> Iterator[Row]:
     """One-word tasks of a source and of words that nothing is fitted on."""
-    for sentiment, text in [*_vader(data, "movieReviewSnippets", 60), *_vader(data, "amazonReviewSnippets", 40)]:
+    for sentiment, text in [
+        *_vader(data, "movieReviewSnippets", COUNTS["films"]),
+        *_vader(data, "amazonReviewSnippets", COUNTS["products"]),
+    ]:
         asked = f"What is the sentiment of this review? {text}"
         yield as_row("benign", "vader", "reviews", asked, "positive" if sentiment > 0 else "negative", use="judge")
-    for _, text in _vader(data, "nytEditorialSnippets", 60):
+    for _, text in _vader(data, "nytEditorialSnippets", COUNTS["news"]):
         section = rng.choice(["World", "Sports", "Business", "Sci/Tech"])
         yield as_row("benign", "vader", "news", f"{text}\nWhich section is this from?", section, use="judge")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sqsd_filter.cli.main import cli
 from sqsd_filter.corpus.conversation import conversation_key
 from sqsd_filter.directions.build import _text, _trained, build_pack
 from sqsd_filter.directions.contrast import make
@@ -20,6 +21,7 @@ from sqsd_filter.errors import InputError, SQSDError, UsageError
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.pack import PACK_FILE, Pack, load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer
+from sqsd_filter.scoring.reference_rows import Reference
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import make_rows, write_jsonl
 from tests.directions.recipes import RECIPE, files, write_recipe
@@ -154,6 +156,41 @@ def test_a_killed_build_keeps_the_updates_that_it_measured(
     build_pack(replace(recipe, contrasts={"contrast": replace(recipe.contrasts["contrast"], ridge=5.0)}), out)
     assert not measured  # another fit on the same updates
     assert load_pack(out).fingerprint != made.fingerprint
+
+
+def test_inspect_shows_how_far_the_contrast_points(made: Pack, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["pack", "inspect", str(made.path)], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert "'contrast' is a contrast at 'initial' of 46 rows, ridge 0.5." in shown
+    assert "one (10)" in shown
+    auc = made.notes["provenance"]["contrast"]["held_out"][0]["auc"]["plain 2"]
+    [line] = [line for line in shown.splitlines() if line.startswith("plain 2 ")]
+    assert f"{auc:.3f}" in line
+    assert "above 99 % of all" in shown
+    cli.main(["pack", "inspect", str(made.path), "--risk", "paper"], standalone_mode=False)
+    assert "is a contrast at" not in capsys.readouterr().out  # the other risk does not use it
+
+
+def test_two_tables_with_one_source_are_refused(recipe: Path) -> None:
+    named = with_contrast(recipe, CONTRAST.replace('data = "short.jsonl"', 'data = "short.jsonl"\nname = "plain 2"'))
+    with pytest.raises(InputError, match="two tables have the source 'plain 2': give one of them another name"):
+        read_contrast(PackRecipe.load(named), "contrast")
+
+
+def test_a_build_scores_the_reference_by_each_risk(made: Pack, built: Path, tmp_path: Path) -> None:
+    named = made.path.parent / "contrast.toml"
+    text = named.read_text() + '[reference.held-out]\nkind = "benign"\ndata = "held-out.jsonl"\n'
+    write_jsonl(named.with_name("held-out.jsonl"), make_rows(130)[100:])
+    named.with_name("measured.toml").write_text(text)
+    recipe = PackRecipe.load(named.with_name("measured.toml"))
+    pack = build_pack(recipe, begun(recipe, built, tmp_path / "pack"))
+    for each in (pack, pack.with_risk("paper")):
+        reference = Reference.of(each)
+        assert reference is not None
+        assert reference.outdated(each) is None
+    write_jsonl(named.with_name("held-out.jsonl"), make_rows(70)[40:])
+    with pytest.raises(InputError, match=r"rows with a prompt of \[\[contrasts.contrast.rows\]\]"):
+        build_pack(recipe, begun(recipe, built, tmp_path / "other"))
 
 
 def test_the_direction_has_the_length_of_its_state(made: Pack) -> None:
