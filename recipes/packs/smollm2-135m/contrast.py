@@ -243,7 +243,8 @@ def _chats(data: Path, judged: Sequence[Row], contrasts: Sequence[Row]) -> Itera
     pairs = read(data, "hh-harmless-pairs")
 
     def unsafe(column: str) -> np.ndarray:
-        return judge.predict_proba(words.transform([row[column] for row in pairs]))[:, 1]
+        found: np.ndarray = judge.predict_proba(words.transform([row[column] for row in pairs]))[:, 1]
+        return found
 
     order = (unsafe("chosen") - unsafe("rejected")).argsort()
     found = 0
