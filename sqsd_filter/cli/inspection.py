@@ -148,7 +148,10 @@ def _origin(name: str, a: Mapping[str, Any]) -> Row:
 
 
 def _data(data: object) -> list[str]:
-    """The training data of an adapter. A pack has it as a text, a dataset of the Hub, or files."""
+    """The data of an adapter: a text, a dataset of the Hub, files, or the list that a contrast has."""
+    if isinstance(data, list):
+        names = dict.fromkeys(name for each in data for name in _data(each.get("data")))
+        return [*names, f"{sum(len(each.get('sources', ())) for each in data)} sources"]
     if not isinstance(data, dict):
         return [str(data)] if data else []
     match data:

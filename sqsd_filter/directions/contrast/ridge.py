@@ -58,7 +58,8 @@ def balanced(unsafe_n: np.ndarray, source_n: np.ndarray, weight_n: np.ndarray) -
         total = sum(weight_n[own[0]] for own in members)
         for own in members:
             weights_n[own] = weight_n[own] / total / len(own)
-    return weights_n * (weights_n > 0).sum() / weights_n.sum()
+    mean_1_n: np.ndarray = weights_n * (weights_n > 0).sum() / weights_n.sum()
+    return mean_1_n
 
 
 def solve(kernel_nn: np.ndarray, unsafe_n: np.ndarray, weights_n: np.ndarray, ridge: float) -> np.ndarray:

@@ -163,6 +163,7 @@ def test_inspect_shows_how_far_the_contrast_points(made: Pack, capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert "'contrast' is a contrast at 'initial' of 46 rows, ridge 0.5." in shown
     assert "one (10)" in shown
+    assert "unsafe.jsonl, plain.jsonl, short.jsonl, 4 sources, 46 rows" in shown
     auc = made.notes["provenance"]["contrast"]["held_out"][0]["auc"]["plain 2"]
     [line] = [line for line in shown.splitlines() if line.startswith("plain 2 ")]
     assert f"{auc:.3f}" in line
