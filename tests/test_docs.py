@@ -36,6 +36,7 @@ from sqsd_filter.errors import SQSDError
 from sqsd_filter.scoring.scorer import TRANSIENT
 from tests.commands import parse
 from tests.corpora import make_rows, write_jsonl
+from tests.recipes.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

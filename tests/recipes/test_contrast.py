@@ -204,3 +204,34 @@ def test_risks_are_compared_on_the_same_rows(
     module.main()  # nothing is scored again
     assert rows <= (tmp_path / "work" / "rows.jsonl").stat().st_mtime_ns
     assert json.loads(out.read_text()) == result
+
+
+def test_a_trial_scores_sources_that_it_has_not_seen(
+    data: Path, tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = made(data, monkeypatch)
+    out = tmp_path / "trials.json"
+    module = script("trials", monkeypatch, data.with_name("data"), tmp_path / "w", "--pack", tiny_pack, "--out", out)
+    few = {"as built": module.Trial(ridge=1.0), "fewer": module.Trial(others={"dolly": 1.0, "gsm8k": 1.0})}
+    monkeypatch.setattr(module, "TRIALS", few)
+    module.main()
+    result = json.loads(out.read_text())
+    assert list(result) == list(few)
+    groups = {module.group(row) for row in files["contrast"]}
+    assert {*module.OTHERS, *module.EASY} <= groups
+    for found in result.values():
+        assert {each["source"] for each in found} >= {"judged", "xstest", "smollm2", "pure-bad"}
+        for each in found:
+            assert set(each["auc"]) <= groups
+            assert 0 <= each["above"] <= 1
+    counts = {each["source"]: each["rows"] for each in result["as built"]}
+    assert counts["pure-bad"] == sum(row["source"] == "pure-bad" for row in files["contrast"])
+    assert (
+        module.plan(few["fewer"], files["contrast"]).weight[[r["use"] == "judge" for r in files["contrast"]]].sum() == 0
+    )
+
+
+def test_a_template_does_not_make_another_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials, contrast = script("trials", monkeypatch), script("contrast", monkeypatch)
+    for template in (contrast.ALPACA, contrast.QUESTION, "{}"):
+        assert trials.bare(template.format("What is\n\nred?")) == "What is\n\nred?"

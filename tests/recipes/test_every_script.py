@@ -21,6 +21,7 @@ TESTED_IN = {
     "packs/smollm2-135m/prepare.py": "test_packs.py",
     "packs/smollm2-135m/refusals.py": "test_packs.py",
     "packs/smollm2-135m/sweep.py": "test_packs.py",
+    "packs/smollm2-135m/trials.py": "test_contrast.py",
     "paper/small/study.py": "test_paper.py",
     "paper/small/tables.py": "test_paper.py",
     "slurm/filter.sbatch": "test_slurm.py",

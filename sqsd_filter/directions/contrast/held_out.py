@@ -68,9 +68,12 @@ def fits_without(rows: Rows, kernel_nn: np.ndarray, ridge: float) -> tuple[list[
     return fits, np.concatenate(alphas, axis=1)
 
 
-def figures(rows: Rows, fits: Sequence[Fit], scores_nf: np.ndarray) -> list[HeldOutSource]:
-    """How the fits score what they have not seen; `scores_nf` has every row's score by every fit."""
-    weights_n = balanced(rows.unsafe, rows.source, rows.weight)
+def figures(
+    rows: Rows, fits: Sequence[Fit], scores_nf: np.ndarray, limit_n: np.ndarray | None = None
+) -> list[HeldOutSource]:
+    """How the fits score what they have not seen; `scores_nf` has every row's score by every fit. `limit_n` has other
+    weights (n,) of the rows whose 99 % is the limit."""
+    weights_n = balanced(rows.unsafe, rows.source, rows.weight) if limit_n is None else limit_n
     found: list[HeldOutSource] = []
     for name in rows.names(unsafe=True):
         score_n = np.full(len(rows.unsafe), np.nan)

@@ -101,11 +101,8 @@ def make_contrast(
     scorer = SQSDScorer(pack, max_length=how.max_length)
     state = load_adapter(pack.adapter(how.state))
     space = UpdateSpace(state)
-    settings = {"state": _digest(pack, how.state), "max_length": how.max_length, "base": recipe.base_model}
-    settings |= {"revision": recipe.base_revision, "template": dict(recipe.chat_template_kwargs)}
-    settings |= {"base_adapter": _digest(pack, recipe.base_adapter) if recipe.base_adapter else None}
-    store = UpdateStore(work, settings, space.width, processes.rank())
-    left_out = data.left_out + _measure(scorer, data, store, progress)
+    store = open_store(work, scorer, space)
+    left_out = data.left_out + measure(scorer, {key: row.turns for key, row in data.rows.items()}, store, progress)
     processes.wait()  # until all rows are in the store
     if processes.is_first():
         places = store.places()
@@ -136,13 +133,30 @@ def _digest(pack: Pack, adapter: str) -> str:
     return digest.hexdigest()
 
 
-def _measure(scorer: SQSDScorer, data: ContrastData, store: UpdateStore, progress: Progress) -> Counter[str]:
-    """Fill the store with this process's share of the rows that it lacks. Returns the reasons of rows left out."""
+def open_store(folder: Path, scorer: SQSDScorer, space: UpdateSpace) -> UpdateStore:
+    """The store in a folder for updates at the state of the scorer's first probe."""
+    pack = scorer.pack
+    settings = {
+        "state": _digest(pack, pack.probes[0].state),
+        "max_length": scorer.max_length,
+        "base": pack.base_model,
+        "revision": pack.base_revision,
+        "template": dict(pack.chat_template_kwargs),
+        "base_adapter": _digest(pack, pack.base_adapter) if pack.base_adapter else None,
+    }
+    return UpdateStore(folder, settings, space.width, processes.rank())
+
+
+def measure(
+    scorer: SQSDScorer, conversations: Mapping[str, list[Message]], store: UpdateStore, progress: Progress
+) -> Counter[str]:
+    """Fill the store with this process's share of the conversations, by key, that it lacks. Returns the reasons of
+    those that have no update."""
     known = store.places()
     processes.wait()  # until all processes have read what is there
-    encoded = scorer.encoder.encode([row.turns for row in data.rows.values()])
+    encoded = scorer.encoder.encode(list(conversations.values()))
     reasons = Counter(row.status for row in encoded if isinstance(row, RowError)) if processes.is_first() else Counter()
-    rows = {key: row for key, row in zip(data.rows, encoded, strict=True) if isinstance(row, Encoded)}
+    rows = {key: row for key, row in zip(conversations, encoded, strict=True) if isinstance(row, Encoded)}
     keys = list(rows)[processes.rank() :: processes.count()]
     # the same micro-batches whatever was measured before, so that a build that was killed ends in the same bytes
     parts = [keys[start : start + AT_ONCE] for start in range(0, len(keys), AT_ONCE)]
