@@ -1,4 +1,4 @@
-"""How do risks do on sources and forms of rows that nothing was fitted or chosen on?
+"""How do risks do on sources and forms of rows that nothing was fitted on?
 
     python beyond.py DATA_FOLDER WORK [--pack PACK] [--risks own,contrast] [--out beyond.json]
 

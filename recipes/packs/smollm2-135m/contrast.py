@@ -6,7 +6,7 @@
 
 OUT_FOLDER/contrast.jsonl has `prompt`, `response`, `kind`, `source`, `form` and `use`. The kinds are "unsafe" answers
 to harmful prompts, "safe" answers to such prompts, and "benign" rows. Rows of the use "judge" are of sources that
-nothing is fitted or chosen on. About 30 % of the prompts are written into the template of Alpaca, 12 % into one of
+nothing is fitted on. About 30 % of the prompts are written into the template of Alpaca, 12 % into one of
 questions and answers. The files reference-dolly.jsonl, reference-gsm8k.jsonl and reference-labels.jsonl have rows of no
 other file.
 
