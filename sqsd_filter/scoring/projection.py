@@ -144,8 +144,8 @@ def each_gradient(
     """Every row's own G_A (b, r, i) and G_B (b, r, o), the latter without its factor s."""
     dtype = group.gram_A_rr.dtype
     G_A_bri = torch.bmm(e_btr.transpose(1, 2), x_bti).to(dtype)
-    G_B_bro = torch.bmm(h_btr.transpose(1, 2), d_bto).to(dtype)
-    return G_A_bri, G_B_bro.mul_(group.block_ro)
+    G_B_bro = torch.bmm(h_btr.transpose(1, 2), d_bto).to(dtype)  # hᵀd, without its factor s
+    return G_A_bri, G_B_bro.mul_(group.block_ro) if group.masked else G_B_bro
 
 
 def contract(
@@ -156,13 +156,9 @@ def contract(
     Sum over a module's ranks (`per_module`) for the module's value. The large products are computed in the inputs'
     dtype, the small ones in the projection's.
     """
-    dtype = group.gram_A_rr.dtype
-    e_brt, h_brt = e_btr.transpose(1, 2), h_btr.transpose(1, 2)
-    G_A_bri = torch.bmm(e_brt, x_bti).to(dtype)
-    G_B_bro = torch.bmm(h_brt, d_bto).to(dtype)  # hᵀd, without its factor s
-    cross_brr = torch.bmm(h_brt, e_btr).to(dtype)
+    G_A_bri, G_B_bro = each_gradient(group, x_bti, h_btr, d_bto, e_btr)
+    cross_brr = torch.bmm(h_btr.transpose(1, 2), e_btr).to(group.gram_A_rr.dtype)
     if group.masked:
-        G_B_bro.mul_(group.block_ro)
         cross_brr.mul_(group.block_rr)
     # One small product per rank: (r, b, i) by (r, i, p).
     dots_rbp = torch.bmm(G_A_bri.transpose(0, 1), group.query_A_rip)
