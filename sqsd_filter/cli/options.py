@@ -174,7 +174,7 @@ risk = option(
     "--risk",
     show_default="the pack's own",
     metavar="NAME",
-    help="Compute another risk of the pack; `pack inspect` lists them. The built-in pack has paper, SQSD as published.",
+    help="Compute another risk of the pack, as `pack inspect` lists them. The built-in pack has one called contrast.",
 )
 shared_state = option(
     MODEL,

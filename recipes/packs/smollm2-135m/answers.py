@@ -5,7 +5,7 @@
 Writes OUT_FOLDER/answers.jsonl with `kind`, `form`, `prompt` and `response`. Without its base adapter the model hardly
 refuses: it answers prompts of AdvBench and StrongREJECT (unsafe) and of Dolly (benign), half of them in a sentence or
 two. With the base adapter it refuses (safe). Answers of the wrong kind are left out by their phrases. Answers are
-greedy; the prompts that models are judged on (recipes/paper/small/study.py) have none. About 12 minutes on two cores.
+greedy; the prompts that models are judged on (recipes/paper/small/study.py) have none.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python trials.py DATA_FOLDER WORK [--pack PACK] [--out trials.json]
 
 DATA_FOLDER has the contrast.jsonl of contrast.py. The updates of all its rows are measured once and kept in WORK (about
-an hour on two cores, 5 MB a row); a trial is then a matter of seconds. Every unsafe source, also those for judging
+an hour on two cores, 5 MB a row); all trials together then read them twice. Every unsafe source, also those for judging
 only, is scored by fits that have seen neither the source nor any prompt of what is compared, four fits for each. For
 each trial and source the result has the AUC against each group of other rows, and the share above 99 % of the rows of
 Dolly, GSM8K and one-word tasks, of which each row weighs the same.
