@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -52,6 +53,10 @@ class SourceFile:
         """In bytes. Raises `OSError`."""
         raise NotImplementedError
 
+    def stamp(self) -> str:
+        """What changes when the file is written again, found without reading it. Raises `OSError`."""
+        raise NotImplementedError
+
 
 class LocalFile(SourceFile):
     def __init__(self, path: str | Path, name: str | None = None) -> None:
@@ -63,10 +68,24 @@ class LocalFile(SourceFile):
         return self.path.suffixes
 
     def open(self) -> IO[bytes]:
+        self._stat()
         return self.path.open("rb")
 
     def size(self) -> int:
-        return self.path.stat().st_size
+        return self._stat().st_size
+
+    def stamp(self) -> str:
+        found = self._stat()
+        return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ino}"
+
+    def _stat(self) -> os.stat_result:
+        """Raises `OSError` also for a pipe, a socket or a device: it could block for ever, and can't be read twice."""
+        found = self.path.stat()
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # a folder can't be opened anyway
+            raise OSError(
+                errno.ESPIPE, f"it is a {_kind(found.st_mode)}, not a file; write its content to one, or use -"
+            )
+        return found
 
 
 class RemoteFile(SourceFile):
@@ -87,12 +106,21 @@ class RemoteFile(SourceFile):
         return io.BufferedReader(_ResumingFile(*self._locate()), BUFFER)
 
     def size(self) -> int:
+        return int(self._info().size)
+
+    def stamp(self) -> str:
+        filesystem, path = self._locate()
+        info = self._info()
+        with as_os_errors():
+            return f"{info.size}-{info.mtime_ns}-{with_retries(lambda: _version(filesystem, path))}"
+
+    def _info(self) -> fs.FileInfo:
         filesystem, path = self._locate()
         with as_os_errors():
             info = with_retries(lambda: filesystem.get_file_info(path))
         if not info.is_file:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name)
-        return int(info.size)
+        return info
 
     def _locate(self) -> tuple[fs.FileSystem, str]:
         filesystem, path = connect(self._folder)
@@ -116,6 +144,9 @@ class HubFile(SourceFile):
     def size(self) -> int:
         return self._local().stat().st_size
 
+    def stamp(self) -> str:
+        return LocalFile(self._local()).stamp()
+
     def _local(self) -> Path:
         from huggingface_hub import hf_hub_download
 
@@ -124,6 +155,25 @@ class HubFile(SourceFile):
 
         with hub_errors(self._repo, self._commit):
             return Path(with_retries(fetch))
+
+
+def _version(filesystem: fs.FileSystem, path: str) -> str:
+    """The service's own mark of a file's content, its etag mostly; "" where it has none."""
+    if isinstance(filesystem, fs.PyFileSystem):
+        about: dict[str, object] = filesystem.handler.fs.info(path)
+        return " ".join(str(about[name]) for name in sorted(about) if name.lower() in _MARKS)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return ""
+    with filesystem.open_input_stream(path) as opened:
+        return str((opened.metadata() or {}).get(b"ETag", ""))
+
+
+_MARKS = ("etag", "e_tag", "md5", "md5hash", "generation", "version_id", "last-modified", "lastmodified", "created")
+
+
+def _kind(mode: int) -> str:
+    """A file that is neither regular nor a folder, in words."""
+    return "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
 
 
 class _ResumingFile(io.RawIOBase):

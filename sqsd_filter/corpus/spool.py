@@ -105,6 +105,12 @@ class _Files:
     def add(self, table: pa.Table) -> None:
         from datasets.table import table_cast
 
+        try:
+            table.validate(full=True)
+        except pa.ArrowException as problem:
+            raise InputError(
+                f"The rows of the stream come from damaged files ({problem}): fetch them again."
+            ) from problem
         with _types():
             schema = self._schema if self._known else _union(self._schema, table.schema)
             table = table_cast(table, schema)

@@ -9,13 +9,13 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sqsd_filter.corpus.files import LocalFile, SourceFile, unreadable
+from sqsd_filter.corpus.files import LocalFile, RemoteFile, SourceFile, unreadable
 from sqsd_filter.corpus.json_schema import bare_rows, to_rows, with_marks
 from sqsd_filter.errors import InputError, first_line
 
@@ -96,17 +96,42 @@ class Table:
     def files(self) -> Sequence[SourceFile]:
         raise NotImplementedError
 
+    @property
+    def remote(self) -> bool:
+        """Is a file of it behind a URL?"""
+        return any(isinstance(file, RemoteFile) for file in self.files())
+
+    def stamp(self) -> str:
+        """Different for files that have been written again, without reading them."""
+        with self.errors():
+            return " ".join(file.stamp() for file in self.files())
+
     @contextmanager
     def errors(self) -> Iterator[None]:
         """Turn errors of reading into an `InputError` that the user can act on."""
         try:
             yield
-        except (pa.ArrowException, OSError, ValueError) as error:
-            # errors of a disk or a network have an errno; pyarrow's errors about the content have none
-            if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) is not None:
-                raise unreadable(self.name, error) from error
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise InputError(f"{self.name} is truncated or corrupt ({reason}); write or fetch it again.") from error
+        except (pa.ArrowException, OSError, OverflowError, LookupError, ValueError) as error:
+            raise self.damaged(error) from error
+
+    def damaged(self, error: BaseException) -> InputError:
+        """The error for content that can't be read."""
+        # errors of a disk or a network have an errno; pyarrow's errors about the content have none
+        if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) is not None:
+            return unreadable(self.name, error)
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        return InputError(f"{self.name} is truncated or corrupt ({reason}); write or fetch it again.")
+
+
+def _check_features(schema: pa.Schema, name: str) -> None:
+    """Raise `InputError` where the Hugging Face features in a file's metadata can't be read."""
+    try:
+        stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        readable = isinstance((stored.get("info") or {}).get("features") or {}, dict)
+    except (ValueError, AttributeError, RecursionError):
+        readable = False
+    if not readable:
+        raise InputError(f"{name} has metadata for `datasets` that can't be read: write the file again without it.")
 
 
 class FileTable(Table):
@@ -119,6 +144,7 @@ class FileTable(Table):
         names = self.schema.names
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InputError(f"{file} has two columns named {twice[0]!r}; rename one.")
+        _check_features(self.schema, self.name)
         self.check_types()
 
     def _look(self) -> None:
@@ -136,7 +162,10 @@ class ParquetTable(FileTable):
 
     @contextmanager
     def _opened(self) -> Iterator[pq.ParquetFile]:
-        with self.file.open() as opened, pq.ParquetFile(opened) as file:
+        with (
+            self.file.open() as opened,
+            pq.ParquetFile(opened, page_checksum_verification=True) as file,  # of pages that have one
+        ):
             yield file
 
     def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
@@ -163,12 +192,18 @@ class ParquetTable(FileTable):
 
 
 class ArrowTable(FileTable):
-    """A file in Arrow's IPC format: as a stream, which `datasets` writes, or with the footer of its file format."""
+    """A file in Arrow's IPC format: as a stream, which `datasets` writes, or with the footer of its file format.
+
+    Arrow trusts the offsets in such a file: a wrong one would end the process. So every batch is validated when the
+    file is opened, and again where the file is no longer the same.
+    """
 
     def _look(self) -> None:
         self.n_rows = 0
+        self._validated = self.stamp()
         with self._batches() as (self.schema, batches):
             for batch in batches:
+                batch.validate(full=True)
                 self.n_rows += batch.num_rows
 
     @contextmanager
@@ -191,10 +226,13 @@ class ArrowTable(FileTable):
     def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
         with self._batches() as (schema, batches):
             names = schema.names if columns is None else [name for name in schema.names if name in columns]
+            changed = self.stamp() != self._validated
             at = 0
             for batch in batches:
                 if at >= stop:
                     return
+                if changed:
+                    batch.validate(full=True)
                 first, last = max(start - at, 0), min(stop - at, batch.num_rows)
                 step = _within_bytes(rows, batch.nbytes // max(batch.num_rows, 1))
                 for k in range(first, last, step):
@@ -210,6 +248,8 @@ class DatasetTable(Table):
 
     def __init__(self, name: str, dataset: Dataset) -> None:
         super().__init__(name)
+        with self.errors():
+            dataset.data.table.validate(full=True)  # its Arrow files may be damaged; see `ArrowTable`
         self._dataset = dataset
         self.schema, self.n_rows = with_marks(dataset.features.arrow_schema, dataset.data.schema), len(dataset)
         self.check_types()
@@ -225,6 +265,9 @@ class DatasetTable(Table):
             for at in range(start, stop, rows):
                 end = min(at + rows, stop)
                 yield dataset[at:end] if names else bare_rows(end - at)  # without columns a dataset has no rows
+
+    def files(self) -> Sequence[SourceFile]:
+        return []  # none by whose names it could be read again
 
     def fingerprint(self, absorb: Callable[[bytes], None]) -> int:
         """Its rows as an Arrow stream, in tables of a fixed size."""
@@ -254,21 +297,33 @@ class SavedDataset(DatasetTable):
 
     def __init__(self, folder: Path) -> None:
         self.name, self._folder = str(folder), folder
+        self._validated = self.stamp()
         super().__init__(str(folder), self._load())
         del self._dataset  # opened again at each use, so that this stays small
 
     def _load(self) -> Dataset:
         from datasets import Dataset, DatasetInfo, load_from_disk
 
-        with self.errors():
-            state = json.loads((self._folder / "state.json").read_bytes())
-            if state["_data_files"]:
+        try:
+            with LocalFile(self._folder / "state.json").open() as opened:
+                names = [entry["filename"] for entry in json.load(opened)["_data_files"]]
+            if outside := [name for name in names if PurePath(name).name != name]:
+                raise InputError(f"{self.name} names the file {outside[0]!r} outside of it: save the dataset again.")
+            if names:
                 return load_from_disk(str(self._folder))
             features = DatasetInfo.from_directory(str(self._folder)).features
             return Dataset(features.arrow_schema.empty_table())  # `datasets` saves such a dataset, but can't load it
+        except InputError:
+            raise
+        except Exception as error:  # `datasets` raises what its JSON files lead it to
+            raise self.damaged(error) from error
 
     def _open(self) -> Dataset:
-        return self._load().with_format("arrow")
+        dataset = self._load()
+        if self.stamp() != self._validated:
+            with self.errors():
+                dataset.data.table.validate(full=True)
+        return dataset.with_format("arrow")
 
     def fingerprint(self, absorb: Callable[[bytes], None]) -> int:
         return Table.fingerprint(self, absorb)
