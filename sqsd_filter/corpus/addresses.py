@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 import shutil
 import sys
@@ -213,11 +214,35 @@ def expand(paths: Sequence[Any]) -> list[Any]:
         if not glob.has_magic(text) or "://" in text or _split_part(text):
             expanded.append(path)
             continue
-        matching = sorted(glob.glob(text, recursive=True))
+        matching = sorted(_glob(text))
         if not matching:
             raise InputError(f"No file matches {text}; check the pattern.")
         expanded += matching
     return expanded
+
+
+def _glob(pattern: str) -> set[str]:
+    """The paths that match, where ** stands for any number of folders. Links to folders are followed, except to one
+    that the link lies in: that would never end."""
+    head, stars, tail = f"/{pattern}{'/*' * f'/{pattern}'.endswith('/**')}".partition("/**/")
+    if not stars:
+        return set(glob.glob(pattern, recursive=True))
+    head, found = head.removeprefix("/"), set[str]()
+    tops = [top for top in glob.glob(head) if Path(top).is_dir()] if head else [""]
+    for folder in [inner for top in tops for inner in _folders(top)]:
+        found |= _glob(f"{glob.escape(folder)}/{tail}" if folder else tail)
+    return found
+
+
+def _folders(top: str) -> Iterator[str]:
+    """A folder and all in it, without hidden ones."""
+    yield top
+    with os.scandir(top or ".") as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    for name in names:
+        path = os.path.join(top, name)
+        if not (os.path.islink(path) and Path(path).absolute().is_relative_to(os.path.realpath(path))):
+            yield from _folders(path)
 
 
 def _expand_url(url: str) -> list[RemoteFile]:

@@ -5,17 +5,11 @@ from __future__ import annotations
 import codecs
 from itertools import islice
 
+from sqsd_filter.corpus.compression import COMPRESSED
 from sqsd_filter.corpus.files import SourceFile
+from sqsd_filter.corpus.long_rows import split_lines
 from sqsd_filter.corpus.table_formats import ArrowTable, ParquetTable, Table
-from sqsd_filter.corpus.text_formats import (
-    COMPRESSED,
-    Csv,
-    JsonArray,
-    JsonLines,
-    TextFile,
-    parse_line,
-    split_lines,
-)
+from sqsd_filter.corpus.text_formats import Csv, JsonArray, JsonLines, TextFile, parse_line
 from sqsd_filter.errors import InputError
 
 Reader = TextFile | Table
@@ -55,7 +49,8 @@ def _open_json(file: SourceFile) -> JsonArray | JsonLines:
     if first == b"[":
         return JsonArray(file)
     # JSON Lines have a whole object, unindented, on one of the first lines; an object over many lines has not
-    filled = (line.removeprefix(codecs.BOM_UTF8) for line in split_lines(reader.blocks()) if line.strip())
+    pieces = split_lines(reader.blocks(), reader.longest)
+    filled = (line.removeprefix(codecs.BOM_UTF8) for line, _ in pieces if line.strip())
     lines = islice(filled, 1000)
     if first == b"{" and not any(line.startswith(b"{") and parse_line(line)[0] is not None for line in lines):
         raise InputError(

@@ -18,16 +18,14 @@ import pyarrow as pa
 from sqsd_filter.corpus.addresses import SPLIT, Source
 from sqsd_filter.corpus.conversation import Conversation, RowError
 from sqsd_filter.corpus.files import unreadable
-from sqsd_filter.corpus.formats import Reader
 from sqsd_filter.corpus.json_schema import Shape, to_table, with_features, without_nulls
+from sqsd_filter.corpus.parts import MARK_EVERY, Part
 from sqsd_filter.corpus.row_errors import RowErrors
 from sqsd_filter.corpus.row_formats import RowFormat
 from sqsd_filter.corpus.schemas import conform, merge_schemas
 from sqsd_filter.corpus.table_formats import BATCH_BYTES, Table
 from sqsd_filter.corpus.text_formats import Record, TextFile
 from sqsd_filter.errors import InputError, SQSDError
-
-MARK_EVERY = 512  # rows between the offsets in a text file that `read` can seek to
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,34 +60,6 @@ class Chunk:
     lines: list[int]
     problems: list[str]
     raws: list[bytes | None]  # of unreadable rows, and of every row of a JSON Lines file; without the newline
-
-
-@dataclass(frozen=True)
-class Part:
-    """One input and its rows: start, start + 1, ... of the corpus."""
-
-    source: Reader
-    start: int
-    rows: int
-    size: int
-    marks: list[tuple[int, int]]  # of every MARK_EVERY-th record
-    split: str = SPLIT
-
-    def records(self, start: int, stop: int) -> Iterator[Record]:
-        """Records of a text file, counted within it."""
-        assert isinstance(self.source, TextFile)
-        file = self.source.file
-        try:
-            same = file.size() == self.size
-        except FileNotFoundError:
-            same = False
-        except OSError as problem:
-            raise unreadable(file, problem) from problem
-        if not same:
-            raise InputError(f"{file} has changed since it was scanned; start again with the file as it is now.")
-        skipped = start // MARK_EVERY if self.marks else 0
-        records = self.source.records(self.marks[skipped] if self.marks else (0, 1))
-        return islice(records, start - skipped * MARK_EVERY, stop - skipped * MARK_EVERY)
 
 
 class InputFile(TypedDict):
@@ -146,7 +116,7 @@ class Corpus:
                 break
             most = None if limit is None else limit - start
             digest = hashlib.blake2b(digest_size=32)
-            source = opened.reader
+            source, stamp = opened.reader, ""
             if isinstance(source, TextFile):
                 try:
                     size = source.file.size()
@@ -154,12 +124,14 @@ class Corpus:
                     raise unreadable(source.file, problem) from problem
                 rows, marks = _scan_text(source, start, most, digest.update, shapes, form, visit_parsed)
             else:
+                stamp = source.stamp()
                 size = source.fingerprint(digest.update)
                 rows, marks = source.n_rows if most is None else min(most, source.n_rows), []
                 if visit:
                     _visit_table(source, rows, start, columns, form, visit_parsed)
-            parts.append(Part(source, start, rows, size, marks, opened.split))
-            inputs.append({"path": source.name, "bytes": size, "rows": rows, "blake2b": digest.hexdigest()})
+            read, whole = digest.hexdigest(), most is None or rows < most
+            parts.append(Part(source, start, rows, size, marks, opened.split, read, stamp, whole))
+            inputs.append({"path": source.name, "bytes": size, "rows": rows, "blake2b": read})
             start += rows
         schema = scorable = _schema(parts, shapes.all)
         if shapes.scorable is not shapes.all:
@@ -187,7 +159,10 @@ class Corpus:
                 yield Row(index, value, file, line, problem, raw if problem else None)
 
     def chunks(self, rows: int = 2048) -> Iterator[Chunk]:
-        """The whole corpus in order, at most `rows` rows at a time, fewer if they are large."""
+        """The whole corpus in order, at most `rows` rows at a time, fewer if they are large.
+
+        Raises `InputError` before it ends if an input is not what was scanned.
+        """
         if not self.schema.names:  # tables without columns lose their row count when joined
             yield from self._pieces(rows)
             return
@@ -204,32 +179,50 @@ class Corpus:
         if held:
             yield _join(held)
 
+    def check(self) -> None:
+        """Raise `InputError` if an input is not what was scanned."""
+        for part in self.parts:
+            part.check()
+
     def _pieces(self, rows: int) -> Iterator[Chunk]:
         for part in self.parts:
-            file = part.source.name
-            done = 0
-            if isinstance(part.source, Table):
-                for table in part.source.tables(0, part.rows, None, rows):
-                    n = table.num_rows
-                    lines = list(range(done + 1, done + n + 1))
-                    both = conform(table, self.schema), conform(table, self.scorable_schema)
-                    yield Chunk(part.start + done, part.split, *both, [file] * n, lines, [""] * n, [None] * n)
-                    done += n
-                continue
-            for batch in _batches(part.records(0, part.rows), rows):
-                _, lines, values, problems, raws = (list(column) for column in zip(*batch, strict=True))
-                if not part.source.verbatim:
-                    raws = [raw if problem else None for raw, problem in zip(raws, problems, strict=True)]
-                table = scorable = to_table(values, self.schema)
-                start = part.start + done
-                if self.scorable_schema is not self.schema:
-                    errors = self.errors.within(start, start + len(batch))
-                    scorable = to_table(
-                        [None if row in errors else value for row, value in enumerate(values, start)],
-                        self.scorable_schema,
-                    )
-                yield Chunk(start, part.split, table, scorable, [file] * len(batch), lines, problems, raws)
-                done += len(batch)
+            try:
+                if isinstance(part.source, Table):
+                    yield from self._table_pieces(part, part.source, rows)
+                    part.check()
+                else:
+                    yield from self._text_pieces(part, part.source, rows)
+            except InputError:
+                raise
+            except Exception:  # rows that were not scanned may not fit the schema
+                part.check()
+                raise
+
+    def _table_pieces(self, part: Part, source: Table, rows: int) -> Iterator[Chunk]:
+        done = 0
+        for table in source.tables(0, part.rows, None, rows):
+            n = table.num_rows
+            lines = list(range(done + 1, done + n + 1))
+            both = conform(table, self.schema), conform(table, self.scorable_schema)
+            yield Chunk(part.start + done, part.split, *both, [source.name] * n, lines, [""] * n, [None] * n)
+            done += n
+
+    def _text_pieces(self, part: Part, source: TextFile, rows: int) -> Iterator[Chunk]:
+        start = part.start
+        for batch in _batches(part.scanned_records(), rows):
+            n = len(batch)
+            _, lines, values, problems, raws = (list(column) for column in zip(*batch, strict=True))
+            if not source.verbatim:
+                raws = [raw if problem else None for raw, problem in zip(raws, problems, strict=True)]
+            table = scorable = to_table(values, self.schema)
+            if self.scorable_schema is not self.schema:
+                errors = self.errors.within(start, start + n)
+                scorable = to_table(
+                    [None if row in errors else value for row, value in enumerate(values, start)],
+                    self.scorable_schema,
+                )
+            yield Chunk(start, part.split, table, scorable, [source.name] * n, lines, problems, raws)
+            start += n
 
 
 class _Shapes:

@@ -9,12 +9,13 @@ import csv
 import json
 import math
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NoReturn, Protocol
+from typing import Any, ClassVar, NoReturn
 
+from sqsd_filter.corpus.compression import COMPRESSED, decompress
 from sqsd_filter.corpus.conversation import MAX_DEPTH
 from sqsd_filter.corpus.files import SourceFile, unreadable
+from sqsd_filter.corpus.long_rows import CUT_TO, SETTING, longest_row, split_lines, too_long
 from sqsd_filter.errors import InputError
 
 # offset of its first byte, line it starts on, value or None, why it is None, its bytes without the newline
@@ -22,13 +23,16 @@ Record = tuple[int, int, dict[str, Any] | None, str, bytes]
 Absorb = Callable[[bytes], None]  # gets every byte read from disk, for hashing
 
 BLOCK = 1 << 18
-MAX_CSV_FIELD = 1 << 26
 TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 TOO_LONG_INT = "an integer of more than 4300 digits"
 
 
 class InexactError(ValueError):
     """JSON that Python would read as something else."""
+
+
+class LongRecordError(csv.Error):
+    """A record of a CSV file that is too long to be read."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -43,6 +47,8 @@ def _finite(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):
         raise InexactError("a number too large for a float")
+    if not number and digits.lower().partition("e")[0].strip("-0."):
+        raise InexactError("a number too small for a float")
     return number
 
 
@@ -57,6 +63,7 @@ class TextFile:
 
     def __init__(self, file: SourceFile) -> None:
         self.file, self.name = file, file.name
+        self.longest = longest_row()
 
     @property
     def seekable(self) -> bool:
@@ -71,7 +78,7 @@ class TextFile:
             with self.file.open() as opened:
                 opened.seek(offset)
                 stored = iter(lambda: opened.read(BLOCK), b"")
-                yield from _decompress(self.file, _tee(stored, absorb) if absorb else stored)
+                yield from decompress(self.file, _tee(stored, absorb) if absorb else stored)
         except OSError as error:
             raise unreadable(self.file, error) from error
 
@@ -82,92 +89,17 @@ def _tee(blocks: Iterable[bytes], absorb: Absorb) -> Iterator[bytes]:
         yield block
 
 
-class Decompressor(Protocol):
-    """One compressed stream, as zlib and zstandard decompress it."""
-
-    @property
-    def eof(self) -> bool: ...
-
-    @property
-    def unused_data(self) -> bytes: ...
-
-    def decompress(self, data: bytes, /) -> bytes: ...
-
-
-def _gzip_stream() -> Decompressor:
-    return zlib.decompressobj(wbits=31)
-
-
-def _zstd_stream() -> Decompressor:
-    import zstandard
-
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-
-
-COMPRESSED: dict[str, Callable[[], Decompressor]] = {".gz": _gzip_stream, ".zst": _zstd_stream}
-
-
-def _decompress(file: SourceFile, blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Decompress stream after stream, as `cat a.gz b.gz` joins them; zstandard's own reader accepts truncated ones."""
-    new_stream = COMPRESSED.get(file.compression)
-    if new_stream is None:
-        yield from blocks
-        return
-    stream: Decompressor | None = None
-    position = 0
-    for block in blocks:
-        rest = block
-        while rest:
-            if stream is None:
-                rest = rest.lstrip(b"\0") if position else rest  # padding
-                if not rest:
-                    break
-                stream = new_stream()
-            try:
-                data = stream.decompress(rest)
-            except Exception as error:  # zlib.error and zstandard.ZstdError share no base
-                raise InputError(
-                    f"{file} is corrupt: {file.compression} data breaks between bytes {position} and "
-                    f"{position + len(block)} ({error}); fetch or compress it again."
-                ) from error
-            if data:
-                yield data
-            rest = b""
-            if stream.eof:
-                rest, stream = stream.unused_data, None
-        position += len(block)
-    if stream is not None:
-        raise InputError(
-            f"{file} is truncated: its {file.compression} data ends in the middle, at byte {position}; fetch it again."
-        )
-
-
-def split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Split at b"\\n" only. No line follows a final newline."""
-    pieces: list[bytes] = []  # of a line that may go on in the next block
-    for block in blocks:
-        head, *lines = block.split(b"\n")
-        pieces.append(head)
-        if lines:
-            yield b"".join(pieces)
-            pieces = [lines.pop()]
-            yield from lines
-    if last := b"".join(pieces):
-        yield last
-
-
 class JsonLines(TextFile):
     verbatim = True
 
     def records(self, mark: tuple[int, int] = (0, 1), absorb: Absorb | None = None) -> Iterator[Record]:
         offset, line = mark
-        for raw in split_lines(self.blocks(offset, absorb)):
-            size = len(raw) + 1
+        for raw, size in split_lines(self.blocks(offset, absorb), self.longest):
             if offset == 0:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
-            value, problem = parse_line(raw)
+            value, problem = parse_line(raw) if size <= self.longest else (None, too_long(self.longest))
             yield offset, line, value, problem, raw
-            offset += size
+            offset += size + 1
             line += 1
 
 
@@ -225,7 +157,7 @@ class JsonArray(TextFile):
 
     def records(self, mark: tuple[int, int] = (0, 1), absorb: Absorb | None = None) -> Iterator[Record]:
         offset, line = mark
-        window = Window(self.name, self.blocks(offset, absorb), offset, line)
+        window = Window(self.name, self.blocks(offset, absorb), offset, line, self.longest)
         if offset == 0:
             window.next_char()
             window.advance()  # past the opening bracket
@@ -259,8 +191,8 @@ class Window:
     _space = re.compile(r"[ \t\n\r]*")
     _token = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
-    def __init__(self, name: str, blocks: Iterator[bytes], offset: int, row: int) -> None:
-        self.name, self.offset, self.row = name, offset, row
+    def __init__(self, name: str, blocks: Iterator[bytes], offset: int, row: int, longest: int) -> None:
+        self.name, self.offset, self.row, self.longest = name, offset, row, longest
         self.text, self.at = "", 0
         self._blocks = blocks
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
@@ -270,6 +202,8 @@ class Window:
     def grow(self) -> bool:
         """Drop the decoded text and at least double the rest, so that a huge value takes linear time."""
         parts = [self.text[self.at :]]
+        if len(parts[0]) > self.longest:
+            self.fail(f"a value of more than {self.longest:,} characters ({SETTING})")
         wanted = max(len(parts[0]), 1)
         for block in self._blocks:
             parts.append(self._decoder.decode(block))
@@ -369,32 +303,56 @@ class Csv(TextFile):
         return names
 
     def _rows(self, offset: int, line: int, absorb: Absorb | None) -> Iterator[tuple[int, int, list[str], str, bytes]]:
-        csv.field_size_limit(max(csv.field_size_limit(), MAX_CSV_FIELD))
-        taken: list[bytes] = []  # the lines of the record being read
-
-        def feed() -> Iterator[str]:
-            for raw in split_lines(self.blocks(offset, absorb)):
-                taken.append(raw)
-                start = offset == 0 and len(taken) == 1 and raw.startswith(codecs.BOM_UTF8)
-                yield raw[3 * start :].decode("utf-8", "surrogateescape") + "\n"
-
-        position = offset
+        csv.field_size_limit(max(csv.field_size_limit(), self.longest))
+        lines = _CsvLines(split_lines(self.blocks(offset, absorb), self.longest), self.longest, at_start=offset == 0)
         # strict: a stray quote is an error; otherwise it would change the value
-        reader = csv.reader(feed(), delimiter="\t" if ".tsv" in self.file.suffixes else ",", strict=True)
+        reader = csv.reader(lines, delimiter="\t" if ".tsv" in self.file.suffixes else ",", strict=True)
         while True:
-            taken.clear()
-            fields, problem = [], ""
+            lines.begin()
+            fields: list[str] = []
+            problem = ""
             try:
                 fields = next(reader)
             except StopIteration:
                 return
+            except LongRecordError as error:
+                problem = str(error)
             except csv.Error as error:
                 problem = f"not CSV: {error}"
-            raw = b"\n".join(taken)
+            raw = b"\n".join(lines.taken)
             try:
                 raw.decode()
             except UnicodeDecodeError as error:
-                problem = f"not UTF-8: byte {error.start + 1}"
-            yield position, line, fields, problem, raw
-            position += len(raw) + 1
-            line += len(taken)
+                problem = problem or f"not UTF-8: byte {error.start + 1}"
+            yield offset, line, fields, problem, raw
+            offset += lines.size
+            line += lines.count
+
+
+class _CsvLines:
+    """Lines for Python's CSV reader, with those that it took for the record that it reads. It can go on after an error,
+    which a generator can't."""
+
+    def __init__(self, lines: Iterator[tuple[bytes, int]], longest: int, *, at_start: bool) -> None:
+        self._lines, self._longest, self._at_start = lines, longest, at_start
+        self.begin()
+
+    def begin(self) -> None:
+        """The next line begins a record."""
+        self.taken: list[bytes] = []
+        self.count = self.size = 0  # of its lines, and their bytes with the newlines
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        raw, size = next(self._lines)
+        self.taken.append(raw)
+        self.count += 1
+        self.size += size + 1
+        if self.size > self._longest + 1:
+            self.taken = [b"\n".join(self.taken)[:CUT_TO]]
+            raise LongRecordError(too_long(self._longest))
+        start = self._at_start and raw.startswith(codecs.BOM_UTF8)
+        self._at_start = False
+        return raw[3 * start :].decode("utf-8", "surrogateescape") + "\n"

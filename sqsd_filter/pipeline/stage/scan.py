@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sqsd_filter.corpus.addresses import Source, peek
+from sqsd_filter.corpus.long_rows import LONGEST_ROW, longest_row
 from sqsd_filter.corpus.row_formats import Columns, RowFormat
 from sqsd_filter.corpus.sources import Corpus, Row
 from sqsd_filter.errors import InputError, SQSDError
@@ -47,7 +48,14 @@ class Scan:
         progress.finish()
 
     def identity(self) -> dict[str, object]:
-        return {"sources": self.specs, "inputs": self.corpus.inputs, "row_format": vars(self.form), "limit": self.limit}
+        known = {
+            "sources": self.specs,
+            "inputs": self.corpus.inputs,
+            "row_format": vars(self.form),
+            "limit": self.limit,
+        }
+        longest = longest_row()
+        return known if longest == LONGEST_ROW else {**known, "longest_row": longest}
 
     def score(
         self,
@@ -76,6 +84,7 @@ class Scan:
         with sharing, closing(done):
             for shard, keys, scores in done:
                 if not np.array_equal(np.array(keys, dtype=KEYS), self.index.keys[shard.wanted]):
+                    self.corpus.check()
                     raise SQSDError(f"The engine returned other rows than those of {shard.name}: report this as a bug.")
                 store.append(shard.name, keys, scores)
                 sharing.add(self.index.keys[shard.wanted])

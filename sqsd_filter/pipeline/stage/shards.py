@@ -107,13 +107,11 @@ def plan(rows: int, wanted: np.ndarray) -> Iterator[Shard]:
 
 
 def conversations(corpus: Corpus, form: RowFormat, shard: Shard) -> list[Conversation]:
-    """The conversations of a shard's wanted rows, in row order."""
+    """The conversations of a shard's wanted rows, in row order; without those of rows that have changed."""
     wanted = set(shard.wanted.tolist())
-    return [
-        form.conversation(row.value)
-        for row in corpus.read(shard.start, shard.stop, form.columns)
-        if row.index in wanted and row.value is not None
-    ]
+    rows = corpus.read(shard.start, shard.stop, form.columns)
+    parsed = [form.parse(row.value, row.problem) for row in rows if row.index in wanted]
+    return [turns for turns in parsed if not isinstance(turns, RowError)]
 
 
 def score_shard(
