@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$")
 
@@ -101,6 +105,9 @@ def load_adapter(folder: str | Path) -> Adapter:
         if match is None or tensor.ndim != 2:
             kind = "LoRA on embeddings" if "lora_embedding" in key else f"the tensor '{key}'"
             raise PackError(f"{folder} holds {kind}, which is not LoRA on a linear layer: train without it.")
+        if tensor.dtype not in DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise PackError(f"{folder} holds '{key}' as {kind}: save the adapter again as float32 or bfloat16.")
         sides.setdefault(match["module"], {})[match["side"]] = tensor.float()
     if not sides:
         raise PackError(f"{folder} holds no LoRA weights: {_AGAIN}.")
@@ -108,7 +115,10 @@ def load_adapter(folder: str | Path) -> Adapter:
     for module, pair in sorted(sides.items()):
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             raise PackError(f"{folder} is damaged, lora_A and lora_B of '{module}' don't belong together: {_AGAIN}.")
-        factors[module] = LoraFactors(pair["A"], pair["B"], _scaling(config, module, pair["A"].shape[0]))
+        rank, most = pair["A"].shape[0], max(pair["A"].shape[1], pair["B"].shape[0])
+        if not 0 < rank <= most:
+            raise PackError(f"{folder} has rank {rank:,} at '{module}', where 1 to {most:,} make sense: {_AGAIN}.")
+        factors[module] = LoraFactors(pair["A"], pair["B"], _scaling(config, module, rank))
     return Adapter(folder, factors)
 
 
@@ -144,13 +154,21 @@ def _gram(a: LoraFactors, b: LoraFactors) -> float:
 def probe_modules(probes: Iterable[Probe], adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
     """The modules over which each probe sums cosines: those that its state and its direction both adapt.
 
-    They are sorted by name, with numbers in a name sorted by value.
+    They are sorted by name, with numbers in a name sorted by value. Raises `PackError` for a direction that has no
+    length, or one that is not finite, in the modules of its state.
     """
+    probes = tuple(probes)
 
     def order(name: str) -> list[int | str]:
         return [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]
 
     both = {p.name: set(adapters[p.state].factors) & set(adapters[p.direction].factors) for p in probes}
+    for probe in probes:
+        direction = adapters[probe.direction]
+        norms = [norm(direction.factors[name]) for name in both[probe.name]]
+        if norms and not (any(norms) and all(map(math.isfinite, norms))):
+            what = "not finite" if any(norms) else "zero in every module"
+            raise PackError(f"The direction '{probe.direction}' in {direction.path} is {what}: {_AGAIN}.")
     return {probe: sorted(names, key=order) for probe, names in both.items()}
 
 
@@ -199,7 +217,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise PackError(f"{folder} is not a PEFT adapter folder, it has no {CONFIG_FILE}: {_AGAIN}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise PackError(f"{path} can't be read as JSON ({problem}): {_AGAIN}.") from problem
     if not isinstance(config, dict):
         raise PackError(f"{path} does not hold a JSON object: {_AGAIN}.")
@@ -216,10 +234,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise PackError(f"{path} has no number for lora_alpha or in alpha_pattern: {_AGAIN}.")
     for pattern in patterns:
         try:
-            re.compile(pattern)
-        except re.error as problem:
+            _matches(pattern, "")
+        except pa.ArrowInvalid as problem:
             raise PackError(
-                f"{path} has an alpha_pattern that is not a valid pattern, '{pattern}' ({problem})."
+                f"{path} has an alpha_pattern that is not a valid pattern, '{pattern}' ({problem}): {_AGAIN}."
             ) from problem
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_MUTATING_INITS):
@@ -233,7 +251,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     alpha: float = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _matches(pattern, module):
             alpha = value
             break
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Does a pattern of PEFT match the end of a module's name? By RE2, which never backtracks: with Python's, a
+    stranger's pattern may take for ever. Raises `pa.ArrowInvalid`."""
+    matches: bool = pc.match_substring_regex(pa.scalar(module), rf"^(.*\.)?({pattern})$").as_py()
+    return matches

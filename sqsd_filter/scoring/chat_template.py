@@ -11,7 +11,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 
 from sqsd_filter.corpus.conversation import (
     BAD_ROW,
@@ -23,11 +27,13 @@ from sqsd_filter.corpus.conversation import (
     is_supervised,
 )
 from sqsd_filter.errors import ModelError
+from sqsd_filter.scoring.deadlines import DeadlineExceeded, deadline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
+SECONDS = 10.0  # a rendering may take; it takes some microseconds
 # A prompt that ends with an opening tag, or with an empty block
 _OPENED = re.compile(r"(?P<tag><(?P<name>[\w:]+)>)(?P<space>\s*)(?P<closing></(?P=name)>\s*)?\Z")
 
@@ -61,11 +67,23 @@ class ChatTemplate:
     kwargs: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._refuse_powers()
         self.special = set(self.tokenizer.all_special_ids) | {
             i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }
         self._learn_turn()
         self.calls = self._learn_calls()
+
+    def _refuse_powers(self) -> None:
+        """Raise `ModelError` for a template with a power: 9**9**9 can't be ended, not even while it is compiled."""
+        given = self.kwargs.get("chat_template") or self.tokenizer.chat_template
+        for template in given.values() if isinstance(given, Mapping) else [given]:
+            try:
+                parsed = Environment(extensions=[loopcontrols, _Generation]).parse(str(template))
+            except (TemplateError, RecursionError):  # the first rendering says why
+                continue
+            if parsed.find(nodes.Pow) is not None:
+                raise ModelError("The chat template computes a power (**), which may never end: give one without.")
 
     def render(self, turns: Sequence[Message]) -> tuple[str, list[Span]]:
         """The text up to the end of the last answer, and the range of characters of each answer.
@@ -213,7 +231,14 @@ class ChatTemplate:
         options: dict[str, Any] = {**self.kwargs, **({"tools": tools} if tools else {})}
         messages = [self._taken(t) for t in turns if t["role"] != TOOLS]
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **options)
+            with deadline(SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=asks, **options
+                )
+        except DeadlineExceeded as problem:
+            raise ModelError(
+                f"The chat template takes more than {SECONDS:g} s for one conversation: give another one in the pack."
+            ) from problem
         except Exception as problem:  # Jinja templates raise any exception
             raise RowError(TEMPLATE_ERROR, f"the chat template refuses it: {problem}") from problem
         assert isinstance(text, str)
@@ -273,6 +298,16 @@ class ChatTemplate:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [stop for token, (_, stop) in pairs if token in self.special]
+
+
+class _Generation(Extension):
+    """Lets `{% generation %}` be parsed, which only transformers knows."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _something_before(turns: Sequence[Message], k: int) -> None:

@@ -32,6 +32,7 @@ from sqsd_filter.errors import PackError, UsageError, first_line
 
 PACK_FILE = "pack.json"
 FORMAT = 1
+MOST_PROBES, MOST_RISKS = 64, 64
 PACKS_DIR = Path(__file__).resolve().parent.parent / "packs"  # the embedded ones
 PROBE_NAME = re.compile(r"(?!.*_modules$)[a-z][a-z0-9_]*")  # sqsd_<probe>_modules is the column of --per-module
 REFERENCE = "reference"  # the key of what reference rows score, in pack.json and in each risk
@@ -230,16 +231,21 @@ def from_hub(what: str) -> Iterator[None]:
 
 def _read(folder: Path) -> Pack:
     path = folder / PACK_FILE
+    if path.exists() and not path.is_file():
+        raise PackError(f"{path} is not a file.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
         raise PackError(f"{folder} is not a pack: it has no {PACK_FILE}.") from problem
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise PackError(f"{path} can't be read as JSON ({problem}).") from problem
     if not isinstance(data, dict):
         raise PackError(f"{path} must hold a JSON object.")
     if data.get("format") != FORMAT:
         raise PackError(f"{path} has format {data.get('format')!r}; this version reads format {FORMAT}.")
+    risks = _field(data, "risks", dict, path, {})
+    if len(risks) > MOST_RISKS:
+        raise PackError(f"{path} lists {len(risks):,} risks: {MOST_RISKS} are the most.")
     pack = Pack(
         path=folder,
         name=_field(data, "name", str, path),
@@ -250,7 +256,7 @@ def _read(folder: Path) -> Pack:
         max_length=_field(data, "max_length", int, path, 1024),
         probes=_probes(data.get("probes"), path),
         notes={k: v for k, v in data.items() if k not in CORE},
-        risks={name: _risk(entry, path) for name, entry in _field(data, "risks", dict, path, {}).items()},
+        risks={name: _risk(entry, path) for name, entry in risks.items()},
     )
     if pack.max_length < 2:
         raise PackError(f"{path}: max_length must be at least 2 tokens.")
@@ -286,6 +292,8 @@ def _field(data: Mapping[str, Any], key: str, kind: type, path: Path, default: o
     fits = number and math.isfinite(value) if kind is float else isinstance(value, kind) and not isinstance(value, bool)
     if value is not default and not fits:
         raise PackError(f"{path}: '{key}' must be of type {kind.__name__}, not {value!r}.")
+    if isinstance(value, str) and not value.isprintable():
+        raise PackError(f"{path}: '{key}' must be text that can be printed, not {value!a}.")
     return value
 
 
@@ -298,6 +306,8 @@ def _risk(entry: object, path: Path) -> Risk:
 def _probes(entries: object, path: Path) -> tuple[Probe, ...]:
     if not isinstance(entries, list) or not entries:
         raise PackError(f"{path} needs a list of probes.")
+    if len(entries) > MOST_PROBES:
+        raise PackError(f"{path} lists {len(entries):,} probes for one risk: {MOST_PROBES} are the most.")
     probes = tuple(_probe(entry, path) for entry in entries)
     names = [p.name for p in probes]
     if len(set(names)) < len(names):

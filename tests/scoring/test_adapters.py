@@ -142,7 +142,7 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], None], str, str]] = {  # how it
     "alpha-as-text": (configured(lora_alpha="16"), "no number for lora_alpha", "again"),
     "alpha-missing": (configured(lora_alpha=None), "no number for lora_alpha", "again"),
     "alpha-list": (configured(alpha_pattern=[1]), "no number for lora_alpha", "again"),
-    "alpha-pattern": (configured(alpha_pattern={"(": 1}), "is not a valid pattern", "unterminated"),
+    "alpha-pattern": (configured(alpha_pattern={"(": 1}), "is not a valid pattern", "missing )"),
     "not-lora": (ia3, "of type IA3", "train a LoRA"),
     "pickle-only": (plain_but(pickled), "never loaded", "safe_serialization=True"),
     "damaged-weights": (plain_but(cut_short), "can't be read", "copy or build the adapter again"),
