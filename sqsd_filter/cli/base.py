@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from sqsd_filter.storage.secrets import check_address
+
 if TYPE_CHECKING:
     from click.types import OptionHelpExtra
 
@@ -56,6 +58,14 @@ def examples(*pairs: tuple[str, str]) -> str:
 
 class Command(click.Command):
     """A command whose help shows its options under their headings."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Click's. Raises `UsageError` first for an address with a secret, which the run would record."""
+        for value in ctx.params.values():
+            for word in value if isinstance(value, tuple) else (value,):
+                if isinstance(word, str):
+                    check_address(word)
+        return super().invoke(ctx)
 
     def headed_options(self, context: click.Context) -> dict[str, list[click.Option]]:
         """The options by heading, in the order in which the headings first appear; --help is under the last one."""

@@ -323,6 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = cli.main(args=given, prog_name="sqsd-filter", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as problem:
+        problem.message = output.visible(problem.message)
         problem.show(sys.stderr)
         sys.exit(2 if isinstance(problem, click.UsageError) else problem.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -332,23 +333,22 @@ def main(arguments: list[str] | None = None) -> None:
             else "Interrupted. What was written is kept. The same command resumes:",
             err=True,
         )
-        click.echo("  " + shlex.join(["sqsd-filter", *given]), err=True)
+        click.echo("  " + output.visible(shlex.join(["sqsd-filter", *given])), err=True)
         sys.exit(INTERRUPTED)
     except SQSDError as problem:
         if os.environ.get("SQSD_FILTER_DEBUG"):
             raise
-        click.echo(f"Error: {as_flags(str(problem))}", err=True)
+        output.complain(f"Error: {as_flags(str(problem))}")
         sys.exit(problem.exit_code)
     except OSError as problem:
         if os.environ.get("SQSD_FILTER_DEBUG"):
             raise
-        click.echo(f"Error: {problem}.", err=True)
+        output.complain(f"Error: {problem}.")
         sys.exit(1)
     except Exception as problem:
         if os.environ.get("SQSD_FILTER_DEBUG"):
             raise
-        click.echo(
-            f"Error: unexpected {type(problem).__name__}: {problem}. This is a bug; SQSD_FILTER_DEBUG=1 shows where.",
-            err=True,
+        output.complain(
+            f"Error: unexpected {type(problem).__name__}: {problem}. This is a bug; SQSD_FILTER_DEBUG=1 shows where."
         )
         sys.exit(1)

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from sqsd_filter.wording import many
+from sqsd_filter.errors import SQSDError
+from sqsd_filter.storage.secrets import redacted
+from sqsd_filter.wording import many, printable
 
 if TYPE_CHECKING:
     from sqsd_filter.pipeline.report import FinishedReport, GroupFigures, PieceFigures, ReferenceFigures, RowWeights
@@ -86,6 +88,7 @@ class Display:
             self.finish_line(message)
 
     def finish_line(self, message: str) -> None:
+        message = visible(message)
         if self._bar is not None:
             self._bar.write(message, file=sys.stderr)
         else:
@@ -101,7 +104,9 @@ def begin(context: click.Context) -> Display:
 
 def listen(*, verbose: bool = False, quiet: bool = False) -> None:
     """Set what is logged: by default errors of libraries, and errors and warnings of this package."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Visible("%(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, handlers=[handler])
     logging.getLogger("sqsd_filter").setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
     if not verbose:
         warnings.simplefilter("ignore")
@@ -118,10 +123,29 @@ def duration(seconds: float) -> str:
 
 def show(report: Report, *, as_json: bool, quiet: bool, text: Callable[[Report], str]) -> None:
     """Print a result: the report itself with --json, nothing if `quiet`, else `text(report)`."""
-    if as_json:
-        click.echo(json.dumps(report, indent=2))
-    elif not quiet:
-        click.echo(text(report))
+    words = json.dumps(report, indent=2) if as_json else "" if quiet else visible(text(report))
+    try:
+        if words:
+            click.echo(words)
+    except OSError as problem:
+        raise SQSDError(f"The result can't be printed ({problem.strerror}): all else is done.") from problem
+
+
+def visible(text: str) -> str:
+    """The text as a terminal may show it: without the secrets of addresses, and without what moves its cursor."""
+    return printable(redacted(text), keep="\n\t")
+
+
+def complain(message: str) -> None:
+    """Print a message to stderr on one line."""
+    click.echo(printable(visible(message)), err=True)
+
+
+class _Visible(logging.Formatter):
+    """Log lines in which names from data can do no harm."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def summary(report: FinishedReport, dest: object) -> str:
@@ -225,7 +249,7 @@ def forecast(guess: Mapping[str, Any]) -> str:
         f"  tokens    {guess['tokens']:>12,}   estimated; {passes} through the model",
         f"  time      {expected:>12}   estimated from {guess['sampled']} rows, {guess['dtype']} on {guess['device']}",
     ]
-    return "\n".join([*lines, *(f"  file      {i['path']} ({i['rows']:,} rows)" for i in guess["inputs"])])
+    return "\n".join([*lines, *(f"  file      {printable(i['path'])} ({i['rows']:,} rows)" for i in guess["inputs"])])
 
 
 def stored(report: Mapping[str, Any]) -> str:

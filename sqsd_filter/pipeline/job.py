@@ -47,6 +47,7 @@ from sqsd_filter.pipeline.writing.destination import (
 from sqsd_filter.pipeline.writing.histogram import write_histogram
 from sqsd_filter.progress import Meter
 from sqsd_filter.scoring.embedded import cache_dir
+from sqsd_filter.storage.secrets import check_address, redacted
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Outlet:
         target: Target | None = push and replace(push, overwrite=overwrite or push.overwrite)
         stage, lock = None, None
         if "://" in str(dest):
+            check_address(str(dest))
             url = str(dest)
             there = PushTo.at(url, overwrite=overwrite) if url.startswith(HUB) else None
             same = there is not None and push is not None and there.repo == push.repo
@@ -208,7 +210,7 @@ class Job:
             status = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
             with suppress(OSError):  # the disk may be what failed
                 self._write_report(
-                    {"status": status, **known, "error": str(problem) or status, "timing": self._timing()}
+                    {"status": status, **known, "error": redacted(str(problem)) or status, "timing": self._timing()}
                 )
             raise
         finished: FinishedReport = {**Outcome(status="ok"), **report, "timing": self._timing()}

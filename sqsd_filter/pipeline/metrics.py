@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from sqsd_filter.errors import InputError
 from sqsd_filter.progress import Meter, Progress
+from sqsd_filter.wording import printable
 
 if TYPE_CHECKING:
     from sqsd_filter.pipeline.report import RunFigures
@@ -80,14 +81,14 @@ class Metrics:
 
         assert self._path is not None
         report = self.report
-        registry, now, run = CollectorRegistry(), time.time(), self._path.stem
+        registry, now, run = CollectorRegistry(), time.time(), printable(self._path.stem)
 
         def gauge(name: str, help: str, values: Mapping[str, float | None], label: str = "") -> None:
             labels = ["run", label] if label else ["run"]
             metric = Gauge(f"sqsd_filter_{name}", help, labels, registry=registry)
             for key, value in values.items():
                 if value is not None:
-                    metric.labels(run, *([key] if label else [])).set(value)
+                    metric.labels(run, *([printable(key)] if label else [])).set(value)
 
         gauge("state", "1 for what the run is", {s: float(s == state) for s in STATES}, "state")
         gauge("started_seconds", "When the run started, Unix time", {"": self._started})

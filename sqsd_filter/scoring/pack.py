@@ -29,6 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, overload
 
 from sqsd_filter.errors import PackError, UsageError, first_line
+from sqsd_filter.storage.secrets import check_address
 
 PACK_FILE = "pack.json"
 FORMAT = 1
@@ -193,6 +194,7 @@ def load_pack(where: str | Path) -> Pack:
     Raises `PackError` where no pack is found or it is not valid.
     """
     text = str(where)
+    check_address(text)
     folder = Path(text).expanduser()
     if text in embedded_packs():
         return _read(PACKS_DIR / text)

@@ -23,6 +23,7 @@ from sqsd_filter.scoring.pack import Pack, load_pack
 from sqsd_filter.scoring.placement import check_device, choose_device, limit_threads, sound
 from sqsd_filter.scoring.results import ScoreCollector, Scores, ScoringCallbacks
 from sqsd_filter.scoring.scorer_settings import DTYPES, BatchedSettings, ScorerSettings
+from sqsd_filter.storage.secrets import check_address
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -76,6 +77,7 @@ class Scorer:
         if max_length is not None and max_length < 2:
             raise UsageError("max_length must be at least 2 tokens.")
         self.base_model = model or self.pack.base_model
+        check_address(self.base_model)
         self.base_revision = self.pack.base_revision if model is None else None
         self.max_length = max_length or self.pack.max_length
         self.columns = columns or Columns()

@@ -5,25 +5,24 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
 from sqsd_filter.errors import InputError, UsageError, first_line
+from sqsd_filter.storage.secrets import check_address
 
 TEMPORARY = ".tmp"
 # Here an object appears at once, when all of it is there. Elsewhere a file is written under another name first.
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf", "memory", "r2", "oss")
 TRIES = 3  # to read a file from a server
-_SECRET = re.compile(r"secret|token|sig|pass|key", re.IGNORECASE)
 
 
 class Folder:
@@ -131,9 +130,7 @@ def connect(url: str) -> tuple[fs.FileSystem, str]:
 
 
 def _connect(url: str) -> _Connection:
-    parts = urlsplit(url)
-    if parts.password or any(_SECRET.search(name) for name, _ in parse_qsl(parts.query)):
-        raise UsageError("A URL must not hold a password or a key: give those in the environment.")
+    check_address(url)
     try:
         return *fs.FileSystem.from_uri(url), lambda: None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ImportError, ValueError):

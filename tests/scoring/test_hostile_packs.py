@@ -86,8 +86,7 @@ def test_deadlines_end_what_is_late_and_nothing_else() -> None:
     with deadline(5):
         pass
     with pytest.raises(DeadlineExceeded), deadline(0.01):
-        while True:
-            pass
+        any(iter(int, 1)) or [None for _ in iter(int, 1)]
     for _ in range(200):  # nothing of it is left
         time.sleep(0.001)
 

@@ -128,7 +128,7 @@ def test_what_is_not_a_valid_pack_says_why(
 )
 def test_a_probe_name_must_make_a_column(folder: Path, name: str) -> None:
     write(folder, probes=[{**DANGER, "name": name}])
-    with pytest.raises(PackError, match="can't be a probe's name|text that can be printed"):
+    with pytest.raises(PackError, match=r"can't be a probe's name|text that can be printed"):
         load_pack(folder)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from markdown_it import MarkdownIt
 
+from sqsd_filter.wording import printable
+
 MARKUP = set("`|\\")  # characters that inline code in a table cell must escape
 HTML_ENDS = {
     **{f"<{tag}": f"</{tag}>" for tag in ("pre", "script", "style", "textarea")},
@@ -19,14 +21,15 @@ HTML_ENDS = {
 
 def code(text: str) -> str:
     """The text as inline code on one line, also in a table; characters that can't be printed are shown as escapes."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = printable(text)
     if shown and shown == shown.strip() and not MARKUP & set(shown):
         return f"`{shown}`"
     return f"<code>{''.join(c if c.isalnum() or c == ' ' else f'&#{ord(c)};' for c in shown)}</code>"
 
 
 def fenced(text: str, language: str) -> str:
-    """The text as a code block, with its lines unchanged."""
+    """The text as a code block, with its lines; other characters that can't be printed are shown as escapes."""
+    text = printable(text, keep="\n\t")
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
