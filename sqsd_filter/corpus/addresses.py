@@ -27,13 +27,14 @@ from urllib.parse import quote, unquote
 
 from sqsd_filter.corpus.files import LocalFile, RemoteFile, as_os_errors, unreadable
 from sqsd_filter.corpus.formats import Reader, kind, open_file
-from sqsd_filter.corpus.repositories import HUB, Repository, check_splits, is_split, quiet_datasets
+from sqsd_filter.corpus.repositories import HUB, RECORD, Repository, check_splits, is_split, quiet_datasets
 from sqsd_filter.corpus.spool import stored
 from sqsd_filter.corpus.table_formats import DatasetTable, SavedDataset
 from sqsd_filter.corpus.text_formats import JsonLines, TextFile
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.storage.folder import connect
 from sqsd_filter.storage.retries import with_retries
+from sqsd_filter.storage.secrets import check_address
 
 SPLIT = "train"  # of rows that have no split of their own
 STDIN = "-"
@@ -92,6 +93,7 @@ class Opener:
         elif str(given) == STDIN:
             yield Source(self._stdin(), "")
         elif "://" in str(given):
+            check_address(str(given))
             yield from self._url(str(given))
         else:
             yield from self._path(str(given))
@@ -110,7 +112,7 @@ class Opener:
     def _local(self, path: Path, part: str) -> Iterator[Source]:
         if not path.is_dir():
             yield Source(open_file(LocalFile(path)), str(path), roots=(str(path),))
-        elif (path / "sqsd" / "run.json").exists() and not part:
+        elif (path / RECORD).exists() and not part:
             kept = "kept" if (path / "dataset_dict.json").exists() else "default"
             raise InputError(
                 f"{path} holds the output of an earlier run: name what to read, as '{path}:{kept}' for the kept rows."
@@ -144,7 +146,7 @@ class Opener:
             return
         repository = Repository.on_hub(named["name"], named["revision"], streaming=self._streaming)
         about = HubDataset(id=repository.where, revision=repository.commit, config=None, split=None)
-        card = _named(repository.where, repository.card())
+        card = _named(repository.where, repository.original_card())
         for name in _matching(path, repository.paths(), url):
             yield Source(open_file(repository.file(name)), f"{repository.spec}/{name}", dataset=about, card=card)
 
@@ -181,7 +183,7 @@ def _of_repository(repository: Repository, part: str) -> Iterator[Source]:
     card, last = None, ""
     for number, (config, split, reader) in enumerate(repository.readers(part)):
         if number == 0:
-            card = _named(repository.where, repository.card())
+            card = _named(repository.where, repository.original_card())
         about = HubDataset(id=repository.where, revision=repository.commit, config=config, split=split)
         of_hub = repository.commit is not None
         spec = f"{repository.spec}:{config}/{split}"
@@ -313,8 +315,7 @@ def _saved_splits(folder: Path, part: str) -> list[str]:
 
 
 def _card(folder: Path) -> tuple[str, str] | None:
-    readme = folder / "README.md"
-    return _named(folder, readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None)
+    return _named(folder, Repository(str(folder)).original_card() if (folder / "README.md").is_file() else None)
 
 
 def _named(name: object, text: str | None) -> tuple[str, str] | None:

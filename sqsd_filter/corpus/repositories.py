@@ -11,9 +11,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+
+import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from sqsd_filter.corpus.files import HubFile, LocalFile, RemoteFile, SourceFile
 from sqsd_filter.corpus.formats import Reader, kind, open_file
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
 HUB = "hf://datasets/"
+RECORD = "sqsd/run.json"  # of the run that wrote a dataset
+# Below this line our card holds the cards of its sources, so that filtering twice does not nest cards.
+MARKER = "<!-- sqsd-filter: below are the cards of the sources -->"
 _OURS = ("json", "csv", "parquet", "arrow")  # modules of `datasets` for files that are read directly
 _NEUTRAL = ("name", "version", "data_dir", "data_files", "description")  # settings that change no value
 
@@ -62,6 +68,15 @@ class Repository:
         except (FileNotFoundError, RemoteEntryNotFoundError):
             return None
 
+    def original_card(self) -> str | None:
+        """The text of its README.md; without our marker where no run of this tool has left its record, since anybody
+        can write the marker."""
+        text = self.card()
+        if text is None or MARKER not in text:
+            return text
+        ours = (Path(self.where) / RECORD).is_file() if self.commit is None else RECORD in self.paths()
+        return text if ours else text.replace(MARKER, "")
+
     def file(self, path: str) -> SourceFile:
         """One of its files."""
         if self.commit is None:
@@ -90,6 +105,7 @@ class Repository:
             if name not in splits:
                 raise InputError(f"{self.where} has no split '{name}'; it has {', '.join(splits) or 'none'}.")
         check_splits(self.where, names)
+        self._refuse_outsiders(path for name in names for path in splits[name])
         if self.commit is None:
             self._refuse_results(path for name in names for path in splits[name])
         config = str(builder.config.name)
@@ -103,6 +119,14 @@ class Repository:
                 if isinstance(reader, FileTable) and features is not None:
                     reader = reader if features.arrow_schema.equals(reader.schema, True) else Recast(reader, features)
                 yield config, name, reader
+
+    def _refuse_outsiders(self, paths: Iterable[str]) -> None:
+        """Raise `InputError` for a data file outside of the dataset, which only its card can name."""
+        top = os.path.abspath(self._dataset_path) if self.commit is None else f"{HUB}{self.where}@{self.commit}"
+        for path in paths:
+            inner = path.rpartition("::")[2]  # of an archive that `datasets` unpacks
+            if not PurePosixPath(os.path.normpath(inner)).is_relative_to(os.path.normpath(top)):
+                raise _outside(self.where, path)
 
     def _refuse_results(self, paths: Iterable[str]) -> None:
         """Raise `InputError` if a folder below this one holds the output of an earlier run."""
@@ -120,6 +144,7 @@ class Repository:
 
         config, _, splits = part.partition("/")
         with hub_errors(self.where, self.commit):
+            check_card(self.where, self.card() or "")
             try:
                 return self._declared(config), splits
             except ValueError as problem:
@@ -197,6 +222,38 @@ class Repository:
             with_retries(builder.download_and_prepare)
             for name in splits:
                 yield name, DatasetTable(f"{self.spec}:{config}/{name}", builder.as_dataset(split=name))
+
+
+def check_card(where: str, card: str) -> None:
+    """Raise `InputError` where a card's header can't be read, or names data files outside of the dataset: `datasets`
+    would look for them, on the disk and in the network, before it could be asked what it has found."""
+    block = REGEX_YAML_BLOCK.match(card)
+    try:
+        header = yaml.safe_load(block[2]) if block else None
+    except (yaml.YAMLError, ValueError, RecursionError) as problem:
+        raise InputError(
+            f"The header of {where}/README.md can't be read ({first_line(problem)}): correct it."
+        ) from problem
+    configs = header.get("configs") if isinstance(header, dict) else None
+    for config in configs if isinstance(configs, list) else []:
+        for path in _texts([config.get("data_files"), config.get("data_dir")] if isinstance(config, dict) else []):
+            if "://" in path or os.path.isabs(path) or ".." in PurePosixPath(path).parts:
+                raise _outside(where, path)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The strings in a list or dict, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from _texts(child)
+
+
+def _outside(where: str, path: str) -> InputError:
+    return InputError(
+        f"The card of {where} names {path}, which is outside of the dataset: if you want it read, name it yourself."
+    )
 
 
 def is_split(name: str) -> bool:

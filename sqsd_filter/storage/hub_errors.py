@@ -6,18 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqsd_filter.errors import InputError, first_line
+from sqsd_filter.errors import InputError, SQSDError, first_line
 
 
 @contextmanager
 def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
     """Turn errors about a dataset, or a folder of this name, into `InputError`. A missing file stays what it is."""
     from datasets.data_files import EmptyDatasetError
-    from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
     from huggingface_hub import errors as hub
 
-    # The base error of the HTTP client that huggingface_hub uses, httpx or its successor.
-    http_error: type[Exception] = hub.HTTPError  # type: ignore[attr-defined]  # not exported, but always imported there
     at = f" at {revision}" if revision else ""
     try:
         yield
@@ -39,9 +37,9 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
         raise _unknown(name) from problem
     except hub.OfflineModeIsEnabled as problem:
         raise InputError(f"{name} can't be fetched, since HF_HUB_OFFLINE is set: unset it.") from problem
-    except (InputError, hub.RemoteEntryNotFoundError):
+    except (SQSDError, hub.RemoteEntryNotFoundError):
         raise
-    except (http_error, hub.HFValidationError, DatasetGenerationError, OSError, ValueError) as problem:
+    except Exception as problem:  # `datasets` raises what files and cards of strangers lead it to
         status = getattr(getattr(problem, "response", None), "status_code", None)
         if status == 429:
             raise InputError(
@@ -50,7 +48,7 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
             ) from problem
         remote = "the network, the dataset and, for a private one, the token in HF_TOKEN"
         raise InputError(
-            f"{name}{at} can't be read ({first_line(problem.__cause__ or problem)}): check "
+            f"{name}{at} can't be read ({first_line(problem.__cause__ or problem).rstrip('.')}): check "
             f"{'its files' if not at and Path(name).is_dir() else remote}."
         ) from problem
 

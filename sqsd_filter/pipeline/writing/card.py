@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from sqsd_filter.corpus.addresses import HubDataset
+from sqsd_filter.corpus.repositories import MARKER
 from sqsd_filter.pipeline.meaning import advice, false_alarms, sentences
 from sqsd_filter.pipeline.report import (
     GroupFigures,
@@ -31,7 +32,7 @@ from sqsd_filter.pipeline.rules import CONSENSUS
 from sqsd_filter.pipeline.writing.export import PERCENTILE, REASONS
 from sqsd_filter.pipeline.writing.figures import number, shown
 from sqsd_filter.pipeline.writing.markdown import code, fenced, table
-from sqsd_filter.pipeline.writing.originals import MARKER, Original, carried_over
+from sqsd_filter.pipeline.writing.originals import Original, carried_over
 from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.storage.folder import write_text
 from sqsd_filter.wording import many

@@ -9,10 +9,9 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from sqsd_filter.corpus.repositories import MARKER
 from sqsd_filter.pipeline.writing.markdown import code, demoted
-
-# Below this line our card holds the cards of its sources, so that filtering twice does not nest cards.
-MARKER = "<!-- sqsd-filter: below are the cards of the sources -->"
+from sqsd_filter.wording import printable
 
 # Header fields that hold for a part of a source's rows, too; configs, sizes and access hold for its own files only.
 AGREED = (
@@ -49,7 +48,8 @@ class Original:
             header, text = block[2], card[block.end() :]
         ours = MARKER in text
         text = text.partition(MARKER)[2] if ours else text
-        return cls(name, _fields(header), text.replace(MARKER, "").strip("\n"), ours)
+        text = printable(text.replace(MARKER, ""), keep="\n\t")
+        return cls(name, _fields(header), text.strip("\n"), ours)
 
     @property
     def licences(self) -> list[str]:
