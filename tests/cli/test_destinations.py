@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,49 @@ def test_a_failed_overwrite_leaves_the_old_output_alone(command: Command, folder
     assert command("bad.jsonl", "out", *CUT, "--overwrite")[0] == 0
     assert read_report(Path("out"))["rows"]["reused"] == 60
     assert entries(folder) == ["bad.jsonl", "in.jsonl", "out"]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(command: Command, folder: Path) -> None:
+    (folder / "disk").mkdir()
+    (folder / "out").symlink_to("disk")
+    assert command("in.jsonl", "out", *CUT)[0] == 0
+    assert command("in.jsonl", "out", "--drop-top", "30%", "--overwrite")[0] == 0
+    assert (folder / "out").is_symlink()
+    assert read_report(folder / "disk")["cut"] == "drop-top 30%"
+    assert entries(folder) == ["disk", "in.jsonl", "out"]
+
+
+def test_so_does_one_that_leads_to_a_file(command: Command, folder: Path) -> None:
+    (folder / "disk").mkdir()
+    (folder / "out.parquet").symlink_to("disk/scores.parquet")
+    assert command("score", "in.jsonl", "out.parquet")[0] == 0
+    assert command("score", "in.jsonl", "out.parquet", "--max-length", "64", "--overwrite")[0] == 0
+    assert (folder / "out.parquet").is_symlink()
+    assert entries(folder / "disk") == ["scores.parquet", "scores.parquet.sqsd"]
+
+
+def test_a_link_to_itself_a_device_and_a_pipe_are_no_destination(command: Command, folder: Path) -> None:
+    (folder / "loop").symlink_to("loop")
+    (folder / "null").symlink_to("/dev/null")
+    os.mkfifo(folder / "pipe")
+    for dest, complaint in (
+        ("loop", "loop is a link that leads to itself"),
+        ("null", "null is neither a file nor a folder"),
+        ("/dev/null", "/dev/null is neither a file nor a folder"),
+        ("pipe", "pipe is neither a file nor a folder"),
+    ):
+        for more in ([], ["--overwrite"]):
+            code, _, err = command("in.jsonl", dest, *CUT, *more)
+            assert code == 3
+            assert complaint in one_sentence(err)
+
+
+def test_a_damaged_record_is_said_to_be_damaged(command: Command, folder: Path) -> None:
+    assert command("in.jsonl", "out", *CUT)[0] == 0
+    record = folder / "out" / "sqsd" / "run.json"
+    record.write_bytes(record.read_bytes()[:100])
+    code, _, err = command("in.jsonl", "out", *CUT)
+    assert code == 5
+    assert "run.json is damaged, so nothing says which run out holds" in one_sentence(err)
+    assert command("in.jsonl", "out", *CUT, "--overwrite")[0] == 0
+    assert read_report(folder / "out")["rows"]["reused"] == 60

@@ -33,6 +33,7 @@ class Destination:
 
     def __init__(self, target: Path, home_of: Callable[[Path], Path], *, overwrite: bool) -> None:
         """`home_of(root)` is the home of a root: inside a folder, or beside a file."""
+        target = _resolved(target)
         self.target, self._home_of = target, home_of
         self._overwrite, self.replaces = overwrite, False
         self.root, self.home = target, home_of(target)
@@ -69,6 +70,11 @@ class Destination:
         known = read_run(self.home)
         if known != asked and self.holds_work():
             if not self._overwrite:
+                if not known and (self.home / RUN_FILE).exists():
+                    raise DestinationExists(
+                        f"{self.home / RUN_FILE} is damaged, so nothing says which run {self.target} holds: choose "
+                        "another destination, or replace it with --overwrite, which uses its scores again."
+                    )
                 raise DestinationExists(
                     f"{self.target} holds another run ({difference(known or {}, asked)}): choose another "
                     "destination, or replace it with --overwrite."
@@ -186,6 +192,19 @@ class Destination:
         starting = {self.home, *(self.home / name for name in leavings), *self.home.glob(f".*{TEMPORARY}")}
         paths = [path for top in (self.root, self.home) if top.is_dir() for path in top.iterdir()]
         return not starting.issuperset(paths) or (self.root.exists() and not self.root.is_dir())
+
+
+def _resolved(target: Path) -> Path:
+    """What a link leads to: it is replaced there, and the link stays. Raises `InputError` where that is neither a file
+    nor a folder."""
+    there = Path(os.path.realpath(target)) if target.is_symlink() else target
+    if there.is_symlink():
+        raise InputError(f"{target} is a link that leads to itself: choose another destination.")
+    if there.exists() and not (there.is_dir() or there.is_file()):
+        raise InputError(
+            f"{target} is neither a file nor a folder, but a device or a pipe: choose another destination."
+        )
+    return there
 
 
 def lock_run(path: Path, target: object) -> IO[bytes]:
