@@ -44,6 +44,7 @@ Other variables:
 | variable | what it does |
 | --- | --- |
 | `SQSD_FILTER_CACHE` | folder for the built-in model and for uploads under way; default `~/.cache/sqsd_filter` |
+| `SQSD_FILTER_LONGEST_ROW` | bytes that a row of a text file may have; default 16777216 (16 MiB) |
 | `SQSD_FILTER_DEBUG=1` | show the traceback of an error |
 | `NO_COLOR=1` | draw progress bars without colour |
 | `RAY_ADDRESS` | the Ray cluster to connect to, if `--ray-address` is not given |
