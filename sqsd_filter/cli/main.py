@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import signal
@@ -323,8 +324,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = cli.main(args=given, prog_name="sqsd-filter", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as problem:
-        problem.message = output.visible(problem.message)
-        problem.show(sys.stderr)
+        said = io.StringIO()
+        problem.show(said)
+        click.echo(output.visible(said.getvalue()), err=True, nl=False)
         sys.exit(2 if isinstance(problem, click.UsageError) else problem.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo(

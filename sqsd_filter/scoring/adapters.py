@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -94,7 +93,7 @@ def load_adapter(folder: str | Path) -> Adapter:
         raise PackError(f"{folder} is not a complete PEFT adapter folder, it has no {WEIGHTS_FILE}: {_AGAIN}.")
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError) as problem:
+    except Exception as problem:  # safetensors and torch raise what a damaged header leads them to
         raise PackError(f"{path} can't be read ({problem}): {_AGAIN}.") from problem
 
     sides: dict[str, dict[str, torch.Tensor]] = {}

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqsd_filter.errors import ModelError, UsageError, first_line, option
+from sqsd_filter.errors import ModelError, SQSDError, UsageError, first_line, option
 from sqsd_filter.scoring.embedded import EMBEDDED, cache_dir, fetch_gguf, kept
 from sqsd_filter.storage.locks import take_lock
 
@@ -271,7 +271,9 @@ def _as_model_error(base_model: str, what: str, attention: str | None = None) ->
     attention kernel is to blame."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as problem:
+    except SQSDError:
+        raise
+    except Exception as problem:  # what damaged files lead transformers, tokenizers and torch to
         about = f"The {what} of '{base_model}' can't be loaded"
         first = first_line(problem)
         if attention is not None and isinstance(problem, ValueError | ImportError):

@@ -82,11 +82,16 @@ def test_a_template_that_is_none_is_one_sentence(template: str) -> None:
         ChatTemplate(make_tokenizer(template))
 
 
+def spin() -> None:
+    while True:
+        pass
+
+
 def test_deadlines_end_what_is_late_and_nothing_else() -> None:
     with deadline(5):
         pass
     with pytest.raises(DeadlineExceeded), deadline(0.01):
-        any(iter(int, 1)) or [None for _ in iter(int, 1)]
+        spin()
     for _ in range(200):  # nothing of it is left
         time.sleep(0.001)
 
@@ -176,3 +181,30 @@ def test_a_state_may_be_zero(pack: Path) -> None:
     tensors = {name: tensor * ("lora_A" in name) for name, tensor in load_file(path).items()}
     save_file(tensors, path, {"format": "pt"})
     assert SQSDScorer(pack).score(ROW).status == ["scored"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"[" * 100_000),
+        ("config.json", b'{"model_type": 7}'),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "x"}'),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"[" * 100_000),
+        ("tokenizer_config.json", b"7"),
+        ("model.safetensors", b"\xff" * 100),
+        ("model.safetensors", (10**6).to_bytes(8, "little") + b"{" * 100),
+    ],
+)
+def test_a_damaged_base_model_is_one_sentence(name: str, content: bytes, pack: Path, tmp_path: Path) -> None:
+    edit(pack / "pack.json", base_model=str(pack / "base"))
+    (pack / "base" / name).write_bytes(content)
+    with pytest.raises(ModelError, match="can't be loaded"):
+        SQSDScorer(pack).score(ROW)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, (20).to_bytes(8, "little") + b'{"a": 7}            '])
+def test_a_damaged_adapter_is_one_sentence(content: bytes, pack: Path) -> None:
+    (pack / "danger" / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(PackError, match="can't be read"):
+        SQSDScorer(pack).score(ROW)

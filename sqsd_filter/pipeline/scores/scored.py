@@ -23,6 +23,7 @@ from sqsd_filter.pipeline.selecting.groups import Groups, nth_riskiest
 from sqsd_filter.pipeline.stage.shards import Index
 
 SCORE_PREFIX = "sqsd_"
+MOST_STATUSES = 255  # of a corpus; their codes are bytes
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,14 @@ def from_store(
     return Scored(corpus, index.form, statuses, codes, probes, risk, tokens, counts, details, groups, each)
 
 
+def _number(value: object) -> float:
+    """The value as a float; NaN for what is none, or an integer that no float can hold."""
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
+
+
 class ColumnIndex:
     """Visits a corpus that has been scored before, and collects its scores from these columns."""
 
@@ -180,12 +189,16 @@ class ColumnIndex:
             raise InputError(
                 f"{row.file} has a row with the status '{SCORED}' but no risk (line {row.line}): score the file again."
             )
-        if status == SCORED and not math.isfinite(risk or 0):
+        if status == SCORED and not math.isfinite(_number(risk)):
             status = NONFINITE
         if status != SCORED and isinstance(reason := value.get("sqsd_reason"), str):
             self._details[row.index] = reason
-        self._risk.append(float(risk) if risk is not None else np.nan)
+        self._risk.append(_number(risk))
         if status not in self._statuses:
+            if len(self._statuses) == MOST_STATUSES:
+                raise InputError(
+                    f"{row.file} has over {MOST_STATUSES} values of sqsd_status (line {row.line}): score it again."
+                )
             self._statuses.append(status)
         self._codes.append(self._statuses.index(status))
 

@@ -13,7 +13,8 @@ import numpy as np
 from sqsd_filter.errors import InputError, option
 
 if TYPE_CHECKING:
-    from sqsd_filter.corpus.sources import Part, Row
+    from sqsd_filter.corpus.parts import Part
+    from sqsd_filter.corpus.sources import Row
 
 MOST_GROUPS = 10_000
 
