@@ -7,16 +7,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 
 from sqsd_filter.corpus.addresses import Opener, expand
 from sqsd_filter.corpus.json_schema import to_rows
 from sqsd_filter.corpus.sources import Corpus
+from sqsd_filter.pipeline.report import Config
 from sqsd_filter.pipeline.scores.scored import ScoreCounts, Scored
 from sqsd_filter.pipeline.selecting.selection import ERROR, Selection
+from sqsd_filter.pipeline.writing.export import FOLDERS
 
-SPLITS = ("kept", "dropped", "errors")
 BIG = 2**70
 # Rows with values that are easily changed on their way, and the same among lines that get no score, for REASONS.
 VALUES: list[dict[str, Any]] = [
@@ -78,8 +80,14 @@ def open_corpus(sources: Iterable[Any], **how: Any) -> Corpus:
     return Corpus.scan(Opener().open(expand(list(sources))), **how)
 
 
-def split_file(dest: Path, split: str) -> Path:
-    return dest / "data" / f"{split}-00000-of-00001.parquet"
+def split_file(dest: Path, config: Config) -> Path:
+    """The one file of a config, of rows that have no split of their own."""
+    return dest / FOLDERS[config] / "train-00000-of-00001.parquet"
+
+
+def saved(dest: Path, config: Config) -> Any:
+    """The Arrow files of a config, by split."""
+    return datasets.load_from_disk(str(dest if config == "kept" else dest / FOLDERS[config]))
 
 
 def rows_of(dest: Path, split: str) -> list[dict[str, Any]]:
@@ -95,13 +103,13 @@ def ids_of(dest: Path, split: str = "kept") -> list[int]:
 def content(dest: Path) -> dict[str, Any]:
     """Every file that a run left, by its name: bytes, and the report without its timing."""
     files: dict[str, Any] = {str(p.relative_to(dest)): p.read_bytes() for p in dest.rglob("*") if p.is_file()}
-    report = json.loads(files["sqsd/report.json"])
+    report = json.loads(files["_sqsd/report.json"])
     del report["timing"]
-    return {**files, "sqsd/report.json": report}
+    return {**files, "_sqsd/report.json": report}
 
 
 def read_report(dest: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((dest / "sqsd" / "report.json").read_text())
+    report: dict[str, Any] = json.loads((dest / "_sqsd" / "report.json").read_text())
     return report
 
 

@@ -53,7 +53,7 @@ def page_of(folder: Path, rows: Sequence[Any], **how: Any) -> str:
 
 def finished_run(folder: Path) -> Path:
     """The destination of a finished run, as far as `report` looks at it."""
-    home = folder / "out" / "sqsd"
+    home = folder / "out" / "_sqsd"
     home.mkdir(parents=True)
     report, notes = noted(folder, make_rows(30))
     write_page(home, report, notes)

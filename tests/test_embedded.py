@@ -76,6 +76,6 @@ def test_the_first_command_of_the_readme_drops_three_of_sixty_rows(tmp_path: Pat
         assert row["output"].startswith(output)
         columns = ("sqsd_danger", "sqsd_safety", "sqsd_risk")
         assert [row[column] for column in columns] == pytest.approx([float(score) for score in scores], abs=0.02)
-    shown, drawn = (np.asarray(Image.open(at), int) for at in (source.with_name("risk.png"), out / "sqsd" / "risk.png"))
+    shown, drawn = (np.asarray(Image.open(at), int) for at in (source.with_name("risk.png"), out / "_sqsd/risk.png"))
     assert shown.shape == drawn.shape
     assert np.abs(shown - drawn).mean() < 1

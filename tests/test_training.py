@@ -42,7 +42,7 @@ def test_trl_trains_on_what_was_kept(form: str, to: str, tmp_path: Path, scorer:
     source = write_jsonl(tmp_path / "in.jsonl", ROWS[form])
     filter_dataset(source, tmp_path / "out", drop_top="20%", scorer=scorer, to=to)
     if to == "arrow":
-        kept = datasets.load_from_disk(str(tmp_path / "out"))["kept"]
+        kept = datasets.load_from_disk(str(tmp_path / "out"))["train"]
     else:
         kept = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(kept) == 16

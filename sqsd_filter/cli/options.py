@@ -295,7 +295,7 @@ written = together(
         type=click.Choice(["parquet", "arrow", "jsonl"]),
         default="parquet",
         show_default=True,
-        help="Format of the rows in DEST. load_from_disk reads arrow; jsonl keeps the input's own lines.",
+        help="Format of the rows in DEST. load_from_disk maps arrow; jsonl keeps the input's own lines.",
     ),
     option(
         OUTPUT,

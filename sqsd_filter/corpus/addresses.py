@@ -33,6 +33,7 @@ from sqsd_filter.corpus.table_formats import DatasetTable, SavedDataset
 from sqsd_filter.corpus.text_formats import JsonLines, TextFile
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.storage.folder import connect
+from sqsd_filter.storage.layout import DEFAULT, kept_part
 from sqsd_filter.storage.retries import with_retries
 from sqsd_filter.storage.secrets import check_address
 
@@ -110,10 +111,10 @@ class Opener:
             raise InputError(f"{text} does not exist; check the path. A dataset of the Hub is written org/name.")
 
     def _local(self, path: Path, part: str) -> Iterator[Source]:
+        kept = kept_part(path)
         if not path.is_dir():
             yield Source(open_file(LocalFile(path)), str(path), roots=(str(path),))
-        elif (path / RECORD).exists() and not part:
-            kept = "kept" if (path / "dataset_dict.json").exists() else "default"
+        elif kept is not None and not part:
             raise InputError(
                 f"{path} holds the output of an earlier run: name what to read, as '{path}:{kept}' for the kept rows."
             )
@@ -121,7 +122,7 @@ class Opener:
             if part:
                 raise InputError(f"{path} is a single saved split: leave out ':{part}'.")
             yield Source(SavedDataset(path), str(path), card=_card(path), roots=(str(path),))
-        elif (path / "dataset_dict.json").exists():
+        elif (path / "dataset_dict.json").exists() and kept != DEFAULT:
             for split in _saved_splits(path, part):
                 own = path / split
                 yield Source(SavedDataset(own), str(own), split, card=_card(path), roots=(str(path),))

@@ -23,6 +23,7 @@ from sqsd_filter.corpus.formats import Reader, kind, open_file
 from sqsd_filter.corpus.table_formats import DatasetTable, FileTable, Recast
 from sqsd_filter.errors import InputError, first_line
 from sqsd_filter.storage.hub_errors import hub_errors
+from sqsd_filter.storage.layout import holds_run
 from sqsd_filter.storage.retries import with_retries
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class Repository:
         """Raise `InputError` if a folder below this one holds the output of an earlier run."""
         top = Path(self.where).resolve()
         for folder in {parent for path in paths for parent in Path(path).parents if top in parent.parents}:
-            if (folder / "sqsd" / "run.json").is_file():
+            if holds_run(folder):
                 raise InputError(
                     f"{self.where} holds {folder.relative_to(top)}, the output of an earlier run, which would be read "
                     "too: move it away, or name the files to read."

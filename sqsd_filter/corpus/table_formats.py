@@ -329,7 +329,11 @@ class SavedDataset(DatasetTable):
         return Table.fingerprint(self, absorb)
 
     def files(self) -> Sequence[SourceFile]:
-        return [LocalFile(file) for file in sorted(self._folder.iterdir()) if file.is_file()]
+        own = {file for file in self._folder.iterdir() if file.is_file()}
+        with self.errors():
+            state = json.loads((self._folder / "state.json").read_bytes())
+            named = {self._folder / file["filename"] for file in state["_data_files"]}  # they may lie elsewhere
+        return [LocalFile(file) for file in sorted(own | named)]
 
 
 class Recast(Table):

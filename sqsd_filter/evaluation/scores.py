@@ -22,9 +22,10 @@ from sqsd_filter.evaluation.results import CorpusFile
 from sqsd_filter.evaluation.sets import TrainingSet
 from sqsd_filter.pipeline.selecting.consensus import check_same
 from sqsd_filter.pipeline.selecting.earlier import Earlier, read_earlier
-from sqsd_filter.pipeline.writing.destination import REPORT_FILE, read_json
+from sqsd_filter.pipeline.writing.destination import read_json
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
+from sqsd_filter.storage.layout import REPORT_FILE, homes_of
 from sqsd_filter.wording import many
 
 BATCH = 1024  # conversations encoded together
@@ -107,7 +108,7 @@ def corpus_of(given: str | Path, earlier: Earlier) -> list[CorpusFile]:
 
 def _report(given: str | Path) -> dict[str, Any]:
     """The report of the run that made these scores, empty where there is none."""
-    homes = (Path(given) / "sqsd", Path(f"{given}.sqsd"))
+    homes = homes_of(Path(given))
     return next((report for home in homes if (report := read_json(home / REPORT_FILE))), {})
 
 

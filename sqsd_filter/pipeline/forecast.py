@@ -21,6 +21,7 @@ from sqsd_filter.pipeline.writing.destination import without
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.scorer import BatchedScorer
 from sqsd_filter.storage.folder import Folder
+from sqsd_filter.storage.layout import homes_of
 
 if TYPE_CHECKING:
     from sqsd_filter.pipeline.options import Sources
@@ -57,7 +58,7 @@ def estimate(
     yet, there or in the score store, and seconds from scoring `timed` of them."""
     scorer = scoring.chosen_scorer
     target = stage_of(str(dest)) / "out" if "://" in str(dest) else Path(dest)
-    homes = [target / "sqsd", Path(f"{target}.sqsd")]
+    homes = homes_of(target)
     with closing(Opener(streaming=scoring.streaming)) as opener:
         given = without(target, homes, expand(as_list(sources)))
         scan = Scan(opener.open(given), scoring.columns or scorer.columns, scoring.limit, progress or Silent())

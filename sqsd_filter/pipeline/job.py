@@ -38,8 +38,6 @@ from sqsd_filter.pipeline.writing.destination import (
     LOCK_FILE,
     NOTES_FILE,
     PAGE_FILE,
-    REPORT_FILE,
-    RUN_FILE,
     Destination,
     lock_run,
     read_report,
@@ -47,6 +45,7 @@ from sqsd_filter.pipeline.writing.destination import (
 from sqsd_filter.pipeline.writing.histogram import write_histogram
 from sqsd_filter.progress import Meter
 from sqsd_filter.scoring.embedded import cache_dir
+from sqsd_filter.storage.layout import REPORT_FILE, RUN_FILE, home_in
 from sqsd_filter.storage.secrets import check_address, redacted
 
 log = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ class Outlet:
             stage.mkdir(parents=True, exist_ok=True)
             lock = lock_run(stage / LOCK_FILE, dest)
         folder = Path(dest) if stage is None else stage / "out"
-        destination = Destination(folder, lambda root: root / "sqsd", overwrite=overwrite or stage is not None)
+        destination = Destination(folder, home_in, overwrite=overwrite or stage is not None)
         return cls(destination, target, stage, lock)
 
     def spare(self, sources: Iterable[Source]) -> None:

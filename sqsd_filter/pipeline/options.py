@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.errors import UsageError
 from sqsd_filter.pipeline.publishing.hub import PushTo
-from sqsd_filter.pipeline.publishing.target import Target
 from sqsd_filter.pipeline.selecting.policy import Policy
 from sqsd_filter.pipeline.stage.engines import Engine
 from sqsd_filter.pipeline.writing.writers import SHARD_SIZE, Output
@@ -95,8 +94,3 @@ class Writing:
     @cached_property
     def output(self) -> Output:
         return Output.of(self.to, self.shard_size, self.with_scores)
-
-    def check_target(self, target: Target | None) -> None:
-        """Raise `UsageError` where what is written can't be loaded from the target."""
-        if self.to == "arrow" and isinstance(target, PushTo):
-            raise UsageError("load_dataset reads no Arrow folders from the Hub: push --to parquet or jsonl.")

@@ -19,6 +19,7 @@ from sqsd_filter.pipeline.selecting.selection import PieceKey
 from sqsd_filter.progress import PhaseFigures
 from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.storage.folder import write_text
+from sqsd_filter.storage.layout import old_saved_splits
 
 Config = Literal["kept", "dropped", "errors"]  # the datasets' word for one of the tables that a run writes
 CONFIGS: tuple[Config, ...] = ("kept", "dropped", "errors")
@@ -344,9 +345,7 @@ def load_calls(report: RunContent, where: str) -> dict[Config, str]:
     """The Python expression that loads the rows of each config from the destination; `where` is one for its path."""
     calls: dict[Config, str] = {}
     for config in CONFIGS:
-        if report["to"] == "arrow":
-            keys = dict.fromkeys(file["path"].split("/")[0] for file in report["files"] if file["config"] == config)
-            calls[config] = ", ".join(f'load_from_disk({where})["{key}"]' for key in keys)
-        else:
-            calls[config] = f"load_dataset({where})" if config == "kept" else f'load_dataset({where}, "{config}")'
+        saved = old_saved_splits(file["path"] for file in report["files"] if file["config"] == config)
+        by_card = f"load_dataset({where})" if config == "kept" else f'load_dataset({where}, "{config}")'
+        calls[config] = ", ".join(f'load_from_disk({where})["{name}"]' for name in saved) or by_card
     return calls

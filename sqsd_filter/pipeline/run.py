@@ -32,6 +32,7 @@ from sqsd_filter.pipeline.writing.writers import SHARD_SIZE
 from sqsd_filter.progress import Meter, Progress, Silent
 from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
 from sqsd_filter.storage.folder import Folder
+from sqsd_filter.storage.layout import home_beside
 
 if TYPE_CHECKING:
     from sqsd_filter.pipeline.options import Sources
@@ -77,7 +78,7 @@ def filter_dataset(
     the five ways to cut that `Cut` explains, with its `per_group`, `per_split` and `weights`. The other options are
     explained by `Scoring` and `Writing`. `record` is copied into the report.
 
-    Returns the report, which is also in `dest/sqsd/report.json`. The same call resumes an interrupted run. Raises
+    Returns the report, which is also in `dest/_sqsd/report.json`. The same call resumes an interrupted run. Raises
     `SQSDError`s: `UsageError`, `InputError`, `RowErrorBudgetExceeded`, `DestinationExists`, `PackError`, `ModelError`.
 
     >>> report = filter_dataset("in.jsonl", "out", drop_top="5%")  # doctest: +SKIP
@@ -137,7 +138,7 @@ def filter_rows(
     check_explain(scoring.explain, dest, scoring.scorer)
     meaning = Meaning.of_scorer(scoring.chosen_scorer)
     export = CutRows(meaning.place(cut), policy, writing.output, meaning, meaning.wanted(writing.percentile))
-    outlet = _outlet(dest, writing)
+    outlet = Outlet.of(dest, writing.overwrite, writing.push)
     return _score(sources, outlet, export, scoring, progress or Silent(), record or {})
 
 
@@ -168,7 +169,7 @@ def score_dataset(
         raise UsageError(f"Scores are written as parquet: name the file {dest.with_suffix('.parquet')}.")
     meaning = Meaning.of_scorer(scoring.chosen_scorer)
     export = AllRows(policy, meaning, meaning.wanted(percentile))
-    destination = Destination(dest, lambda root: root.with_name(root.name + ".sqsd"), overwrite=overwrite)
+    destination = Destination(dest, home_beside, overwrite=overwrite)
     outlet = Outlet(destination, has_card=False)
     return _score(sources, outlet, export, scoring, progress or Silent(), record or {})
 
@@ -247,7 +248,7 @@ def select_dataset(
     policy = Policy.of(writing.on_error, "100%")
     given, *others = (expand(as_list(each)) for each in (sources, *scores))
     meter = Meter(progress or Silent())
-    outlet = _outlet(dest, writing)
+    outlet = Outlet.of(dest, writing.overwrite, writing.push)
     with closing(outlet), closing(Opener(streaming=streaming)) as opener:
         outlet.destination.spare(chain(given, *others))
         earlier = read_earlier(given, opener, cut.per_group, meter, keyed=consensus is not None)
@@ -272,12 +273,6 @@ def _checked(given: object, kind: type[T], example: str) -> T:
     if not isinstance(given, kind):
         raise UsageError(f"{given!r} is not {kind.__name__}: give the options as {example}.")
     return given
-
-
-def _outlet(dest: str | Path, writing: Writing) -> Outlet:
-    outlet = Outlet.of(dest, writing.overwrite, writing.push)
-    writing.check_target(outlet.target)
-    return outlet
 
 
 def _datasets(sources: Sequence[Source]) -> list[HubDataset]:

@@ -50,7 +50,7 @@ def test_foreign_files_are_found_before_a_row_is_read_and_only_overwrite_removes
     assert one_sentence(err)
     assert (folder / "out" / "thesis.tex").read_text() == "years of work"
     assert command("in.jsonl", "out", *CUT, "--overwrite")[0] == 0
-    assert entries(folder / "out") == ["README.md", "data", "sqsd"]
+    assert entries(folder / "out") == ["README.md", "_sqsd", "data"]
     assert entries(folder) == ["in.jsonl", "out"]
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from sqsd_filter.cli.main import main
+from sqsd_filter.pipeline.report import CONFIGS
 from tests.commands import CUT, Command, entries, one_sentence
-from tests.corpora import SPLITS, content, make_rows, read_report, segments, split_file, write_jsonl
+from tests.corpora import content, make_rows, read_report, segments, split_file, write_jsonl
 
 pytestmark = pytest.mark.pictures  # the processes that are killed draw them
 
@@ -88,10 +89,10 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_
     moment: int, big: list[str], killed: Callable[..., int], command: Command, undisturbed: dict[str, Any]
 ) -> None:
     assert killed(moment, signal.SIGKILL, *big) == -signal.SIGKILL
-    before = segments(Path("out/sqsd"))
+    before = segments(Path("out/_sqsd"))
     assert len(before) == min(max(moment - 2, 0), 3)  # each of the moments 3 to 5 comes after a shard
     assert command(*big)[0] == 0
-    after = segments(Path("out/sqsd"))
+    after = segments(Path("out/_sqsd"))
     assert before.items() <= after.items()
     assert len(after) == 3
     assert content(Path("out")) == undisturbed
@@ -124,13 +125,13 @@ def test_an_interrupted_run_prints_the_command_that_goes_on(
     assert (folder / "stdout").read_text() == ""
     assert "Traceback" not in said
     assert read_report(Path("out"))["status"] == "interrupted"
-    assert not (folder / "out" / "sqsd" / "lock").exists()
-    before = segments(Path("out/sqsd"))
+    assert not (folder / "out" / "_sqsd" / "lock").exists()
+    before = segments(Path("out/_sqsd"))
     program, *arguments = shlex.split(said.splitlines()[-1])
     assert program == "sqsd-filter"
     assert command(*arguments)[0] == 0
     assert len(before) >= 2
-    assert before.items() <= segments(Path("out/sqsd")).items()
+    assert before.items() <= segments(Path("out/_sqsd")).items()
     assert content(Path("out")) == undisturbed
 
 
@@ -167,8 +168,8 @@ def test_a_killed_overwrite_never_costs_the_old_output_and_can_be_finished(
     assert killed(moment, signal.SIGKILL, *replace) == -signal.SIGKILL
     assert content(Path(".out.sqsd-old" if moment == 13 else "out")) == before
     assert command(*replace)[0] == 0
-    for split in SPLITS:
-        assert split_file(Path("out"), split).read_bytes() == split_file(Path("straight"), split).read_bytes()
+    for config in CONFIGS:
+        assert split_file(Path("out"), config).read_bytes() == split_file(Path("straight"), config).read_bytes()
     assert read_report(Path("out"))["rows"]["reused"] == 60
     assert entries(folder) == ["in.jsonl", "out", "stderr", "stdout", "straight"]
 

@@ -47,7 +47,7 @@ def test_the_summary_shows_the_largest_groups_in_aligned_lines(command: Command,
 
 def test_the_summary_tells_how_to_load_what_was_written(command: Command) -> None:
     _, out, _ = command("in.jsonl", "arrow", *CUT, "--to", "arrow")
-    assert 'load_from_disk("arrow")["dropped"]' in out
+    assert 'load_dataset("arrow", "dropped")' in out
     _, out, _ = command("in.jsonl", "lines", *CUT, "--to", "jsonl", "--shard-size", "1KB", "--with-scores")
     assert 'load_dataset("lines", "dropped")' in out
     report = read_report(Path("lines"))

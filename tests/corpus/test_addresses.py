@@ -242,8 +242,8 @@ def test_what_only_datasets_can_read_is_read_by_it() -> None:
 
 def test_the_output_of_a_run_is_only_read_by_naming_what_of_it() -> None:
     configured("out")
-    Path("out/sqsd").mkdir()
-    Path("out/sqsd/run.json").write_text("{}")
+    Path("out/_sqsd").mkdir()
+    Path("out/_sqsd/run.json").write_text("{}")
     with pytest.raises(InputError, match="earlier run: name what to read, as 'out:default'"):
         read("out")
     assert read("out:large/dev") == {"dev": [5, 6, 7]}

@@ -19,7 +19,7 @@ def test_a_drift_folder_is_drawn_from_its_report(out: Path, tiny_pack: Path, tmp
     folder = tmp_path / "drift"
     write_drift(measure_drift(lora_run(tmp_path / "run", tiny_pack / "base"), load_pack(tiny_pack)), folder)
     assert report(out, "--drift", folder)[0] == 0
-    page = (out / "sqsd/report.html").read_text(encoding="utf-8")
+    page = (out / "_sqsd/report.html").read_text(encoding="utf-8")
     assert "Drift by training step" in page
     assert "Speed of drift by training step" in page
     assert "Refusals by" not in page

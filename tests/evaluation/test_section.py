@@ -103,7 +103,7 @@ def test_an_evaluation_is_shown_with_its_intervals(out: Path, tmp_path: Path, re
     assert Path(shown["page"]).read_text(encoding="utf-8") == page
     assert report(out)[0] == 0
     assert "Evaluation" not in Path(shown["page"]).read_text(encoding="utf-8")
-    assert not (out / "sqsd/plots/asr.png").exists()
+    assert not (out / "_sqsd/plots/asr.png").exists()
 
 
 DAMAGED = {
@@ -124,8 +124,8 @@ def test_a_damaged_evaluation_is_one_sentence_and_leaves_the_page(
     content: str, out: Path, tmp_path: Path, report: Command
 ) -> None:
     (tmp_path / "results.json").write_text(content)
-    before = (out / "sqsd/report.html").read_bytes()
+    before = (out / "_sqsd/report.html").read_bytes()
     code, stdout, stderr = report(out, "--evaluation", tmp_path / "results.json")
     assert (code, stdout, stderr.count("\n")) == (3, "", 1)
     assert "results.json is damaged, or not what 'sqsd-filter evaluate' left" in stderr
-    assert (out / "sqsd/report.html").read_bytes() == before
+    assert (out / "_sqsd/report.html").read_bytes() == before

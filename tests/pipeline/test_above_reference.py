@@ -194,7 +194,7 @@ def test_a_pack_without_a_reference_changes_nothing_and_can_not_be_asked(tiny_pa
     report = filter_dataset("in.jsonl", "out", drop_top="5%", pack=tiny_pack)
     assert "reference" not in report
     assert "reference" not in (folder / "out/README.md").read_text()
-    assert "reference" not in json.loads(Path("out/sqsd/run.json").read_text())
+    assert "reference" not in json.loads(Path("out/_sqsd/run.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -266,8 +266,8 @@ def test_the_command_says_it_in_words(pack: Path, command: Command) -> None:
 def test_the_reference_of_jsonl_output_and_a_bad_pack(pack: Path) -> None:
     filter_dataset("in.jsonl", "out", above_reference="80%", pack=pack, to="jsonl")
     select_dataset("out", "again", Cut.of(above_reference="80%"), Writing(to="jsonl"))
-    assert Path("again/data/kept-00000-of-00001.jsonl").read_bytes() == (
-        Path("out/data/kept-00000-of-00001.jsonl").read_bytes()
+    assert Path("again/data/train-00000-of-00001.jsonl").read_bytes() == (
+        Path("out/data/train-00000-of-00001.jsonl").read_bytes()
     )
     page = json.loads((pack / "pack.json").read_text())
     (pack / "pack.json").write_text(json.dumps({**page, "reference": 3}))

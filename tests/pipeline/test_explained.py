@@ -38,7 +38,7 @@ def explained(home: Path) -> list[dict[str, Any]]:
 
 def test_the_riskiest_rows_are_explained_the_riskiest_first(folder: Path, scorer: SQSDScorer) -> None:
     report = filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, explain=3)
-    rows = explained(Path("out/sqsd"))
+    rows = explained(Path("out/_sqsd"))
     dropped = sorted(rows_of(Path("out"), "dropped"), key=lambda row: -row["sqsd_risk"])
     assert report["explained"] == 3
     assert [row["risk"] for row in rows] == [row["sqsd_risk"] for row in dropped]
@@ -64,7 +64,7 @@ def test_scores_from_a_store_are_explained_in_the_same_bytes(folder: Path, score
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, explain=2, score_store="store")
     again = filter_dataset("in.jsonl", "again", drop_count=3, scorer=scorer, explain=2, score_store="store")
     assert again["rows"]["scored"] == 0
-    assert Path("again/sqsd/explained.json").read_bytes() == Path("out/sqsd/explained.json").read_bytes()
+    assert Path("again/_sqsd/explained.json").read_bytes() == Path("out/_sqsd/explained.json").read_bytes()
 
 
 def test_a_run_without_its_explanations_is_not_done(folder: Path, scorer: SQSDScorer) -> None:
@@ -72,21 +72,21 @@ def test_a_run_without_its_explanations_is_not_done(folder: Path, scorer: SQSDSc
         return filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, explain=count)
 
     run()
-    content = Path("out/sqsd/explained.json").read_bytes()
+    content = Path("out/_sqsd/explained.json").read_bytes()
     assert run()["already_done"]
-    Path("out/sqsd/explained.json").unlink()
-    (Path("out/sqsd") / "report.json").unlink()  # and killed before its report
+    Path("out/_sqsd/explained.json").unlink()
+    (Path("out/_sqsd") / "report.json").unlink()  # and killed before its report
     assert "already_done" not in run()
-    Path("out/sqsd/explained.json").unlink()
+    Path("out/_sqsd/explained.json").unlink()
     assert "already_done" not in run()
-    assert Path("out/sqsd/explained.json").read_bytes() == content
+    assert Path("out/_sqsd/explained.json").read_bytes() == content
     with pytest.raises(DestinationExists, match="explain"):
         run(3)
 
 
 def test_the_total_of_the_parts_stands_beside_the_stored_risk(folder: Path, tiny_pack: Path) -> None:
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=SQSDScorer(tiny_pack, dtype="bfloat16"), explain=20)
-    for row in explained(Path("out/sqsd")):
+    for row in explained(Path("out/_sqsd")):
         for parts in (row["layers"], row["module_types"]):
             assert sum(part["risk"] for part in parts) == pytest.approx(row["total"]["risk"], abs=1e-6)
         assert row["total"]["risk"] == pytest.approx(row["risk"], abs=1e-2)
@@ -97,9 +97,9 @@ def test_explanations_are_never_pushed(folder: Path, scorer: SQSDScorer, hub: Hu
     write_jsonl(folder / "secret.jsonl", [{"instruction": "?", "output": SECRET}, *make_rows(9)])
     push = PushTo("org/out", private=private, rows=["kept"])
     filter_dataset("secret.jsonl", "out", drop_count=9, scorer=scorer, explain=10, push=push)
-    assert SECRET in "".join(token["text"] for row in explained(Path("out/sqsd")) for token in row["tokens"])
+    assert SECRET in "".join(token["text"] for row in explained(Path("out/_sqsd")) for token in row["tokens"])
     files = hub.files("org/out")
-    assert "sqsd/report.json" in files
+    assert "_sqsd/report.json" in files
     assert not [name for name in files if "explained" in name]
     assert not [name for name, content in files.items() if b'"tokens": [' in content]
 
@@ -110,7 +110,7 @@ def test_explanations_make_no_other_run_of_what_was_pushed(folder: Path, scorer:
     pushed = hub.files("org/out")
     assert filter_dataset("in.jsonl", "more", drop_count=3, scorer=scorer, explain=2, push=push)["explained"] == 2
     assert hub.files("org/out") == pushed
-    assert len(explained(Path("more/sqsd"))) == 2
+    assert len(explained(Path("more/_sqsd"))) == 2
     with pytest.raises(DestinationExists, match="another run"):
         filter_dataset("in.jsonl", "fewer", drop_count=2, scorer=scorer, explain=2, push=push)
 

@@ -137,10 +137,10 @@ def test_rows_have_their_percentile_on_request(pack: Path, to: str) -> None:
     filter_dataset("in.jsonl", "out", drop_top="10%", pack=pack, to=to, percentile=True, on_error="keep")
     kept: list[dict[str, Any]]
     if to == "jsonl":
-        kept = [json.loads(line) for line in Path("out/data/kept-00000-of-00001.jsonl").read_text().splitlines()]
+        kept = [json.loads(line) for line in Path("out/data/train-00000-of-00001.jsonl").read_text().splitlines()]
         assert "sqsd_risk" not in kept[0]
     else:
-        kept = list(load_from_disk("out")["kept"]) if to == "arrow" else rows_of(Path("out"), "kept")
+        kept = list(load_from_disk("out")["train"]) if to == "arrow" else rows_of(Path("out"), "kept")
     assert len(kept) == 37
     for row in kept:
         assert row["sqsd_percentile"] == (
@@ -201,7 +201,7 @@ def test_the_summary_card_and_page_say_what_the_risks_mean(
 ) -> None:
     code, out, _ = command("in.jsonl", "out", "--drop-top", "10%", "--pack", "pack")
     assert code == 0
-    figures = json.loads(Path("out/sqsd/report.json").read_text())["reference"]
+    figures = json.loads(Path("out/_sqsd/report.json").read_text())["reference"]
     kept, dropped = rows_of(Path("out"), "kept"), rows_of(Path("out"), "dropped")
     lowest = min(row["sqsd_risk"] for row in dropped)
     assert figures["cut"] == {"risk": lowest, "percentile": pytest.approx(percentile_of(lowest))}
@@ -214,7 +214,7 @@ def test_the_summary_card_and_page_say_what_the_risks_mean(
     card = Path("out/README.md").read_text()
     assert f"The cut is at the risk {words['cut']}. The median risk is {words['median']}." in card
     assert "225 benign rows (benign-0 150, benign-1 75) and 100 known unsafe answers (unsafe-0 100)" in card
-    page = Path("out/sqsd/report.html").read_text()
+    page = Path("out/_sqsd/report.html").read_text()
     assert words["cut"] in page
     riskiest = sorted((row["sqsd_risk"] for row in kept + dropped), reverse=True)
     said = re.findall(r"<h3>\d+\. Risk (\S+), (?:kept|dropped), (above .*?)</h3>", page)
@@ -222,7 +222,7 @@ def test_the_summary_card_and_page_say_what_the_risks_mean(
     assert said == expected
     code, _, _ = report("out")
     assert code == 0
-    assert Path("out/sqsd/report.html").read_text() == page
+    assert Path("out/_sqsd/report.html").read_text() == page
 
 
 def test_a_score_file_and_a_run_in_groups_say_it_too(pack: Path, command: Command) -> None:
@@ -239,6 +239,6 @@ def test_a_score_file_and_a_run_in_groups_say_it_too(pack: Path, command: Comman
 
 def test_without_a_reference_nothing_is_said(tiny_pack: Path, folder: Path, command: Command) -> None:
     _, out, _ = command("in.jsonl", "out", "--drop-top", "10%", "--pack", str(tiny_pack))
-    everything = out + (folder / "out/README.md").read_text() + (folder / "out/sqsd/report.html").read_text()
+    everything = out + (folder / "out/README.md").read_text() + (folder / "out/_sqsd/report.html").read_text()
     assert "benign" not in everything
     assert ", above" not in everything

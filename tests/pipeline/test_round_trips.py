@@ -22,6 +22,7 @@ from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.forecast import estimate
 from sqsd_filter.pipeline.job import stage_of
 from sqsd_filter.pipeline.writing.destination import lock_run
+from sqsd_filter.pipeline.writing.export import FOLDERS
 from tests.corpora import make_rows, write_jsonl
 from tests.hub import Hub
 
@@ -105,7 +106,7 @@ def rows(dataset: datasets.Dataset) -> list[Any]:
 
 def kept(where: str, to: str = "parquet", **how: Any) -> datasets.Dataset:
     if to == "arrow":
-        return datasets.load_from_disk(where)["kept"].remove_columns(SCORES)
+        return datasets.load_from_disk(where)["train"].remove_columns(SCORES)
     return datasets.load_dataset(where, split="train", **how).remove_columns(SCORES)
 
 
@@ -137,13 +138,14 @@ def test_a_dataset_equals_itself_by_any_way_in(way: str, rich: datasets.Dataset,
     assert [d["id"] for d in report["datasets"]] == (["org/rich"] if way == "hub" else [])
 
 
-@pytest.mark.parametrize(("to", "part"), [("parquet", "default"), ("jsonl", "default"), ("arrow", "kept")])
-def test_the_kept_rows_of_a_run_are_read_by_naming_them(to: str, part: str, scorer: SQSDScorer, folder: Path) -> None:
+@pytest.mark.parametrize("to", ["parquet", "jsonl", "arrow"])
+def test_the_kept_rows_of_a_run_are_read_by_naming_them(to: str, scorer: SQSDScorer, folder: Path) -> None:
     write_jsonl(folder / "in.jsonl", make_rows(40))
     filter_dataset("in.jsonl", "out", drop_top="10%", scorer=scorer, to=to)
-    with pytest.raises(InputError, match=f"name what to read, as 'out:{part}'"):
+    with pytest.raises(InputError, match="name what to read, as 'out:default'"):
         filter_dataset("out", "again", drop_top="10%", scorer=scorer)
-    assert filter_dataset(f"out:{part}", "again", drop_top="10%", scorer=scorer)["rows"]["total"] == 36
+    for k, named in enumerate(("out:default", "out:train", "out/data", *(["out/train"] if to == "arrow" else []))):
+        assert filter_dataset(named, f"again-{k}", drop_top="10%", scorer=scorer)["rows"]["total"] == 36
 
 
 def test_splits_stay_splits(scorer: SQSDScorer) -> None:
@@ -182,7 +184,7 @@ def test_standard_input_comes_out_as_lines_byte_for_byte(
     with pytest.raises(SystemExit) as left:
         main(["-", "out", "--drop-top", "10%", "--to", "jsonl", "--pack", str(tiny_pack), "-q"])
     assert left.value.code == 0
-    parts = [Path(f"out/data/{name}-00000-of-00001.jsonl").read_bytes() for name in ("kept", "dropped", "errors")]
+    parts = [Path("out", folder, "train-00000-of-00001.jsonl").read_bytes() for folder in FOLDERS.values()]
     assert sorted(b"".join(parts).splitlines()) == sorted(text.splitlines())
     assert len(parts[1].splitlines()) == 4
     with pytest.raises(InputError, match="made from standard input"):
@@ -206,6 +208,15 @@ def test_a_run_is_pushed_and_loads_from_the_hub(hub: Hub, scorer: SQSDScorer, fo
         filter_dataset("in.jsonl", "other", drop_top="20%", scorer=scorer, push=PushTo("org/out"))
     filter_dataset("in.jsonl", "other", drop_top="20%", scorer=scorer, push=PushTo("org/out", overwrite=True))
     assert len(datasets.load_dataset("org/out", split="train")) == 32
+
+
+@pytest.mark.parametrize("to", ["arrow", "jsonl"])
+def test_each_format_loads_from_the_hub(to: str, hub: Hub, scorer: SQSDScorer, folder: Path) -> None:
+    write_jsonl(folder / "in.jsonl", make_rows(40))
+    filter_dataset("in.jsonl", "hf://datasets/org/out", drop_top="10%", scorer=scorer, to=to)
+    counts = {config: len(datasets.load_dataset("org/out", config, split="train")) for config in ("default", "dropped")}
+    assert counts == {"default": 36, "dropped": 4}
+    assert not [name for name in hub.files("org/out") if name.endswith(("state.json", "dataset_info.json"))]
 
 
 def test_the_hub_may_be_the_destination_itself(hub: Hub, scorer: SQSDScorer, folder: Path) -> None:
@@ -233,8 +244,8 @@ def test_a_refused_push_keeps_the_run_and_goes_on_from_it(
         main([*command, "--json"])
     report = json.loads(capsys.readouterr().out)
     assert (left.value.code, report["published"]["rows"], report["rows"]["scored"]) == (0, ["kept"], 40)
-    assert not any("dropped-" in name or "errors-" in name for name in hub.files("org/out"))
-    assert str(folder) not in hub.files("org/out")["sqsd/report.json"].decode()
+    assert not any("dropped" in name or "errors" in name for name in hub.files("org/out"))
+    assert str(folder) not in hub.files("org/out")["_sqsd/report.json"].decode()
 
 
 def test_a_bucket_gets_what_a_folder_would(scorer: SQSDScorer, folder: Path) -> None:
@@ -244,7 +255,7 @@ def test_a_bucket_gets_what_a_folder_would(scorer: SQSDScorer, folder: Path) -> 
         for _ in range(2):
             report = filter_dataset("in.jsonl", "memory://bucket/out", drop_top="10%", scorer=scorer)
         memory = fsspec.filesystem("memory")
-        for path in sorted(Path("out/data").iterdir()):
+        for path in sorted(Path("out").rglob("*.parquet")):
             assert memory.cat(f"/bucket/{path}") == path.read_bytes()
         assert report["already_done"]
         with pytest.raises(DestinationExists, match="memory://bucket/out holds another run"):
@@ -261,7 +272,6 @@ def test_a_bucket_gets_what_a_folder_would(scorer: SQSDScorer, folder: Path) -> 
     [
         ({"dest": "memory://bucket/out", "push": PushTo("org/out")}, "are two destinations"),
         ({"dest": "hf://datasets/org/out", "push": PushTo("org/other")}, "are two destinations"),
-        ({"dest": "out", "push": PushTo("org/out"), "to": "arrow"}, "push --to parquet or jsonl"),
     ],
 )
 def test_what_can_not_be_published_is_refused_before_scoring(
@@ -316,7 +326,7 @@ def test_one_stage_and_one_place_have_one_run_at_a_time(scorer: SQSDScorer, fold
     write_jsonl(folder / "in.jsonl", make_rows(20))
     filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)
     for dest, overwrite in (("memory://bucket/x", False), ("out", True)):
-        lock = stage_of(dest) / "lock" if "://" in dest else Path("out/sqsd/lock")
+        lock = stage_of(dest) / "lock" if "://" in dest else Path("out/_sqsd/lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
         held = lock_run(lock, dest)
         with pytest.raises(DestinationExists, match="right now: wait for it"):

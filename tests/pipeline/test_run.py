@@ -12,11 +12,11 @@ import yaml
 from sqsd_filter import Scoring, SQSDScorer, filter_dataset, score_dataset
 from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.errors import DestinationExists, RowErrorBudgetExceeded, UsageError
+from sqsd_filter.pipeline.report import CONFIGS
 from sqsd_filter.pipeline.stage import shards
 from tests.corpora import (
     NASTY,
     REASONS,
-    SPLITS,
     VALUES,
     content,
     ids_of,
@@ -69,8 +69,8 @@ def test_nasty_lines_are_all_accounted_for_and_their_values_intact(folder: Path,
     assert (rows["scored"], rows["duplicates"]) == (6, 2)
 
     inputs = {row["id"]: row for row in NASTY if isinstance(row, dict)}
-    for split in SPLITS:
-        for row in rows_of(out, split):
+    for config in CONFIGS:
+        for row in rows_of(out, config):
             own = {name: value for name, value in row.items() if not name.startswith("sqsd_")}
             assert list(own) == list(VALUES[0])
             assert own == {name: inputs.get(row["id"], {}).get(name) for name in own}
@@ -98,8 +98,8 @@ def test_several_inputs_and_globs_are_one_corpus(folder: Path, scorer: SQSDScore
     several = filter_dataset(["b*.jsonl", "z.jsonl"], "several", drop_top="5%", scorer=scorer)
     filter_dataset("in.jsonl", "one", drop_top="5%", scorer=scorer)
     assert [i["path"] for i in several["inputs"]] == ["b0.jsonl", "b1.jsonl", "z.jsonl"]
-    for split in SPLITS:
-        assert split_file(Path("several"), split).read_bytes() == split_file(Path("one"), split).read_bytes()
+    for config in CONFIGS:
+        assert split_file(Path("several"), config).read_bytes() == split_file(Path("one"), config).read_bytes()
 
 
 def test_a_limit_takes_the_first_rows(folder: Path, scorer: SQSDScorer) -> None:
@@ -131,14 +131,14 @@ def test_too_many_bad_rows_fail_with_a_report_and_keep_the_scores(
     failed = read_report(Path("out"))
     assert failed["status"] == "failed"
     assert "8 of 16 rows" in failed["error"]
-    assert sorted(p.name for p in Path("out").iterdir()) == ["sqsd"]
-    before = segments(Path("out/sqsd"))
+    assert sorted(p.name for p in Path("out").iterdir()) == ["_sqsd"]
+    before = segments(Path("out/_sqsd"))
     assert len(before) == 1
 
     if "max_error_rate" in options:  # not part of what the run is
         report = filter_dataset("nasty.jsonl", "out", drop_count=2, max_error_rate="50%", scorer=scorer)
         assert report["status"] == "ok"
-        assert segments(Path("out/sqsd")) == before
+        assert segments(Path("out/_sqsd")) == before
 
 
 @pytest.mark.parametrize(
@@ -190,12 +190,12 @@ def test_the_card_says_what_was_done_in_valid_yaml_and_no_path_of_the_machine(fo
     configs = yaml.safe_load(header)["configs"]
     assert [c["config_name"] for c in configs] == ["default", "dropped", "errors"]
     assert [list(Path("out").glob(f["path"])) for c in configs for f in c["data_files"]] == [
-        [split_file(Path("out"), split)] for split in SPLITS
+        [split_file(Path("out"), config)] for config in CONFIGS
     ]
     assert "57 of 60 rows" in body
     assert "drop-top 5%" in body
     assert f"{report['threshold']:.6g}" in body
-    written = body + Path("out/sqsd/report.json").read_text()
+    written = body + Path("out/_sqsd/report.json").read_text()
     assert str(folder) not in written
 
 
@@ -203,17 +203,17 @@ def test_a_finished_run_leaves_these_files_and_no_others(folder: Path, scorer: S
     filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)
     score_dataset("in.jsonl", "scored.parquet", Scoring(scorer=scorer))
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    segment = f"{next(Path('out/sqsd/scores').iterdir()).name}"
+    segment = f"{next(Path('out/_sqsd/scores').iterdir()).name}"
     assert names == {
         "in.jsonl",
         "out/README.md",
-        *(f"out/data/{split}-00000-of-00001.parquet" for split in SPLITS),
-        "out/sqsd/notes.json",
-        "out/sqsd/report.html",
-        "out/sqsd/report.json",
-        "out/sqsd/risk.png",
-        "out/sqsd/run.json",
-        f"out/sqsd/scores/{segment}",
+        *(str(split_file(Path("out"), config)) for config in CONFIGS),
+        "out/_sqsd/notes.json",
+        "out/_sqsd/report.html",
+        "out/_sqsd/report.json",
+        "out/_sqsd/risk.png",
+        "out/_sqsd/run.json",
+        f"out/_sqsd/scores/{segment}",
         "scored.parquet",
         "scored.parquet.sqsd/notes.json",
         "scored.parquet.sqsd/report.html",
@@ -274,16 +274,16 @@ def test_a_run_that_replaces_another_scores_new_rows_only(folder: Path, scorer: 
 @pytest.mark.parametrize("spoil", ["truncated", "lost"])
 def test_only_a_spoiled_shard_is_scored_again(spoil: str, folder: Path, scorer: SQSDScorer, small_shards: None) -> None:
     filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)
-    done, before = content(Path("out")), segments(Path("out/sqsd"))
+    done, before = content(Path("out")), segments(Path("out/_sqsd"))
     assert len(before) == 4
-    victim = sorted(Path("out/sqsd/scores").iterdir())[1]
+    victim = sorted(Path("out/_sqsd/scores").iterdir())[1]
     Path("out/README.md").unlink()
     if spoil == "lost":
         victim.unlink()
     else:
         victim.write_bytes(victim.read_bytes()[:100])
     filter_dataset("in.jsonl", "out", drop_top="5%", scorer=scorer)
-    after = segments(Path("out/sqsd"))
+    after = segments(Path("out/_sqsd"))
     assert content(Path("out")) == done
     assert {name for name in before if before[name] != after[name]} == {victim.name}
 

@@ -13,7 +13,8 @@ import pytest
 
 from sqsd_filter import Cut, Scoring, SQSDScorer, Writing, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.errors import DestinationExists, InputError
-from tests.corpora import NASTY, REASONS, SPLITS, VALUES, ids_of, rows_of, split_file, write_jsonl
+from sqsd_filter.pipeline.report import CONFIGS
+from tests.corpora import NASTY, REASONS, VALUES, ids_of, rows_of, split_file, write_jsonl
 
 
 @pytest.fixture
@@ -51,9 +52,9 @@ def test_selecting_from_scores_equals_filtering_with_that_cut(
     filtered = filter_dataset("nasty.jsonl", "filtered", **cut, scorer=scorer)
     for key in ("threshold", "ties", "cut", "unscored", "risk_quantiles"):
         assert selected[key] == filtered[key]
-    for split in SPLITS:
-        assert rows_of(Path("selected"), split) == rows_of(Path("filtered"), split)
-        ours, theirs = (pq.read_table(split_file(Path(name), split)) for name in ("selected", "filtered"))
+    for config in CONFIGS:
+        assert rows_of(Path("selected"), config) == rows_of(Path("filtered"), config)
+        ours, theirs = (pq.read_table(split_file(Path(name), config)) for name in ("selected", "filtered"))
         assert source != "run" or ours.equals(theirs)  # a scored file has one schema for all of its rows
 
 
@@ -69,7 +70,7 @@ def test_a_score_that_is_not_finite_is_an_error_row(folder: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
     report = select_dataset("a.parquet", "out", Cut.of(drop_count=1))
     assert report["unscored"] == {"nonfinite": 1}
-    assert [ids_of(Path("out"), split) for split in SPLITS] == [[0], [2], [1]]
+    assert [ids_of(Path("out"), config) for config in CONFIGS] == [[0], [2], [1]]
 
 
 def test_rows_without_scores_cannot_be_selected_from(folder: Path) -> None:
@@ -81,7 +82,7 @@ def test_selecting_from_what_was_selected_or_from_half_a_run_says_what_to_do(nas
     select_dataset("run", "selected", Cut.of(drop_count=1))
     with pytest.raises(InputError, match="was made by select"):
         select_dataset("selected", "again", Cut.of(drop_count=1))
-    Path("run/sqsd/report.json").unlink()
+    Path("run/_sqsd/report.json").unlink()
     with pytest.raises(InputError, match="holds an unfinished run"):
         select_dataset("run", "other", Cut.of(drop_count=1))
 
@@ -92,9 +93,9 @@ def test_selecting_from_a_run_works_from_any_folder(nasty: Path, monkeypatch: py
     monkeypatch.chdir(nasty / "deep" / "er")
     report = select_dataset("../../run", "there", Cut.of(drop_count=3))
     assert [i["path"] for i in report["inputs"]] == ["../../nasty.jsonl"]
-    for split in ("kept", "dropped"):
-        assert rows_of(Path("there"), split) == rows_of(nasty / "here", split)
-    assert str(nasty) not in (nasty / "run/sqsd/run.json").read_text()
+    for config in ("kept", "dropped"):
+        assert rows_of(Path("there"), config) == rows_of(nasty / "here", config)
+    assert str(nasty) not in (nasty / "run/_sqsd/run.json").read_text()
     with pytest.raises(DestinationExists, match="holds the input"):
         select_dataset("../../run", "../..", Cut.of(drop_count=2), Writing(overwrite=True))
 
@@ -105,7 +106,7 @@ def test_selecting_from_a_run_whose_input_has_changed_is_refused(nasty: Path) ->
         select_dataset("run", "other", Cut.of(drop_count=1))
 
 
-@pytest.mark.parametrize("source", ["run", "run/data/kept-00000-of-00001.parquet", "scored.parquet"])
+@pytest.mark.parametrize("source", ["run", "run/data/train-00000-of-00001.parquet", "scored.parquet"])
 def test_nothing_is_ever_filtered_in_place(source: str, nasty: Path) -> None:
     dest = source.split("/")[0]
     before = {p: p.read_bytes() for p in nasty.rglob("*") if p.is_file()}

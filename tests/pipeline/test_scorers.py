@@ -82,7 +82,7 @@ UNTRUE = ("SQSD risk", "from the pack", "pushes the model further", "moves the m
 @pytest.mark.pictures
 def test_no_page_calls_another_scorers_risk_sqsds(command: Command) -> None:
     assert command("in.jsonl", "out", "--scorer", "length", "--drop-count", "4")[0] == 0
-    page = Path("out/sqsd/report.html").read_text()
+    page = Path("out/_sqsd/report.html").read_text()
     assert not [words for words in UNTRUE if words in page]
     assert "The risk comes from the scorer length on " in page
     assert ">risk by length (higher is riskier)<" in page
@@ -92,11 +92,11 @@ def test_no_page_calls_another_scorers_risk_sqsds(command: Command) -> None:
 @pytest.mark.pictures
 def test_the_picture_names_the_scorer_on_its_axis(folder: Path, tiny_pack: Path) -> None:
     report = filter_dataset("in.jsonl", "out", drop_count=4, scorer=make_scorer("length", tiny_pack))
-    bars = json.loads(Path("out/sqsd/notes.json").read_text())["histogram"]
+    bars = json.loads(Path("out/_sqsd/notes.json").read_text())["histogram"]
     write_histogram(folder / "length.png", bars, report)
     report["scorer"] = "sqsd"
     write_histogram(folder / "sqsd.png", bars, report)
-    drawn = Path("out/sqsd/risk.png").read_bytes()
+    drawn = Path("out/_sqsd/risk.png").read_bytes()
     assert drawn == (folder / "length.png").read_bytes()
     assert drawn != (folder / "sqsd.png").read_bytes()
 
@@ -106,10 +106,10 @@ def test_scored_files_keep_the_name_of_their_scorer(folder: Path, tiny_pack: Pat
     for name in ("length", "random"):
         score_dataset("in.jsonl", f"{name}.parquet", Scoring(scorer=make_scorer(name, tiny_pack)))
     assert select_dataset("length.parquet", "one", Cut.of(drop_count=2))["scorer"] == "length"
-    assert "The risk was in the input, by the scorer length." in Path("one/sqsd/report.html").read_text()
+    assert "The risk was in the input, by the scorer length." in Path("one/_sqsd/report.html").read_text()
     report = select_dataset("length.parquet", "two", Cut.of(drop_count=2), scores=["random.parquet"], consensus="max")
     assert [each["scorer"] for each in report["consensus"]["packs"]] == ["length", "random"]
-    page, card = Path("two/sqsd/report.html").read_text(), Path("two/README.md").read_text()
+    page, card = Path("two/_sqsd/report.html").read_text(), Path("two/README.md").read_text()
     assert not [words for words in UNTRUE if words in page]
     assert ">risk by max (higher is riskier)<" in page
     assert ", by the scorer random)" in page

@@ -32,8 +32,8 @@ def test_a_job_ends_as_its_filter_does_and_is_requeued_when_out_of_time(
     for name, body in FAKES.items():
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
-    (dest / "sqsd").mkdir(parents=True)
-    (dest / "sqsd" / "report.json").write_text(report)
+    (dest / "_sqsd").mkdir(parents=True)
+    (dest / "_sqsd" / "report.json").write_text(report)
     job = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "16", "SLURM_NNODES": "4"}
     fakes = {"PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(calls), "STATUS": str(status)}
     command = ["bash", str(RECIPES / "slurm" / "filter.sbatch"), "/corpus/*.jsonl", str(dest)]

@@ -71,7 +71,7 @@ def test_a_run_says_which_risk_it_is_wherever_it_is_looked_at(both: Path, capsys
     report = read_report(Path("out"))
     assert (report["pack"]["risk"], report["pack"]["weights"]) == ("paper", {"danger": 1.0, "safety": -1.0})
     assert "Of its risks this is `paper`." in Path("out/README.md").read_text()
-    page = Path("out/sqsd/report.html").read_text()
+    page = Path("out/_sqsd/report.html").read_text()
     assert "by its risk paper" in page
     assert "risk paper</th>" in page or "risk paper</td>" in page
     assert {"sqsd_risk", "sqsd_danger", "sqsd_safety"} <= set(rows_of(Path("out"), "kept")[0])

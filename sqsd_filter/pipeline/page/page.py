@@ -31,6 +31,7 @@ from sqsd_filter.pipeline.writing.destination import (
     refuse_running,
 )
 from sqsd_filter.storage.folder import sweep, write_text
+from sqsd_filter.storage.layout import home_beside, home_in
 
 PLOTS = "plots"
 TOP = 5  # modules and tokens of an explained row
@@ -64,7 +65,7 @@ def remake_page(out: Path, sections: Iterable[Section] = ()) -> list[Path]:
     `InputError` where there is no finished run, `DestinationExists` where a run is at work there, and `SQSDError` where
     the files can't be written.
     """
-    home = out / "sqsd" if out.is_dir() else out.with_name(out.name + ".sqsd")
+    home = home_in(out) if out.is_dir() else home_beside(out)
     refuse_running(home, out)
     report, notes = read_report(home), cast("Notes | None", read_json(home / NOTES_FILE))
     if not report or report.get("status") != "ok":

@@ -12,9 +12,10 @@ from typing import TypeVar
 from pyarrow import fs
 
 from sqsd_filter.errors import DestinationExists, SQSDError, first_line
-from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished, Marker, judge, marker
+from sqsd_filter.pipeline.publishing.target import MARKER, MARKER_FILE, REPORT, Finished, Marker, judge, marker
 from sqsd_filter.pipeline.report import FinishedReport, Published
 from sqsd_filter.storage.folder import connect
+from sqsd_filter.storage.layout import REPORT_FILE, stored_path
 from sqsd_filter.storage.retries import with_retries
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ class Bucket:
         known = self._judge(run)
         if known.get("run") != run or not known.get("complete"):
             return None
-        report: FinishedReport = json.loads(self.read(REPORT))
+        report: FinishedReport = json.loads(self.read(stored_path(REPORT_FILE, known["files"])))
         return report
 
     def publish(self, finished: Finished) -> Published:
@@ -67,7 +68,8 @@ class Bucket:
 
     def _judge(self, run: str | None) -> Marker:
         sizes = self.sizes()
-        return judge(self.url, sizes, self.read(MARKER) if MARKER in sizes else None, run, overwrite=self._overwrite)
+        marked = stored_path(MARKER_FILE, sizes)
+        return judge(self.url, sizes, self.read(marked) if marked in sizes else None, run, overwrite=self._overwrite)
 
     def sizes(self) -> dict[str, int]:
         """The size of each file below the URL, by its path from there."""

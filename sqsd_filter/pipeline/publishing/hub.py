@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, cast
 
 from sqsd_filter.corpus.repositories import HUB
 from sqsd_filter.errors import SQSDError, UsageError, first_line
-from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished, Marker, judge, marker
+from sqsd_filter.pipeline.publishing.target import MARKER, MARKER_FILE, REPORT, Finished, Marker, judge, marker
 from sqsd_filter.pipeline.report import CONFIGS, Config, FinishedReport, Published
 from sqsd_filter.pipeline.writing.export import REASONS
+from sqsd_filter.pipeline.writing.writers import SAVED_DATASET
+from sqsd_filter.storage.layout import REPORT_FILE, own_paths, stored_path
 from sqsd_filter.storage.retries import with_retries
 
 if TYPE_CHECKING:
@@ -99,7 +101,8 @@ class PushTo:
             proposed = self._pull_requests() if self.create_pr and there.commit is not None else []
             for known, commit in [(there.known, there.commit), *proposed]:
                 if known.get("run") == run and sorted(self._rows(there)) == known["rows"]:
-                    report: FinishedReport = json.loads(self._read(REPORT, commit))
+                    where = stored_path(REPORT_FILE, known["files"])
+                    report: FinishedReport = json.loads(self._read(where, commit))
                     return report
         return None
 
@@ -111,9 +114,11 @@ class PushTo:
         refs = with_retries(lambda: HfApi().list_repo_refs(self.repo, repo_type="dataset", include_pull_requests=True))
         markers: list[tuple[Marker, str]] = []
         for ref in (refs.pull_requests or [])[-_PULL_REQUESTS:]:
-            with suppress(RemoteEntryNotFoundError):
-                stored = self._read(MARKER, ref.target_commit)
-                markers.append((judge(self.repo, [], stored, None, overwrite=True), ref.target_commit))
+            for path in own_paths(MARKER_FILE):
+                with suppress(RemoteEntryNotFoundError):
+                    stored = self._read(path, ref.target_commit)
+                    markers.append((judge(self.repo, [], stored, None, overwrite=True), ref.target_commit))
+                    break
         return markers
 
     def publish(self, finished: Finished) -> Published:
@@ -159,7 +164,8 @@ class PushTo:
             names = frozenset(s.rfilename for s in info.siblings or []) - {_OF_GIT}
             if not has_branch:
                 return _State(info.sha, names, {}, bool(info.private), has_branch)
-            stored = self._read(MARKER, info.sha) if MARKER in names else None
+            marked = stored_path(MARKER_FILE, names)
+            stored = self._read(marked, info.sha) if marked in names else None
             known = judge(self.repo, names, stored, run, overwrite=self.overwrite)
             return _State(info.sha, names, known, bool(info.private))
 
@@ -200,6 +206,7 @@ class PushTo:
         """The files to commit: the rows to push, and a card and a report that name no other files and no paths."""
         withheld = {file["path"] for file in finished.report["files"] if file["config"] not in rows}
         withheld |= set() if "errors" in rows else {REASONS}
+        withheld |= {name for name in finished.report["extra_files"] if name.endswith(SAVED_DATASET)}
         report: FinishedReport = {
             **finished.report,
             "files": [file for file in finished.report["files"] if file["path"] not in withheld],

@@ -11,9 +11,11 @@ from typing import Protocol, TypedDict, cast
 
 from sqsd_filter.errors import DestinationExists
 from sqsd_filter.pipeline.report import FinishedReport, Published, Report
+from sqsd_filter.storage.layout import HOME, REPORT_FILE
 
-MARKER = "sqsd/published.json"
-REPORT = "sqsd/report.json"
+MARKER_FILE = "published.json"
+MARKER = f"{HOME}/{MARKER_FILE}"
+REPORT = f"{HOME}/{REPORT_FILE}"
 
 
 class Marker(TypedDict, total=False):

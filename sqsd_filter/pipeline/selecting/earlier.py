@@ -18,8 +18,9 @@ from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.stage.scan import read_once
 from sqsd_filter.pipeline.stage.shards import Index
-from sqsd_filter.pipeline.writing.destination import RUN_FILE, input_specs, read_report, read_run
+from sqsd_filter.pipeline.writing.destination import input_specs, read_report, read_run
 from sqsd_filter.progress import Progress
+from sqsd_filter.storage.layout import holds_run, home_beside, home_in
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ def read_earlier(
     else `likely` if the rows have all its columns, else the one that their columns suggest. Raises `InputError` where
     rows have no scores yet.
     """
-    home = Path(given[0]) / "sqsd" if len(given) == 1 and isinstance(given[0], str | Path) else None
-    if home is not None and (home / RUN_FILE).is_file():
-        return _run(home, opener, per_group, progress)
+    path = Path(given[0]) if len(given) == 1 and isinstance(given[0], str | Path) else None
+    if path is not None and holds_run(path):
+        return _run(home_in(path), opener, per_group, progress)
     sources = opener.open(given)
-    beside = Path(f"{given[0]}.sqsd") if home is not None else None  # as `score` leaves it
+    beside = home_beside(path) if path is not None else None  # as `score` leaves it
     known = read_run(beside) if beside is not None else None
     form = RowFormat(**known["row_format"]) if known else None
     if keyed and form is None:

@@ -35,10 +35,11 @@ from sqsd_filter.pipeline.writing.markdown import code, fenced, table
 from sqsd_filter.pipeline.writing.originals import Original, carried_over
 from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.storage.folder import write_text
+from sqsd_filter.storage.layout import HOME, REPORT_FILE
 from sqsd_filter.wording import many
 
 CARD_FILE = "README.md"
-PICTURE_FILE = "sqsd/risk.png"
+PICTURE_FILE = f"{HOME}/risk.png"
 TAGS = ("sqsd-filter", "safety", "data-filtering")
 MOST_GROUPS = 50  # in the table
 LONGEST = 80  # characters of a group's value
@@ -98,8 +99,7 @@ def _header(report: Report, sources: Sequence[Original]) -> dict[str, Any]:
     earlier = [name for source in sources if source.ours for name in source.fields.get("source_datasets", [])]
     if ids := list(dict.fromkeys([*_ids(report), *earlier])):
         header["source_datasets"] = ids
-    if report["to"] != "arrow":  # load_from_disk reads no card
-        header["configs"] = [_config(name, files) for name, files in _by(report["files"], "config").items()]
+    header["configs"] = [_config(name, files) for name, files in _by(report["files"], "config").items()]
     return header
 
 
@@ -257,7 +257,7 @@ def _contents(report: Report, where: str) -> str:
     for name, call in calls.items():
         if name not in there:
             call = "not in this dataset"
-        elif rows[name] or to == "arrow":
+        elif rows[name]:
             call = code(call)
         else:
             call = code(
@@ -269,6 +269,8 @@ def _contents(report: Report, where: str) -> str:
     parts = ["## What is here", table(["", ":rows", "load with"], lines)]
     if to == "jsonl":
         parts.append(_lines(report))
+    if to == "arrow" and where == "path":
+        parts.append("`load_from_disk(path)` maps the kept rows into memory without a copy.")
     if to != "jsonl" or report["with_scores"]:
         parts.append(_columns(report))
     if stored := ", ".join(code(name) for name in report["json_columns"]):
@@ -327,7 +329,8 @@ def _origin(report: Report, sources: Sequence[Original]) -> str:
         parts.append(f"Filtered before by this tool: {ours}. Of its card, only the cards of its own sources are below.")
     if command := report.get("command"):
         parts += ["The command:", fenced(shlex.join(command), "sh")]
-    parts.append("`sqsd/report.json` holds the settings, the inputs with their hashes, and the versions of the run.")
+    own = f"`{HOME}/{REPORT_FILE}`"
+    parts.append(f"{own} holds the settings, the inputs with their hashes, and the versions of the run.")
     return "\n\n".join(parts)
 
 

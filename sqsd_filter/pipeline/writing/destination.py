@@ -15,10 +15,9 @@ from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.report import FinishedReport, WrittenFile
 from sqsd_filter.pipeline.writing.export import REASONS
 from sqsd_filter.storage.folder import TEMPORARY, sweep, write_text
+from sqsd_filter.storage.layout import REPORT_FILE, RUN_FILE, modernise
 from sqsd_filter.storage.locks import take_lock
 
-RUN_FILE = "run.json"
-REPORT_FILE = "report.json"
 # These hold text of rows, so they are not among the files that a report names:
 EXPLAINED_FILE = "explained.json"
 PAGE_FILE = "report.html"
@@ -94,6 +93,7 @@ class Destination:
                 self._clear()
             if self.finished():
                 return True
+            self.home = modernise(self.root, self.home)
             (self.home / REPORT_FILE).unlink(missing_ok=True)  # from here on it would be wrong
             for folder in (self.root, self.home, self.home / "scores"):
                 sweep(folder)

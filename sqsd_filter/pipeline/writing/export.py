@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from sqsd_filter.pipeline.writing.json_lines import dump, lines, splice
 from sqsd_filter.pipeline.writing.writers import JsonLinesWriter, Output, ParquetWriter, ShardedWriter, describe
 from sqsd_filter.progress import Progress
 from sqsd_filter.storage.folder import sweep
+from sqsd_filter.storage.layout import DATA, HOME
 
 FATES: dict[Config, int] = {"kept": KEPT, "dropped": DROPPED, "errors": ERROR}  # of the rows in each config
-REASONS = "data/reasons.jsonl"  # why each line in errors has no score
+FOLDERS: dict[Config, str] = {"kept": DATA, "dropped": f"{HOME}/dropped", "errors": f"{HOME}/errors"}
+REASONS = f"{HOME}/reasons.jsonl"  # why each line in errors has no score
 
 RAW = "sqsd_raw"  # the bytes of a line that could not be read as a row
 ORIGIN = {"sqsd_reason": pa.string(), "sqsd_file": pa.string(), "sqsd_line": pa.int64(), RAW: pa.binary()}
@@ -67,10 +69,13 @@ def export_splits(
     schema = _kept_schema(scored, selection)
     added = _added(percentile, selection.row_weights)
     with ExitStack() as stack:
-        names = {(config, split): stem_of(config, split, corpus.splits) for config in FATES for split in corpus.splits}
-        files = {part: stack.enter_context(output.files(root, name)) for part, name in names.items()}
+        files: dict[tuple[Config, str], ShardedWriter[Any]] = {
+            (config, split): stack.enter_context(output.files(root, f"{FOLDERS[config]}/{split}"))
+            for config in FATES
+            for split in corpus.splits
+        }
         reasons = stack.enter_context(ShardedWriter(JsonLinesWriter, root, REASONS))
-        for folder in {f.folder for f in files.values()}:
+        for folder in {f.folder for f in (*files.values(), reasons)}:
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
         for chunk in _from_nothing(corpus):
@@ -87,23 +92,20 @@ def export_splits(
                 files[config, chunk.split].write(rows.bad(where) if code == ERROR else rows.good(where))
             see(chunk)
             progress.advance(len(fate))
-        written = {name: files[part].rows for part, name in names.items()}
+        written = {" ".join(part): writer.rows for part, writer in files.items()}
         if sum(written.values()) != corpus.n_rows:
             raise SQSDError(f"{corpus.n_rows} rows were read, but {written} written: please report this as a bug.")
         published = {part: writer.publish() for part, writer in files.items()}
         extra = [file["path"] for file in reasons.publish()]
     if output.to == "arrow":
-        extra = describe(root, {name: published[part] for part, name in names.items()})
+        for config in FATES:
+            top = "." if config == "kept" else FOLDERS[config]
+            extra += describe(root, top, {split: published[config, split] for split in corpus.splits})
     entries: list[WrittenFile] = [
         {"config": c, "split": s, **file} for (c, s), several in published.items() for file in several
     ]
     stored = [] if output.to == "jsonl" else json_columns(schema)
     return {"files": entries, "extra_files": extra, "json_columns": stored}
-
-
-def stem_of(config: str, split: str, splits: Sequence[str]) -> str:
-    """The name of the files of a config and split. It has no dash, so that "kept_a-*" matches the files of one only."""
-    return config if len(splits) == 1 else f"{config}_{split}"
 
 
 def _from_nothing(corpus: Corpus) -> Iterator[Chunk]:

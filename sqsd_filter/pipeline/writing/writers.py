@@ -24,13 +24,13 @@ from sqsd_filter.pipeline.writing.json_lines import has_form
 from sqsd_filter.storage.folder import TEMPORARY, write_text
 
 SHARD_SIZE = "500MB"
+SAVED_DATASET = ("dataset_dict.json", "dataset_info.json", "state.json")  # what `load_from_disk` reads beside the rows
 Batch = TypeVar("Batch", bound=Sized)
 
 
 class FileWriter(Generic[Batch]):
-    """A file that batches of rows are appended to. `stem` and `suffix` make its path."""
+    """A file that batches of rows are appended to."""
 
-    stem: ClassVar[str] = "data/{}"
     suffix: ClassVar[str]
     _sink: IO[bytes]
 
@@ -85,7 +85,7 @@ class ParquetWriter(FileWriter[pa.Table]):
 class ArrowWriter(FileWriter[pa.Table]):
     """Tables of one schema as `datasets` maps them into memory; each batch is a record batch."""
 
-    stem, suffix = "{}/data", ".arrow"
+    suffix = ".arrow"
 
     def __init__(self, path: Path, first: pa.Table) -> None:
         from datasets import Features
@@ -170,9 +170,9 @@ class Output:
                     + (f"use --to {others}." if others else "give it another type, or leave it out.")
                 )
 
-    def files(self, root: Path, name: str) -> ShardedWriter[Any]:
-        """A writer of the files below `root` with this name."""
-        return ShardedWriter(FORMATS[self.to], root, FORMATS[self.to].stem.format(name), self.shard_size)
+    def files(self, root: Path, stem: str) -> ShardedWriter[Any]:
+        """A writer of the files below `root` whose paths begin with `stem`."""
+        return ShardedWriter(FORMATS[self.to], root, stem, self.shard_size)
 
 
 class ShardedWriter(Generic[Batch]):
@@ -264,18 +264,21 @@ class ShardedWriter(Generic[Batch]):
             ) from problem
 
 
-def describe(root: Path, splits: Mapping[str, Sequence[WrittenFile]]) -> list[str]:
-    """Write the metadata with which `datasets.load_from_disk` loads the Arrow files of these splits as a DatasetDict.
-    Returns the names of the metadata files."""
+def describe(root: Path, folder: str, splits: Mapping[str, Sequence[WrittenFile]]) -> list[str]:
+    """Write the metadata with which `datasets.load_from_disk` loads the Arrow files of these splits as a DatasetDict
+    from a folder below `root`. The files may lie elsewhere. Returns the paths of the metadata files."""
     from datasets import DatasetInfo, Features
 
-    for name, files in splits.items():
+    written = []
+    for split, files in splits.items():
+        own = root / folder / split
         with pa.memory_map(str(root / files[0]["path"])) as source:
             features = Features.from_arrow_schema(pa.ipc.open_stream(source).schema)
-        DatasetInfo(features=features).write_to_directory(str(root / name))
+        own.mkdir(parents=True, exist_ok=True)
+        DatasetInfo(features=features).write_to_directory(str(own))
         content = "".join(file["sha256"] for file in files).encode()
         state: dict[str, Any] = {
-            "_data_files": [{"filename": os.path.basename(file["path"])} for file in files],
+            "_data_files": [{"filename": os.path.relpath(root / file["path"], own)} for file in files],
             "_fingerprint": hashlib.sha256(content).hexdigest()[:16],
             "_format_columns": None,
             "_format_kwargs": {},
@@ -283,9 +286,10 @@ def describe(root: Path, splits: Mapping[str, Sequence[WrittenFile]]) -> list[st
             "_output_all_columns": False,
             "_split": None,
         }
-        _write_json(root / name / "state.json", state)
-    _write_json(root / "dataset_dict.json", {"splits": list(splits)})
-    return ["dataset_dict.json", *(f"{name}/{file}.json" for name in splits for file in ("state", "dataset_info"))]
+        _write_json(own / "state.json", state)
+        written += [own / "state.json", own / "dataset_info.json"]
+    _write_json(root / folder / "dataset_dict.json", {"splits": list(splits)})
+    return [str(path.relative_to(root)) for path in [root / folder / "dataset_dict.json", *written]]
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -24,7 +24,7 @@ def test_steering_is_drawn_with_a_picture_per_direction(out: Path, tmp_path: Pat
     code, stdout, _ = report(out, "--steering", tmp_path, "--json")
     assert code == 0
     assert [Path(path).stem for path in json.loads(stdout)["plots"]][2:] == ["steer-0", "steer-1"]
-    assert "Steering along safety: does not steer" in (out / "sqsd/report.html").read_text(encoding="utf-8")
+    assert "Steering along safety: does not steer" in (out / "_sqsd/report.html").read_text(encoding="utf-8")
 
 
 def test_a_file_that_cannot_be_drawn_is_named_without_assertions_too(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_every_kind_of_run_leaves_its_page(folder: Path, scorer: SQSDScorer) -> 
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, explain=2)
     score_dataset("in.jsonl", "all.parquet", Scoring(scorer=scorer))
     select_dataset("all.parquet", "cut", Cut.of(drop_count=4, per_group="id"))
-    filtered, scored, selected = map(read, ("out/sqsd", "all.parquet.sqsd", "cut/sqsd"))
+    filtered, scored, selected = map(read, ("out/_sqsd", "all.parquet.sqsd", "cut/_sqsd"))
     assert "<h1>17 of 21 rows kept, the riskiest dropped</h1>" in filtered
     assert "tiny (" in filtered
     assert filtered.count("Modules that add most") == 2
@@ -240,7 +240,7 @@ def test_every_kind_of_run_leaves_its_page(folder: Path, scorer: SQSDScorer) -> 
 def test_rows_that_are_kept_without_a_risk_are_counted_as_such(folder: Path, scorer: SQSDScorer) -> None:
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, on_error="keep")
     counts = "21 rows were read: 18 were kept, 3 dropped, 1 could not be scored (kept anyway: 1)."
-    assert counts in read("out/sqsd")
+    assert counts in read("out/_sqsd")
 
 
 def test_a_cut_of_scored_files_reads_rows_as_they_were_scored(folder: Path, tiny_pack: Path) -> None:
@@ -250,17 +250,17 @@ def test_a_cut_of_scored_files_reads_rows_as_they_were_scored(folder: Path, tiny
     select_dataset("all.parquet", "known", Cut.of(drop_count=2))
     Path("all.parquet").rename("alone.parquet")
     select_dataset("alone.parquet", "guessed", Cut.of(drop_count=2))
-    assert "Measured on 8 rows" in read("known/sqsd")
-    assert "No answer could be measured" in read("guessed/sqsd")
+    assert "Measured on 8 rows" in read("known/_sqsd")
+    assert "No answer could be measured" in read("guessed/_sqsd")
 
 
 def test_the_page_is_made_again_only_from_files_of_the_run(folder: Path, scorer: SQSDScorer) -> None:
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
-    before = read("out/sqsd")
+    before = read("out/_sqsd")
     (folder / "in.jsonl").unlink()
-    Path("out/sqsd/report.html").unlink()
-    Path("out/sqsd/plots").mkdir()
-    Path("out/sqsd/plots/old.png").write_bytes(b"")
+    Path("out/_sqsd/report.html").unlink()
+    Path("out/_sqsd/plots").mkdir()
+    Path("out/_sqsd/plots/old.png").write_bytes(b"")
     page, *plots = remake_page(Path("out"))
     assert page.read_text(encoding="utf-8") == before
     assert {path.name for path in plots} == {path.name for path in page.parent.glob("plots/*")}
@@ -273,9 +273,9 @@ def test_what_is_no_finished_run_is_one_sentence(folder: Path, scorer: SQSDScore
 
 
 def test_a_run_at_work_is_waited_for(folder: Path) -> None:
-    Path("out/sqsd").mkdir(parents=True)
+    Path("out/_sqsd").mkdir(parents=True)
     with (
-        lock_run(Path("out/sqsd/lock"), "out"),
+        lock_run(Path("out/_sqsd/lock"), "out"),
         pytest.raises(DestinationExists, match="Another run is writing to out right now: wait for it"),
     ):
         remake_page(Path("out"))
@@ -289,7 +289,7 @@ def test_a_run_without_sound_notes_makes_them_again_as_the_error_says(
         return filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
 
     run()
-    before, notes = read("out/sqsd"), Path("out/sqsd/notes.json")
+    before, notes = read("out/_sqsd"), Path("out/_sqsd/notes.json")
     remake_page(Path("out"))
     notes.unlink() if left is None else notes.write_text(left)
     with pytest.raises(InputError, match="start the same run again; its scores are kept") as refused:
@@ -299,7 +299,7 @@ def test_a_run_without_sound_notes_makes_them_again_as_the_error_says(
     report = run()
     assert "already_done" not in report
     assert report["rows"]["scored"] == 20
-    assert not Path("out/sqsd/plots").exists()
+    assert not Path("out/_sqsd/plots").exists()
     assert remake_page(Path("out"))[0].read_text(encoding="utf-8") == before
     assert run()["already_done"]
 
@@ -315,13 +315,16 @@ def test_a_full_disk_costs_the_page_and_not_the_run(
         report = filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
     assert report["status"] == "ok"
     assert read_report(Path("out"))["rows"]["kept"] == 17
-    assert not list(Path("out/sqsd").glob("*report.html*"))
+    assert not list(Path("out/_sqsd").glob("*report.html*"))
     (said,) = [record.message for record in caplog.records if record.name.startswith("sqsd_filter")]
     assert said.startswith("The page can't be written (")
     assert "Make room and start the same command again." in said
-    with pytest.raises(SQSDError, match=r"No page can be written to out/sqsd .*check the free space"), small_disk(room):
+    with (
+        pytest.raises(SQSDError, match=r"No page can be written to out/_sqsd .*check the free"),
+        small_disk(room),
+    ):
         remake_page(Path("out"))
-    assert remake_page(Path("out"))[0].read_text(encoding="utf-8") == read("whole/sqsd")
+    assert remake_page(Path("out"))[0].read_text(encoding="utf-8") == read("whole/_sqsd")
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -330,12 +333,12 @@ def test_no_push_takes_the_page_or_its_texts_along(folder: Path, scorer: SQSDSco
     write_jsonl(folder / "in.jsonl", [*make_rows(9), {"id": 9, "instruction": "?", "output": secret}])
     push = PushTo("org/out", private=private, rows=["kept"])
     filter_dataset("in.jsonl", "out", drop_count=10, scorer=scorer, push=push)
-    assert "this page is never pushed to a dataset of the Hub" in read("out/sqsd")
-    assert secret in read("out/sqsd")
-    assert secret in Path("out/sqsd/notes.json").read_text()
+    assert "this page is never pushed to a dataset of the Hub" in read("out/_sqsd")
+    assert secret in read("out/_sqsd")
+    assert secret in Path("out/_sqsd/notes.json").read_text()
     files = hub.files("org/out")
-    assert "sqsd/report.json" in files
-    assert {"sqsd/report.html", "sqsd/notes.json"}.isdisjoint(files)
+    assert "_sqsd/report.json" in files
+    assert {"_sqsd/report.html", "_sqsd/notes.json"}.isdisjoint(files)
     assert not [name for name, content in files.items() if secret.encode() in content]
 
 
@@ -345,6 +348,6 @@ def test_a_bucket_that_has_all_rows_has_the_page_too(folder: Path, scorer: SQSDS
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
     filter_dataset("in.jsonl", "memory://pages/out", drop_count=3, scorer=scorer)
     there: Any = fsspec.filesystem("memory")
-    assert there.cat("/pages/out/sqsd/report.html").decode() == read("out/sqsd")
-    assert json.loads(there.cat("/pages/out/sqsd/notes.json"))
+    assert there.cat("/pages/out/_sqsd/report.html").decode() == read("out/_sqsd")
+    assert json.loads(there.cat("/pages/out/_sqsd/notes.json"))
     there.rm("/pages", recursive=True)

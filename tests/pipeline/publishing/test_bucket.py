@@ -27,13 +27,13 @@ FILES = {
     "README.md": b"card",
     "data/kept.jsonl": b"{}\n" * 1000,
     "data/dropped.jsonl": b"{}\n",
-    "sqsd/report.json": b"",
+    "_sqsd/report.json": b"",
 }
 
 
 def finished(folder: Path, run: str = "one", files: dict[str, bytes] = FILES) -> Finished:
     report = {"status": "ok", "files": [{"path": name, "config": "kept"} for name in files if "data" in name]}
-    files = {**files, "sqsd/report.json": json.dumps(report).encode()}
+    files = {**files, "_sqsd/report.json": json.dumps(report).encode()}
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -112,7 +112,7 @@ def test_an_interrupted_upload_goes_on_and_is_not_taken_for_whole(
         Bucket(url).published("two")
     written.append("")
     Bucket(url).publish(run)
-    assert written[4:] == [MARKER, "data/dropped.jsonl", "sqsd/report.json", MARKER]
+    assert written[4:] == [MARKER, "data/dropped.jsonl", "_sqsd/report.json", MARKER]
     assert Bucket(url).published("one") == run.report
 
 

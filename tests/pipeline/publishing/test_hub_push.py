@@ -14,16 +14,16 @@ import pytest
 from sqsd_filter.errors import DestinationExists, SQSDError, UsageError
 from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.publishing.target import MARKER, REPORT, Finished
-from sqsd_filter.pipeline.report import Config, FinishedReport
+from sqsd_filter.pipeline.report import CONFIGS, Config, FinishedReport
 from tests.hub import Hub
 
 DATA = {
-    "data/kept-00000-of-00001.parquet": b"PAR1" + b"k" * 5000,
-    "data/dropped-00000-of-00001.parquet": b"PAR1" + b"d" * 5000,
-    "data/errors-00000-of-00001.jsonl": b"{}\n",
-    "data/reasons.jsonl": b"{}\n",
+    "data/train-00000-of-00001.parquet": b"PAR1" + b"k" * 5000,
+    "_sqsd/dropped/train-00000-of-00001.parquet": b"PAR1" + b"d" * 5000,
+    "_sqsd/errors/train-00000-of-00001.jsonl": b"{}\n",
+    "_sqsd/reasons.jsonl": b"{}\n",
 }
-KEPT = {"data/kept-00000-of-00001.parquet", "README.md", "sqsd/risk.png", REPORT, MARKER}
+KEPT = {"data/train-00000-of-00001.parquet", "README.md", "_sqsd/risk.png", REPORT, MARKER}
 
 
 @pytest.fixture(autouse=True)
@@ -32,16 +32,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def finished(folder: Path, run: str = "one", more: bytes = b"") -> Finished:
-    files = {**DATA, "README.md": b"local", "sqsd/risk.png": b"PNG", "sqsd/run.json": b"{}", REPORT: b"{}"}
-    files |= {"sqsd/scores/a.parquet": b"scores"}
+    files = {**DATA, "README.md": b"local", "_sqsd/risk.png": b"PNG", "_sqsd/run.json": b"{}", REPORT: b"{}"}
+    files |= {"_sqsd/scores/a.parquet": b"scores"}
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content + more)
-    configs = {name.partition("-")[0].removeprefix("data/"): name for name in DATA if "reasons" not in name}
+    configs = dict(zip(CONFIGS, DATA, strict=False))
     report = {
         "rows": {"kept": 1, "total": 3},
         "files": [{"path": name, "config": config} for config, name in configs.items()],
-        "extra_files": ["data/reasons.jsonl", "sqsd/risk.png", "README.md"],
+        "extra_files": ["_sqsd/reasons.jsonl", "_sqsd/risk.png", "README.md"],
         "inputs": [{"path": "/home/somebody/in.jsonl"}, {"path": "file:///home/somebody/b.jsonl"}],
         "command": ["sqsd-filter", "../../somebody/*.jsonl", "out"],
         "groups": {"groups": [{"value": "/a/b"}]},
@@ -80,8 +80,8 @@ def test_a_private_repository_is_made_and_holds_all_rows_in_one_commit(hub: Hub,
     ("rows", "more"),
     [
         (None, set()),
-        (["kept", "dropped"], {"data/dropped-00000-of-00001.parquet"}),
-        (["errors", "kept"], {"data/errors-00000-of-00001.jsonl", "data/reasons.jsonl"}),
+        (["kept", "dropped"], {"_sqsd/dropped/train-00000-of-00001.parquet"}),
+        (["errors", "kept"], {"_sqsd/errors/train-00000-of-00001.jsonl", "_sqsd/reasons.jsonl"}),
     ],
 )
 def test_only_the_kept_rows_go_public_unless_others_are_named(
@@ -159,7 +159,7 @@ def test_the_same_run_is_done_and_another_one_refused(hub: Hub, tmp_path: Path) 
         PushTo("org/out").published("two")
     PushTo("org/out", overwrite=True).publish(finished(tmp_path / "b", "two", b"new"))
     assert PushTo("org/out").published("two") is not None
-    assert hub.files("org/out")["data/kept-00000-of-00001.parquet"].endswith(b"new")
+    assert hub.files("org/out")["data/train-00000-of-00001.parquet"].endswith(b"new")
     assert PushTo("org/out", rows=["kept"]).published("two") is None
 
 

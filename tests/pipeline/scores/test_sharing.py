@@ -17,7 +17,7 @@ import pytest
 from sqsd_filter import Scoring
 from sqsd_filter.cli.main import main
 from sqsd_filter.errors import InputError, SQSDError, UsageError
-from sqsd_filter.pipeline.report import FinishedReport
+from sqsd_filter.pipeline.report import CONFIGS, FinishedReport
 from sqsd_filter.pipeline.run import filter_dataset, score_dataset
 from sqsd_filter.pipeline.scores import sharing
 from sqsd_filter.pipeline.scores.keys import KEYS
@@ -28,7 +28,7 @@ from sqsd_filter.pipeline.stage.engines import LocalEngine
 from sqsd_filter.scoring.results import Scores
 from sqsd_filter.scoring.scorer import SQSDScorer
 from sqsd_filter.storage.folder import Folder
-from tests.corpora import SPLITS, make_rows, rows_of, write_jsonl
+from tests.corpora import make_rows, rows_of, write_jsonl
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def counts(report: FinishedReport) -> tuple[int, int]:
 
 def assert_same(dest: str, other: str) -> None:
     """The same rows in the same order with the same scores, up to the last bits, which depend on the batch."""
-    for split in SPLITS:
-        ours, theirs = rows_of(Path(dest), split), rows_of(Path(other), split)
+    for config in CONFIGS:
+        ours, theirs = rows_of(Path(dest), config), rows_of(Path(other), config)
         assert [row["id"] for row in ours] == [row["id"] for row in theirs]
         for row, twin in zip(ours, theirs, strict=True):
             assert row["sqsd_risk"] == pytest.approx(twin["sqsd_risk"], abs=1e-5)
@@ -152,8 +152,8 @@ def test_a_store_that_takes_no_files_is_one_sentence_after_the_first_shard_and_n
         SQSDError, match=r"^The scores can't be written to store \([^\n]*\): check the free space [^\n]*kept\.$"
     ):
         run("monday.jsonl", "out", scorer)
-    assert json.loads(Path("out/sqsd/report.json").read_text())["status"] == "failed"
-    assert len(list(Path("out/sqsd/scores").glob("*.parquet"))) == 1
+    assert json.loads(Path("out/_sqsd/report.json").read_text())["status"] == "failed"
+    assert len(list(Path("out/_sqsd/scores").glob("*.parquet"))) == 1
     assert counts(run("monday.jsonl", "out", scorer, None)) == (40, 0)
 
 
@@ -291,7 +291,7 @@ def test_a_store_that_has_just_refused_does_not_hold_up_an_interrupted_run(
     assert len(shared.segments()) == 1
 
 
-@pytest.mark.parametrize("dest", ["out/scores", "out", "out/sqsd/scores"])
+@pytest.mark.parametrize("dest", ["out/scores", "out", "out/_sqsd/scores"])
 def test_a_store_inside_the_destination_is_refused(folder: Path, scorer: SQSDScorer, dest: str) -> None:
     with pytest.raises(
         UsageError, match=r"^The score store .* lies in out, which belongs to one run: put it elsewhere"

@@ -19,8 +19,9 @@ from sqsd_filter import Cut, Scoring, SQSDScorer, Writing, filter_dataset, score
 from sqsd_filter.cli.main import cli
 from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
+from sqsd_filter.pipeline.report import CONFIGS
 from sqsd_filter.pipeline.rules import CONSENSUS
-from tests.corpora import SPLITS, ids_of, make_rows, read_report, rows_of, write_jsonl
+from tests.corpora import ids_of, make_rows, read_report, rows_of, write_jsonl
 from tests.tiny import make_pack
 
 Risks = list[float | None]
@@ -61,7 +62,7 @@ def textbook(packs: list[Risks], rule: str) -> Risks:
 
 
 def all_rows(dest: str) -> list[dict[str, Any]]:
-    return sorted((row for split in SPLITS for row in rows_of(Path(dest), split)), key=lambda row: row["id"])
+    return sorted((row for config in CONFIGS for row in rows_of(Path(dest), config)), key=lambda row: row["id"])
 
 
 A: Risks = [0.5, 0.1, 0.9, 0.5, None, 0.5, -0.2, 0.3]
@@ -93,8 +94,8 @@ def test_a_pack_agrees_with_itself(rule: str, folder: Path) -> None:
     scored_file("again.parquet", A)
     select_dataset("a.parquet", "alone", Cut.of(drop_top="30%"))
     report = select_dataset("a.parquet", "both", Cut.of(drop_top="30%"), scores=["again.parquet"], consensus=rule)
-    for split in SPLITS:
-        assert ids_of(Path("both"), split) == ids_of(Path("alone"), split)
+    for config in CONFIGS:
+        assert ids_of(Path("both"), config) == ids_of(Path("alone"), config)
     assert report["ties"] == read_report(Path("alone"))["ties"]
     assert [row["sqsd_risk"] for row in all_rows("both") if row.get("sqsd_risk") is not None] == pytest.approx(
         [rank / 7 for rank in (5, 2, 7, 5, 5, 1, 3)]

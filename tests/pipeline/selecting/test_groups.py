@@ -21,9 +21,10 @@ from sqsd_filter import Scoring, SQSDScorer, filter_dataset, score_dataset, sele
 from sqsd_filter.corpus.addresses import Opener
 from sqsd_filter.corpus.sources import Corpus, Row
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
+from sqsd_filter.pipeline.report import CONFIGS
 from sqsd_filter.pipeline.selecting.groups import MOST_GROUPS, GroupIndex, Groups, by_split
 from sqsd_filter.pipeline.selecting.selection import DROPPED, Cut, cut_rows
-from tests.corpora import SPLITS, ids_of, make_rows, rows_of, write_jsonl
+from tests.corpora import ids_of, make_rows, rows_of, write_jsonl
 
 # ---------------------------------------------------------------------------------------------- shared exactly
 
@@ -311,8 +312,8 @@ def test_selecting_by_group_from_scores_equals_filtering(source: str, folder: Pa
     selected = select_dataset(source, "selected", Cut.of(drop_top="30%", per_group="category"))
     for key in ("groups", "cut", "threshold", "ties"):
         assert selected[key] == filtered[key]
-    for split in SPLITS:
-        assert rows_of(Path("selected"), split) == rows_of(Path("filtered"), split)
+    for config in CONFIGS:
+        assert rows_of(Path("selected"), config) == rows_of(Path("filtered"), config)
 
 
 def test_a_csv_has_groups_too_and_a_limit_sees_only_its_rows(folder: Path, scorer: SQSDScorer) -> None:

@@ -84,7 +84,7 @@ def driver(folder: Path, pack: Path) -> subprocess.Popen[str]:
 
 def wait_for_a_segment(process: subprocess.Popen[str], folder: Path) -> None:
     deadline = time.monotonic() + 120
-    while not list(folder.glob("out/sqsd/scores/*.parquet")) and process.poll() is None:
+    while not list(folder.glob("out/_sqsd/scores/*.parquet")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -98,7 +98,7 @@ def test_a_killed_driver_is_followed_by_one_that_goes_on(
     wait_for_a_segment(process, folder)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    before = {p: p.stat().st_mtime_ns for p in folder.glob("out/sqsd/scores/*.parquet")}
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("out/_sqsd/scores/*.parquet")}
     assert process.returncode == -signal.SIGKILL
     assert 0 < len(before) < SHARDS
     process = driver(folder, tiny_pack)
@@ -106,14 +106,14 @@ def test_a_killed_driver_is_followed_by_one_that_goes_on(
     assert process.returncode == 0
     assert "rows kept in out" in out
     assert "ray" not in err.lower()
-    assert before.items() <= {p: p.stat().st_mtime_ns for p in folder.glob("out/sqsd/scores/*.parquet")}.items()
+    assert before.items() <= {p: p.stat().st_mtime_ns for p in folder.glob("out/_sqsd/scores/*.parquet")}.items()
     found = content(folder / "out")
-    found["sqsd/report.json"]["settings"] = undisturbed["sqsd/report.json"]["settings"]  # the command's and the API's
-    assert found["sqsd/report.json"].pop("command")[:3] == ["sqsd-filter", "in.jsonl", "out"]
+    found["_sqsd/report.json"]["settings"] = undisturbed["_sqsd/report.json"]["settings"]  # the command's and the API's
+    assert found["_sqsd/report.json"].pop("command")[:3] == ["sqsd-filter", "in.jsonl", "out"]
     card = found.pop("README.md").decode()  # which tells the command, too
     assert "sqsd-filter in.jsonl out" in card
-    assert b"sqsd-filter in.jsonl out" in found.pop("sqsd/report.html")
-    assert found == {name: undisturbed[name] for name in undisturbed.keys() - {"README.md", "sqsd/report.html"}}
+    assert b"sqsd-filter in.jsonl out" in found.pop("_sqsd/report.html")
+    assert found == {name: undisturbed[name] for name in undisturbed.keys() - {"README.md", "_sqsd/report.html"}}
 
 
 @pytest.mark.slow

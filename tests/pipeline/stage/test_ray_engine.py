@@ -159,7 +159,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_room_finishes_the_run(
     scorer = SQSDScorer(tiny_pack)
     with pytest.raises(SQSDError, match=sentence), full:
         filter_dataset(source, "out", drop_top="5%", scorer=scorer, engine=Filling(2), score_store=shared)
-    assert len(list(Path("out/sqsd/scores").iterdir())) == (1 if shared else 2)
+    assert len(list(Path("out/_sqsd/scores").iterdir())) == (1 if shared else 2)
     assert not shared or read_report(Path("out"))["status"] == "failed"
     run(source, tiny_pack, RayEngine(2))
     assert content(Path("out")) == undisturbed

@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 
 from sqsd_filter.pipeline.report import Report
 from sqsd_filter.pipeline.writing import card as cards
+from sqsd_filter.pipeline.writing.export import FOLDERS
 
 ROWS = {"kept": 3, "dropped": 2, "errors": 1}
 REPORT: dict[str, Any] = {
@@ -30,8 +31,8 @@ REPORT: dict[str, Any] = {
     "to": "parquet",
     "with_scores": False,
     "files": [
-        {"path": f"data/{name}-00000-of-00001.parquet", "config": name, "split": "train", "rows": n, "sha256": name}
-        for name, n in ROWS.items()
+        {"path": f"{folder}/train-00000-of-00001.parquet", "config": name, "split": "train", "rows": n, "sha256": name}
+        for (name, n), folder in zip(ROWS.items(), FOLDERS.values(), strict=True)
     ],
 }
 ORIGINAL = """\

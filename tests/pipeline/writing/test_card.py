@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from tests.pipeline.writing.made_up_cards import ORIGINAL, REPORT, ROWS, Page, card, card_text, headings
+from tests.pipeline.writing.made_up_cards import ORIGINAL, REPORT, Page, card, card_text, headings
 
 nasty = st.text(st.characters() | st.sampled_from("`|\\\n\r<>*_[]#$&- "), min_size=1, max_size=12)
 
@@ -34,7 +34,7 @@ def test_it_says_what_was_removed_and_how_to_load_the_rest() -> None:
     assert {"load_dataset(path)", 'load_dataset(path, "dropped")', 'load_dataset(path, "errors")'} < set(page.codes)
     assert {"tiny", "org/m", "sqsd_a", "sqsd_b"} < set(page.codes)
     assert "+1 × sqsd_a -2.5 × sqsd_b" in page.text
-    assert "![Histogram of the risk: 3 rows are kept, 2 dropped](sqsd/risk.png)" in body
+    assert "![Histogram of the risk: 3 rows are kept, 2 dropped](_sqsd/risk.png)" in body
 
 
 @pytest.mark.parametrize(
@@ -60,15 +60,13 @@ def test_it_says_when_nothing_was_dropped_and_when_rows_without_a_score_were_kep
 
 
 @pytest.mark.parametrize("to", ["parquet", "jsonl", "arrow"])
-def test_each_form_is_loaded_in_its_own_way(to: str) -> None:
-    files = [{**file, "path": file["path"].replace("data/", f"{file['config']}/")} for file in REPORT["files"]]
-    header, body = card(to=to, rows={**REPORT["rows"], "errors": 0}, files=files)
+def test_each_format_is_loaded_in_the_same_way(to: str) -> None:
+    header, body = card(to=to, rows={**REPORT["rows"], "errors": 0})
     loads = ["load_dataset(path)", 'load_dataset(path, "dropped")', 'load_dataset(path, "errors", streaming=True)']
-    if to == "arrow":
-        loads = [f'load_from_disk(path)["{name}"]' for name in ROWS]
     assert [code for code in Page(body).codes if code.startswith("load_")][:3] == loads
-    assert ("configs" in header) == (to != "arrow")
-    assert ("sqsd_reason" in body) == (to != "jsonl") == ("data/reasons.jsonl" not in body)
+    assert [config["config_name"] for config in header["configs"]] == ["default", "dropped", "errors"]
+    assert ("`load_from_disk(path)`" in body) == (to == "arrow")
+    assert ("sqsd_reason" in body) == (to != "jsonl") == ("_sqsd/reasons.jsonl" not in body)
 
 
 def test_it_loads_by_the_name_that_the_dataset_is_to_have() -> None:

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sqsd_filter.pipeline.report import Config
 from sqsd_filter.pipeline.writing.card import write_card
+from sqsd_filter.pipeline.writing.export import FOLDERS
 from tests.pipeline.writing.made_up_cards import ORIGINAL, REPORT, card, report_with
 
 datasets.disable_progress_bars()
@@ -19,20 +21,22 @@ datasets.disable_progress_bars()
 
 def test_every_config_loads_with_all_its_files_and_splits_in_order(tmp_path: Path) -> None:
     files = []
-    for config, split, k in product(("kept", "dropped"), ("train", "test"), range(2)):
-        path = tmp_path / "data" / f"{config}_{split}-{k:05}-of-00002.parquet"
-        path.parent.mkdir(exist_ok=True)
-        pq.write_table(pa.table({"file": [path.name] * (k + 1)}), path)
-        file = {"path": f"data/{path.name}", "config": config, "split": split, "rows": k + 1, "sha256": path.name}
+    configs: tuple[Config, ...] = ("kept", "dropped")
+    for config, split, k in product(configs, ("train", "test"), range(2)):
+        path = tmp_path / FOLDERS[config] / f"{split}-{k:05}-of-00002.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        name = str(path.relative_to(tmp_path))
+        pq.write_table(pa.table({"file": [name] * (k + 1)}), path)
+        file = {"path": name, "config": config, "split": split, "rows": k + 1, "sha256": name}
         files.append(file)
     write_card(tmp_path, report_with(files=files))
-    for config in ("kept", "dropped"):
+    for config in configs:
         name = "default" if config == "kept" else config
         builder = datasets.load_dataset_builder(str(tmp_path), name, cache_dir=str(tmp_path / "cache"))
         assert list(builder.config.data_files) == ["train", "test"]
         for split in ("train", "test"):
             loaded = datasets.load_dataset(str(tmp_path), name, split=split, cache_dir=str(tmp_path / "cache"))
-            assert loaded["file"][:] == [f"{config}_{split}-0000{k}-of-00002.parquet" for k in (0, 1, 1)]
+            assert loaded["file"][:] == [f"{FOLDERS[config]}/{split}-0000{k}-of-00002.parquet" for k in (0, 1, 1)]
     assert datasets.get_dataset_config_names(str(tmp_path)) == ["default", "dropped"]
     assert datasets.get_dataset_default_config_name(str(tmp_path)) == "default"
 

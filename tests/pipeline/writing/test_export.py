@@ -14,9 +14,9 @@ import pytest
 
 from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.writing.export import FATES, REASONS, check_columns
+from sqsd_filter.pipeline.writing.export import FATES, FOLDERS, REASONS, check_columns
 from sqsd_filter.pipeline.writing.writers import Output
-from tests.corpora import open_corpus
+from tests.corpora import open_corpus, saved
 from tests.pipeline.writing.made_up_exports import SCORES, export, paths, raw_lines
 
 datasets.disable_progress_bars()
@@ -154,10 +154,10 @@ def test_each_split_has_files_of_its_own(to: str, folder: Path) -> None:
     for config in FATES:
         for split in ("train", "test", "nothing"):
             files = paths(folder / "out", report, config, split)
-            stem = folder / "out" / (f"{config}_{split}/data" if to == "arrow" else f"data/{config}_{split}")
+            stem = folder / "out" / FOLDERS[config] / split
             assert all(str(path).startswith(f"{stem}-0000") for path in files)
             if to == "arrow":
-                values[config, split] = datasets.load_from_disk(str(folder / "out"))[f"{config}_{split}"]["a"][:]
+                values[config, split] = saved(folder / "out", config)[split]["a"][:]
             elif to == "parquet":
                 values[config, split] = pq.read_table(files)["a"].to_pylist()
             else:

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sqsd_filter.pipeline.report import Written
+from sqsd_filter.pipeline.report import Config, Written
 from sqsd_filter.pipeline.writing.export import FATES, REASONS
-from tests.corpora import by_hand, open_corpus
+from tests.corpora import by_hand, open_corpus, saved
 from tests.pipeline.writing.made_up_exports import SCORES, export, paths, raw_lines
 
 datasets.disable_progress_bars()
@@ -26,12 +26,10 @@ pytestmark = pytest.mark.usefixtures("small_chunks")
 MANY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def tables(root: Path, to: str, report: Written, config: str) -> pa.Table:
+def tables(root: Path, to: str, report: Written, config: Config) -> pa.Table:
     """What people read of a config, without the columns that were added."""
-    if to == "parquet":
-        table = pq.read_table(paths(root, report, config))
-    else:
-        table = datasets.load_from_disk(str(root))[config].data.table
+    is_parquet = to == "parquet"
+    table = pq.read_table(paths(root, report, config)) if is_parquet else saved(root, config)["train"].data.table
     return table.select([name for name in table.column_names if not name.startswith("sqsd_")]).combine_chunks()
 
 
@@ -108,9 +106,7 @@ def test_any_table_comes_back_as_it_was(to: str, case: tuple[pa.Table, list[int]
             table_read = tables(root, to, report, config)
             assert table_read.schema.equals(expected.schema)
             assert table_read.equals(expected)
-            again = open_corpus(
-                [str(root / config)] if to == "arrow" else [str(p) for p in paths(root, report, config)]
-            )
+            again = open_corpus([str(path) for path in paths(root, report, config)])
             values = [row.value or {} for row in again.read(0, again.n_rows)]
             rows = [{name: value[name] for name in table.column_names} for value in values]
             assert rows == expected.to_pylist()
@@ -157,7 +153,7 @@ def test_features_of_every_kind_survive(to: str, tmp_path: Path) -> None:
     report = export(open_corpus([str(tmp_path / "in.parquet")]), fates, tmp_path / "out", to)
     for config, code in FATES.items():
         if to == "arrow":
-            loaded = datasets.load_from_disk(str(tmp_path / "out"))[config]
+            loaded = saved(tmp_path / "out", config)["train"]
         else:
             files = [str(path) for path in paths(tmp_path / "out", report, config)]
             loaded = datasets.load_dataset(
@@ -272,8 +268,7 @@ def test_json_of_any_shape_survives_a_way_through_tables(to: str, source: list[d
         root = Path(name)
         (root / "in.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in source))
         report = export(open_corpus([str(root / "in.jsonl")]), [0] * len(source), root / "there", to)
-        files = [root / "there/kept"] if to == "arrow" else paths(root / "there", report, "kept")
-        corpus = open_corpus([str(path) for path in files])
+        corpus = open_corpus([str(path) for path in paths(root / "there", report, "kept")])
         report = export(corpus, [0] * len(source), root / "back", "jsonl")
         kept = [json.loads(line) for line in raw_lines(root / "back", report, "kept")]
         assert kept == [{name: row.get(name) for name in corpus.schema.names if name not in SCORES} for row in source]

@@ -18,6 +18,7 @@ from sqsd_filter import Cut, Scoring, SQSDScorer, Writing, filter_dataset, score
 from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import DestinationExists, InputError
 from sqsd_filter.pipeline.report import Config, FinishedReport, RunContent, load_calls
+from sqsd_filter.pipeline.writing.export import FOLDERS
 from tests.corpora import content, make_rows, read_report, write_jsonl
 
 datasets.disable_progress_bars()
@@ -48,11 +49,8 @@ def cut(dest: str, to: str, **writing: Any) -> FinishedReport:
 
 def loaded(dest: Path, report: RunContent, config: Config) -> list[dict[str, Any]]:
     """What the call gives that is shown to people."""
-    names = {
-        "load_from_disk": datasets.load_from_disk,
-        "load_dataset": functools.partial(datasets.load_dataset, split="train", cache_dir=str(dest / "cache")),
-    }
-    return list(eval(load_calls(report, repr(str(dest)))[config], names))
+    load_dataset = functools.partial(datasets.load_dataset, split="train", cache_dir=str(dest / "cache"))
+    return list(eval(load_calls(report, repr(str(dest)))[config], {"load_dataset": load_dataset}))
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -60,7 +58,7 @@ def test_what_a_run_writes_is_listed_and_loads_as_the_card_says(to: str, folder:
     report = cut("out", to)
     assert [f["config"] for f in report["files"]] == ["kept"] * 8 + ["dropped"] * 6 + ["errors"]
     listed = [*(f["path"] for f in report["files"]), *report["extra_files"]]
-    listed += [f"sqsd/{name}" for name in ("report.json", "run.json", "report.html", "notes.json")]
+    listed += [f"_sqsd/{name}" for name in ("report.json", "run.json", "report.html", "notes.json")]
     assert sorted(listed) == sorted(str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file())
     assert (report["to"], report["shard_size"], report["with_scores"]) == (to, 1, False)
     card = Path("out/README.md").read_text()
@@ -103,7 +101,7 @@ def test_a_finished_run_is_done_until_something_of_it_is_missing_or_cut_short(to
 def test_a_changed_byte_in_a_data_file_is_repaired_and_no_reasons_are_no_damage(folder: Path) -> None:
     write_jsonl(folder / "in.jsonl", ROWS)
     report = cut("out", "jsonl")
-    assert Path("out/data/reasons.jsonl").read_bytes() == b""
+    assert Path("out/_sqsd/reasons.jsonl").read_bytes() == b""
     assert cut("out", "jsonl")["already_done"]
     path = Path("out", report["files"][0]["path"])
     whole = path.read_bytes()
@@ -123,9 +121,9 @@ def test_only_a_byte_order_mark_is_missing_from_lines_as_they_were(folder: Path)
 def test_files_of_a_killed_attempt_that_made_more_of_them_go(to: str, folder: Path) -> None:
     few, many = cut("few", to, shard_size=10**6), cut("out", to)
     assert len(many["files"]) > len(few["files"]) == 3
-    shutil.copy("few/sqsd/run.json", "out/sqsd/run.json")  # as if it had been this very run
-    Path("out/sqsd/report.json").unlink()
-    Path("out", few["files"][0]["path"]).with_name(".kept-00009.tmp").touch()
+    shutil.copy("few/_sqsd/run.json", "out/_sqsd/run.json")  # as if it had been this very run
+    Path("out/_sqsd/report.json").unlink()
+    Path("out", few["files"][0]["path"]).with_name(".train-00009.tmp").touch()
     cut("out", to, shard_size=10**6)
     assert content(Path("out")) == content(Path("few"))
 
@@ -152,11 +150,10 @@ def test_the_form_of_the_rows_is_part_of_the_run(options: dict[str, Any], match:
 @pytest.mark.parametrize("to", FORMATS)
 def test_what_was_written_can_be_cut_again(to: str, folder: Path) -> None:
     report = cut("out", to, with_scores=to == "jsonl")
-    kept = ["out/kept"] if to == "arrow" else [f["path"] for f in report["files"] if f["config"] == "kept"]
-    sources = kept if to == "arrow" else [f"out/{path}" for path in kept]
+    sources = [f"out/{file['path']}" for file in report["files"] if file["config"] == "kept"]
     again = select_dataset(sources, "again", Cut.of(keep_lowest=3), Writing(to="jsonl", with_scores=True))
     lowest = sorted(ROWS, key=lambda row: row["sqsd_risk"])[:3]
-    lines = [json.loads(line) for line in Path("again/data/kept-00000-of-00001.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in Path("again/data/train-00000-of-00001.jsonl").read_text().splitlines()]
     assert sorted(lines, key=lambda row: row["sqsd_risk"]) == lowest
     assert again["rows"]["kept"] == 3
 
@@ -167,14 +164,14 @@ def test_a_run_writes_the_lines_of_its_input(folder: Path, tiny_pack: Path) -> N
     scorer = SQSDScorer(tiny_pack)
     report = filter_dataset("plain.jsonl", "out", drop_count=3, to="jsonl", scorer=scorer)
     written = {
-        c: Path(f"out/data/{c}-00000-of-00001.jsonl").read_bytes().splitlines(True)
-        for c in ("kept", "dropped", "errors")
+        config: Path("out", folder, "train-00000-of-00001.jsonl").read_bytes().splitlines(True)
+        for config, folder in FOLDERS.items()
     }
     assert sorted(line for several in written.values() for line in several) == sorted(
         (folder / "plain.jsonl").read_bytes().splitlines(True)
     )
     assert written["errors"] == [b"broken\n", b'{"id": 1}\n']
-    reasons = [json.loads(line) for line in Path("out/data/reasons.jsonl").read_text().splitlines()]
+    reasons = [json.loads(line) for line in Path("out/_sqsd/reasons.jsonl").read_text().splitlines()]
     assert reasons == [
         {"file": "plain.jsonl", "line": 10, "status": "bad_json", "reason": "not JSON: Expecting value at column 1"},
         {"file": "plain.jsonl", "line": 12, "status": "no_answer", "reason": "column 'output' is empty or missing"},
@@ -183,7 +180,7 @@ def test_a_run_writes_the_lines_of_its_input(folder: Path, tiny_pack: Path) -> N
 
     scored = select_dataset("out", "scored", Cut.of(drop_count=3), Writing(to="jsonl", with_scores=True))
     for config in ("kept", "dropped"):
-        path = f"data/{config}-00000-of-00001.jsonl"
+        path = f"{FOLDERS[config]}/train-00000-of-00001.jsonl"
         for line, more in zip(written[config], Path("scored", path).read_bytes().splitlines(True), strict=True):
             assert more.startswith(line.rstrip()[:-1].rstrip())
             assert line[len(line.rstrip()) - 1 :] in more
@@ -225,12 +222,10 @@ def test_each_split_is_loaded_by_its_name(to: str, folder: Path, monkeypatch: py
     report = select_dataset(["in.jsonl", "more.jsonl"], "out", Cut.of(drop_top="50%"), Writing(to=to, shard_size="1KB"))
     assert report["rows"]["kept"] == 20
     assert read_report(Path("out")) == report
+    splits = datasets.load_dataset("out", cache_dir=str(folder / "cache"))
     if to == "arrow":
-        every = datasets.load_from_disk("out")
-        splits = {split: every[f"kept_{split}"] for split in ("train", "test.a")}
-        assert 'load_from_disk(path)["kept_test.a"]' in Path("out/README.md").read_text()
-    else:
-        splits = datasets.load_dataset("out", cache_dir=str(folder / "cache"))
+        saved = datasets.load_from_disk("out")
+        assert {split: saved[split]["id"][:] for split in saved} == {split: splits[split]["id"][:] for split in splits}
     assert list(splits) == ["train", "test.a"]
     ids = {split: splits[split]["id"][:] for split in splits}
     assert all(k < 100 for k in ids["train"])

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from sqsd_filter.corpus.json_schema import JSON_TEXT, is_json_text
 from sqsd_filter.errors import InputError, SQSDError, UsageError
 from sqsd_filter.pipeline.report import WrittenFile
-from sqsd_filter.pipeline.writing.export import stem_of
 from sqsd_filter.pipeline.writing.json_lines import lines
 from sqsd_filter.pipeline.writing.writers import (
     FORMATS,
@@ -36,7 +35,7 @@ from tests.disks import small_disk
 datasets.disable_progress_bars()
 
 
-def write(root: Path, output: Output, batches: list[Any], name: str = "kept") -> list[WrittenFile]:
+def write(root: Path, output: Output, batches: list[Any], name: str = "data/train") -> list[WrittenFile]:
     with output.files(root, name) as files:
         files.folder.mkdir(parents=True, exist_ok=True)
         for batch in batches:
@@ -98,7 +97,7 @@ def test_files_are_what_is_said_of_them_and_the_same_every_time(to: str, tmp_pat
         assert file["bytes"] == len(content)
         assert file["sha256"] == hashlib.sha256(content).hexdigest()
     [path] = {Path(file["path"]).parent for file in both[0]}
-    assert path == Path("kept" if to == "arrow" else "data")
+    assert path == Path("data")
     assert [f["path"] for f in both[0]] == sorted(str(p.relative_to(tmp_path / "a")) for p in tmp_path.glob("a/*/*"))
 
 
@@ -106,12 +105,12 @@ def test_files_are_what_is_said_of_them_and_the_same_every_time(to: str, tmp_pat
 def test_only_files_of_the_same_kind_make_way_for_new_ones(to: str, tmp_path: Path) -> None:
     batches = batches_of(to, [30, 30, 30])
     write(tmp_path, Output(to, 1, False), batches)
-    for other in ("kept_test", "dropped"):
+    for other in ("data/test", "_sqsd/dropped/train"):
         write(tmp_path, Output(to, 1, False), batches[:2], other)
     before = {p for p in tmp_path.rglob("*") if p.is_file()}
     assert len(before) == 7
-    old = {p for p in before if p.name.startswith("kept-") or p.parent.name == "kept"}
-    notes = old.pop().parent / "kept-notes-of-mine.txt"
+    old = set((tmp_path / "data").glob("train-*"))
+    notes = old.pop().parent / "train-notes-of-mine.txt"
     notes.touch()
     [new] = write(tmp_path, Output(to, 10**6, False), batches)
     after = {p for p in tmp_path.rglob("*") if p.is_file()}
@@ -123,10 +122,9 @@ def test_only_files_of_the_same_kind_make_way_for_new_ones(to: str, tmp_path: Pa
 @pytest.mark.parametrize("to", FORMATS)
 def test_files_that_were_not_finished_are_gone(to: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    (tmp_path / "kept").mkdir()
 
     def write_until_interrupted() -> None:
-        with Output(to, 1, False).files(tmp_path, "kept") as files:
+        with Output(to, 1, False).files(tmp_path, "data/train") as files:
             for batch in batches_of(to, [30, 30]):
                 files.write(batch)
             assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == 2
@@ -139,7 +137,7 @@ def test_files_that_were_not_finished_are_gone(to: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_full_disk_is_one_sentence(to: str, tmp_path: Path) -> None:
-    sentence = r"^\S*kept\S* can't be written \([^\n]*File too large[^\n]*\): free some space [^\n]*\.$"
+    sentence = r"^\S*data/train can't be written \([^\n]*File too large[^\n]*\): free some space [^\n]*\.$"
     with pytest.raises(SQSDError, match=sentence), small_disk(4000):
         write(tmp_path, Output(to, 10**6, False), batches_of(to, [2000] * 9))
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -162,10 +160,8 @@ split_names = st.from_regex(r"\w+(\.\w+)*", fullmatch=True)  # what `datasets` a
 @settings(max_examples=50, deadline=None)
 @given(st.lists(split_names, min_size=1, max_size=4, unique=True))
 def test_the_glob_of_one_split_finds_no_file_of_another(splits: list[str]) -> None:
-    names = [stem_of(config, split, splits) for config in ("kept", "dropped", "errors") for split in splits]
-    assert len(set(names)) == 3 * len(splits)
-    for name in names:
-        assert [other for other in names if fnmatchcase(f"{other}-00000-of-00001.jsonl", f"{name}-*.jsonl")] == [name]
+    for name in splits:
+        assert [other for other in splits if fnmatchcase(f"{other}-00000-of-00001.jsonl", f"{name}-*.jsonl")] == [name]
 
 
 # ---------------------------------------------------------------------------------------------- options
@@ -239,29 +235,28 @@ def test_arrow_files_load_as_a_dataset_dict_mapped_into_memory(tmp_path: Path) -
     marked = pa.field("text", pa.string(), metadata=JSON_TEXT)
     table = pa.Table.from_pylist(rows, features.arrow_schema.set(2, marked))
     files = {
-        "kept": write(tmp_path, Output("arrow", 1, False), [table, table], "kept"),
-        "errors": write(tmp_path, Output("arrow", 1, False), [table.slice(0, 0)], "errors"),
+        "train": write(tmp_path, Output("arrow", 1, False), [table, table]),
+        "test": write(tmp_path, Output("arrow", 1, False), [table.slice(0, 0)], "data/test"),
     }
-    extra = describe(tmp_path, files)
+    extra = describe(tmp_path, "meta", files)
     assert sorted([*extra, *(file["path"] for part in files.values() for file in part)]) == sorted(
         str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()
     )
-    loaded = datasets.load_from_disk(str(tmp_path))
-    assert list(loaded) == ["kept", "errors"]
-    assert loaded["kept"].features == features == loaded["errors"].features
-    assert len(loaded["kept"].cache_files) == 2
-    assert len(loaded["errors"]) == 0
-    assert loaded["kept"].with_format("arrow")[:].to_pylist() == rows + rows
-    assert is_json_text(loaded["kept"].data.schema.field("text"))
+    loaded = datasets.load_from_disk(str(tmp_path / "meta"))
+    assert list(loaded) == ["train", "test"]
+    assert loaded["train"].features == features == loaded["test"].features
+    assert len(loaded["train"].cache_files) == 2
+    assert len(loaded["test"]) == 0
+    assert loaded["train"].with_format("arrow")[:].to_pylist() == rows + rows
+    assert is_json_text(loaded["train"].data.schema.field("text"))
 
 
 def test_the_fingerprint_of_arrow_files_is_their_contents(tmp_path: Path) -> None:
     prints = []
     for name, sizes in (("a", [3, 4]), ("b", [3, 4]), ("c", [3, 5])):
-        describe(
-            tmp_path / name, {"kept": write(tmp_path / name, Output("arrow", 1, False), batches_of("arrow", sizes))}
-        )
-        prints.append(json.loads((tmp_path / name / "kept" / "state.json").read_text())["_fingerprint"])
+        files = write(tmp_path / name, Output("arrow", 1, False), batches_of("arrow", sizes))
+        describe(tmp_path / name, ".", {"train": files})
+        prints.append(json.loads((tmp_path / name / "train" / "state.json").read_text())["_fingerprint"])
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -269,7 +264,7 @@ def test_types_that_datasets_loads_as_others_are_written_as_those(tmp_path: Path
     words = pa.array(["a", "b", "a", None]).dictionary_encode()
     lists = pa.array([["x"], [], None, ["y"]], pa.list_(pa.field("item", pa.string(), nullable=False)))
     table = pa.table({"words": words, "lists": lists})
-    describe(tmp_path, {"kept": write(tmp_path, Output("arrow", 1, False), [table])})
-    loaded = datasets.load_from_disk(str(tmp_path))["kept"]
+    describe(tmp_path, ".", {"train": write(tmp_path, Output("arrow", 1, False), [table])})
+    loaded = datasets.load_from_disk(str(tmp_path))["train"]
     assert loaded.to_list() == table.to_pylist()
     assert len(loaded.cache_files) == 1  # a cast would have copied it
