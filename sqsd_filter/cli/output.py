@@ -174,9 +174,12 @@ def summary(report: FinishedReport, dest: object) -> str:
     why = ", ".join(f"{count:,} {status}" for status, count in report["unscored"].items())
     lines.append(f"  errors   {rows['errors']:>9,}" + (f"   {why}" if why else ""))
     lines.append(f"  total    {rows['total']:>9,}")
-    lines.append(
-        f"  scored   {rows['scored']:>9,}   by the model; {rows['reused']:,} reused, {rows['duplicates']:,} duplicates"
-    )
+    scores_from = report.get("scores_from")
+    if scores_from is not None:
+        lines.append(f"  scores   from {scores_from}; no model was run")
+    else:
+        counts = f"{rows['reused']:,} reused, {rows['duplicates']:,} duplicates"
+        lines.append(f"  scored   {rows['scored']:>9,}   by the model; {counts}")
     if q:
         lines.append(f"  risk     min {q['0%']:.3f}, median {q['50%']:.3f}, 95% {q['95%']:.3f}, max {q['100%']:.3f}")
     lines += _meanings(report.get("reference", {}))
@@ -190,6 +193,8 @@ def summary(report: FinishedReport, dest: object) -> str:
         lines.append(f"  packs    {consensus['rule']} of the ranks by {packs}")
     if report.get("already_done"):
         lines.append("  nothing to do: this run was already done")
+    elif scores_from is not None:
+        lines.append(f"  time     {duration(seconds)}")
     else:
         pace = f", {report['tokens'] / seconds:,.0f} tokens/s overall" if rows["scored"] and seconds else ""
         lines.append(f"  time     {duration(seconds)} for {report['tokens']:,} tokens{pace}")

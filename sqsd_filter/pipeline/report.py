@@ -63,6 +63,7 @@ class ScoreFacts(TypedDict, total=False):
     max_length: int
     datasets: list[HubDataset]
     consensus: Consensus
+    scores_from: str  # where `select` found them; then no model was run
 
 
 class Setting(TypedDict):

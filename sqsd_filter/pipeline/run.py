@@ -252,17 +252,22 @@ def select_dataset(
     with closing(outlet), closing(Opener(streaming=streaming)) as opener:
         outlet.destination.spare(chain(given, *others))
         earlier = read_earlier(given, opener, cut.per_group, meter, keyed=consensus is not None)
+        where = [earlier.where]
         if consensus is not None:
             form = earlier.form
             more = (read_earlier(other, opener, None, meter, keyed=True, likely=form) for other in others)
             packs = [earlier, *more]
             outlet.spare(chain.from_iterable(pack.sources for pack in packs))
-            earlier = agree(packs, consensus)
+            earlier, where = agree(packs, consensus), [pack.where for pack in packs]
         outlet.spare(earlier.sources)
         meaning = Meaning.of_scores(earlier.pack, earlier.scoring, pack) if consensus is None else COMBINED
         export = CutRows(meaning.place(cut), policy, writing.output, meaning, meaning.wanted(writing.percentile))
         check_columns(earlier.scored.corpus, writing.output)
-        facts: ScoreFacts = {**earlier.facts, "datasets": _datasets(earlier.sources)}
+        facts: ScoreFacts = {
+            **earlier.facts,
+            "datasets": _datasets(earlier.sources),
+            "scores_from": " and ".join(where),
+        }
         identity = {**earlier.identity, **export.identity()}
         job = Job(outlet, identity, meter, record or {}, started, facts, None, _originals(earlier.sources))
         return job.carry_out(lambda: export.write(earlier.scored, outlet.destination.root, meter))

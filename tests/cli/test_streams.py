@@ -20,6 +20,18 @@ def test_the_summary_is_a_dozen_lines_on_stdout_and_no_bar_is_drawn_off_a_termin
     assert err == "reading rows as alpaca (instruction, output)\n"
 
 
+def test_select_says_whose_scores_it_cut_and_that_no_model_was_run(command: Command, folder: Path) -> None:
+    command("in.jsonl", "out", *CUT)
+    code, out, _ = command("select", "out", "other", "--drop-top", "10%")
+    assert code == 0
+    assert "\n  scores   from out; no model was run\n" in out
+    assert "by the model" not in out
+    assert "tokens" not in out
+    report = read_report(folder / "other")
+    assert report["scores_from"] == "out"
+    assert (report["rows"]["scored"], report["rows"]["reused"]) == (0, 60)
+
+
 def test_the_summary_shows_the_largest_groups_in_aligned_lines(command: Command, folder: Path) -> None:
     names = ["maths", "line\nbreak", "", None, {"of": 1}, "x" * 99, *"abcdefg"]
     write_jsonl(folder / "in.jsonl", [{**row, "kind": names[row["id"] % 17 % 13]} for row in make_rows(60)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,8 @@ def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) 
     pack = report["pack"]
     store = ScoreStore(home / "scores", known["scoring"], list(pack["weights"]))
     scored = from_store(corpus, index, store, pack["weights"], groups)
+    known_now = scored.counts["scored"] + scored.counts["reused"]  # the first run scored some of them, this one none
+    scored = replace(scored, counts={**scored.counts, "scored": 0, "reused": known_now})
     identity = {**known, "inputs": corpus.inputs}
     for name in ("explain", "reference", "percentile"):  # belong to the earlier output
         identity.pop(name, None)
