@@ -27,7 +27,7 @@ from urllib.parse import quote, unquote
 
 from sqsd_filter.corpus.files import LocalFile, RemoteFile, as_os_errors, unreadable
 from sqsd_filter.corpus.formats import Reader, kind, open_file
-from sqsd_filter.corpus.repositories import HUB, RECORD, Repository, check_splits, is_split, quiet_datasets
+from sqsd_filter.corpus.repositories import HUB, Repository, check_splits, is_split, quiet_datasets
 from sqsd_filter.corpus.spool import stored
 from sqsd_filter.corpus.table_formats import DatasetTable, SavedDataset
 from sqsd_filter.corpus.text_formats import JsonLines, TextFile

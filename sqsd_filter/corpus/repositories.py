@@ -23,14 +23,13 @@ from sqsd_filter.corpus.formats import Reader, kind, open_file
 from sqsd_filter.corpus.table_formats import DatasetTable, FileTable, Recast
 from sqsd_filter.errors import InputError, first_line
 from sqsd_filter.storage.hub_errors import hub_errors
-from sqsd_filter.storage.layout import holds_run
+from sqsd_filter.storage.layout import RUN_FILE, holds_run, own_paths
 from sqsd_filter.storage.retries import with_retries
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
 HUB = "hf://datasets/"
-RECORD = "sqsd/run.json"  # of the run that wrote a dataset
 # Below this line our card holds the cards of its sources, so that filtering twice does not nest cards.
 MARKER = "<!-- sqsd-filter: below are the cards of the sources -->"
 _OURS = ("json", "csv", "parquet", "arrow")  # modules of `datasets` for files that are read directly
@@ -75,7 +74,8 @@ class Repository:
         text = self.card()
         if text is None or MARKER not in text:
             return text
-        ours = (Path(self.where) / RECORD).is_file() if self.commit is None else RECORD in self.paths()
+        own = own_paths(RUN_FILE)
+        ours = holds_run(Path(self.where)) if self.commit is None else not set(own).isdisjoint(self.paths())
         return text if ours else text.replace(MARKER, "")
 
     def file(self, path: str) -> SourceFile:

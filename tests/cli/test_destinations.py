@@ -54,6 +54,18 @@ def test_foreign_files_are_found_before_a_row_is_read_and_only_overwrite_removes
     assert entries(folder) == ["in.jsonl", "out"]
 
 
+def test_another_cut_of_a_finished_run_is_pointed_to_select(command: Command, folder: Path) -> None:
+    command("in.jsonl", "out", *CUT)
+    code, _, err = command("in.jsonl", "out", "--drop-top", "10%")
+    assert code == 5
+    assert "'sqsd-filter select out OTHER', or replace it with --overwrite, which reuses its scores." in err
+    code, _, err = command("in.jsonl", "out", "--drop-top", "10%", "--to", "jsonl")
+    assert (code, "select" in err) == (5, False)
+    (folder / "out/_sqsd/report.json").unlink()  # as if it had been killed: then select can't read it
+    code, _, err = command("in.jsonl", "out", "--drop-top", "10%")
+    assert (code, "select" in err) == (5, False)
+
+
 def test_an_empty_folder_will_do(command: Command, folder: Path) -> None:
     (folder / "out").mkdir()
     assert command("in.jsonl", "out", *CUT)[0] == 0

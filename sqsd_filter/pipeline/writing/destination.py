@@ -23,6 +23,7 @@ EXPLAINED_FILE = "explained.json"
 PAGE_FILE = "report.html"
 NOTES_FILE = "notes.json"  # what the page shows of rows
 LOCK_FILE = "lock"
+OF_A_CUT = {"cut", "reference"}  # in run.json: what a cut is made by, which changes no score
 BASE = "base"  # in run.json, no part of the run's identity: the path from its folder to the one that paths start at
 
 
@@ -74,10 +75,7 @@ class Destination:
                         f"{self.home / RUN_FILE} is damaged, so nothing says which run {self.target} holds: choose "
                         "another destination, or replace it with --overwrite, which uses its scores again."
                     )
-                raise DestinationExists(
-                    f"{self.target} holds another run ({difference(known or {}, asked)}): choose another "
-                    "destination, or replace it with --overwrite."
-                )
+                raise DestinationExists(self._other_run(known or {}, asked))
             if Path.cwd().is_relative_to(self.target.resolve()) or self.target.is_mount():
                 raise DestinationExists(
                     f"{self.target} can't be replaced, since it is or holds the working directory, or is mounted: "
@@ -100,6 +98,19 @@ class Destination:
             content = json.dumps({**asked, BASE: os.path.relpath(".", self.home.resolve())}, indent=1, sort_keys=True)
             write_text(self.home / RUN_FILE, content)
         return False
+
+    def _other_run(self, known: Mapping[str, object], asked: Mapping[str, object]) -> str:
+        """What to do about the other run that the destination holds."""
+        said = f"{self.target} holds another run ({difference(known, asked)}):"
+        differing = {name for name in {*known, *asked} if known.get(name) != asked.get(name)}
+        report = read_report(self.home)
+        finished = report is not None and report.get("status") == "ok"
+        if finished and differing <= OF_A_CUT and (self.home / "scores").is_dir():
+            return (
+                f"{said} cut its scores into another destination with 'sqsd-filter select {self.target} OTHER', or "
+                "replace it with --overwrite, which reuses its scores."
+            )
+        return f"{said} choose another destination, or replace it with --overwrite."
 
     def others(self, given: Sequence[Any]) -> list[Any]:
         """These sources without what an earlier run left here; see `without`."""
