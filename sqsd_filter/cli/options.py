@@ -292,10 +292,10 @@ written = together(
     option(
         OUTPUT,
         "--to",
-        type=click.Choice(["parquet", "arrow", "jsonl"]),
+        type=click.Choice(["parquet", "arrow", "jsonl", "json"]),
         default="parquet",
         show_default=True,
-        help="Format of the rows in DEST. load_from_disk maps arrow; jsonl keeps the input's own lines.",
+        help="Format of the rows in DEST. load_from_disk maps arrow; jsonl and json keep the input's own lines.",
     ),
     option(
         OUTPUT,
@@ -306,7 +306,7 @@ written = together(
         help="Size at which a new file begins, for example 100MB or 1GB.",
     ),
     option(
-        OUTPUT, "--with-scores", is_flag=True, help="Add the scores to jsonl lines. Other formats always have them."
+        OUTPUT, "--with-scores", is_flag=True, help="Add the scores to lines of JSON. Other formats always have them."
     ),
 )
 percentile = option(

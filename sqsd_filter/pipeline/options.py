@@ -69,9 +69,9 @@ class Scoring:
 class Writing:
     """How rows are written. Raises `UsageError` for values that make no sense.
 
-    to: parquet, arrow or jsonl.
+    to: parquet, arrow, jsonl or json.
     shard_size: A file ends when it has about this size, as 500MB or a number of bytes.
-    with_scores: Add the scores to lines of jsonl; files of the other formats always hold them.
+    with_scores: Add the scores to lines of jsonl and json; files of the other formats always hold them.
     percentile: Add the column sqsd_percentile, the share (0 to 100) of the pack's benign reference rows with a lower
         risk.
     on_error: Rows that can't be scored go to errors (quarantine), are kept (keep), or fail the run (fail).

@@ -47,6 +47,13 @@ READERS: dict[str, dict[str, Sequence[str]]] = {
         "Ray Data": ('ray.data.read_json("out/data").take_all()',),
         "LLaMA-Factory": ('every_file_of("out/data")',),
     },
+    "json": {
+        "datasets": ('load_dataset("out")["train"]', 'load_dataset("out/data")["train"]'),
+        "pandas": ('pandas.read_json("out/data/train-00000-of-00001.json")',),
+        "polars": ('polars.read_json("out/data/train-00000-of-00001.json")',),
+        "DuckDB": ("duckdb.sql(\"FROM 'out/data/*.json'\").fetchall()",),
+        "LLaMA-Factory": ('every_file_of("out/data")',),
+    },
     "arrow": {
         "datasets": (
             'load_dataset("out")["train"]',

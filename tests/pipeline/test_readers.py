@@ -34,7 +34,7 @@ def test_every_reader_gets_the_kept_rows_only(
     assert rows_read(call) == KEPT
 
 
-@pytest.mark.parametrize("to", ["parquet", "jsonl", "arrow"])
+@pytest.mark.parametrize("to", ["parquet", "jsonl", "json", "arrow"])
 def test_the_card_still_gives_the_other_rows(to: str, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(outputs / to)
     assert rows_read('load_dataset("out", "dropped")["train"]') == 10
@@ -42,5 +42,5 @@ def test_the_card_still_gives_the_other_rows(to: str, outputs: Path, monkeypatch
 
 
 def test_the_table_in_the_docs_is_what_was_read() -> None:
-    formats = ("| parquet |", "| jsonl |", "| arrow |")
+    formats = ("| parquet |", "| jsonl |", "| json |", "| arrow |")
     assert [line for line in DOCS.read_text().splitlines() if line.startswith(formats)] == table_lines()

@@ -33,6 +33,7 @@ from sqsd_filter.pipeline.writing.export import PERCENTILE, REASONS
 from sqsd_filter.pipeline.writing.figures import number, shown
 from sqsd_filter.pipeline.writing.markdown import code, fenced, table
 from sqsd_filter.pipeline.writing.originals import Original, carried_over
+from sqsd_filter.pipeline.writing.writers import OF_LINES
 from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.storage.folder import write_text
 from sqsd_filter.storage.layout import HOME, REPORT_FILE
@@ -267,11 +268,11 @@ def _contents(report: Report, where: str) -> str:
             lines.append([name, f"{rows[name]:,}", call])
     lines.append(["total", f"{rows['total']:,}", ""])
     parts = ["## What is here", table(["", ":rows", "load with"], lines)]
-    if to == "jsonl":
+    if to in OF_LINES:
         parts.append(_lines(report))
     if to == "arrow" and where == "path":
         parts.append("`load_from_disk(path)` maps the kept rows into memory without a copy.")
-    if to != "jsonl" or report["with_scores"]:
+    if to not in OF_LINES or report["with_scores"]:
         parts.append(_columns(report))
     if stored := ", ".join(code(name) for name in report["json_columns"]):
         parts.append(
@@ -283,7 +284,8 @@ def _contents(report: Report, where: str) -> str:
 
 def _lines(report: Report) -> str:
     """What lines of JSON hold, and what can go wrong with them."""
-    words = "Each line is the line of the input, byte for byte"
+    in_array = report["to"] == "json"
+    words = f"Each line{' of the arrays' if in_array else ''} is the line of the input, byte for byte"
     added = (
         ["its scores"] * report["with_scores"]
         + ["its percentile"] * report.get("percentile", False)
@@ -292,7 +294,10 @@ def _lines(report: Report) -> str:
     words += f", with {' and '.join(added)} added at the end." if added else "."
     words += " `load_dataset` reads dates in text as timestamps."
     if _has_errors(report):
-        words += " It fails if a line in `errors` is not JSON."
+        if in_array:
+            words += " A line in `errors` that is not JSON is text in `sqsd_raw`."
+        else:
+            words += " It fails if a line in `errors` is not JSON."
         words += f" `{REASONS}` has the file, line, status and reason of each line in `errors`."
     return words
 
@@ -316,7 +321,7 @@ def _columns(report: Report) -> str:
     if report.get("weights"):
         lines.append(("`sqsd_weight`", "the row's weight"))
     lines.append(("`sqsd_status`", "`scored`, or why there is no score"))
-    if report["to"] != "jsonl" and _has_errors(report):
+    if report["to"] not in OF_LINES and _has_errors(report):
         lines += ERROR_COLUMNS
     return f"The columns of the input are unchanged. These are added:\n\n{table(['column', 'what it holds'], lines)}"
 

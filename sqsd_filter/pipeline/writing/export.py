@@ -19,7 +19,14 @@ from sqsd_filter.pipeline.report import Config, Written, WrittenFile
 from sqsd_filter.pipeline.scores.scored import SCORE_PREFIX, Scored
 from sqsd_filter.pipeline.selecting.selection import DROPPED, ERROR, KEPT, Selection
 from sqsd_filter.pipeline.writing.json_lines import dump, lines, splice
-from sqsd_filter.pipeline.writing.writers import JsonLinesWriter, Output, ParquetWriter, ShardedWriter, describe
+from sqsd_filter.pipeline.writing.writers import (
+    OF_LINES,
+    JsonLinesWriter,
+    Output,
+    ParquetWriter,
+    ShardedWriter,
+    describe,
+)
 from sqsd_filter.progress import Progress
 from sqsd_filter.storage.folder import sweep
 from sqsd_filter.storage.layout import DATA, HOME
@@ -81,8 +88,8 @@ def export_splits(
         for chunk in _from_nothing(corpus):
             fate = selection.fate[chunk.start : chunk.start + chunk.table.num_rows]
             rows: Lines | Tables
-            if output.to == "jsonl":
-                rows = Lines(scored, chunk, added, output.with_scores)
+            if output.to in OF_LINES:
+                rows = Lines(scored, chunk, added, output)
                 reasons.write(rows.reasons(np.flatnonzero(fate == ERROR)))
             else:
                 table = chunk.scorable if schema is corpus.scorable_schema else chunk.table
@@ -104,7 +111,7 @@ def export_splits(
     entries: list[WrittenFile] = [
         {"config": c, "split": s, **file} for (c, s), several in published.items() for file in several
     ]
-    stored = [] if output.to == "jsonl" else json_columns(schema)
+    stored = [] if output.to in OF_LINES else json_columns(schema)
     return {"files": entries, "extra_files": extra, "json_columns": stored}
 
 
@@ -161,11 +168,13 @@ class Lines:
     """A chunk's rows as lines of JSON: the lines of the input, byte for byte, where it was JSON Lines.
 
     The `added` columns are added to the lines, scores only `with_scores`; reasons are in a file of their own. A record
-    that could not be read is written as its bytes, or if these have a newline, as their text in an object.
+    that could not be read is written as its bytes; if these have a newline, or belong into an array, as their text in
+    an object.
     """
 
-    def __init__(self, scored: Scored, chunk: Chunk, added: Added, with_scores: bool) -> None:
-        self.scored, self.chunk, self.added, self.with_scores = scored, chunk, added, with_scores
+    def __init__(self, scored: Scored, chunk: Chunk, added: Added, output: Output) -> None:
+        self.scored, self.chunk, self.added, self.with_scores = scored, chunk, added, output.with_scores
+        self.in_array = output.to == "json"
         self.old_scores, self.old_others = _earlier_columns(chunk.table.schema)
 
     def good(self, where: np.ndarray) -> list[bytes]:
@@ -186,7 +195,10 @@ class Lines:
     def bad(self, where: np.ndarray) -> list[bytes]:
         raws = _origin(self.scored, self.chunk, where)[RAW].to_pylist()
         own = self._lines(where, [*self.old_scores, *self.old_others])
-        return [line if raw is None else _unread(raw) for line, raw in zip(own, raws, strict=True)]
+        return [
+            line if raw is None else _unread(raw) if self.in_array or b"\n" in raw else raw
+            for line, raw in zip(own, raws, strict=True)
+        ]
 
     def reasons(self, where: np.ndarray) -> list[bytes]:
         origin = _origin(self.scored, self.chunk, where)
@@ -207,7 +219,8 @@ class Lines:
 
 
 def _unread(raw: bytes) -> bytes:
-    return dump({RAW: raw.decode("utf-8", "surrogateescape")}) if b"\n" in raw else raw
+    """An object with the text of a record that could not be read."""
+    return dump({RAW: raw.decode("utf-8", "surrogateescape")})
 
 
 def _scores(scored: Scored, start: int, rows: int) -> dict[str, pa.Array]:

@@ -1,4 +1,4 @@
-"""Writers of rows in each output format: parquet, the Arrow files of `datasets`, JSON Lines.
+"""Writers of rows in each output format: parquet, the Arrow files of `datasets`, JSON Lines, JSON arrays.
 
 A file is closed when it has `shard_size` bytes. File names hold the number of files, so they are given at the end.
 """
@@ -131,12 +131,38 @@ class JsonLinesWriter(FileWriter[Sequence[bytes]]):
         return has_form(kind)
 
 
-FORMATS: dict[str, type[FileWriter[Any]]] = {"parquet": ParquetWriter, "arrow": ArrowWriter, "jsonl": JsonLinesWriter}
+class JsonWriter(JsonLinesWriter):
+    """A JSON array of such lines, each on a line of its own."""
+
+    suffix = ".json"
+
+    def __init__(self, path: Path, first: Sequence[bytes]) -> None:
+        super().__init__(path, first)
+        self._sink.write(b"[")
+        self._before = b"\n"
+
+    def write(self, batch: Sequence[bytes]) -> None:
+        for line in batch:
+            self._sink.write(self._before + line)
+            self._before = b",\n"
+
+    def close(self) -> None:
+        self._sink.write(b"\n]\n")
+        super().close()
+
+
+FORMATS: dict[str, type[FileWriter[Any]]] = {
+    "parquet": ParquetWriter,
+    "arrow": ArrowWriter,
+    "jsonl": JsonLinesWriter,
+    "json": JsonWriter,
+}
+OF_LINES = ("jsonl", "json")  # formats that are made of the input's own lines
 
 
 @dataclass(frozen=True)
 class Output:
-    """How rows are written: `to` is one of `FORMATS`, `shard_size` in bytes, `with_scores` only for JSON Lines."""
+    """How rows are written: `to` is one of `FORMATS`, `shard_size` in bytes, `with_scores` only for lines of JSON."""
 
     to: str
     shard_size: int
@@ -147,8 +173,10 @@ class Output:
         """Raises `UsageError`."""
         if to not in FORMATS:
             raise UsageError(f"Rows can be written to {', '.join(FORMATS)}, not to '{to}'.")
-        if with_scores and to != "jsonl":
-            raise UsageError(f"{to} files always hold scores: leave out {option('with_scores')}, which is for jsonl.")
+        if with_scores and to not in OF_LINES:
+            raise UsageError(
+                f"{to} files always hold scores: leave out {option('with_scores')}, which is for jsonl and json."
+            )
         from datasets.utils.py_utils import convert_file_size_to_int
 
         try:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from sqsd_filter.pipeline.writing.writers import OF_LINES
 from tests.pipeline.writing.made_up_cards import ORIGINAL, REPORT, Page, card, card_text, headings
 
 nasty = st.text(st.characters() | st.sampled_from("`|\\\n\r<>*_[]#$&- "), min_size=1, max_size=12)
@@ -59,14 +60,14 @@ def test_it_says_when_nothing_was_dropped_and_when_rows_without_a_score_were_kep
     assert "The scores were already in the input." in text
 
 
-@pytest.mark.parametrize("to", ["parquet", "jsonl", "arrow"])
+@pytest.mark.parametrize("to", ["parquet", "jsonl", "json", "arrow"])
 def test_each_format_is_loaded_in_the_same_way(to: str) -> None:
     header, body = card(to=to, rows={**REPORT["rows"], "errors": 0})
     loads = ["load_dataset(path)", 'load_dataset(path, "dropped")', 'load_dataset(path, "errors", streaming=True)']
     assert [code for code in Page(body).codes if code.startswith("load_")][:3] == loads
     assert [config["config_name"] for config in header["configs"]] == ["default", "dropped", "errors"]
     assert ("`load_from_disk(path)`" in body) == (to == "arrow")
-    assert ("sqsd_reason" in body) == (to != "jsonl") == ("_sqsd/reasons.jsonl" not in body)
+    assert ("sqsd_reason" in body) == (to not in OF_LINES) == ("_sqsd/reasons.jsonl" not in body)
 
 
 def test_it_loads_by_the_name_that_the_dataset_is_to_have() -> None:

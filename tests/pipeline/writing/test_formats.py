@@ -19,10 +19,11 @@ from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import DestinationExists, InputError
 from sqsd_filter.pipeline.report import Config, FinishedReport, RunContent, load_calls
 from sqsd_filter.pipeline.writing.export import FOLDERS
+from sqsd_filter.pipeline.writing.writers import OF_LINES
 from tests.corpora import content, make_rows, read_report, write_jsonl
 
 datasets.disable_progress_bars()
-FORMATS = ("parquet", "arrow", "jsonl")
+FORMATS = ("parquet", "arrow", "jsonl", "json")
 ROWS: list[dict[str, Any]] = [
     {"id": k, "text": "é" * k, "sqsd_risk": (k * 7 % 20) / 3, "sqsd_status": "scored"} for k in range(20)
 ]
@@ -70,7 +71,7 @@ def test_what_a_run_writes_is_listed_and_loads_as_the_card_says(to: str, folder:
             continue
         rows = loaded(Path("out"), report, config)
         assert len(rows) == report["rows"][config]
-        assert all(row["text"] == "é" * row["id"] for row in rows if row["text"] is not None)
+        assert all(row["text"] == "é" * row["id"] for row in rows if row.get("text") is not None)
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -108,6 +109,18 @@ def test_a_changed_byte_in_a_data_file_is_repaired_and_no_reasons_are_no_damage(
     path.write_bytes(whole[:-3] + b"X" + whole[-2:])
     assert not cut("out", "jsonl").get("already_done")
     assert path.read_bytes() == whole
+
+
+def test_an_array_holds_the_lines_of_the_input_and_unreadable_ones_as_text(folder: Path) -> None:
+    rows = [b'{"id" : 0, "sqsd_risk":0.1,"sqsd_status":"scored"}\r', b'{"id":1,"sqsd_risk":0.2,"sqsd_status":"scored"}']
+    write_jsonl(folder / "in.jsonl", [rows[0], b'\xff"', rows[1], b"{"])
+    cut("out", "json", shard_size="1MB")
+    kept, errors = (Path("out", FOLDERS[config], "train-00000-of-00001.json") for config in ("kept", "errors"))
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    assert kept.read_bytes() == b"[\n]\n"
+    assert json.loads(errors.read_text()) == [{"sqsd_raw": '\udcff"'}, {"sqsd_raw": "{"}]
+    select_dataset("in.jsonl", "all", Cut.of(drop_count=0), Writing(to="json"))
+    assert Path("all/data", kept.name).read_bytes() == b"[\n" + rows[0] + b",\n" + rows[1] + b"\n]\n"
 
 
 def test_only_a_byte_order_mark_is_missing_from_lines_as_they_were(folder: Path) -> None:
@@ -149,7 +162,7 @@ def test_the_form_of_the_rows_is_part_of_the_run(options: dict[str, Any], match:
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_what_was_written_can_be_cut_again(to: str, folder: Path) -> None:
-    report = cut("out", to, with_scores=to == "jsonl")
+    report = cut("out", to, with_scores=to in OF_LINES)
     sources = [f"out/{file['path']}" for file in report["files"] if file["config"] == "kept"]
     again = select_dataset(sources, "again", Cut.of(keep_lowest=3), Writing(to="jsonl", with_scores=True))
     lowest = sorted(ROWS, key=lambda row: row["sqsd_risk"])[:3]

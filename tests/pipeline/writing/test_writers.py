@@ -24,6 +24,7 @@ from sqsd_filter.pipeline.report import WrittenFile
 from sqsd_filter.pipeline.writing.json_lines import lines
 from sqsd_filter.pipeline.writing.writers import (
     FORMATS,
+    OF_LINES,
     JsonLinesWriter,
     Output,
     ParquetWriter,
@@ -48,7 +49,7 @@ def batches_of(to: str, sizes: list[int]) -> list[Any]:
     """Batches of so many different rows, as the format takes them."""
     numbers = itertools.count()
     columns = [[next(numbers) for _ in range(size)] for size in sizes]
-    if to == "jsonl":
+    if to in OF_LINES:
         return [[b"%d" % n for n in column] for column in columns]
     return [pa.table({"n": pa.array(column, pa.int64())}) for column in columns]
 
@@ -56,6 +57,8 @@ def batches_of(to: str, sizes: list[int]) -> list[Any]:
 def numbers_in(to: str, path: Path) -> list[int]:
     if to == "jsonl":
         return [int(line) for line in path.read_bytes().splitlines()]
+    if to == "json":
+        return list(json.loads(path.read_bytes()))
     if to == "parquet":
         return list(pq.read_table(path)["n"].to_pylist())
     with pa.memory_map(str(path)) as source:
@@ -191,11 +194,11 @@ def test_scores_are_asked_for_only_where_they_would_be_missing() -> None:
     ("to", "kind", "fix"),
     [
         ("jsonl", pa.binary(), "use --to parquet or arrow."),
-        ("arrow", pa.map_(pa.string(), pa.int8()), "use --to parquet or jsonl."),
-        ("arrow", pa.decimal32(5, 2), "use --to parquet or jsonl."),
-        ("parquet", pa.struct([]), "use --to arrow or jsonl."),
+        ("arrow", pa.map_(pa.string(), pa.int8()), "use --to parquet or jsonl or json."),
+        ("arrow", pa.decimal32(5, 2), "use --to parquet or jsonl or json."),
+        ("parquet", pa.struct([]), "use --to arrow or jsonl or json."),
         ("parquet", pa.binary(0), "use --to arrow."),
-        ("parquet", pa.dictionary(pa.int32(), pa.list_(pa.int8())), "use --to jsonl."),
+        ("parquet", pa.dictionary(pa.int32(), pa.list_(pa.int8())), "use --to jsonl or json."),
         ("parquet", pa.month_day_nano_interval(), "give it another type, or leave it out."),
     ],
     ids=str,
@@ -209,7 +212,7 @@ def test_a_column_that_a_format_can_t_hold_is_named_with_the_formats_that_can(
     for name, writer in FORMATS.items():
         if writer.holds(pa.list_(kind)):
             Output(name, 1, False).check(schema)
-            write(tmp_path, Output(name, 1, False), [lines(rows) if name == "jsonl" else rows])
+            write(tmp_path, Output(name, 1, False), [lines(rows) if name in OF_LINES else rows])
             continue
         with pytest.raises(InputError) as refused:
             Output(name, 1, False).check(schema)
