@@ -166,7 +166,7 @@ class Job:
 
     def _on_disk(self, work: Work) -> FinishedReport:
         destination = self.outlet.destination
-        if destination.claim(self.identity):
+        if destination.claim(self.identity, to_publish=self.outlet.target is not None):
             report = read_report(destination.home)
             assert report is not None
             report["already_done"] = True

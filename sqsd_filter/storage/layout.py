@@ -1,7 +1,8 @@
 """Where the parts of an output lie: kept rows in data/, all else in _sqsd/, which readers of folders pass over.
 
 Earlier versions kept their own files in sqsd/, and kept, dropped and error rows side by side. All that is known of that
-layout is here: such runs are read where they are, and an unfinished one is moved to the layout of today.
+layout is here: such runs are read where they are, and one that is unfinished or to be published is moved to the layout
+of today.
 """
 
 from __future__ import annotations
@@ -79,12 +80,17 @@ def stored_path(name: str, names: Collection[str]) -> str:
     return old if old in names and new not in names else new
 
 
+def is_old(root: Path, home: Path) -> bool:
+    """Is this the home of a run in the old layout?"""
+    return home == root / _OLD_HOME
+
+
 def modernise(root: Path, home: Path) -> Path:
     """Bring the unfinished run in `root` into the layout of today. Its scores stay, its rows will be written again.
 
     Returns its home. Safe to call again after a crash. Raises `OSError`.
     """
-    if home != root / _OLD_HOME:
+    if not is_old(root, home):
         return home
     stale = [path for pattern in _OLD_FILES for path in root.glob(pattern)]
     for path in stale:

@@ -139,6 +139,15 @@ def test_an_old_run_on_the_hub_is_known_and_replaced_as_a_whole(hub: Hub, folder
     assert len(datasets.load_dataset("org/out", split="train")) == 16
 
 
+def test_an_old_output_is_published_in_the_layout_of_today(hub: Hub, folder: Path, scorer: SQSDScorer) -> None:
+    run(scorer)
+    straight = content(Path("out"))
+    age(Path("out"))
+    run(scorer, push=PushTo("org/out"))
+    assert content(Path("out")) == straight
+    assert not [name for name in hub.files("org/out") if name.startswith("sqsd/") or "kept-" in name]
+
+
 def _age_published(files: dict[str, bytes], top: str, write: Any, remove: Any) -> None:
     """Publish these files of today under the names of earlier versions."""
     for name, data in files.items():

@@ -15,7 +15,7 @@ from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.report import FinishedReport, WrittenFile
 from sqsd_filter.pipeline.writing.export import REASONS
 from sqsd_filter.storage.folder import TEMPORARY, sweep, write_text
-from sqsd_filter.storage.layout import REPORT_FILE, RUN_FILE, modernise
+from sqsd_filter.storage.layout import REPORT_FILE, RUN_FILE, is_old, modernise
 from sqsd_filter.storage.locks import take_lock
 
 # These hold text of rows, so they are not among the files that a report names:
@@ -60,8 +60,9 @@ class Destination:
         """The home of the run that will be replaced."""
         return self._home_of(self.target) if self.replaces else None
 
-    def claim(self, identity: Mapping[str, object]) -> bool:
-        """Claim the destination for the run with this identity; True if that run is already finished here.
+    def claim(self, identity: Mapping[str, object], *, to_publish: bool = False) -> bool:
+        """Claim the destination for the run with this identity; True if that run is already finished here, and if it
+        is `to_publish`, in the layout of today.
 
         Raises `DestinationExists` for another run (naming what differs), for one that is writing right now, or where
         the working directory would be replaced; `InputError` where nothing can be written.
@@ -89,7 +90,7 @@ class Destination:
             self._take_lock()
             if self.replaces and read_run(self.home) != asked:
                 self._clear()
-            if self.finished():
+            if self.finished() and not (to_publish and is_old(self.root, self.home)):
                 return True
             self.home = modernise(self.root, self.home)
             (self.home / REPORT_FILE).unlink(missing_ok=True)  # from here on it would be wrong
