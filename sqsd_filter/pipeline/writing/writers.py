@@ -21,7 +21,7 @@ from sqsd_filter.corpus.json_schema import with_marks
 from sqsd_filter.errors import InputError, SQSDError, UsageError, option
 from sqsd_filter.pipeline.report import WrittenFile
 from sqsd_filter.pipeline.writing.json_lines import has_form
-from sqsd_filter.storage.folder import TEMPORARY, write_text
+from sqsd_filter.storage.folder import TEMPORARY, sweep, write_text
 
 SHARD_SIZE = "500MB"
 SAVED_DATASET = ("dataset_dict.json", "dataset_info.json", "state.json")  # what `load_from_disk` reads beside the rows
@@ -303,6 +303,7 @@ def describe(root: Path, folder: str, splits: Mapping[str, Sequence[WrittenFile]
         with pa.memory_map(str(root / files[0]["path"])) as source:
             features = Features.from_arrow_schema(pa.ipc.open_stream(source).schema)
         own.mkdir(parents=True, exist_ok=True)
+        sweep(own)
         DatasetInfo(features=features).write_to_directory(str(own))
         content = "".join(file["sha256"] for file in files).encode()
         state: dict[str, Any] = {
