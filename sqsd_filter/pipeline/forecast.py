@@ -80,7 +80,7 @@ def _estimate(scan: Scan, scorer: BatchedScorer, stores: Sequence[str | Path], s
         for row in scan.corpus.read(0, scan.corpus.n_rows, scan.form.columns)
         if row.index in chosen and row.value is not None
     ]
-    lengths = [len(e) for e in scorer.encoder.encode(turns) if not isinstance(e, RowError)]
+    lengths = [len(e) for e in scorer.encode(turns) if not isinstance(e, RowError)]
     mean = float(np.mean(lengths)) if lengths else 0.0
     scorer.check_device()
     trial = turns[:: max(1, len(turns) // timed)][:timed]

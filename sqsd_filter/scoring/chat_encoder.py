@@ -37,6 +37,12 @@ def cut_answer(row: Encoded, answer_tokens: int | None) -> Encoded:
     return replace(row, ids=row.ids[:stop], answer=row.answer[:stop])
 
 
+def check_offsets(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise `ModelError` where a tokenizer can't say which characters a token stands for."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"The tokenizer of {name} can't map tokens to text: it needs a tokenizer.json.")
+
+
 @dataclass
 class ChatEncoder:
     """Renders conversations with a tokenizer's chat template and marks the answers, as `ChatTemplate` finds them.
@@ -57,8 +63,7 @@ class ChatEncoder:
                 f"The tokenizer of {name} has no chat template: use an instruction-tuned model, or put one into the "
                 "pack's chat_template_kwargs as 'chat_template'."
             )
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise ModelError(f"The tokenizer of {name} can't map tokens to text: it needs a tokenizer.json.")
+        check_offsets(self.tokenizer, name)
         self.template = ChatTemplate(self.tokenizer, self.template_kwargs)
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | RowError]:

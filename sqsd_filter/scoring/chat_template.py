@@ -90,18 +90,9 @@ class ChatTemplate:
 
         Raises `RowError`.
         """
-        if any(not isinstance(t["content"], str) for t in turns if t["role"] != TOOLS):
-            raise RowError(BAD_ROW, "a turn's content is not text")
         if self.calls is None:
             turns = [{name: value for name, value in t.items() if name != "tool_calls"} for t in turns]
-        last = max((k for k, t in enumerate(turns) if is_supervised(t)), default=None)
-        if last is None:
-            raise RowError(NO_ANSWER, "no assistant turn has text")
-        _something_before(turns, last)
-        try:
-            _json(turns).encode()
-        except UnicodeEncodeError as problem:
-            raise RowError(BAD_ROW, "a turn holds half of a surrogate pair, which is not text") from problem
+        last = last_answer(turns)
         if "tool_calls" in turns[last]:
             text = self._apply(turns[: last + 1])
             *spans, (start, stop, end) = self._locate(turns[: last + 1], text)
@@ -308,6 +299,24 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def last_answer(turns: Sequence[Message]) -> int:
+    """The number of the last supervised turn.
+
+    Raises `RowError` if there is none, if no turn stands before it, and for content that is not text.
+    """
+    if any(not isinstance(t["content"], str) for t in turns if t["role"] != TOOLS):
+        raise RowError(BAD_ROW, "a turn's content is not text")
+    last = max((k for k, t in enumerate(turns) if is_supervised(t)), default=None)
+    if last is None:
+        raise RowError(NO_ANSWER, "no assistant turn has text")
+    _something_before(turns, last)
+    try:
+        _json(turns).encode()
+    except UnicodeEncodeError as problem:
+        raise RowError(BAD_ROW, "a turn holds half of a surrogate pair, which is not text") from problem
+    return last
 
 
 def _something_before(turns: Sequence[Message], k: int) -> None:

@@ -60,20 +60,36 @@ class LossGradient:
     @torch.no_grad()
     def losses(self, ids_bt: torch.Tensor, targets_bt: torch.Tensor) -> torch.Tensor:
         """Each row's cross entropy, summed over its supervised positions: (b,) float64. No backward pass."""
-        if self._head_apart:
-            output_bth = self.model.base_model(input_ids=ids_bt, use_cache=False).last_hidden_state
-        else:
-            output_bth = self.model(input_ids=ids_bt, use_cache=False).logits  # (b, t, v)
+        output_bth = self._output(ids_bt)
         supervised_bt = (targets_bt := targets_bt.to(output_bth.device)) >= 0
         losses = []
         for output, targets in zip(
             output_bth[supervised_bt].split(self.chunk), targets_bt[supervised_bt].split(self.chunk), strict=True
         ):
-            logits_nv = self._logits(_padded(output))[: len(targets)] if self._head_apart else output
+            logits_nv = self._head(output)
             exact = torch.promote_types(logits_nv.dtype, torch.float32)
             losses.append(torch.nn.functional.cross_entropy(logits_nv.to(exact), targets, reduction="none"))
         by_row = torch.cat(losses).double().split(supervised_bt.sum(-1).tolist())
         return torch.stack([own.sum() for own in by_row])
+
+    @torch.no_grad()
+    def logits(self, ids_bt: torch.Tensor, chosen_bt: torch.Tensor) -> torch.Tensor:
+        """The logits (n, v) at the n chosen positions, row by row, at least in float32. No backward pass."""
+        output_bth = self._output(ids_bt)
+        logits_nv = self._head(output_bth[chosen_bt.to(output_bth.device)])
+        return logits_nv.to(torch.promote_types(logits_nv.dtype, torch.float32))
+
+    def _output(self, ids_bt: torch.Tensor) -> torch.Tensor:
+        """What `_head` takes, at all positions: hidden states (b, t, h), or where these don't do, logits (b, t, v)."""
+        if self._head_apart:
+            hidden_bth: torch.Tensor = self.model.base_model(input_ids=ids_bt, use_cache=False).last_hidden_state
+            return hidden_bth
+        logits_btv: torch.Tensor = self.model(input_ids=ids_bt, use_cache=False).logits
+        return logits_btv
+
+    def _head(self, output_nh: torch.Tensor) -> torch.Tensor:
+        """The logits (n, v) at positions of `_output`."""
+        return self._logits(_padded(output_nh))[: len(output_nh)] if self._head_apart else output_nh
 
     def head_gradient(self, hidden_nh: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
         """∂L/∂hidden (n, h) of the summed cross entropy; logits are computed `chunk` positions at a time."""

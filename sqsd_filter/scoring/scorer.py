@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, Self, Unpack, cast
 
 import numpy as np
 
-from sqsd_filter.corpus.conversation import Message
+from sqsd_filter.corpus.conversation import Message, RowError
 from sqsd_filter.corpus.row_formats import Columns, RowFormat
 from sqsd_filter.errors import UsageError
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
@@ -145,13 +145,17 @@ class Scorer:
             "max_length": self.max_length,
         }
 
+    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | RowError]:
+        """What is scored of each conversation, or the reason why it can't be scored."""
+        return self.encoder.encode(conversations)
+
     def score(self, conversations: Sequence[Sequence[Message]], callbacks: ScoringCallbacks | None = None) -> Scores:
         """Score conversations (lists of turns as in `corpus.conversation`), and call `callbacks` meanwhile.
 
         A row that can't be scored gets a status, never an exception. Raises `ModelError` when the model can't be loaded
         or can't be scored with.
         """
-        encoded = self.encoder.encode(conversations)
+        encoded = self.encode(conversations)
         collector = ScoreCollector(encoded, self.values, callbacks or ScoringCallbacks())
         if collector.rows:
             self._score(collector.rows, collector)
@@ -232,6 +236,11 @@ class BatchedScorer(Scorer):
             limit_threads()
             self._model, self._process = sound(self._load), os.getpid()
         return self._model
+
+    @property
+    def base_adapter(self) -> Path | None:
+        """The folder of the adapter that is merged into the model, None without one."""
+        return self.pack.base_folder
 
     @property
     def passes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
@@ -40,6 +41,9 @@ class ModelSettings(Protocol):
 
     @property
     def dtype(self) -> str: ...
+
+    @property
+    def base_adapter(self) -> Path | None: ...
 
 
 def memory_share(model: torch.nn.Module, device: torch.device, gpus: float) -> int:
@@ -81,7 +85,7 @@ class ScoringModel:
             dtype=getattr(torch, settings.dtype),
             device=None if settings.gpus > 1 else settings.device,
             attention=settings.attention,
-            adapter=settings.pack.base_folder,
+            adapter=settings.base_adapter,
             trust_remote_code=settings.trust_remote_code,
         )
         try:
