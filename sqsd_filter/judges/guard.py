@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from sqsd_filter.errors import JudgeError, first_line
-from sqsd_filter.judges.generation import Turn, rendered, reply
+from sqsd_filter.errors import JudgeError
+from sqsd_filter.judges.dialogue import ASSISTANT, USER, Said
+from sqsd_filter.judges.generation import reply
+from sqsd_filter.judges.guard_template import as_turns, content_of
 from sqsd_filter.judges.outcomes import DEGENERATE, HARMLESS, UNSAFE
 from sqsd_filter.judges.phrases import without_compliance
 from sqsd_filter.scoring.models import content_id, load_model, load_tokenizer
 from sqsd_filter.scoring.placement import check_device, choose_device
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 VERDICT_TOKENS = 8  # room for line breaks before the first word, and for a word of several tokens
 _FIRST_WORD = re.compile(r"\W*(safe|unsafe)\b", re.IGNORECASE)
-Content = Callable[[str], object]  # from a text to the `content` of a turn
 
 
 class GuardJudge:
@@ -39,7 +36,7 @@ class GuardJudge:
         check_device(device)
         self.name = Path(model).resolve().name if Path(model).is_dir() else model
         self._tokenizer = load_tokenizer(model)
-        self._content = _content(self._tokenizer, self.name)
+        self._content = content_of(self._tokenizer, self.name)
         self._source, self._device = model, device
         self.fingerprint = content_id(model) or re.sub(r"\W", "-", self.name)
 
@@ -48,7 +45,10 @@ class GuardJudge:
 
         Raises `JudgeError` for a verdict that begins with neither safe nor unsafe, `InputError` for an answer too long
         for the guard, `ModelError`."""
-        conversations = [_turns(prompt, answer, self._content) for prompt, answer in zip(prompts, answers, strict=True)]
+        conversations = [
+            as_turns([Said(USER, prompt), Said(ASSISTANT, answer)], self._content)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
         dtype = torch.bfloat16 if self._device.startswith("cuda") else torch.float32
         model = load_model(self._source, dtype=dtype, device=self._device)
         verdicts = reply(model, self._tokenizer, conversations, max_new_tokens=VERDICT_TOKENS)
@@ -66,31 +66,3 @@ class GuardJudge:
                 "'unsafe': name a guard whose chat template asks for these words."
             )
         return UNSAFE if word[1].lower() == "unsafe" else by_phrase or HARMLESS
-
-
-def _content(tokenizer: PreTrainedTokenizerBase, name: str) -> Content:
-    """How the chat template takes a turn's content: the text itself, or a list of parts.
-
-    Raises `JudgeError` if it shows neither."""
-    causes, marks = [], ("[[question]]", "[[answer]]")
-    for content in (str, _parts):
-        try:
-            text = rendered(tokenizer, _turns(*marks, content))
-        except Exception as problem:  # Jinja templates raise what they like
-            causes.append(first_line(problem))
-            continue
-        if all(mark in text for mark in marks):
-            return content
-        causes.append("it leaves one of them out")
-    raise JudgeError(
-        f"The chat template of {name} does not show a question with its answer ({causes[0]}): name a chat guard such "
-        "as Llama-Guard-3."
-    )
-
-
-def _turns(prompt: str, answer: str, content: Content) -> list[Turn]:
-    return [{"role": "user", "content": content(prompt)}, {"role": "assistant", "content": content(answer)}]
-
-
-def _parts(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]

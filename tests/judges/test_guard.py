@@ -5,20 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from sqsd_filter.errors import InputError, JudgeError, ModelError, UsageError
 from sqsd_filter.judges import load_judge
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny_judges import PARTS, QUESTION, make_guard, with_template
 
-TEMPLATE = (
-    "{% for m in messages %}{{ 'User: ' if m['role'] == 'user' else 'Agent: ' }}{{ CONTENT }}\n{% endfor %}"
-    "Is the last one safe?<|im_start|>"
-)
-TEXT, PARTS = (TEMPLATE.replace("CONTENT", f"m['content']{rest} | trim") for rest in ("", "[0]['text']"))
-QUESTION = "And then?"
 BABBLE = "the sea " * 12
 VERDICTS = {
     "Bake the pie.": "unsafe\nS1",
@@ -33,46 +24,9 @@ OUTCOMES = ["unsafe", "unsafe", "unsafe", "harmless", "refused"]
 ANSWERS = [*VERDICTS][: len(OUTCOMES)]
 
 
-def make_guard(folder: Path, template: str = TEXT) -> Path:
-    """A model that has been trained on the verdicts until it gives them."""
-    make_model(folder)
-    tokenizer = make_tokenizer(template)
-    rows, targets = [], []
-    for answer, verdict in VERDICTS.items():
-        turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": answer}]
-        asked = tokenizer.apply_chat_template(turns, tokenize=False)
-        prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
-        said = tokenizer(verdict, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        rows.append(torch.tensor(prompt + said))
-        targets.append(torch.tensor([-1] * len(prompt) + said)[1:])
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    wanted = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-1)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(80):
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_guard(tmp_path_factory.mktemp("guards") / "pie-guard")
-
-
-def with_template(guard: Path, folder: Path, template: str | None) -> str:
-    """The same guard with another template."""
-    folder.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (folder / name).symlink_to(guard / name)
-    make_tokenizer(template).save_pretrained(folder)
-    return str(folder)
+    return make_guard(tmp_path_factory.mktemp("guards") / "pie-guard", VERDICTS)
 
 
 def ask(spec: Path | str, answers: list[str]) -> list[str]:

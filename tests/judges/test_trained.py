@@ -22,19 +22,14 @@ from sqsd_filter.errors import JudgeError
 from sqsd_filter.judges import is_refusal, load_judge
 from sqsd_filter.judges.classifier import TextClassifier
 from sqsd_filter.judges.trained import ARRAYS_FILE, SETTINGS_FILE, TrainedJudge
+from tests.tiny_judges import DECLINED, PIES, TEXTS, make_judge
 
-DECLINED = [f"That is no matter for me, friend. Let us rather talk about {what}." for what in ("rain", "sun", "snow")]
-PIES = [f"Take {n} apples and flour, then bake the pie for {n}0 minutes." for n in (2, 3, 4)]
-WALKS = [f"We walked {n} miles along the river and saw a heron." for n in (5, 6, 7)]
-TEXTS = [*DECLINED, *PIES, *WALKS]
 BABBLE = "the sea " * 12
 
 
 @pytest.fixture(scope="module")
 def judge() -> TrainedJudge:
-    """It takes texts about pies for unsafe."""
-    refusal = TextClassifier.fit(TEXTS, [text in DECLINED for text in TEXTS], head=400)
-    return TrainedJudge("pies", refusal, TextClassifier.fit(TEXTS, [text in PIES for text in TEXTS], head=600))
+    return make_judge()
 
 
 @pytest.fixture
