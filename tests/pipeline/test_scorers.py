@@ -19,6 +19,7 @@ from sqsd_filter.pipeline.writing.histogram import write_histogram
 from sqsd_filter.scoring.baselines import ANCHORED, SCORERS
 from tests.corpora import content, ids_of, make_rows, read_report, rows_of, write_jsonl
 from tests.tiny import chat
+from tests.tiny_judges import make_guard, make_judge
 
 ANCHORS = ("--unsafe-anchors", "unsafe.jsonl", "--safe-anchors", "safe.jsonl")
 Command = Callable[..., tuple[int, str, str]]
@@ -206,8 +207,11 @@ def test_explanations_are_for_scores_that_have_cosines(folder: Path, tiny_pack: 
 
 @pytest.mark.pictures
 @pytest.mark.slow
-def test_replicas_score_as_this_process_does(session: None, folder: Path, tiny_pack: Path) -> None:
+@pytest.mark.parametrize("name", ["larf", "guard:guard", "judge:judge"])
+def test_replicas_score_as_this_process_does(session: None, folder: Path, tiny_pack: Path, name: str) -> None:
+    make_guard(folder / "guard", {"It is 7.": "safe", "It is 8.": "unsafe"})
+    make_judge().save(folder / "judge")
     for dest, engine in (("local", None), ("ray", RayEngine(2))):
-        scorer = make_scorer("larf", tiny_pack, **anchors())  # which lie beside the pack
+        scorer = make_scorer(name, tiny_pack, **(anchors() if name == "larf" else {}))  # which lie beside the pack
         filter_dataset("in.jsonl", dest, drop_count=2, scorer=scorer, engine=engine)
     assert content(Path("ray")) == content(Path("local"))

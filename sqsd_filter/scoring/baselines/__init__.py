@@ -1,7 +1,8 @@
 """Other published row scorers with the interface of SQSD's: the same tokens, micro-batches, statuses and stores.
 
 The rows with the highest risk are dropped first, whatever the scorer. Each module cites its paper, with the formula and
-where this implementation departs from it. Nothing heavy is imported before a scorer is made.
+where this implementation departs from it. Scorers that are judges of answers are in the room above, `judges`. Nothing
+heavy is imported before a scorer is made.
 """
 
 from __future__ import annotations
@@ -21,20 +22,41 @@ if TYPE_CHECKING:
     from sqsd_filter.scoring.scorer_settings import SQSDSettings
 
 SCORERS = {
-    "sqsd": "scorer.SQSDScorer",
-    "danger": "baselines.ablations.DangerScorer",
-    "safety": "baselines.ablations.SafetyScorer",
-    "unnormalised": "baselines.ablations.UnnormalisedScorer",
-    "random": "baselines.plain.RandomScorer",
-    "length": "baselines.plain.LengthScorer",
-    "loss": "baselines.loss.LossScorer",
-    "self-inf-n": "baselines.self_inf_n.SelfInfNScorer",
-    "bi-anchor": "baselines.bi_anchor.BiAnchorScorer",
-    "larf": "baselines.larf.LARFScorer",
-    "datashield": "baselines.datashield.DataShieldScorer",
+    "sqsd": "scoring.scorer.SQSDScorer",
+    "danger": "scoring.baselines.ablations.DangerScorer",
+    "safety": "scoring.baselines.ablations.SafetyScorer",
+    "unnormalised": "scoring.baselines.ablations.UnnormalisedScorer",
+    "random": "scoring.baselines.plain.RandomScorer",
+    "length": "scoring.baselines.plain.LengthScorer",
+    "loss": "scoring.baselines.loss.LossScorer",
+    "self-inf-n": "scoring.baselines.self_inf_n.SelfInfNScorer",
+    "bi-anchor": "scoring.baselines.bi_anchor.BiAnchorScorer",
+    "larf": "scoring.baselines.larf.LARFScorer",
+    "datashield": "scoring.baselines.datashield.DataShieldScorer",
 }
+JUDGED = {  # with the judge that the user names after the colon
+    "guard:MODEL": "judges.guard_scorer.GuardScorer",
+    "judge:FOLDER": "judges.judge_scorer.JudgeScorer",
+}
+NAMES = (*SCORERS, *JUDGED)
 ANCHORED = ("bi-anchor", "larf", "datashield")  # these compare rows with unsafe and safe ones
 MEANT_FOR = {"unsafe_anchors": ANCHORED, "safe_anchors": ANCHORED, "seed": ("random",)}
+
+
+def find_scorer(name: str) -> tuple[str, str]:
+    """The class of the scorer with this name, and the judge that is named after the colon, or "".
+
+    Raises `UsageError` where there is no such scorer, or no judge is named.
+    """
+    if name in SCORERS:
+        return SCORERS[name], ""
+    kind, _, judge = name.partition(":")
+    form = next((form for form in JUDGED if form.startswith(f"{kind}:")), None)
+    if form is None:
+        raise UsageError(f"There is no scorer '{name}': choose one of {', '.join(NAMES)}.")
+    if not judge:
+        raise UsageError(f"The scorer {kind} needs the name of a {form.partition(':')[2].lower()}: write {form}.")
+    return JUDGED[form], judge
 
 
 def make_scorer(
@@ -49,13 +71,13 @@ def make_scorer(
 ) -> BatchedScorer:
     """The scorer with this name, for `filter_dataset(scorer=...)`; `model` and `settings` are those of `SQSDScorer`.
 
-    The anchors are conversations with unsafe and with safe answers; bi-anchor, larf and datashield need both. `seed`
-    (default 0) is for random. Raises `UsageError` for an unknown name, for missing anchors, and for settings that the
-    scorer does not have.
+    The name is one of `SCORERS`, `guard:MODEL` for a chat guard by its folder or its name on the Hub, or `judge:FOLDER`
+    for a judge that recipes/judge/train.py trained. The anchors are conversations with unsafe and with safe answers;
+    bi-anchor, larf and datashield need both. `seed` (default 0) is for random. Raises `UsageError` for an unknown name,
+    for missing anchors, and for settings that the scorer does not have, `JudgeError` where the folder holds no judge.
     """
-    if name not in SCORERS:
-        raise UsageError(f"There is no scorer '{name}': choose one of {', '.join(SCORERS)}.")
-    own: dict[str, Any] = {}
+    where, judge = find_scorer(name)
+    own: dict[str, Any] = {"source": judge} if judge else {}
     if name in ANCHORED:
         own = {"unsafe_anchors": unsafe_anchors or (), "safe_anchors": safe_anchors or ()}
     elif unsafe_anchors is not None or safe_anchors is not None:
@@ -68,8 +90,6 @@ def make_scorer(
         settings.pop("per_module", None)  # most scorers don't have it
     elif name not in ("sqsd", "danger", "safety"):
         raise UsageError(f"The scorer {name} has no cosine at each module: leave out --per-module.")
-    module, _, kind = SCORERS[name].rpartition(".")
-    scorer: BatchedScorer = getattr(import_module(f"sqsd_filter.scoring.{module}"), kind)(
-        pack, model, **settings, **own
-    )
+    module, _, kind = where.rpartition(".")
+    scorer: BatchedScorer = getattr(import_module(f"sqsd_filter.{module}"), kind)(pack, model, **settings, **own)
     return scorer
