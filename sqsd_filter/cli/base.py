@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from sqsd_filter.errors import UsageError
+from sqsd_filter.scoring.baselines import NAMES, find_scorer
 from sqsd_filter.storage.secrets import check_address
 
 if TYPE_CHECKING:
@@ -140,6 +142,21 @@ class FilterFirst(Group):
 def complete_files(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Let the shell complete the names of files and folders."""
     return _files(incomplete)
+
+
+def complete_scorers(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete the names of scorers, up to a colon."""
+    names = [name[: name.find(":") + 1] or name for name in NAMES]
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def check_scorer(context: click.Context, parameter: click.Parameter, name: str) -> str:
+    """The scorer's name. Raises `click.BadParameter` where there is no such scorer."""
+    try:
+        find_scorer(name)
+    except UsageError as problem:
+        raise click.BadParameter(str(problem), context, parameter) from problem
+    return name
 
 
 def _files(incomplete: str) -> list[CompletionItem]:

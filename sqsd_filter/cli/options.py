@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from sqsd_filter.cli.base import Decorator, Option, complete_files, together
+from sqsd_filter.cli.base import Decorator, Option, check_scorer, complete_files, complete_scorers, together
 from sqsd_filter.cli.settings import read_config
 from sqsd_filter.pipeline.rules import CONSENSUS
-from sqsd_filter.scoring.baselines import ANCHORED, SCORERS
+from sqsd_filter.scoring.baselines import ANCHORED, NAMES
 
 PACK = "smollm2-135m"
 CUT, MODEL, ROWS, ENGINE, OUTPUT, HUB, RUN = "Cut", "Model", "Rows", "Engine", "Output", "Hub", "Run"
@@ -186,11 +186,13 @@ scorer = together(
     option(
         MODEL,
         "--scorer",
-        type=click.Choice(list(SCORERS)),
+        callback=check_scorer,
+        shell_complete=complete_scorers,
         default="sqsd",
         show_default=True,
         metavar="NAME",
-        help=f"Scoring method: SQSD, one of its ablations, or a published baseline. One of {', '.join(SCORERS)}.",
+        help="Scoring method: SQSD, one of its ablations, a published baseline, a chat guard or a trained judge. One "
+        f"of {', '.join(NAMES)}.",
     ),
     option(
         MODEL,

@@ -190,6 +190,7 @@ def test_the_shell_completes_commands_options_choices_and_files() -> None:
     assert completed("sqsd-filter in.jsonl out --drop-t") == ["plain,--drop-top"]
     assert completed("sqsd-filter --drop-t") == ["plain,--drop-top"]
     assert completed("sqsd-filter score in.jsonl --engine r") == ["plain,ray"]
+    assert completed("sqsd-filter in.jsonl out --scorer gu") == ["plain,guard:"]
     assert completed("sqsd-filter in.jsonl ou") == ["file,ou"]
     assert completed("sqsd-filter pack ins") == ["plain,inspect"]
 
