@@ -3,7 +3,8 @@
 A turn is `{"role", "content"}`: the role is system, user, assistant or tool, the content is text. An assistant's turn
 may also have `tool_calls` in OpenAI's form, their arguments as objects, and `"weight": 0` where it is not supervised; a
 tool's turn may have `tool_call_id` and `name`. The tools that a model may call are the first turn of the conversation,
-`{"role": "tools", "content": [...]}`. All of it is JSON.
+`{"role": "tools", "content": [...]}`; settings of the chat template are a turn before it, with the role
+`chat_template_kwargs`. What an assistant thought before it spoke is its turn's `reasoning_content`. All of it is JSON.
 """
 
 from __future__ import annotations
@@ -14,20 +15,58 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sqsd_filter.corpus.marks import is_learned
+from sqsd_filter.corpus.statuses import (
+    BAD_JSON,
+    BAD_ROW,
+    NO_ANSWER,
+    NONFINITE,
+    PROMPT_TOO_LONG,
+    SCORED,
+    TEMPLATE_ERROR,
+    UNWANTED,
+    RowError,
+)
+from sqsd_filter.corpus.tool_calls import TOOLS, read_calls, read_tools, split_thought
+from sqsd_filter.corpus.values import MAX_DEPTH, as_json, is_missing, is_null, parse_if_json, parse_text
+
+__all__ = [  # with what the other rooms need of its neighbours
+    "BAD_JSON",
+    "BAD_ROW",
+    "MAX_DEPTH",
+    "MEDIA",
+    "NONFINITE",
+    "NO_ANSWER",
+    "PROMPT_TOO_LONG",
+    "REASONING",
+    "ROLES",
+    "SCORED",
+    "TEMPLATE_ERROR",
+    "TEMPLATE_SETTINGS",
+    "TOOLS",
+    "UNWANTED",
+    "Conversation",
+    "Message",
+    "RowError",
+    "conversation_key",
+    "is_supervised",
+    "is_transcript",
+    "is_turn",
+    "parse_if_json",
+    "read_content",
+    "read_template_settings",
+    "read_tools",
+    "read_transcript",
+    "read_turns",
+    "split_settings",
+    "unsupervised",
+]
+
 Message = dict[str, Any]
 Conversation = list[Message]
 
-MAX_DEPTH = 200  # levels in a row; far below Python's recursion limit, whose reach depends on version and caller
-
-SCORED = "scored"
-NO_ANSWER = "no_answer"
-PROMPT_TOO_LONG = "prompt_too_long"
-NONFINITE = "nonfinite"
-BAD_JSON = "bad_json"
-BAD_ROW = "bad_row"  # the columns exist but hold no conversation
-TEMPLATE_ERROR = "template_error"  # the model's chat template refuses this conversation
-
-TOOLS = "tools"  # the role of the first turn where the model may call tools
+TEMPLATE_SETTINGS = "chat_template_kwargs"  # the role of a turn at the beginning that holds settings of the template
+REASONING = "reasoning_content"  # the key of an assistant's turn for what it thought before it spoke
 _CALL = "function_call"  # an assistant's turn whose text is a tool call
 ROLES = {
     name: role
@@ -40,19 +79,18 @@ ROLES = {
     }.items()
     for name in names.split()
 }
-_SAID = ("content", "value", "text")  # keys of a turn for its text
+# Keys of an object that holds a question and its answer, in place of two turns
+_EXCHANGE = {
+    "system": ("system",),
+    "user": ("human", "user", "input", "question", "query", "instruction"),
+    "assistant": ("assistant", "gpt", "bot", "output", "answer", "response"),
+}
+_SAID = ("content", "value", "text", "parts")  # keys of a turn for its text
 _CALLED = ("tool_calls", "function_call")  # keys of a turn for its tool calls
-_TEXTS = (None, "text", "input_text", "output_text")  # types of a part of the content that is text
+_REASONED = (REASONING, "reasoning", "thinking")  # keys of a turn for its reasoning
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # keys of a turn, or columns, for what is no text
+_TEXTS = (None, "text", "input_text", "output_text", "refusal")  # types of a part of the content that is text
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-
-
-class RowError(Exception):
-    """This row can't be scored: `status` is one of the constants above, `detail` explains it to the user."""
-
-    def __init__(self, status: str, detail: str) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
 
 
 def is_supervised(turn: Message) -> bool:
@@ -89,6 +127,8 @@ def is_turn(value: object) -> bool:
     """Does it look like a turn: an object with a known role and a key for text or calls?"""
     if not isinstance(value, Mapping):
         return False
+    if len(_exchanged(value)) > 1:
+        return True
     name = value.get("role") or value.get("from")
     return isinstance(name, str) and name.lower() in ROLES and not value.keys().isdisjoint((*_SAID, *_CALLED))
 
@@ -100,19 +140,30 @@ def read_turns(value: object, where: str) -> list[Message]:
     that were JSON text keep their nulls. Several leading system turns are joined with a blank line. Raises `RowError`
     with `bad_row`.
     """
-    exact, value = isinstance(value, str), parse_if_json(value)
+    exact, value = isinstance(value, str), parse_text(value)
     if not isinstance(value, list | tuple):
         raise RowError(BAD_ROW, f"{where} holds {type(value).__name__}, not a list of turns")
     turns: list[Message] = []
     for number, given in enumerate(value, 1):
-        turn = _read_turn(given, f"turn {number} of {where}", exact)
-        if turn is None:
-            continue
-        if turn["role"] == "system" and [t["role"] for t in turns] == ["system"]:
-            turns[0]["content"] += f"\n\n{turn['content']}"
-        else:
-            turns.append(turn)
+        for one in _exchanged(given):
+            turn = _read_turn(one, f"turn {number} of {where}", exact)
+            if turn is None:
+                continue
+            if turn["role"] == "system" and [t["role"] for t in turns] == ["system"]:
+                turns[0]["content"] += f"\n\n{turn['content']}"
+            else:
+                turns.append(turn)
     return turns
+
+
+def _exchanged(given: object) -> list[object]:
+    """The turns of an object that holds a question and its answer; any other object is a turn itself."""
+    if not isinstance(given, Mapping) or not given.keys().isdisjoint(("role", "from")):
+        return [given]
+    said = {role: [given[key] for key in keys if not is_null(given.get(key))] for role, keys in _EXCHANGE.items()}
+    if not said["assistant"] or any(len(texts) > 1 for texts in said.values()):
+        return [given]
+    return [{"role": role, "content": text} for role, texts in said.items() for text in texts if text != ""]
 
 
 def _read_turn(turn: object, where: str, exact: bool) -> Message | None:
@@ -123,89 +174,76 @@ def _read_turn(turn: object, where: str, exact: bool) -> Message | None:
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise RowError(BAD_ROW, f"{where} has the role {name!r}; known are {', '.join(ROLES)}")
-    for key in _SAID:
-        if (content := turn.get(key)) is not None:
-            break
+    content = next((turn[key] for key in _SAID if not is_null(turn.get(key))), None)
     if not isinstance(content, str):
-        content = _read_content(content, where)
+        content = read_content(content, where)
+    if not content and role == "assistant" and isinstance(turn.get("refusal"), str):
+        content = turn["refusal"]
+    if shown := [key for key in MEDIA if not is_missing(turn.get(key))]:
+        raise RowError(BAD_ROW, f"{where} has {shown[0]}, which is not text")
     if content is None and role in ("user", _CALL):
         raise RowError(BAD_ROW, f"{where} has no content")
     if content is None and role == "system":
         return None
     more: Message = {}
-    if role in ("assistant", _CALL):
-        calls = content if role == _CALL else turn.get("tool_calls") or turn.get("function_call")
-        if calls and (calls := _read_calls(calls, where, exact)):
+    answers = role in ("assistant", _CALL)
+    learned = is_learned(turn, where, answers=answers)
+    if answers:
+        calls = turn.get("tool_calls") or turn.get("function_call")
+        if role == _CALL:
+            role, (content, calls) = "assistant", split_thought(content or "")
+        if not is_missing(calls) and (calls := read_calls(calls, where, exact)):
             more["tool_calls"] = calls
-        more |= _weight(turn, where)
+        if reasoning := next((turn[key] for key in _REASONED if not is_missing(turn.get(key))), None):
+            more[REASONING] = _reasoning(reasoning, where)
+        more |= {} if learned else {"weight": 0}
     elif role == "tool":
         more = {key: turn[key] for key in ("tool_call_id", "name") if isinstance(turn.get(key), str)}
-    if role == _CALL:
-        role, content = "assistant", ""
     return {"role": role, "content": content or "", **more}
 
 
-def _read_content(content: object, where: str) -> str | None:
+def _reasoning(value: object, where: str) -> str:
+    text = value if isinstance(value, str) else read_content(value, f"the reasoning of {where}")
+    return text or ""
+
+
+def read_content(content: object, where: str) -> str | None:
     """The text parts of a list, joined with newlines."""
-    if content is None:
+    if is_null(content):
         return None
     if not isinstance(content, list | tuple):
         raise RowError(BAD_ROW, f"{where} holds {type(content).__name__}, not text")
     texts = []
     for part in content:
-        text, kind = (part.get("text"), part.get("type")) if isinstance(part, Mapping) else (part, None)
+        text, kind = part, None
+        if isinstance(part, Mapping):
+            kind = part.get("type")
+            text = part.get("refusal") if kind == "refusal" else part.get("text")
         if kind not in _TEXTS or not isinstance(text, str):
             raise RowError(BAD_ROW, f"{where} holds a list with a part of type {kind!r} that is not text")
         texts.append(text)
     return "\n".join(texts) if texts else None
 
 
-def _read_calls(value: object, where: str, exact: bool) -> list[dict[str, Any]]:
-    """Tool calls in one form; none if all is null. Arguments keep their nulls if they were JSON text."""
-    exact = exact or isinstance(value, str)
-    value = _plain(parse_if_json(value), where, nulls=exact)
-    if isinstance(value, dict):
-        value = [] if all(part is None for part in value.values()) else [value]
-    calls = []
-    given_calls: list[Any] = value if isinstance(value, list) else [value] if value else []
-    for call in given_calls:
-        function: Any = (call.get("function") or call) if isinstance(call, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        given = function.get("arguments") or {} if name else None
-        arguments = parse_if_json(given)
-        if not isinstance(name, str) or not isinstance(arguments, dict):
-            raise RowError(BAD_ROW, f"{where} has a tool call that is not a name and an object of arguments")
-        tagged = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        nulls = exact or isinstance(given, str)
-        function = {"name": name, "arguments": _plain(arguments, where, nulls=nulls)}
-        calls.append({**tagged, "type": "function", "function": function})
-    return calls
+def read_template_settings(value: object, where: str) -> list[Message]:
+    """The turn with a row's settings of the chat template, which an object or its JSON text gives; no turn if there are
+    none. Nulls, which a table puts into every row, are no settings. Raises `RowError` with `bad_row`."""
+    value = parse_text(value)
+    if is_missing(value):
+        return []
+    if not isinstance(value, Mapping):
+        raise RowError(BAD_ROW, f"{where} holds {type(value).__name__}, not an object with settings of the template")
+    try:
+        settings = as_json(value, nulls=False)
+    except TypeError as problem:
+        raise RowError(BAD_ROW, f"{where} holds {problem}, which JSON can't hold") from problem
+    return [{"role": TEMPLATE_SETTINGS, "content": settings}] if settings else []
 
 
-def _weight(turn: Mapping[str, Any], where: str) -> Message:
-    """`{"weight": 0}` for a turn that is excluded from training by its `weight` or `train`."""
-    for key in ("weight", "train"):
-        value = turn.get(key)
-        if value not in (None, 0, 1):
-            raise RowError(BAD_ROW, f"{where} has the {key} {value!r}; only 0 and 1 have a meaning")
-        if value == 0:
-            return {"weight": 0}
-    return {}
-
-
-def read_tools(value: object, where: str) -> list[Message]:
-    """The turn with the tools that a list, or the JSON text of one, describes; no turn if there are none."""
-    value = parse_if_json(value or [])
-    tools = []
-    for tool in value if isinstance(value, list | tuple) else [None]:
-        whole: Any = (
-            tool if isinstance(tool, Mapping) and tool.get("function") else {"type": "function", "function": tool}
-        )
-        function = whole["function"]
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowError(BAD_ROW, f"{where} holds something other than a list of tools with names")
-        tools.append(_plain(whole, where))
-    return [{"role": TOOLS, "content": tools}] if tools else []
+def split_settings(turns: Sequence[Message]) -> tuple[dict[str, Any], list[Message]]:
+    """A conversation's settings of the chat template, and its other turns."""
+    settings = next((turn["content"] for turn in turns if turn["role"] == TEMPLATE_SETTINGS), {})
+    return settings, [turn for turn in turns if turn["role"] != TEMPLATE_SETTINGS]
 
 
 def read_transcript(text: str, where: str) -> list[Message]:
@@ -219,35 +257,3 @@ def read_transcript(text: str, where: str) -> list[Message]:
 
 def is_transcript(value: object) -> bool:
     return isinstance(value, str) and _SPEAKER.match(value) is not None
-
-
-def parse_if_json(value: object) -> Any:  # noqa: ANN401  # JSON: callers check what they need
-    """The value of JSON text; any other value, and text that is not JSON, stays the same."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-
-
-def _plain(value: object, where: str, *, nulls: bool = False) -> Any:  # noqa: ANN401  # JSON: callers check what they need
-    """The value in JSON's types, without keys that are null unless `nulls` are kept."""
-    try:
-        return _as_json(value, nulls)
-    except TypeError as problem:
-        raise RowError(
-            BAD_ROW, f"{where} describes a tool or a call with {problem}, which JSON can't hold"
-        ) from problem
-
-
-def _as_json(value: object, nulls: bool, depth: int = 0) -> object:
-    if depth > MAX_DEPTH:
-        raise TypeError("something nested too deeply")
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(item, nulls, depth + 1) for key, item in value.items() if nulls or item is not None}
-    if isinstance(value, list | tuple):
-        return [_as_json(item, nulls, depth + 1) for item in value]
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise TypeError(type(value).__name__)

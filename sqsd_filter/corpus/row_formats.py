@@ -1,174 +1,72 @@
-"""Which columns of a row make its conversation: decided once, from a sample of rows, never guessed per row."""
+"""Which row format a dataset has: decided once, from the columns of a sample of its rows, never guessed per row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TypeGuard
+from dataclasses import dataclass
+from typing import Any
 
-from sqsd_filter.corpus.conversation import (
-    BAD_JSON,
-    BAD_ROW,
-    NO_ANSWER,
-    Conversation,
-    Message,
-    RowError,
-    is_supervised,
-    is_transcript,
-    is_turn,
-    parse_if_json,
-    read_tools,
-    read_transcript,
-    read_turns,
-    unsupervised,
-)
+from sqsd_filter.corpus.conversation import MEDIA, is_transcript
+from sqsd_filter.corpus.row_reading import LABELS, PREFERENCES, RowFormat, is_history, is_system
+from sqsd_filter.corpus.tool_calls import are_tools
+from sqsd_filter.corpus.values import is_missing, looks_printed, parse_text
 from sqsd_filter.errors import InputError, UsageError
 
+__all__ = ["FORMATS", "Columns", "RowFormat"]
 
-@dataclass(frozen=True)
-class RowFormat:
-    """Which columns of a row make its conversation.
-
-    Either `messages` names one column with a list of turns, or `answer` names a column with the answer and `prompt` one
-    with what precedes it, each as text or as turns. `context` is text that is appended to the prompt after a newline,
-    `history` holds pairs of earlier questions and answers. `system` (text) and `tools` come before everything else.
-    """
-
-    name: str
-    messages: str | None = None
-    prompt: str | None = None
-    context: str | None = None
-    answer: str | None = None
-    system: str | None = None
-    history: str | None = None
-    tools: str | None = None
-
-    @property
-    def columns(self) -> list[str]:
-        return [column for f in fields(self)[1:] if (column := getattr(self, f.name)) is not None]
-
-    def __str__(self) -> str:
-        return f"{self.name} ({', '.join(self.columns)})"
-
-    def parse(self, row: Mapping[str, Any] | None, problem: str = "") -> Conversation | RowError:
-        """The row's conversation, or the error that says why it has none: for a row that could not be read (None) with
-        `bad_json` and this `problem`."""
-        if row is None:
-            return RowError(BAD_JSON, problem)
-        try:
-            return self.conversation(row)
-        except RowError as error:
-            return error.with_traceback(None)
-
-    def conversation(self, row: Mapping[str, Any]) -> Conversation:
-        """The row's turns as the module `conversation` defines them. Raises `RowError`: `no_answer` or `bad_row`."""
-        if self.messages is not None:
-            value = row.get(self.messages)
-            turns = [] if value is None else read_turns(value, f"column '{self.messages}'")
-        else:
-            turns = self._prompt_and_answer(row)
-        if not any(map(is_supervised, turns)):
-            raise RowError(
-                NO_ANSWER, f"column '{self.messages or self.answer}' has no assistant turn with anything to learn"
-            )
-        system = _text(row, self.system)
-        if system and turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": system})
-        return [*read_tools(row.get(self.tools), f"column '{self.tools}'"), *turns] if self.tools else turns
-
-    def _prompt_and_answer(self, row: Mapping[str, Any]) -> list[Message]:
-        """No turn of the prompt is supervised; turns of the history are, except in a preference."""
-        reply = self._reply(row)
-        prompt = row.get(self.prompt) if self.prompt is not None else None
-        before = [{"role": "user", "content": prompt}] if _is_text(prompt) else _turns(prompt or [], self.prompt)
-        whole = self.name == "preference" and bool(reply) and reply[0]["role"] != "assistant"
-        if self.prompt is None or (whole and (_is_text(prompt) or reply[: len(before)] == before)):
-            return _last_answer(reply)  # the reply repeats the prompt, if any
-        if not before:
-            raise RowError(BAD_ROW, f"column '{self.prompt}' is empty or missing")
-        if context := _text(row, self.context):
-            before[-1]["content"] += f"\n{context}"
-        earlier = self._earlier(row)
-        if self.name == "preference":
-            earlier = [*map(unsupervised, earlier)]
-        return [*earlier, *map(unsupervised, before), *reply]
-
-    def _reply(self, row: Mapping[str, Any]) -> list[Message]:
-        """The answer's turns, or the whole conversation that its column holds."""
-        assert self.answer is not None
-        answer = row.get(self.answer)
-        if answer is None or (isinstance(answer, str) and not answer.strip()):
-            raise RowError(NO_ANSWER, f"column '{self.answer}' is empty or missing")
-        if not _is_text(answer):
-            return _turns(answer, self.answer)
-        if self.prompt is None:
-            return read_transcript(answer, f"column '{self.answer}'")
-        return [{"role": "assistant", "content": answer}]
-
-    def _earlier(self, row: Mapping[str, Any]) -> list[Message]:
-        if self.history is None:
-            return []
-        pairs = parse_if_json(row.get(self.history) or [])
-        if not _is_list_of(_is_pair, pairs):
-            raise RowError(BAD_ROW, f"column '{self.history}' holds something other than [question, answer] pairs")
-        roles = ("user", "assistant")
-        return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
-
-
-def _text(row: Mapping[str, Any], column: str | None) -> str | None:
-    value = row.get(column) if column is not None else None
-    if value is None or isinstance(value, str):
-        return value
-    raise RowError(BAD_ROW, f"column '{column}' holds {type(value).__name__}, not text")
-
-
-def _turns(value: object, column: str | None) -> list[Message]:
-    """The turns of a list, or of its JSON text, or a single one."""
-    if not isinstance(value, list | tuple | Mapping | str):
-        raise RowError(BAD_ROW, f"column '{column}' holds {type(value).__name__}, not text")
-    return read_turns([value] if isinstance(value, Mapping) else value, f"column '{column}'")
-
-
-def _last_answer(turns: list[Message]) -> list[Message]:
-    """The same turns; only those that answer the last question are supervised."""
-    last = max((k for k, turn in enumerate(turns) if is_supervised(turn)), default=0)
-    asked = max((k for k, turn in enumerate(turns[:last]) if turn["role"] == "user"), default=0)
-    return [*map(unsupervised, turns[:asked]), *turns[asked:]]
-
-
-def _is_text(value: object) -> TypeGuard[str]:
-    """Is it text, other than the JSON text of a list of turns?"""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return isinstance(value, str)
-    turns = parse_if_json(value)
-    return not (isinstance(turns, list) and turns and all(map(is_turn, turns)))
-
-
-def _is_pair(value: object) -> bool:
-    return isinstance(value, list | tuple) and [type(text) for text in value] == [str, str]
-
-
-# ---------------------------------------------------------------------------------------------- detection
-
-_LISTS = ("messages", "conversations")
+_LISTS = {  # name -> the column with the turns
+    "messages": "messages",
+    "conversations": "conversations",
+    "conversation": "conversation",
+    "gemini": "contents",
+}
 _PAIRS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {  # name -> prompts, contexts, answers
-    "preference": (("prompt", "instruction", "question", "conversations"), ("input", "context"), ("chosen",)),
+    "preference": (("prompt", "instruction", "question", "query", "conversations"), ("input", "context"), ("chosen",)),
+    "openai-preference": (("input",), (), ("preferred_output",)),
     "alpaca": (("instruction",), ("input", "context"), ("output", "response")),
     "prompt-completion": (("prompt",), (), ("completion", "response")),
-    "question-answer": (("question",), (), ("answer", "response")),
+    "question-answer": (("question",), ("context",), ("answer", "response")),
+    "query-response": (("query",), ("context",), ("response", "answer")),
+    "input-output": (("input",), (), ("output",)),
 }
+_ASKED = ("prompt", "instruction", "question", "query", "conversations", "messages")  # beside these, `input` is none
 FORMATS = (*_LISTS, *_PAIRS)
+
+
+def _is_settings(value: object) -> bool:
+    return isinstance(parse_text(value), Mapping)
+
+
+def _are_names(value: object) -> bool:
+    names = parse_text(value)
+    return isinstance(names, str) or (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names))
+
+
+def _is_label(value: object) -> bool:
+    return isinstance(value, bool)
+
+
 # Further columns of a conversation, with a check of their values
 _BESIDE: dict[str, tuple[tuple[str, ...], Callable[[object], bool]]] = {
-    "system": (("system", "system_prompt"), lambda value: isinstance(value, str)),
-    "history": (("history",), lambda value: _is_list_of(_is_pair, value)),
-    "tools": (("tools", "functions"), lambda value: _is_list_of(_is_tool, value)),
+    "system": (("system", "system_prompt", "systemInstruction", "system_instruction"), is_system),
+    "history": (("history",), lambda value: is_history(parse_text(value))),
+    "tools": (("tools", "functions"), are_tools),
+    "template": (("chat_template_kwargs",), _is_settings),
+    "roles": (("roles_to_train",), _are_names),
+    "label": (("label", "kto_tag"), _is_label),
 }
+_OF_LISTS = ("system", "tools", "template", "roles", "label")
+_NAMEABLE = ("messages", "prompt", "context", "answer", "system", "history", "tools", "label")
+_MASKS = ("loss_mask", "loss_scale", "completion_mask", "assistant_masks", "train_detail")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the user fixed about the row format: one of `FORMATS` and single columns; None leaves it to detection."""
+    """What the user fixed about the row format: one of `FORMATS` and single columns; None leaves it to detection.
+
+    `labels` says which rows of a KTO dataset are scored: those whose label is "true" or "false", or "all". `strict`
+    makes it an error if a column or key that looks as if it changed what is learned is not read.
+    """
 
     format: str | None = None
     messages: str | None = None
@@ -178,23 +76,31 @@ class Columns:
     system: str | None = None
     history: str | None = None
     tools: str | None = None
+    label: str | None = None
+    labels: str = LABELS[0]
+    strict: bool = False
 
     @property
     def _named(self) -> dict[str, str]:
         """The columns that the user named, by their roles."""
-        return {f.name: column for f in fields(self)[1:] if (column := getattr(self, f.name)) is not None}
+        return {name: column for name in _NAMEABLE if (column := getattr(self, name)) is not None}
 
-    def choose(self, sample: Iterable[Mapping[str, Any]]) -> RowFormat:
+    def choose(self, sample: Iterable[Mapping[str, Any]], *, of_batch: bool = False) -> RowFormat:
         """Decide how rows are read, from the columns seen in a sample.
 
-        If the user names the messages, or both prompt and answer, no other columns are detected. Raises `InputError`,
-        which names the columns seen and the flags that decide, if no format fits or several do; `UsageError` for an
-        unknown format.
+        If the user names the messages, or both prompt and answer, no other columns are detected. A column that no value
+        of the sample fits is another column of that name. With `of_batch` the sample is an arbitrary part of a dataset:
+        then names decide alone, so that every part decides the same.
+
+        Raises `InputError`, which names the columns seen and the flags that decide, if no format fits or several do;
+        `UsageError` for an unknown format or unknown labels.
         """
         if self.format is not None and self.format not in FORMATS:
             raise UsageError(
                 f"There is no row format '{self.format}': choose one of {', '.join(FORMATS)} with {_flags('format')}."
             )
+        if self.labels not in LABELS:
+            raise UsageError(f"labels (--labels) must be one of {', '.join(LABELS)}, not '{self.labels}'.")
         rows = [row for row in sample if row is not None]
         seen = list(dict.fromkeys(key for row in rows for key in row))
         if not rows:
@@ -207,61 +113,122 @@ class Columns:
         if self.messages is not None:
             if others := [name for name in ("prompt", "context", "answer", "history") if getattr(self, name)]:
                 raise InputError(f"{_flags('messages')} can't be combined with {_flags(*others)}.")
-            return RowFormat(self.format if self.format in _LISTS else "messages", **self._named)
+            return RowFormat(self.format if self.format in _LISTS else "messages", **self._named, labels=self.labels)
         if self.prompt and self.answer:
-            return RowFormat(self.format or "custom", **self._named)
+            return RowFormat(self.format or "custom", **self._named, labels=self.labels)
 
+        table = _Sample(rows, seen, of_batch)
         fits = [
             fit
             for candidate in ([self.format] if self.format else FORMATS)
-            if (fit := self._fit(candidate, rows, seen)) is not None
+            if (fit := self._fit(candidate, table)) is not None
         ]
+        prompts = {fit.prompt for fit in fits if fit.is_preference}
+        fits = [fit for fit in fits if fit.messages is None or fit.messages not in prompts]
         if len({tuple(f.columns) for f in fits}) == 1:  # all of them read the same columns
             return fits[0]
-        raise InputError(_unfit(fits, self.format, seen))
+        raise InputError(self._unfit(fits, table))
 
-    def _fit(self, candidate: str, rows: Sequence[Mapping[str, Any]], seen: Sequence[str]) -> RowFormat | None:
+    def _fit(self, candidate: str, table: _Sample) -> RowFormat | None:
         """The format of this name with its columns among those seen; None if it lacks some."""
         if candidate in _LISTS:
+            column = _LISTS[candidate]
             single = self.prompt or self.context or self.answer or self.history
-            if candidate not in seen or single or not _looks(rows, candidate, _is_list):
+            if column not in table.seen or single or not table.looks(column, _is_list):
                 return None
-            return RowFormat(candidate, messages=candidate, **self._beside(rows, seen, ("system", "tools")))
+            return RowFormat(candidate, messages=column, **self._beside(table, _OF_LISTS))
         prompts, contexts, answers = _PAIRS[candidate]
-        prompt, answer = self._candidates("prompt", prompts, seen), self._candidates("answer", answers, seen)
-        if candidate == "preference":
-            sides = ("chosen", "rejected")
-            if not set(sides) <= set(seen) or self.answer not in (None, *sides):
+        prompt, answer = self._candidates("prompt", prompts, table), self._candidates("answer", answers, table)
+        if candidate in PREFERENCES:
+            sides = PREFERENCES[candidate]
+            if not set(sides) <= set(table.seen) or self.answer not in (None, *sides):
                 return None
-            if not prompt and not any(_looks(rows, "chosen", looks) for looks in (_is_list, is_transcript)):
-                return None
-        elif not prompt or not answer:
+            if candidate == "preference" and not prompt:
+                if "messages" in table.seen and not any(map(_is_whole, table.values("chosen"))):
+                    prompt = ["messages"]
+                elif not any(table.looks("chosen", looks) for looks in (_is_list, is_transcript)):
+                    return None
+        if candidate == "input-output" and not self.prompt and not set(_ASKED).isdisjoint(table.seen):
             return None
-        context = self._candidates("context", contexts, seen)
+        if candidate != "preference" and (not prompt or not answer):
+            return None
+        context = self._candidates("context", contexts, table)
         columns = {"prompt": prompt, "context": context, "answer": answer}
+        beside = [name for name in _BESIDE if name != "label" or candidate not in PREFERENCES]
         return RowFormat(
             candidate,
             **{name: _only(name, candidates) for name, candidates in columns.items()},
-            **self._beside(rows, seen, tuple(_BESIDE)),
+            **self._beside(table, beside),
         )
 
-    def _beside(
-        self, rows: Sequence[Mapping[str, Any]], seen: Sequence[str], names: Sequence[str]
-    ) -> dict[str, str | None]:
-        """The further columns of these names that exist and hold fitting values."""
-        columns = {}
+    def _beside(self, table: _Sample, names: Sequence[str]) -> dict[str, Any]:
+        """The further columns of these names that exist and hold a fitting value, or none at all."""
+        columns: dict[str, Any] = {"labels": self.labels}
         for name in names:
             usual, fits = _BESIDE[name]
-            candidates = self._candidates(name, usual, seen)
+            candidates = self._candidates(name, usual, table)
             if name not in self._named:
-                candidates = [column for column in candidates if all(map(fits, _values(rows, column)))]
+                every = name == "label"  # other labels are classes
+                candidates = [c for c in candidates if (table.all(c, fits) if every else table.looks(c, fits))]
+                if not table.of_batch:
+                    candidates = [c for c in candidates if table.values(c)] or candidates[:1]
             columns[name] = _only(name, candidates)
+        columns["media"] = tuple(column for column in MEDIA if column in table.seen)
+        columns["masks"] = tuple(column for column in _MASKS if column in table.seen)
         return columns
 
-    def _candidates(self, name: str, usual: Sequence[str], seen: Sequence[str]) -> list[str]:
+    def _candidates(self, name: str, usual: Sequence[str], table: _Sample) -> list[str]:
         """The columns that may be the `name` of a row: the one that the user names, or those with usual names."""
         given = self._named.get(name)
-        return [given] if given else [column for column in usual if column in seen]
+        return [given] if given else [column for column in usual if column in table.seen]
+
+    def _unfit(self, fits: Sequence[RowFormat], table: _Sample) -> str:
+        """Why there is no format, and which flags decide."""
+        names = _names(table.seen)
+        if fits:
+            both = " or ".join(f.name for f in fits)
+            return f"More than one row format fits the columns {names}: choose {both} with {_flags('format')}."
+        for column in _LISTS.values():
+            if any(map(looks_printed, table.values(column))):
+                return (
+                    f"Column '{column}' holds lists as Python prints them, not JSON: write the column with json.dumps, "
+                    "or save the rows as JSON Lines or parquet."
+                )
+        flags = f"name the columns with {_flags('prompt', 'answer')} or {_flags('messages')}"
+        beside = {
+            name: c for name, (usual, _) in _BESIDE.items() if name in _NAMEABLE for c in usual if c in table.seen
+        }
+        if beside:
+            flags += f", and those beside them with {_flags(*beside)}"
+        if self.format is not None:
+            return f"The format {self.format} does not fit the columns {names}: {flags}."
+        if "text" in table.seen:
+            return (
+                f"No known row format fits the columns {names}. A 'text' column is plain text without an answer, "
+                f"not a conversation. If other columns hold prompts and answers, {flags}."
+            )
+        return f"No known row format fits the columns {names}: {flags} (known formats: {', '.join(FORMATS)})."
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Rows of a dataset and the columns `seen` in them; `of_batch` as in `Columns.choose`."""
+
+    rows: Sequence[Mapping[str, Any]]
+    seen: Sequence[str]
+    of_batch: bool
+
+    def values(self, column: str) -> list[Any]:
+        """The column's values that are not missing."""
+        return [value for row in self.rows if not is_missing(value := row.get(column)) and value != "[]"]
+
+    def looks(self, column: str, looks: Callable[[object], bool]) -> bool:
+        """Does the column hold such a value, or no values at all? In a batch every column does."""
+        return self.of_batch or any(map(looks, values := self.values(column))) or not values
+
+    def all(self, column: str, looks: Callable[[object], bool]) -> bool:
+        """Are all the column's values such values?"""
+        return all(map(looks, self.values(column)))
 
 
 def _only(name: str, candidates: Sequence[str]) -> str | None:
@@ -272,50 +239,21 @@ def _only(name: str, candidates: Sequence[str]) -> str | None:
     return candidates[0] if candidates else None
 
 
-def _unfit(fits: Sequence[RowFormat], name: str | None, seen: Sequence[str]) -> str:
-    """Why there is no format, and which flags decide."""
-    if fits:
-        names = " or ".join(f.name for f in fits)
-        return f"More than one row format fits the columns {_names(seen)}: choose {names} with {_flags('format')}."
-    flags = f"name the columns with {_flags('prompt', 'answer')} or {_flags('messages')}"
-    if name is not None:
-        return f"The format {name} does not fit the columns {_names(seen)}: {flags}."
-    if "text" in seen:
-        return (
-            f"No known row format fits the columns {_names(seen)}. A 'text' column is plain text without an answer, "
-            f"not a conversation. If other columns hold prompts and answers, {flags}."
-        )
-    return f"No known row format fits the columns {_names(seen)}: {flags} (known formats: {', '.join(FORMATS)})."
-
-
 def _flags(*names: str) -> str:
     """The options for these, as in Python and as on the command line."""
     flags = ", ".join(f"--{name}" if name == "format" else f"--{name}-column" for name in names)
     return f"columns=Columns({', '.join(f'{name}=…' for name in names)}) ({flags})"
 
 
-def _looks(rows: Sequence[Mapping[str, Any]], column: str, looks: Callable[[object], bool]) -> bool:
-    """Does the column hold such values, or no values at all?"""
-    values = _values(rows, column)
-    return any(map(looks, values)) or not values
-
-
-def _values(rows: Sequence[Mapping[str, Any]], column: str) -> list[Any]:
-    """The column's values that are not empty."""
-    return [value for row in rows if (value := row.get(column)) not in (None, "", [], "[]")]
-
-
 def _is_list(value: object) -> bool:
-    return isinstance(parse_if_json(value), list | tuple)
+    return isinstance(parse_text(value), list | tuple)
 
 
-def _is_list_of(kind: Callable[[object], bool], value: object) -> bool:
-    items = parse_if_json(value)
-    return isinstance(items, list | tuple) and all(map(kind, items))
-
-
-def _is_tool(value: object) -> bool:
-    return isinstance(value, Mapping)
+def _is_whole(value: object) -> bool:
+    """Does it look like a conversation from its beginning, not like an answer alone?"""
+    turns = parse_text(value)
+    first = turns[0] if isinstance(turns, list | tuple) and turns else None
+    return isinstance(first, Mapping) and (first.get("role") or first.get("from")) not in ("assistant", "gpt", "model")
 
 
 def _names(columns: Sequence[str]) -> str:

@@ -232,9 +232,10 @@ def test_a_format_that_does_not_exist_is_a_usage_error() -> None:
 BESIDE: dict[str, tuple[list[Any], str | None]] = {  # values of a column `history`, which is taken or not
     "pairs": ([[["q", "a"]]], "history"),
     "pairs-in-some-rows": ([None, "", [], "[]", [["q", "a"]]], "history"),
-    "pairs-and-text": ([[["q", "a"]], "broken"], None),
+    "pairs-and-text": ([[["q", "a"]], "broken"], "history"),
     "nothing-yet": ([None, None, [], "[]", ""], "history"),
-    "nothing-and-turns": ([[], TURNS], None),
+    "nothing-and-turns": ([[], TURNS], "history"),
+    "pairs-with-nothing": ([[["q", None], [], ["q", "a"]]], "history"),
     "pairs-as-json-text": (['[["q", "a"]]'], "history"),
     "text": (["of Rome"], None),
     "list-of-texts": ([["q", "a"]], None),

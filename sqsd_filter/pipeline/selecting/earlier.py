@@ -64,7 +64,7 @@ def read_earlier(
     sources = opener.open(given)
     beside = home_beside(path) if path is not None else None  # as `score` leaves it
     known = read_run(beside) if beside is not None else None
-    form = RowFormat(**known["row_format"]) if known else None
+    form = RowFormat.of(known["row_format"]) if known else None
     if keyed and form is None:
         form = _likely_form(sources, beside, likely)
     index = Index(form) if keyed and form is not None else None
@@ -115,7 +115,7 @@ def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) 
         if report and report.get("status") == "ok":
             raise InputError(f"{home.parent} was made by select: select from the scores that it was made from.")
         raise InputError(f"{home.parent} holds an unfinished run: finish it first.")
-    form = RowFormat(**known["row_format"])
+    form = RowFormat.of(known["row_format"])
     index = Index(form)
     sources = opener.open(input_specs(home))
     progress.start("reading", None)
