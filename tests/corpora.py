@@ -41,7 +41,7 @@ NASTY: list[dict[str, Any] | bytes] = [
     b'{"instruction": "broken", "output": "x"',
     b'{"instruction": "\xff", "output": "x"}',
     b"[1, 2]",
-    b"",
+    b"null",
     {"id": 10, "instruction": "no answer", "output": "  "},
     {"id": 11, "instruction": 5, "output": "wrong type"},
     {"id": 12, "instruction": "far too long " * 200, "output": "x"},

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 from urllib.parse import quote, unquote
 
+from sqsd_filter.corpus.encodings import cure
 from sqsd_filter.corpus.files import LocalFile, RemoteFile, as_os_errors, unreadable
 from sqsd_filter.corpus.formats import Reader, kind, open_file
 from sqsd_filter.corpus.repositories import HUB, Repository, check_splits, is_split, quiet_datasets
@@ -324,14 +325,28 @@ def _named(name: object, text: str | None) -> tuple[str, str] | None:
 
 
 def peek(sources: Sequence[Source], n: int = 1000) -> list[dict[str, Any]]:
-    """About `n` readable rows: the first rows of each source, or of `n` sources spread over the list."""
+    """About `n` readable rows: the first rows of each source, or of `n` sources spread over the list.
+
+    Raises `InputError` where there are rows, but none is readable.
+    """
     sources = sources[:: max(1, -(-len(sources) // n))]
     share = -(-n // max(1, len(sources)))
     rows: list[dict[str, Any]] = []
+    problems: list[str] = []
     for source in sources:
         if isinstance(source.reader, TextFile):
-            readable = (value for _, _, value, _, _ in source.reader.records() if value is not None)
-            rows += islice(readable, share)
+            rows += islice(_readable(source.reader, problems), share)
         else:
             rows += source.reader.glimpse(share)
+    if problems and not rows:
+        raise InputError(f"No readable row was found in the input. The first is {problems[0]}.")
     return rows[:n]
+
+
+def _readable(reader: TextFile, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a text file that can be read. The first problem of others is added to `problems`."""
+    for _, line, value, problem, _ in reader.records():
+        if value is not None:
+            yield value
+        elif not problems:
+            problems.append(f"{reader.name}, line {line}: {problem}{cure(problem)}")

@@ -7,6 +7,7 @@ from itertools import islice
 
 from sqsd_filter.corpus.compression import COMPRESSED
 from sqsd_filter.corpus.files import SourceFile
+from sqsd_filter.corpus.json_sequence import JsonSequence, is_sequence
 from sqsd_filter.corpus.long_rows import split_lines
 from sqsd_filter.corpus.table_formats import ArrowTable, ParquetTable, Table
 from sqsd_filter.corpus.text_formats import Csv, JsonArray, JsonLines, TextFile, parse_line
@@ -38,8 +39,8 @@ def open_file(file: SourceFile) -> Reader:
     return TEXT_FORMATS[suffix](file) if suffix in TEXT_FORMATS else _open_json(file)
 
 
-def _open_json(file: SourceFile) -> JsonArray | JsonLines:
-    """The reader for a .json file: its first byte says whether it is an array or JSON Lines."""
+def _open_json(file: SourceFile) -> JsonArray | JsonLines | JsonSequence:
+    """The reader for a .json file: its beginning says whether it is an array, JSON Lines or objects in sequence."""
     reader = JsonLines(file)
     first = b""
     for block in reader.blocks():
@@ -53,6 +54,8 @@ def _open_json(file: SourceFile) -> JsonArray | JsonLines:
     filled = (line.removeprefix(codecs.BOM_UTF8) for line, _ in pieces if line.strip())
     lines = islice(filled, 1000)
     if first == b"{" and not any(line.startswith(b"{") and parse_line(line)[0] is not None for line in lines):
+        if is_sequence(reader):
+            return JsonSequence(file)
         raise InputError(
             f"{file} holds a single JSON object, not rows; save its rows as an array, or as .jsonl, one row per line."
         )

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 
@@ -35,7 +35,7 @@ class Row:
     index: int  # in the corpus, from 0
     value: dict[str, Any] | None
     file: str
-    line: int  # of its first line, from 1; of the row itself in arrays, parquet files and saved datasets
+    line: int  # of its first line, from 1; of the row itself in parquet files and saved datasets
     problem: str
     raw: bytes | None
     conversation: Conversation | RowError | None = None  # by the scan's format; None where the scan has none
@@ -63,12 +63,14 @@ class Chunk:
 
 
 class InputFile(TypedDict):
-    """One input of a corpus; `blake2b` is the digest of what was read of it, in hexadecimal."""
+    """One input of a corpus; `blake2b` is the digest of what was read of it, in hexadecimal. `blank_lines` are no rows;
+    their number is there only if there are any."""
 
     path: str
     bytes: int
     rows: int
     blake2b: str
+    blank_lines: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ class Corpus:
             read, whole = digest.hexdigest(), most is None or rows < most
             parts.append(Part(source, start, rows, size, marks, opened.split, read, stamp, whole))
             inputs.append({"path": source.name, "bytes": size, "rows": rows, "blake2b": read})
+            if isinstance(source, TextFile) and source.blank_lines:
+                inputs[-1]["blank_lines"] = source.blank_lines
             start += rows
         schema = scorable = _schema(parts, shapes.all)
         if shapes.scorable is not shapes.all:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NoReturn
 
 from sqsd_filter.corpus.compression import COMPRESSED, decompress
 from sqsd_filter.corpus.conversation import MAX_DEPTH
+from sqsd_filter.corpus.encodings import as_utf8, encoding_of, extra_data, last_opened
 from sqsd_filter.corpus.files import SourceFile, unreadable
 from sqsd_filter.corpus.long_rows import CUT_TO, SETTING, longest_row, split_lines, too_long
 from sqsd_filter.errors import InputError
@@ -64,21 +65,34 @@ class TextFile:
     def __init__(self, file: SourceFile) -> None:
         self.file, self.name = file, file.name
         self.longest = longest_row()
+        self.blank_lines = 0  # passed over since the start
+        self._seekable: bool | None = None
 
     @property
     def seekable(self) -> bool:
-        return self.file.compression not in COMPRESSED
+        if self._seekable is None:
+            self._seekable = self.file.compression not in COMPRESSED and encoding_of(self._head()) is None
+        return self._seekable
+
+    def _head(self) -> bytes:
+        """The first four bytes."""
+        try:
+            with self.file.open() as opened:
+                return opened.read(4)
+        except OSError as error:
+            raise unreadable(self.file, error) from error
 
     def records(self, mark: tuple[int, int] = (0, 1), absorb: Absorb | None = None) -> Iterator[Record]:
         raise NotImplementedError
 
     def blocks(self, offset: int = 0, absorb: Absorb | None = None) -> Iterator[bytes]:
-        """The file's bytes from `offset` on, decompressed."""
+        """The file's bytes from `offset` on, decompressed, in UTF-8."""
         try:
             with self.file.open() as opened:
                 opened.seek(offset)
                 stored = iter(lambda: opened.read(BLOCK), b"")
-                yield from decompress(self.file, _tee(stored, absorb) if absorb else stored)
+                plain = decompress(self.file, _tee(stored, absorb) if absorb else stored)
+                yield from plain if offset else as_utf8(self.file, plain)
         except OSError as error:
             raise unreadable(self.file, error) from error
 
@@ -94,11 +108,17 @@ class JsonLines(TextFile):
 
     def records(self, mark: tuple[int, int] = (0, 1), absorb: Absorb | None = None) -> Iterator[Record]:
         offset, line = mark
+        self.blank_lines = 0
         for raw, size in split_lines(self.blocks(offset, absorb), self.longest):
             if offset == 0:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
-            value, problem = parse_line(raw) if size <= self.longest else (None, too_long(self.longest))
-            yield offset, line, value, problem, raw
+            if size > self.longest:
+                yield offset, line, None, too_long(self.longest), raw
+            elif raw and not raw.isspace():
+                value, problem = parse_line(raw)
+                yield offset, line, value, problem, raw
+            else:
+                self.blank_lines += 1
             offset += size + 1
             line += 1
 
@@ -110,7 +130,8 @@ def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
     except UnicodeDecodeError as error:
         return None, f"not UTF-8: byte {error.start + 1}"
     except json.JSONDecodeError as error:
-        return None, f"not JSON: {error.msg} at column {error.colno}" if raw.strip() else "blank line"
+        known = extra_data(error.doc, error.pos) if error.msg == "Extra data" else ""
+        return None, f"not JSON: {known or f'{error.msg} at column {error.colno}'}"
     except RecursionError:
         return None, TOO_DEEP
     except InexactError as error:
@@ -153,7 +174,7 @@ def _too_deep(value: object) -> bool:
 
 
 class JsonArray(TextFile):
-    """The elements of one JSON array, decoded one at a time. `line` is the element's number."""
+    """The elements of one JSON array, decoded one at a time."""
 
     def records(self, mark: tuple[int, int] = (0, 1), absorb: Absorb | None = None) -> Iterator[Record]:
         offset, line = mark
@@ -167,14 +188,7 @@ class JsonArray(TextFile):
                 return
         while True:
             window.next_char()
-            value, problem, text = window.value()
-            try:
-                raw = text.encode()
-                problem = problem or unfit(value, raw)
-            except UnicodeEncodeError:
-                raw, problem = text.encode("utf-8", "surrogateescape"), "not UTF-8"
-            yield window.offset, window.row, None if problem else value, problem, raw
-            window.advance(len(text), len(raw))
+            yield window.record()
             char = window.next_char()
             if char not in (",", "]"):
                 window.fail("Expecting ',' or ']'")
@@ -186,13 +200,14 @@ class JsonArray(TextFile):
 
 
 class Window:
-    """The part of a JSON file being decoded: one block of text, or as many as its first value needs."""
+    """The part of a JSON file being decoded: one block of text, or as many as its first value needs. `line` is the line
+    that it has come to."""
 
     _space = re.compile(r"[ \t\n\r]*")
     _token = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
-    def __init__(self, name: str, blocks: Iterator[bytes], offset: int, row: int, longest: int) -> None:
-        self.name, self.offset, self.row, self.longest = name, offset, row, longest
+    def __init__(self, name: str, blocks: Iterator[bytes], offset: int, line: int, longest: int) -> None:
+        self.name, self.offset, self.line, self.row, self.longest = name, offset, line, 1, longest
         self.text, self.at = "", 0
         self._blocks = blocks
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
@@ -216,6 +231,7 @@ class Window:
         return len(self.text) > len(parts[0])
 
     def advance(self, characters: int = 1, size: int = 1) -> None:
+        self.line += self.text.count("\n", self.at, self.at + characters)
         self.at += characters
         self.offset += size
 
@@ -229,6 +245,18 @@ class Window:
                 return self.text[self.at]
             if not self.grow():
                 return ""
+
+    def record(self) -> Record:
+        """The value that begins here as a record. The window moves to its end."""
+        offset, line = self.offset, self.line
+        value, problem, text = self.value()
+        try:
+            raw = text.encode()
+            problem = problem or unfit(value, raw)
+        except UnicodeEncodeError:
+            raw, problem = text.encode("utf-8", "surrogateescape"), "not UTF-8"
+        self.advance(len(text), len(raw))
+        return offset, line, None if problem else value, problem, raw
 
     def value(self) -> tuple[Any, str, str]:
         """The value that begins here, the reason why it can't be read (or ""), and its text."""
@@ -272,8 +300,8 @@ class Window:
 
     def fail(self, complaint: str) -> NoReturn:
         raise InputError(
-            f"{self.name} is a broken JSON array: {complaint}, in or after element {self.row} at byte {self.offset}; "
-            "repair it, or save the rows as JSON Lines, where a bad row loses only itself."
+            f"{self.name} is broken JSON: {complaint}, in or after element {self.row} at byte {self.offset} on line "
+            f"{self.line}; repair it, or save the rows as JSON Lines, where a bad row loses only itself."
         )
 
 
@@ -282,13 +310,15 @@ class Csv(TextFile):
 
     def records(self, mark: tuple[int, int] = (0, 1), absorb: Absorb | None = None) -> Iterator[Record]:
         rows = self._rows(0, 1, absorb)
-        header = self._header(next(rows, None))
+        header = self._header(next((row for row in rows if row[3] or row[-1].strip(b" \r")), None))
         if mark[0]:
             rows = self._rows(*mark, absorb)
+        self.blank_lines = 0
         for offset, line, fields, problem, raw in rows:
-            if not raw.strip():
-                problem = "blank line"
-            elif fields and len(fields) != len(header):
+            if not problem and not raw.strip(b" \r"):
+                self.blank_lines += 1
+                continue
+            if fields and len(fields) != len(header):
                 problem = f"{len(fields)} fields under a header of {len(header)}"
             yield offset, line, None if problem else dict(zip(header, fields, strict=True)), problem, raw
 
@@ -297,7 +327,12 @@ class Csv(TextFile):
             return []
         _, _, names, problem, _ = row
         if problem:
-            raise InputError(f"{self.name} has an unreadable header row ({problem}); correct its first line.")
+            fix = (
+                "convert the line ends with `tr '\\r' '\\n'`"
+                if "new-line character" in problem
+                else "correct its first line"
+            )
+            raise InputError(f"{self.name} has an unreadable header row ({problem}); {fix}.")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InputError(f"{self.name} has two columns named {twice[0]!r}; rename one in its first line.")
         return names
@@ -318,6 +353,12 @@ class Csv(TextFile):
             except LongRecordError as error:
                 problem = str(error)
             except csv.Error as error:
+                if "unexpected end of data" in str(error):
+                    opened = line + last_opened(lines.taken)
+                    raise InputError(
+                        f"{self.name} has a quote that is never closed: it opens on line {opened}; "
+                        "close it, or write two quotes for one in the text."
+                    ) from error
                 problem = f"not CSV: {error}"
             raw = b"\n".join(lines.taken)
             try:

@@ -16,21 +16,18 @@ from tests.corpus.source_files import ROWS, exact, jsonl, opened, write, write_p
 
 
 def test_bad_csv_records_are_unreadable_rows_with_their_bytes(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", b'a,b\n1,2\n1,2,3\n1\n\n\xff,2\n"x"y,2\n3,4\n5,"never\nclosed\n')
+    path = write(tmp_path / "a.csv", b'a,b\n1,2\n1,2,3\n1\n\n\xff,2\n"x"y,2\n3,4\n')
     rows = list(open_corpus([path]).read(0, 99))
     assert [row.value for row in rows if row.value] == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
     assert [(row.line, row.raw) for row in rows if not row.value] == [
         (3, b"1,2,3"),
         (4, b"1"),
-        (5, b""),
         (6, b"\xff,2"),
         (7, b'"x"y,2'),
-        (9, b'5,"never\nclosed'),
     ]
-    assert [row.problem for row in rows if not row.value][:4] == [
+    assert [row.problem for row in rows if not row.value][:3] == [
         "3 fields under a header of 2",
         "1 fields under a header of 2",
-        "blank line",
         "not UTF-8: byte 1",
     ]
 
@@ -53,8 +50,6 @@ NASTY: list[tuple[bytes, Any]] = [
     (b'{"x": [-1e400]}', "a number too large for a float"),
     (b'{"x": 1e308}', {"x": 1e308}),
     (b'{"x": NaN}', {"x": math.nan}),
-    (b"", "blank line"),
-    (b"  \r", "blank line"),
     (b'{"x": "a" "b"}', "not JSON: Expecting ',' delimiter at column 11"),
     (b'{"x": "\xff"}', "not UTF-8: byte 8"),
     (b'{"x": [{"y": "\\uD800"}]}', "lone surrogate in 'x'"),
