@@ -200,7 +200,25 @@ def _unify_types(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     for narrow, large in ((pa.string(), pa.large_string()), (pa.binary(), pa.large_binary())):
         if {a, b} == {narrow, large}:
             return large
+    if is_.is_dictionary(a) or is_.is_dictionary(b):
+        return _unify_types(*(kind.value_type if is_.is_dictionary(kind) else kind for kind in (a, b)))
+    if is_.is_decimal(a) and is_.is_decimal(b):
+        return _decimal(a, b)
+    for timed in (is_.is_timestamp, is_.is_duration):
+        if timed(a) and timed(b) and getattr(a, "tz", None) == getattr(b, "tz", None):
+            return max(a, b, key=lambda kind: _UNITS.index(kind.unit))
     return None
+
+
+_UNITS = ("s", "ms", "us", "ns")
+
+
+def _decimal(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """The type for the digits of both before and after the point, if there is one."""
+    scale = max(a.scale, b.scale)
+    digits = max(a.precision - a.scale, b.precision - b.scale) + scale
+    make = pa.decimal128 if digits <= 38 else pa.decimal256
+    return make(digits, scale) if digits <= 76 else None
 
 
 def _is_list(kind: pa.DataType) -> bool:

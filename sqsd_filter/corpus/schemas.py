@@ -55,12 +55,53 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table under the corpus's schema: its own buffers, except for columns that are widened or missing."""
+    """The table under the corpus's schema: its own buffers, except for columns that are widened or missing.
+
+    Raises `InputError` for a value that the wider type can't hold: a time far from now in nanoseconds.
+    """
     columns = []
     for field in schema:
         if field.name not in table.column_names:
             columns.append(pa.nulls(table.num_rows, field.type))
         else:
             column = table.column(field.name)
-            columns.append(column if column.type == field.type else column.cast(field.type))
+            columns.append(column if column.type == field.type else _widened(column, field))
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _widened(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
+    try:
+        return column.cast(field.type)
+    except pa.ArrowInvalid as problem:
+        raise InputError(
+            f"Column {field.name!r} has another type in other inputs, and a value that {field.type} can't hold "
+            f"({problem}): convert the inputs to one type."
+        ) from problem
+
+
+def plain_schema(schema: pa.Schema) -> pa.Schema:
+    """The schema in which text and bytes have their plain types in place of views, which most of Arrow can't filter."""
+    fields = [field.with_type(_without_views(field.type)) for field in schema]
+    return pa.schema(fields, schema.metadata)
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    is_ = pa.types
+    if is_.is_string_view(kind):
+        return pa.string()
+    if is_.is_binary_view(kind):
+        return pa.binary()
+    if is_.is_struct(kind):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
+    if is_.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_without_views(kind.value_type)))
+    if is_.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_without_views(kind.value_type)))
+    return kind
+
+
+def has_list_view(kind: pa.DataType) -> bool:
+    """Is it a view of lists, which `datasets` can't read and pyarrow 26 casts wrongly, or is there one inside?"""
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return True
+    return any(has_list_view(kind.field(k).type) for k in range(kind.num_fields))

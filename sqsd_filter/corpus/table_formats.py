@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from sqsd_filter.corpus.files import LocalFile, RemoteFile, SourceFile, unreadable
 from sqsd_filter.corpus.json_schema import bare_rows, to_rows, with_marks
+from sqsd_filter.corpus.schemas import has_list_view, plain_schema
 from sqsd_filter.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -77,11 +78,14 @@ class Table:
         for field in self.schema:
             try:
                 pa.nulls(0, field.type).take(pa.array([], pa.int64()))
-            except pa.ArrowNotImplementedError as error:
+                filtered = not has_list_view(field.type)
+            except pa.ArrowNotImplementedError:
+                filtered = False
+            if not filtered:
                 raise InputError(
                     f"Column {field.name!r} of {self.name} is of the type {field.type}, which can't be filtered; "
                     "cast it to a plain one."
-                ) from error
+                )
 
     def fingerprint(self, absorb: Callable[[bytes], None]) -> int:
         """Pass every byte in which its rows are stored to `absorb`. Returns the number of bytes."""
@@ -141,6 +145,7 @@ class FileTable(Table):
         super().__init__(file.name)
         self.file = file
         self._look()
+        self._stored, self.schema = self.schema, plain_schema(self.schema)
         names = self.schema.names
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InputError(f"{file} has two columns named {twice[0]!r}; rename one.")
@@ -149,6 +154,18 @@ class FileTable(Table):
 
     def _look(self) -> None:
         """Set `schema` and `n_rows`."""
+        raise NotImplementedError
+
+    def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
+        stored = self._tables(start, stop, columns, rows)
+        if self._stored.equals(self.schema):
+            yield from stored
+            return
+        for table in stored:
+            yield table.cast(pa.schema([self.schema.field(name) for name in table.column_names], self.schema.metadata))
+
+    def _tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
+        """As `tables`, in the types of the file."""
         raise NotImplementedError
 
     def files(self) -> Sequence[SourceFile]:
@@ -168,7 +185,7 @@ class ParquetTable(FileTable):
         ):
             yield file
 
-    def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
+    def _tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
         with self.errors(), self._opened() as file:
             names = None if columns is None else [name for name in self.schema.names if name in columns]
             groups, at, skipped, size = [], 0, 0, 0
@@ -223,7 +240,7 @@ class ArrowTable(FileTable):
             return pa.memory_map(str(self.file.path))  # skipping rows costs nothing
         return self.file.open()
 
-    def tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
+    def _tables(self, start: int, stop: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.Table]:
         with self._batches() as (schema, batches):
             names = schema.names if columns is None else [name for name in schema.names if name in columns]
             changed = self.stamp() != self._validated

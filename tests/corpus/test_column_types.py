@@ -246,13 +246,6 @@ def test_values_that_python_does_not_have_pass_by_unread(column: pa.Array, tmp_p
         values(corpus)
 
 
-@pytest.mark.parametrize("kind", [pa.string_view(), pa.list_(pa.string_view())], ids=str)
-def test_columns_that_can_not_be_filtered_are_refused_at_once(kind: pa.DataType, tmp_path: Path) -> None:
-    path = table_file(tmp_path / "a.parquet", text=pa.array(["ok"]), x=pa.nulls(1, kind))
-    with pytest.raises(InputError, match=r"^Column 'x' of .*a\.parquet is of the type .*string_view"):
-        open_corpus([path])
-
-
 def test_a_label_column_that_meets_plain_numbers_loses_only_its_names(tmp_path: Path) -> None:
     features = datasets.Features({"label": datasets.ClassLabel(names=["no", "yes"]), "x": datasets.Json()})
     labelled = datasets.Dataset.from_dict({"label": [1], "x": [{"a": 1}]}, features=features)
