@@ -352,7 +352,7 @@ def _encoded(
     tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any], adapter: AdapterRecipe, data: TrainingData
 ) -> list[Encoded]:
     """The examples as tokens. Those that can't be encoded are counted in `data`. Raises `PackError` if all are."""
-    encoder = ChatEncoder(tokenizer, adapter.max_length, template)
+    encoder = ChatEncoder(tokenizer, adapter.max_length, template, folds_system=True)
     rows = []
     for encoded in encoder.encode([conversation for (conversation,) in data.examples]):
         if isinstance(encoded, Encoded):

@@ -65,7 +65,7 @@ class Subject:
             )
         check_device(device)
         tokenizer = load_tokenizer(pack.base_model, pack.base_revision)
-        encoder = ChatEncoder(tokenizer, tuning.max_length, pack.chat_template_kwargs)
+        encoder = ChatEncoder(tokenizer, tuning.max_length, pack.chat_template_kwargs, folds_system=True)
         return cls(pack, tuning, device, tokenizer, encoder)
 
     @property

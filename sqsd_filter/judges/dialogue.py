@@ -1,8 +1,8 @@
 """A row's conversation as judges read it: texts of a user and an assistant in turn, up to the last answer.
 
 Judges know no other roles. System turns and the results of tools are read as the user's, tool calls as JSON in the
-assistant's text; the descriptions of tools are left out. Neighbouring texts of one role are joined by a blank line, so
-that a system prompt stands in front of the first question.
+assistant's text; the descriptions of tools, settings of the chat template and reasoning are left out. Neighbouring
+texts of one role are joined by a blank line, so that a system prompt stands in front of the first question.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from sqsd_filter.corpus.conversation import TOOLS, Message, is_supervised
+from sqsd_filter.corpus.conversation import TOOLS, Message, is_supervised, split_settings
 from sqsd_filter.scoring.chat_template import last_answer
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Dialogue:
 
     def __init__(self, turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises `RowError` as `last_answer` does. The tokenizer must map tokens to the text."""
+        _, turns = split_settings(turns)
         read = [turn for turn in turns[: last_answer(turns) + 1] if turn["role"] != TOOLS]
         self._said = [Said(ASSISTANT if turn["role"] == ASSISTANT else USER, _text(turn)) for turn in read]
         self._supervised = [is_supervised(turn) for turn in read]

@@ -7,6 +7,7 @@ two renderings don't fit together, the row is a `template_error`, never a guess.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from jinja2.parser import Parser
 from sqsd_filter.corpus.conversation import (
     BAD_ROW,
     NO_ANSWER,
+    REASONING,
     TEMPLATE_ERROR,
     TOOLS,
     Message,
@@ -32,8 +34,11 @@ from sqsd_filter.scoring.deadlines import DeadlineExceeded, deadline
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 Span = tuple[int, int]
 SECONDS = 10.0  # a rendering may take; it takes some microseconds
+REASONING_KEYS = (REASONING, "thinking", "reasoning")  # by which templates know an answer's reasoning
 # A prompt that ends with an opening tag, or with an empty block
 _OPENED = re.compile(r"(?P<tag><(?P<name>[\w:]+)>)(?P<space>\s*)(?P<closing></(?P=name)>\s*)?\Z")
 
@@ -51,28 +56,45 @@ class _Frame(NamedTuple):
     shown: tuple[str, ...]
 
 
+class _Reasoning(NamedTuple):
+    """The key of a turn from which the template takes its reasoning, and the template's own text around it: `opening`
+    before it, `between` after it and before the answer."""
+
+    key: str
+    opening: str
+    between: str
+
+
 @dataclass
 class ChatTemplate:
     """A tokenizer's chat template, with properties found by rendering small conversations.
 
-    Every assistant turn is an answer, unless its weight is 0. The answer is its text, its tool calls as the template
-    writes them, and the token that ends the turn, but nothing that the template adds after that. If the last answer is
-    text alone, it follows the template's generation prompt, as in generation. With a template that ignores tool calls,
-    an answer is its text.
+    Every assistant turn is an answer, unless its weight is 0. The answer is its reasoning where the template shows it,
+    its text, its tool calls as the template writes them, and the token that ends the turn, but nothing that the
+    template adds after that. If the last answer is text alone, it follows the template's generation prompt, as in
+    generation. With a template that ignores tool calls, an answer is its text.
+
+    A system turn that the template refuses stands before the text of the first user turn with `folds_system`, as
+    LLaMA-Factory trains such models.
 
     Raises `ModelError` when the template can't render a plain question and answer.
     """
 
     tokenizer: PreTrainedTokenizerBase
     kwargs: Mapping[str, object] = field(default_factory=dict)
+    folds_system: bool = False
+    told: set[str] = field(default_factory=set)  # what has been said of this tokenizer's template
 
     def __post_init__(self) -> None:
         self._refuse_powers()
         self.special = set(self.tokenizer.all_special_ids) | {
             i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }
+        self._reasons: _Reasoning | None = None
         self._learn_turn()
         self.calls = self._learn_calls()
+        self._reasons = self._learn_reasoning()
+        self.refuses_system = self._learn_system()
 
     def _refuse_powers(self) -> None:
         """Raise `ModelError` for a template with a power: 9**9**9 can't be ended, not even while it is compiled."""
@@ -90,6 +112,8 @@ class ChatTemplate:
 
         Raises `RowError`.
         """
+        _check_texts(turns)
+        turns = self._shown_reasoning(self._folded(turns))
         if self.calls is None:
             turns = [{name: value for name, value in t.items() if name != "tool_calls"} for t in turns]
         last = last_answer(turns)
@@ -121,6 +145,8 @@ class ChatTemplate:
         shown = whole[len(before) :].removesuffix(self._tail)
         if shown.strip() and whole == before + shown + self._tail:
             return before, shown
+        if REASONING in turns[-1]:
+            raise RowError(TEMPLATE_ERROR, "the chat template shows the answer's reasoning in another form")
         answer = answer.strip() if self._trims else answer
         opened = _OPENED.search(before)
         if opened is None or not answer.lstrip().startswith(opened["tag"]):
@@ -148,7 +174,7 @@ class ChatTemplate:
             before, separator, rest = rest.partition(mark)
             if not separator:
                 raise RowError(TEMPLATE_ERROR, "the chat template leaves out an earlier assistant turn")
-            if "tool_calls" in turns[k]:
+            if not turns[k].keys().isdisjoint(("tool_calls", REASONING)):  # several parts are marked
                 rest = rest.rpartition(mark)[2]
             opening = next(filter(before.endswith, self._with_and_without_lead(frame.opening)), None)
             if opening is None or not rest.startswith(frame.closing):
@@ -188,7 +214,14 @@ class ChatTemplate:
         """
         turn = turns[k]
         if "tool_calls" not in turn:
-            return _Frame("", "", self._end, (turn["content"], turn["content"].strip()))
+            contents = (turn["content"], turn["content"].strip())
+            if REASONING not in turn or self._reasons is None:
+                return _Frame("", "", self._end, contents)
+            thoughts = (turn[REASONING], turn[REASONING].strip())
+            opening, between = self._reasons.opening, self._reasons.between
+            return _Frame(
+                opening, "", self._end, tuple(opening + t + between + c for t, c in product(thoughts, contents))
+            )
         _something_before(turns, k)
 
         def after_before(*more: Message) -> str:
@@ -238,6 +271,8 @@ class ChatTemplate:
     def _taken(self, turn: Message) -> Message:
         """A turn in the form that the template expects."""
         turn = {name: value for name, value in turn.items() if name != "weight"}
+        if REASONING in turn and self._reasons is not None:
+            turn[self._reasons.key] = turn.pop(REASONING)
         if "tool_calls" in turn:
             assert self.calls is not None
             empty, as_text = self.calls
@@ -284,6 +319,64 @@ class ChatTemplate:
                 return form
         return None
 
+    def _learn_reasoning(self) -> _Reasoning | None:
+        """The key under which the template expects an answer's reasoning, and its own text around it. None where it
+        shows no reasoning."""
+        thought, said = _mark(), _mark(1)
+        ask = {"role": "user", "content": "x"}
+        for key in REASONING_KEYS:
+            try:
+                text = self._apply([ask, {"role": "assistant", "content": said, key: thought}])
+                plain = self._apply([ask, {"role": "assistant", "content": said}])
+            except RowError:
+                continue
+            before, shown, rest = text.partition(thought)
+            between, said_after, _ = rest.partition(said)
+            if shown and said_after:
+                start = len(_shared(before, plain.partition(said)[0].removesuffix(self._lead)))
+                return _Reasoning(key, before[start:], between)
+        return None
+
+    def _learn_system(self) -> bool:
+        """Does the template refuse a system turn?"""
+        turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+        try:
+            self._apply(turns)
+        except RowError:
+            return True
+        return False
+
+    def _folded(self, turns: Sequence[Message]) -> Sequence[Message]:
+        """The turns with a system turn that the template refuses before the text of the user turn that follows it."""
+        at = next((k for k, turn in enumerate(turns) if turn["role"] != TOOLS), 0)
+        pair = turns[at : at + 2]
+        if not (self.refuses_system and self.folds_system) or [t["role"] for t in pair] != ["system", "user"]:
+            return turns
+        self._tell("the chat template refuses system prompts: they are put before the first user turn (--system)")
+        system, user = (turn["content"] for turn in pair)
+        return [*turns[:at], {**pair[1], "content": f"{system}\n\n{user}"}, *turns[at + 2 :]]
+
+    def _shown_reasoning(self, turns: Sequence[Message]) -> Sequence[Message]:
+        """The turns without the reasoning that the template leaves out there, in earlier turns mostly."""
+        reasoned = [k for k, turn in enumerate(turns) if REASONING in turn]
+        if not reasoned:
+            return turns
+        if self._reasons is None:
+            self._tell("the chat template shows no reasoning: it is not scored")
+            hidden = reasoned
+        else:
+            salt = next(n for n in count() if _mark(0, n)[-9:] not in _json(list(turns)))
+            marks = {k: _mark(k, salt) for k in reasoned}
+            text = self._apply([{**turn, REASONING: marks[k]} if k in marks else turn for k, turn in enumerate(turns)])
+            hidden = [k for k, mark in marks.items() if mark not in text]
+        return [_without_reasoning(turn) if k in hidden else turn for k, turn in enumerate(turns)]
+
+    def _tell(self, message: str) -> None:
+        """Say it once."""
+        if message not in self.told:
+            self.told.add(message)
+            log.warning("%s", message)
+
     def _specials(self, text: str) -> list[int]:
         """The positions at which the special tokens of a text end."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -306,8 +399,7 @@ def last_answer(turns: Sequence[Message]) -> int:
 
     Raises `RowError` if there is none, if no turn stands before it, and for content that is not text.
     """
-    if any(not isinstance(t["content"], str) for t in turns if t["role"] != TOOLS):
-        raise RowError(BAD_ROW, "a turn's content is not text")
+    _check_texts(turns)
     last = max((k for k, t in enumerate(turns) if is_supervised(t)), default=None)
     if last is None:
         raise RowError(NO_ANSWER, "no assistant turn has text")
@@ -317,6 +409,11 @@ def last_answer(turns: Sequence[Message]) -> int:
     except UnicodeEncodeError as problem:
         raise RowError(BAD_ROW, "a turn holds half of a surrogate pair, which is not text") from problem
     return last
+
+
+def _check_texts(turns: Sequence[Message]) -> None:
+    if any(not isinstance(t["content"], str) for t in turns if t["role"] != TOOLS):
+        raise RowError(BAD_ROW, "a turn's content is not text")
 
 
 def _something_before(turns: Sequence[Message], k: int) -> None:
@@ -330,16 +427,28 @@ def _mark(k: int = 0, salt: int = 0) -> str:
 
 def _marked(turn: Message, mark: str) -> Message:
     """The turn with a mark in place of its text and of the arguments of each of its tool calls."""
+    thought = {REASONING: mark} if REASONING in turn else {}
     if "tool_calls" not in turn:
-        return {**turn, "content": mark}
+        return {**turn, **thought, "content": mark}
     calls = [_with_arguments(call, lambda _: {mark: mark}) for call in turn["tool_calls"]]
-    return {**turn, "content": mark if turn["content"].strip() else turn["content"], "tool_calls": calls}
+    said = mark if turn["content"].strip() else turn["content"]
+    return {**turn, **thought, "content": said, "tool_calls": calls}
+
+
+def _without_reasoning(turn: Message) -> Message:
+    return {name: value for name, value in turn.items() if name != REASONING}
 
 
 def _shared(a: str, b: str) -> str:
-    """The longest common prefix."""
-    differing = (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return a[: next(differing, min(len(a), len(b)))]
+    """The longest common prefix, by halving: texts may be long."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return a[:low]
 
 
 def _json(value: object) -> str:

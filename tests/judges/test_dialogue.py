@@ -42,6 +42,15 @@ def pairs(*texts: str) -> list[tuple[str, str]]:
             pairs("Be brief.\n\nWhat is there?", '{"name": "look", "arguments": {"at": "é"}}', "a heron", "A heron."),
             id="tools",
         ),
+        pytest.param(
+            [
+                {"role": "chat_template_kwargs", "content": {"enable_thinking": True}},
+                *chat("q"),
+                {"role": "assistant", "content": "a", "reasoning_content": "r"},
+            ],
+            pairs("q", "a"),
+            id="settings and reasoning",
+        ),
     ],
 )
 def test_the_roles_take_turns_up_to_the_last_answer(turns: list[Message], expected: list[tuple[str, str]]) -> None:
