@@ -10,8 +10,11 @@ import click
 
 from sqsd_filter.cli.base import Decorator, Option, check_scorer, complete_files, complete_scorers, together
 from sqsd_filter.cli.settings import read_config
+from sqsd_filter.corpus.row_formats import FORMATS
+from sqsd_filter.corpus.row_reading import LABELS
 from sqsd_filter.pipeline.rules import CONSENSUS
 from sqsd_filter.scoring.baselines import ANCHORED, NAMES
+from sqsd_filter.scoring.scorer_settings import SYSTEM
 
 PACK = "smollm2-135m"
 CUT, MODEL, ROWS, ENGINE, OUTPUT, HUB, RUN = "Cut", "Model", "Rows", "Engine", "Output", "Hub", "Run"
@@ -168,6 +171,15 @@ model = together(
         help="Attention kernel, for example eager or sdpa.",
     ),
     trust_remote_code,
+    option(
+        MODEL,
+        "--system",
+        type=click.Choice(list(SYSTEM)),
+        default=SYSTEM[0],
+        show_default=True,
+        help="A system prompt that the chat template refuses: put it before the first user turn (fold), or make its "
+        "row a template_error (error).",
+    ),
 )
 risk = option(
     MODEL,
@@ -217,15 +229,32 @@ rows = together(
         "row_format",
         show_default="detected from the rows",
         metavar="NAME",
-        help="Format of the rows: messages, conversations, preference, alpaca, prompt-completion or question-answer.",
+        help=f"Format of the rows: {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.",
     ),
     option(ROWS, "--messages-column", metavar="NAME", help="Column with the list of turns."),
     option(ROWS, "--prompt-column", metavar="NAME", help="Column with the prompt, as text or a list of turns."),
     option(ROWS, "--context-column", metavar="NAME", help="Column with text to add to the prompt, on its own line."),
     option(ROWS, "--answer-column", metavar="NAME", help="Column with the answer, as text or a list of turns."),
     option(ROWS, "--system-column", metavar="NAME", help="Column with the system prompt."),
-    option(ROWS, "--history-column", metavar="NAME", help="Column with pairs of earlier questions and answers."),
+    option(
+        ROWS, "--history-column", metavar="NAME", help="Column with earlier turns, or pairs of questions and answers."
+    ),
     option(ROWS, "--tools-column", metavar="NAME", help="Column with the tools that the model may call."),
+    option(ROWS, "--label-column", metavar="NAME", help="Column that says whether the answer is wanted (KTO)."),
+    option(
+        ROWS,
+        "--labels",
+        type=click.Choice(list(LABELS)),
+        default=LABELS[0],
+        show_default=True,
+        help="With a label column: score the rows with this label. The others are not learned, and get no score.",
+    ),
+    option(
+        ROWS,
+        "--strict",
+        is_flag=True,
+        help="Fail if a column or key that looks as if it changed what is learned is not read.",
+    ),
     option(
         ROWS,
         "--streaming",

@@ -96,8 +96,9 @@ def columns(params: dict[str, Any]) -> Columns:
     """How rows are read, by the options under "Rows"."""
     from sqsd_filter.corpus.row_formats import Columns
 
-    names = ("messages", "prompt", "context", "answer", "system", "history", "tools")
-    return Columns(format=params["row_format"], **{name: params[f"{name}_column"] for name in names})
+    names = ("messages", "prompt", "context", "answer", "system", "history", "tools", "label")
+    named = {name: params[f"{name}_column"] for name in names}
+    return Columns(format=params["row_format"], labels=params["labels"], strict=params["strict"], **named)
 
 
 def for_scorer(context: click.Context) -> dict[str, Any]:
@@ -149,5 +150,5 @@ def _pack(where: str, params: dict[str, Any]) -> Pack:
 
 
 def _model(params: dict[str, Any]) -> dict[str, Any]:
-    names = ("model", "device", "dtype", "max_length", "token_budget", "attention", "trust_remote_code")
+    names = ("model", "device", "dtype", "max_length", "token_budget", "attention", "trust_remote_code", "system")
     return {name: params[name] for name in names}

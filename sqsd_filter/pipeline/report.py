@@ -14,6 +14,7 @@ from typing import Literal, NotRequired, TypedDict
 
 from sqsd_filter.corpus.addresses import HubDataset
 from sqsd_filter.corpus.sources import InputFile
+from sqsd_filter.corpus.unread import UnreadName
 from sqsd_filter.pipeline.scores.scored import ScoreCounts
 from sqsd_filter.pipeline.selecting.selection import PieceKey
 from sqsd_filter.progress import PhaseFigures
@@ -64,6 +65,7 @@ class ScoreFacts(TypedDict, total=False):
     datasets: list[HubDataset]
     consensus: Consensus
     scores_from: str  # where `select` found them; then no model was run
+    unread: list[UnreadName]  # columns and keys that look as if they changed what is learned, and are not read
 
 
 class Setting(TypedDict):

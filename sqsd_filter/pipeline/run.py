@@ -201,6 +201,8 @@ def _score(
             identity["explain"] = explain
             explainer.check_device()
         facts: ScoreFacts = {**_facts_of(scorer), "datasets": _datasets(opened)}
+        if scan.unread.found:
+            facts["unread"] = scan.unread.found
         job = Job(outlet, identity, meter, record, started, facts, engine, _originals(opened))
 
         def work() -> tuple[RunContent, Notes]:

@@ -8,12 +8,16 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
-from sqsd_filter.corpus.conversation import Message, RowError, is_turn
+from sqsd_filter.corpus.conversation import MEDIA, Message, RowError, is_turn
+from sqsd_filter.corpus.json_schema import Shape, to_table, without_nulls
+from sqsd_filter.corpus.spool import as_it_is
+from sqsd_filter.corpus.table_formats import DatasetTable
 from sqsd_filter.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,7 +55,10 @@ class Batch:
     def column(self, name: str) -> list[Any]:
         """One value per row. Raises `UsageError` where the batch turns out to be a single row."""
         if name not in self._columns:
-            values = self._read(self._source[name])
+            stored = getattr(self._source, "pa_table", self._source)
+            whole = isinstance(stored, pa.Table)
+            # whether there is an image is known without decoding it
+            values = stored[name].to_pylist() if whole and name in MEDIA else self._read(self._source[name])
             first = next((v for v in values if v is not None), None) if isinstance(values, list) else values
             if not isinstance(values, list) or (is_turn(first) and self._may_be_a_row()):
                 raise _single_row()
@@ -67,12 +74,14 @@ class Batch:
 
     def _read(self, values: Column) -> Column:
         if isinstance(self._source, pa.Table):
+            if _of_objects(values.type):
+                return _plain(values.to_pylist())
             from datasets import Features
 
             schema = pa.schema([pa.field("", values.type)])
             return Features.from_arrow_schema(schema).decode_column(values.to_pylist(), "")
         if _is_frame(self._source):
-            return pa.array(values, from_pandas=True).to_pylist()
+            return [None if gone else _plain(value) for value, gone in zip(values, values.isna(), strict=True)]
         return _plain(values)
 
     def __iter__(self) -> Iterator[Mapping[str, object]]:
@@ -121,10 +130,47 @@ class Batch:
             # of objects: the text type of pandas would be a large_string in Arrow
             frame: pandas.DataFrame = self._given
             status = Series(columns["sqsd_status"], index=frame.index, dtype=object)
-            return frame.assign(**columns | {"sqsd_status": status})
+            return _writable(frame.assign(**columns | {"sqsd_status": status}))
         if _from_ray(self._given):
             return {**self._given, **columns}
         return {name: _Floats(v) if isinstance(v, np.ndarray) else v for name, v in columns.items()}
+
+
+def sample_of(dataset: object, rows: int = 1000) -> Iterator[Mapping[str, object]]:
+    """The first rows of what `datasets` has loaded; of each split, if it has several. Raises `UsageError`."""
+    from datasets import Dataset, IterableDataset
+
+    if isinstance(dataset, Dataset):
+        yield from DatasetTable("the dataset", dataset).glimpse(rows)
+    elif isinstance(dataset, IterableDataset):
+        yield from chain.from_iterable(Batch(batch) for batch in islice(as_it_is(dataset).iter(rows), 1))
+    elif isinstance(dataset, dict):
+        for split in dataset.values():
+            yield from sample_of(split, rows)
+    else:
+        raise UsageError(f"A format is decided over what datasets has loaded, not over {type(dataset).__name__}.")
+
+
+def _of_objects(kind: pa.DataType) -> bool:
+    """Does the type hold any Python objects, as Ray Data has them where Arrow has no type for all values?"""
+    return "PythonObject" in type(kind).__name__
+
+
+def _writable(frame: pandas.DataFrame) -> pandas.DataFrame | pa.Table:
+    """The data frame, or a table in its place where `datasets` could not write it: values that have no common type in
+    Arrow are JSON there."""
+    try:
+        pa.Table.from_pandas(frame)
+    except pa.ArrowException:
+        shapes = {str(name): Shape() for name in frame.columns}
+        columns = {name: Batch(frame).column(name) for name in shapes}
+        for name, shape in shapes.items():
+            for value in columns[name]:
+                shape.see(value)
+        schema = pa.schema([without_nulls(shape.field(name)) for name, shape in shapes.items()])
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return to_table(rows, schema)
+    return frame
 
 
 class _Row(Mapping[str, object]):

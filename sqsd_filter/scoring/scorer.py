@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING, Protocol, Self, Unpack, cast
 
 import numpy as np
 
-from sqsd_filter.corpus.conversation import Message, RowError
+from sqsd_filter.corpus.conversation import TEMPLATE_ERROR, Message, RowError
 from sqsd_filter.corpus.row_formats import Columns, RowFormat
-from sqsd_filter.errors import UsageError
+from sqsd_filter.errors import UsageError, option
+from sqsd_filter.scoring.batch_reading import BatchReader
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
 from sqsd_filter.scoring.fingerprint import PickleState
 from sqsd_filter.scoring.pack import Pack, load_pack
 from sqsd_filter.scoring.placement import check_device, choose_device, limit_threads, sound
 from sqsd_filter.scoring.results import ScoreCollector, Scores, ScoringCallbacks
-from sqsd_filter.scoring.scorer_settings import DTYPES, BatchedSettings, ScorerSettings
+from sqsd_filter.scoring.scorer_settings import DTYPES, SYSTEM, BatchedSettings, ScorerSettings
 from sqsd_filter.storage.secrets import check_address
 
 if TYPE_CHECKING:
-    from datasets import Features
+    from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
 
     from sqsd_filter.scoring.map_step import BatchData
     from sqsd_filter.scoring.scoring_model import SQSDModel
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 OUT_OF_MEMORY = "out_of_memory"  # a row too large for this device even alone
 CRASHED = "crashed"  # a row whose process died on every attempt
 FAILED = "failed"  # a row that makes the model fail; the detail has the error
-TRANSIENT = (OUT_OF_MEMORY, FAILED, CRASHED)  # reasons that may not hold on the next run
+# Reasons that may not hold on the next run. A template's costs no pass of the model to find out again.
+TRANSIENT = (OUT_OF_MEMORY, FAILED, CRASHED, TEMPLATE_ERROR)
 SCORING = 3  # raise it with every change that gives a row a different score or reason
 SQSD = "sqsd"  # the name of `SQSDScorer`
 
@@ -64,16 +66,21 @@ class Scorer:
         *,
         columns: Columns | None = None,
         trust_remote_code: bool = False,
+        system: str = SYSTEM[0],
     ) -> None:
         """`model` overrides the pack's base model, `max_length` (tokens) its truncation; `dtype` defaults to float32 on
-        a CPU and bfloat16 on a GPU. `columns` says how the rows of a batch are read; see `__call__`. Only `pack.json`
-        is read now; the model and the adapters are loaded when the first row is scored.
+        a CPU and bfloat16 on a GPU. `columns` says how the rows of a batch are read; see `__call__`. A `system` prompt
+        that the chat template refuses goes to the first user turn ("fold") or makes its row a `template_error`
+        ("error"). Only `pack.json` is read now; the model and the adapters are loaded when the first row is scored.
 
-        Raises `PackError` where there is no valid pack, `UsageError` for an unknown dtype or a length below 2.
+        Raises `PackError` where there is no valid pack, `UsageError` for an unknown dtype or `system`, and for a length
+        below 2.
         """
         self.pack = pack if isinstance(pack, Pack) else load_pack(pack)
         if dtype is not None and dtype not in DTYPES:
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
+        if system not in SYSTEM:
+            raise UsageError(f"{option('system')} must be one of {', '.join(SYSTEM)}, not '{system}'.")
         if max_length is not None and max_length < 2:
             raise UsageError("max_length must be at least 2 tokens.")
         self.base_model = model or self.pack.base_model
@@ -81,11 +88,12 @@ class Scorer:
         self.base_revision = self.pack.base_revision if model is None else None
         self.max_length = max_length or self.pack.max_length
         self.columns = columns or Columns()
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code, self.system = trust_remote_code, system
         self.named_device, self.named_dtype = device, dtype or self.default_dtype
         self._content: tuple[str | None] | None = None
         self._encoder: ChatEncoder | None = None
-        self._form: tuple[frozenset[str], RowFormat] | None = None
+        self._decided: RowFormat | None = None  # by `reading`
+        self._reader: BatchReader | None = None
         self._rank: int | None = None
 
     @property
@@ -110,7 +118,9 @@ class Scorer:
             tokenizer = load_tokenizer(self.base_model, self.base_revision, trust_remote_code=trust)
             positions = longest_input(self.base_model, self.base_revision, trust_remote_code=trust)
             longest = min(self.max_length, positions or self.max_length)
-            self._encoder = ChatEncoder(tokenizer, longest, self.pack.chat_template_kwargs)
+            self._encoder = ChatEncoder(
+                tokenizer, longest, self.pack.chat_template_kwargs, folds_system=self.system == SYSTEM[0]
+            )
         return self._encoder
 
     @property
@@ -143,6 +153,7 @@ class Scorer:
             "scoring": SCORING,
             "dtype": self.dtype,
             "max_length": self.max_length,
+            **({"system": self.system} if self.system != SYSTEM[0] else {}),
         }
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | RowError]:
@@ -180,9 +191,9 @@ class Scorer:
         scorer as a callable class.
 
         Existing columns of the same names are replaced, and only the columns of the row format are read. A row without
-        a score has a null risk and its reason in `sqsd_status`. The row format is chosen by `columns` on the first
-        batch and kept while batches have the same columns. With `rank` (`map(..., with_rank=True)`), processes are
-        spread over the GPUs.
+        a score has a null risk and its reason in `sqsd_status`. The row format is chosen by `columns` and the names of
+        the batch's columns, so that every batch and process chooses the same; `reading` decides it over a dataset's
+        values, as the command does. With `rank` (`map(..., with_rank=True)`), processes are spread over the GPUs.
 
         Raises `InputError` where no format fits, `UsageError` for a single row.
         """
@@ -193,15 +204,29 @@ class Scorer:
         if self._rank is None:
             self._rank = rank
         rows = Batch(batch)
-        names = frozenset(rows.names)
-        if self._form is None or self._form[0] != names:
-            self._form = names, self.columns.choose(rows)
-        _, form = self._form
-        turns, reasons = rows.conversations(form)
+        self._reader = self._reader or BatchReader(self.columns, self._decided)
+        turns, reasons = self._reader.conversations(rows)
         scores = self.score(turns)
         for k, reason in reasons.items():
             scores.status[k] = reason
         return rows.with_scores(scores)
+
+    def reading(self, dataset: Dataset | DatasetDict | IterableDataset | IterableDatasetDict) -> Self:
+        """The same scorer for `map` of this dataset, with the row format decided over its first rows.
+
+        >>> from datasets import Dataset
+        >>> rows = Dataset.from_list([{"question": "2+2?", "answer": "4", "tools": ["a hammer"]}])
+        >>> scored = rows.map(SQSDScorer("smollm2-135m").reading(rows), batched=True)
+        >>> scored["sqsd_status"][:]
+        ['scored']
+
+        Raises `InputError` where no format fits.
+        """
+        from sqsd_filter.scoring.map_step import sample_of
+
+        bound = copy.copy(self)
+        vars(bound).update(_decided=self.columns.choose(sample_of(dataset)), _reader=None)
+        return bound
 
 
 class BatchedScorer(Scorer):
@@ -326,11 +351,12 @@ class BatchedScorer(Scorer):
 
     def content(self) -> dict[str, object]:
         """Everything that the result of `map` depends on, for the cache of `datasets`."""
-        return {**self.settings(), "columns": vars(self.columns)}
+        decided = {"row_format": self._decided.facts} if self._decided is not None else {}
+        return {**self.settings(), "columns": vars(self.columns), **decided}
 
     def __getstate__(self) -> PickleState:
         """The configuration only: hashing and pickling never see a loaded model."""
-        loaded = dict.fromkeys(("_model", "_process", "_encoder", "_form", "_content", "_rank"))
+        loaded = dict.fromkeys(("_model", "_process", "_encoder", "_reader", "_content", "_rank"))
         return PickleState({**vars(self), **loaded}, self.content)
 
 

@@ -6,6 +6,7 @@ from typing import TypedDict
 
 from sqsd_filter.corpus.row_formats import Columns
 
+SYSTEM = ("fold", "error")  # what becomes of a system prompt that the chat template refuses
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -17,6 +18,7 @@ class ScorerSettings(TypedDict, total=False):
     max_length: int | None
     columns: Columns | None
     trust_remote_code: bool
+    system: str
 
 
 class BatchedSettings(ScorerSettings, total=False):

@@ -7,7 +7,9 @@ from fractions import Fraction
 
 import numpy as np
 
-from sqsd_filter.corpus.conversation import BAD_JSON
+from sqsd_filter.corpus.conversation import BAD_JSON, UNWANTED, RowError
+from sqsd_filter.corpus.encodings import cure
+from sqsd_filter.corpus.sources import Row
 from sqsd_filter.errors import RowErrorBudgetExceeded, UsageError, option
 from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.pipeline.selecting.selection import ERROR, KEPT, Selection, parse_share
@@ -31,17 +33,21 @@ class Policy:
 
     def check(self, scored: Scored) -> None:
         """Raise `RowErrorBudgetExceeded` when more rows have no score than the policy allows."""
-        errors, total = int((~scored.scored).sum()), scored.corpus.n_rows
+        failed = ~scored.scored
+        if UNWANTED in scored.statuses:  # not to be scored, which is no failure
+            failed &= scored.codes != scored.statuses.index(UNWANTED)
+        errors, total = int(failed.sum()), scored.corpus.n_rows
         allowed = 0 if self.on_error == "fail" else self.max_error_rate * total
         if errors <= allowed:
             return
-        reasons = ", ".join(f"{count} {status}" for status, count in scored.reasons().items())
+        reasons = ", ".join(f"{n} {status}" for status, n in scored.reasons().items() if status != UNWANTED)
         rate = f"{option('max_error_rate')} {float(self.max_error_rate):.4g}"
         budget = f"{option('on_error')} fail" if self.on_error == "fail" else rate
-        first = int(np.flatnonzero(~scored.scored)[0])
+        first = int(np.flatnonzero(failed)[0])
         columns = scored.form.columns if scored.form else ["sqsd_status"]
         row = next(iter(scored.corpus.read(first, first + 1, columns)))
-        why = f" ({scored.details[first]})" if scored.details.get(first) else ""
+        reason = scored.details.get(first) or row.problem or _reason(scored, row)
+        why = f" ({reason}{cure(reason)})" if reason else ""
         fix = f"choose another {option('on_error')}" if self.on_error == "fail" else f"raise {option('max_error_rate')}"
         raise RowErrorBudgetExceeded(
             f"{errors} of {total} rows could not be scored ({reasons}), more than {budget} allows; the first is "
@@ -59,3 +65,9 @@ class Policy:
             unreadable = scored.codes == scored.statuses.index(BAD_JSON)
         fate[(fate == ERROR) & ~unreadable] = KEPT
         return replace(selection, fate=fate)
+
+
+def _reason(scored: Scored, row: Row) -> str:
+    """Why a readable row has no conversation; "" where it has one, or where its format is not known."""
+    parsed = scored.form.parse(row.value) if scored.form is not None and row.value is not None else None
+    return parsed.detail if isinstance(parsed, RowError) else ""

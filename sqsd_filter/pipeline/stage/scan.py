@@ -11,7 +11,9 @@ import numpy as np
 from sqsd_filter.corpus.addresses import Source, peek
 from sqsd_filter.corpus.long_rows import LONGEST_ROW, longest_row
 from sqsd_filter.corpus.row_formats import Columns, RowFormat
-from sqsd_filter.corpus.sources import Corpus, Row
+from sqsd_filter.corpus.row_reading import LABELS
+from sqsd_filter.corpus.sources import Corpus, InputFile, Row
+from sqsd_filter.corpus.unread import COLUMNS, Unread
 from sqsd_filter.errors import InputError, SQSDError
 from sqsd_filter.pipeline.scores.keys import KEYS
 from sqsd_filter.pipeline.scores.scored import Scored, from_store
@@ -40,18 +42,29 @@ class Scan:
         self.form = columns.choose(peek(sources))
         self.limit, self.progress = limit, progress
         progress.note(f"reading rows as {self.form}")
+        if self.form.label is not None and self.form.labels != LABELS[-1]:
+            progress.note(
+                f"scoring the rows whose '{self.form.label}' is {self.form.labels}: --labels (labels) takes others"
+            )
         progress.start("reading", None)
-        self.index = Index(self.form)
+        self.index, self.unread = Index(self.form), Unread(self.form, columns.strict)
         self.corpus, self.groups = read_once(
-            sources, self.index.visit, self.form.columns, per_group, progress, limit=limit, form=self.form
+            sources, self._visit, [*self.form.columns, *COLUMNS], per_group, progress, limit=limit, form=self.form
         )
         progress.finish()
+        for note in [*self.unread.notes(), *_blank(self.corpus.inputs)]:
+            progress.note(note)
+
+    def _visit(self, row: Row) -> None:
+        self.index.visit(row)
+        if row.value is not None:
+            self.unread.see(row.value, row.file, row.line)
 
     def identity(self) -> dict[str, object]:
         known = {
             "sources": self.specs,
             "inputs": self.corpus.inputs,
-            "row_format": vars(self.form),
+            "row_format": self.form.facts,
             "limit": self.limit,
         }
         longest = longest_row()
@@ -116,6 +129,12 @@ def read_once(
     if corpus.n_rows == 0:
         raise InputError("The input has no rows.")
     return corpus, grouping.groups(corpus.schema.names)
+
+
+def _blank(inputs: Sequence[InputFile]) -> list[str]:
+    """A sentence about lines that are no rows, if there are any."""
+    blank = {given["path"]: lines for given in inputs if (lines := given.get("blank_lines", 0))}
+    return [f"{sum(blank.values())} blank lines are no rows (the first are in {next(iter(blank))})"] if blank else []
 
 
 def as_list(sources: object) -> list[object]:
