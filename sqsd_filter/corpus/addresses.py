@@ -329,6 +329,14 @@ def peek(sources: Sequence[Source], n: int = 1000) -> list[dict[str, Any]]:
 
     Raises `InputError` where there are rows, but none is readable.
     """
+    rows, problem = look(sources, n)
+    if problem and not rows:
+        raise InputError(f"No readable row was found in the input. The first is {problem}.")
+    return rows
+
+
+def look(sources: Sequence[Source], n: int = 1000) -> tuple[list[dict[str, Any]], str]:
+    """The rows that `peek` gives, and what is wrong with the first other row ("" where there was none)."""
     sources = sources[:: max(1, -(-len(sources) // n))]
     share = -(-n // max(1, len(sources)))
     rows: list[dict[str, Any]] = []
@@ -338,9 +346,7 @@ def peek(sources: Sequence[Source], n: int = 1000) -> list[dict[str, Any]]:
             rows += islice(_readable(source.reader, problems), share)
         else:
             rows += source.reader.glimpse(share)
-    if problems and not rows:
-        raise InputError(f"No readable row was found in the input. The first is {problems[0]}.")
-    return rows[:n]
+    return rows[:n], next(iter(problems), "")
 
 
 def _readable(reader: TextFile, problems: list[str]) -> Iterator[dict[str, Any]]:

@@ -82,13 +82,13 @@ ROLES = {
 # Keys of an object that holds a question and its answer, in place of two turns
 _EXCHANGE = {
     "system": ("system",),
-    "user": ("human", "user", "input", "question", "query", "instruction"),
+    "user": ("human", "user", "input", "question", "query", "instruction", "prompt"),
     "assistant": ("assistant", "gpt", "bot", "output", "answer", "response"),
 }
 _SAID = ("content", "value", "text", "parts")  # keys of a turn for its text
 _CALLED = ("tool_calls", "function_call")  # keys of a turn for its tool calls
 _REASONED = (REASONING, "reasoning", "thinking")  # keys of a turn for its reasoning
-MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # keys of a turn, or columns, for what is no text
+MEDIA = {"image", "images", "audio", "audios", "video", "videos"}  # keys of a turn, or columns, for what is no text
 _TEXTS = (None, "text", "input_text", "output_text", "refusal")  # types of a part of the content that is text
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
@@ -129,7 +129,7 @@ def is_turn(value: object) -> bool:
         return False
     if len(_exchanged(value)) > 1:
         return True
-    name = value.get("role") or value.get("from")
+    name = _named(value)
     return isinstance(name, str) and name.lower() in ROLES and not value.keys().isdisjoint((*_SAID, *_CALLED))
 
 
@@ -170,7 +170,7 @@ def _read_turn(turn: object, where: str, exact: bool) -> Message | None:
     """One turn; None for a system turn without content. With `exact` its calls keep their nulls."""
     if not isinstance(turn, Mapping):
         raise RowError(BAD_ROW, f"{where} holds {type(turn).__name__}, not an object with role and content")
-    name = turn.get("role") or turn.get("from")
+    name = _named(turn)
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise RowError(BAD_ROW, f"{where} has the role {name!r}; known are {', '.join(ROLES)}")
@@ -179,8 +179,9 @@ def _read_turn(turn: object, where: str, exact: bool) -> Message | None:
         content = read_content(content, where)
     if not content and role == "assistant" and isinstance(turn.get("refusal"), str):
         content = turn["refusal"]
-    if shown := [key for key in MEDIA if not is_missing(turn.get(key))]:
-        raise RowError(BAD_ROW, f"{where} has {shown[0]}, which is not text")
+    for key in sorted(turn.keys() & MEDIA):
+        if not is_missing(turn[key]):
+            raise RowError(BAD_ROW, f"{where} has {key}, which is not text")
     if content is None and role in ("user", _CALL):
         raise RowError(BAD_ROW, f"{where} has no content")
     if content is None and role == "system":
@@ -189,10 +190,10 @@ def _read_turn(turn: object, where: str, exact: bool) -> Message | None:
     answers = role in ("assistant", _CALL)
     learned = is_learned(turn, where, answers=answers)
     if answers:
-        calls = turn.get("tool_calls") or turn.get("function_call")
+        calls = next((turn[key] for key in _CALLED if not is_missing(turn.get(key))), None)
         if role == _CALL:
             role, (content, calls) = "assistant", split_thought(content or "")
-        if not is_missing(calls) and (calls := read_calls(calls, where, exact)):
+        if calls and (calls := read_calls(calls, where, exact)):
             more["tool_calls"] = calls
         if reasoning := next((turn[key] for key in _REASONED if not is_missing(turn.get(key))), None):
             more[REASONING] = _reasoning(reasoning, where)
@@ -200,6 +201,11 @@ def _read_turn(turn: object, where: str, exact: bool) -> Message | None:
     elif role == "tool":
         more = {key: turn[key] for key in ("tool_call_id", "name") if isinstance(turn.get(key), str)}
     return {"role": role, "content": content or "", **more}
+
+
+def _named(turn: Mapping[str, Any]) -> object:
+    """The name of a turn's role."""
+    return next((turn[key] for key in ("role", "from") if not is_missing(turn.get(key))), None)
 
 
 def _reasoning(value: object, where: str) -> str:
@@ -242,7 +248,7 @@ def read_template_settings(value: object, where: str) -> list[Message]:
 
 def split_settings(turns: Sequence[Message]) -> tuple[dict[str, Any], list[Message]]:
     """A conversation's settings of the chat template, and its other turns."""
-    settings = next((turn["content"] for turn in turns if turn["role"] == TEMPLATE_SETTINGS), {})
+    settings: dict[str, Any] = next((turn["content"] for turn in turns if turn["role"] == TEMPLATE_SETTINGS), {})
     return settings, [turn for turn in turns if turn["role"] != TEMPLATE_SETTINGS]
 
 

@@ -63,6 +63,8 @@ def cure(problem: str) -> str:
     """What the user can do about a line with this problem, as the end of a sentence; "" where that is not known."""
     if problem.startswith("not UTF-8"):
         return "; convert the file to UTF-8, from Windows-1252 for example with `iconv -f WINDOWS-1252 -t UTF-8`"
+    if "new-line character seen" in problem:
+        return "; its rows end with CR alone: convert the line ends with `tr '\\r' '\\n'`"
     if "enclosed in double quotes" in problem:
         return "; if an object goes over several lines, name the file .json; if it is printed Python, write it as JSON"
     return ""

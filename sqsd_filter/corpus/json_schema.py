@@ -204,6 +204,8 @@ def _unify_types(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
         return _unify_types(*(kind.value_type if is_.is_dictionary(kind) else kind for kind in (a, b)))
     if is_.is_decimal(a) and is_.is_decimal(b):
         return _decimal(a, b)
+    if is_.is_date(a) and is_.is_date(b):
+        return pa.date64()
     for timed in (is_.is_timestamp, is_.is_duration):
         if timed(a) and timed(b) and getattr(a, "tz", None) == getattr(b, "tz", None):
             return max(a, b, key=lambda kind: _UNITS.index(kind.unit))

@@ -49,7 +49,7 @@ def _yes_or_no(value: object, key: str, where: str) -> bool:
 
 
 def _of_parts(detail: object, where: str, answers: bool) -> list[bool]:
-    parts = detail if isinstance(detail, list | tuple) else [detail]
+    parts: list[Any] = list(detail) if isinstance(detail, list | tuple) else [detail]
     if not all(isinstance(part, Mapping) and isinstance(part.get("train"), bool) for part in parts):
         raise RowError(BAD_ROW, f"{where} has a {_DETAIL} that is not a list of parts with train true or false")
     learned = {part["train"] for part in parts}

@@ -9,7 +9,7 @@ from typing import Any
 from sqsd_filter.corpus.conversation import MEDIA, is_transcript
 from sqsd_filter.corpus.row_reading import LABELS, PREFERENCES, RowFormat, is_history, is_system
 from sqsd_filter.corpus.tool_calls import are_tools
-from sqsd_filter.corpus.values import is_missing, looks_printed, parse_text
+from sqsd_filter.corpus.values import as_flag, is_missing, looks_printed, parse_text
 from sqsd_filter.errors import InputError, UsageError
 
 __all__ = ["FORMATS", "Columns", "RowFormat"]
@@ -25,8 +25,8 @@ _PAIRS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = { 
     "openai-preference": (("input",), (), ("preferred_output",)),
     "alpaca": (("instruction",), ("input", "context"), ("output", "response")),
     "prompt-completion": (("prompt",), (), ("completion", "response")),
-    "question-answer": (("question",), ("context",), ("answer", "response")),
-    "query-response": (("query",), ("context",), ("response", "answer")),
+    "question-answer": (("question",), ("context", "passage", "document"), ("answer", "response")),
+    "query-response": (("query",), ("context", "passage", "document"), ("response", "answer")),
     "input-output": (("input",), (), ("output",)),
 }
 _ASKED = ("prompt", "instruction", "question", "query", "conversations", "messages")  # beside these, `input` is none
@@ -43,7 +43,7 @@ def _are_names(value: object) -> bool:
 
 
 def _is_label(value: object) -> bool:
-    return isinstance(value, bool)
+    return as_flag(value) is not None
 
 
 # Further columns of a conversation, with a check of their values
@@ -81,7 +81,7 @@ class Columns:
     strict: bool = False
 
     @property
-    def _named(self) -> dict[str, str]:
+    def _named(self) -> dict[str, Any]:
         """The columns that the user named, by their roles."""
         return {name: column for name in _NAMEABLE if (column := getattr(self, name)) is not None}
 
@@ -153,13 +153,10 @@ class Columns:
         if candidate != "preference" and (not prompt or not answer):
             return None
         context = self._candidates("context", contexts, table)
-        columns = {"prompt": prompt, "context": context, "answer": answer}
+        columns: dict[str, Any] = {"prompt": prompt, "context": context, "answer": answer}
+        columns = {name: _only(name, candidates) for name, candidates in columns.items()}
         beside = [name for name in _BESIDE if name != "label" or candidate not in PREFERENCES]
-        return RowFormat(
-            candidate,
-            **{name: _only(name, candidates) for name, candidates in columns.items()},
-            **self._beside(table, beside),
-        )
+        return RowFormat(candidate, **columns, **self._beside(table, beside))
 
     def _beside(self, table: _Sample, names: Sequence[str]) -> dict[str, Any]:
         """The further columns of these names that exist and hold a fitting value, or none at all."""
@@ -173,8 +170,8 @@ class Columns:
                 if not table.of_batch:
                     candidates = [c for c in candidates if table.values(c)] or candidates[:1]
             columns[name] = _only(name, candidates)
-        columns["media"] = tuple(column for column in MEDIA if column in table.seen)
-        columns["masks"] = tuple(column for column in _MASKS if column in table.seen)
+        columns["media"] = tuple(column for column in table.seen if column in MEDIA)
+        columns["masks"] = tuple(column for column in table.seen if column in _MASKS)
         return columns
 
     def _candidates(self, name: str, usual: Sequence[str], table: _Sample) -> list[str]:

@@ -24,7 +24,7 @@ from sqsd_filter.corpus.conversation import (
     read_turns,
     unsupervised,
 )
-from sqsd_filter.corpus.values import is_missing, is_null, parse_text
+from sqsd_filter.corpus.values import as_flag, is_missing, is_null, parse_text
 
 PREFERENCES = {  # formats with two answers: the columns of the better and of the worse one
     "preference": ("chosen", "rejected"),
@@ -67,7 +67,8 @@ class RowFormat:
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Self:
         """The format that these `facts` describe, as JSON has them."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()})
+        given: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in facts.items()}
+        return cls(**given)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -139,10 +140,11 @@ class RowFormat:
         label = row.get(self.label) if self.label is not None else None
         if is_missing(label) or self.labels == "all":
             return
-        if not isinstance(label, bool):
+        wanted = as_flag(label)
+        if wanted is None:
             raise RowError(BAD_ROW, f"column '{self.label}' holds {label!r}, neither true nor false")
-        if label != (self.labels == "true"):
-            raise RowError(UNWANTED, f"column '{self.label}' is {str(label).lower()}: the answer is not to be learned")
+        if wanted != (self.labels == "true"):
+            raise RowError(UNWANTED, f"column '{self.label}' is {str(wanted).lower()}: the answer is not to be learned")
 
     def _check_text(self, row: Mapping[str, Any], turns: Sequence[Message]) -> None:
         for column in self.media:
@@ -189,7 +191,7 @@ class RowFormat:
         return [{"role": "assistant", "content": answer}]
 
     def _earlier(self, row: Mapping[str, Any]) -> list[Message]:
-        history = parse_text(row.get(self.history)) if self.history is not None else None
+        history: Any = parse_text(row.get(self.history)) if self.history is not None else None
         if is_missing(history):
             return []
         if not is_history(history):

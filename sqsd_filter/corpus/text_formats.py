@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NoReturn
 
 from sqsd_filter.corpus.compression import COMPRESSED, decompress
 from sqsd_filter.corpus.conversation import MAX_DEPTH
-from sqsd_filter.corpus.encodings import as_utf8, encoding_of, extra_data, last_opened
+from sqsd_filter.corpus.encodings import as_utf8, cure, encoding_of, extra_data, last_opened
 from sqsd_filter.corpus.files import SourceFile, unreadable
 from sqsd_filter.corpus.long_rows import CUT_TO, SETTING, longest_row, split_lines, too_long
 from sqsd_filter.errors import InputError
@@ -327,12 +327,8 @@ class Csv(TextFile):
             return []
         _, _, names, problem, _ = row
         if problem:
-            fix = (
-                "convert the line ends with `tr '\\r' '\\n'`"
-                if "new-line character" in problem
-                else "correct its first line"
-            )
-            raise InputError(f"{self.name} has an unreadable header row ({problem}); {fix}.")
+            fix = cure(problem) or "; correct its first line"
+            raise InputError(f"{self.name} has an unreadable header row ({problem}){fix}.")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InputError(f"{self.name} has two columns named {twice[0]!r}; rename one in its first line.")
         return names

@@ -13,13 +13,13 @@ from sqsd_filter.errors import InputError
 # Names to which a trainer gives a meaning
 _COLUMNS = """
     messages conversations conversation contents dialogue turns prompt prompts instruction input query question
-    context contexts documents passage passages history system system_prompt systemInstruction system_instruction
-    tools functions completion response output answer chosen rejected rejected_response rejected_messages
-    preferred_output non_preferred_output reasoning reasoning_content thinking
-    image images audio audios video videos objects label labels kto_tag weight weights sample_weight train
-    train_detail train_on_turn train_on_input roles_to_train loss loss_mask loss_scale loss_weight mask masks
-    completion_mask assistant_masks prompt_mask input_ids attention_mask segments prefix suffix margin
-    chat_template chat_template_kwargs template_kwargs template
+    context contexts document documents passage passages history system system_prompt systemInstruction
+    system_instruction tools functions completion response output answer chosen rejected rejected_response
+    rejected_messages preferred_output non_preferred_output reasoning reasoning_content thinking image images audio
+    audios video videos objects label labels kto_tag weight weights sample_weight train train_detail train_on_turn
+    train_on_input roles_to_train loss loss_mask loss_scale loss_weight mask masks completion_mask assistant_masks
+    prompt_mask input_ids attention_mask segments prefix suffix margin chat_template chat_template_kwargs
+    template_kwargs template
 """
 _TURN_KEYS = """
     tools functions documents context system prefix channel recipient end_turn eot objects mask label labels
@@ -52,16 +52,16 @@ class Unread:
 
     def see(self, row: Mapping[str, Any], file: str, line: int) -> None:
         """Look at a row. Raises `InputError` where the format is `strict`."""
-        for name in self._columns.intersection(row):
+        for name in sorted(self._columns.intersection(row)):
             if not is_missing(row[name]) and row[name] != "[]":
                 self._columns.discard(name)
                 self._note({"name": name, "kind": "column", "file": file, "line": line})
-        for key in self._of_turns(row.get(self._turns or "")):
+        for key in sorted(self._of_turns(row.get(self._turns or ""))):
             self._keys.discard(key)
             self._note({"name": key, "kind": "key", "file": file, "line": line})
 
     def _of_turns(self, turns: object) -> Iterable[str]:
-        if isinstance(turns, str):
+        if isinstance(turns, str) and turns.lstrip()[:1] == "[":
             named = any(f"{key}{quote}" in turns for key in self._keys for quote in "'\"")
             turns = parse_text(turns) if named else None
         if not isinstance(turns, list | tuple):

@@ -24,6 +24,13 @@ def is_null(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def as_flag(value: object) -> bool | None:
+    """True or false, also as text, which CSV has; None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower())
+    return value if isinstance(value, bool) else None
+
+
 def parse_if_json(value: object) -> Any:  # noqa: ANN401  # JSON: callers check what they need
     """The value of JSON text; any other value, and text that is not JSON, stays the same."""
     if not isinstance(value, str):

@@ -15,8 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from sqsd_filter.corpus.addresses import Opener, Source, peek
-from sqsd_filter.corpus.conversation import BAD_JSON, BAD_ROW, TOOLS, Message, RowError, is_supervised
+from sqsd_filter.corpus.addresses import Opener, Source, look
+from sqsd_filter.corpus.conversation import (
+    BAD_JSON,
+    BAD_ROW,
+    TEMPLATE_SETTINGS,
+    TOOLS,
+    Message,
+    RowError,
+    is_supervised,
+)
 from sqsd_filter.corpus.repositories import HUB
 from sqsd_filter.corpus.row_formats import Columns, RowFormat
 from sqsd_filter.corpus.sources import Corpus, Row
@@ -51,7 +59,13 @@ def read_data(
     with closing(Opener()) as opener:
         sources = opener.open([_spec(recipe.folder, adapter)])
         extra = [*(positive or ()), *([by] if by is not None else [])]
-        read, columns = _reader(adapter, peek(sources), extra)
+        sample, problem = look(sources)
+        if not sample:
+            why = f" (the first is {problem})" if problem else ""
+            raise InputError(
+                f"{adapter.data} has no readable row{why}: name JSON Lines, CSV, parquet or another supported format."
+            )
+        read, columns = _reader(adapter, sample, extra)
         examples: list[Example] = []
         values: list[str] = []
         marks: list[bool] = []
@@ -105,10 +119,6 @@ def _reader(
     adapter: AdapterRecipe, sample: Sequence[Mapping[str, Any]], besides: Sequence[str]
 ) -> tuple[Callable[[Mapping[str, Any]], Example], list[str]]:
     """A function from a row to its example, and the columns that it reads."""
-    if not sample:
-        raise InputError(
-            f"{adapter.data} has no readable row: name JSON Lines, CSV, parquet or another supported format."
-        )
     seen = list(dict.fromkeys(column for row in sample for column in row))
     asked = [*adapter.columns, *adapter.where, *adapter.unless, *besides]
     if missing := [column for column in asked if column not in seen]:
@@ -117,7 +127,7 @@ def _reader(
     how = {"answer": adapter.answer} if adapter.method == "sft" else {"answer": chosen, "format": "preference"}
     named = {name: getattr(adapter, name) for name in ("messages", "prompt", "context", "system")}
     try:
-        form = Columns(**named, **how).choose(sample)
+        form = Columns(**named, **how, labels="all").choose(sample)  # `where` chooses by labels
     except InputError as problem:
         raise InputError(
             f"It isn't clear which of the columns {', '.join(seen)} of {adapter.data} to train on: name them in the "
@@ -137,8 +147,8 @@ def _pair(form: RowFormat, adapter: AdapterRecipe, row: Mapping[str, Any]) -> Ex
             raise RowError(BAD_ROW, f"column '{adapter.better}' holds {better!r}, which is neither 0 nor 1")
         columns = adapter.answers if better == 0 else adapter.answers[::-1]
     chosen, rejected = (replace(form, answer=column).conversation(row) for column in columns)
-    if chosen[0]["role"] == TOOLS:
-        raise RowError(BAD_ROW, "the row has tools, which DPO does not train on")
+    if chosen[0]["role"] in (TOOLS, TEMPLATE_SETTINGS):
+        raise RowError(BAD_ROW, "the row has tools or settings of the template, which DPO does not train on")
     if prompt_and_reply(chosen)[0] != prompt_and_reply(rejected)[0]:
         raise RowError(BAD_ROW, f"the columns '{columns[0]}' and '{columns[1]}' answer different prompts")
     return chosen, rejected

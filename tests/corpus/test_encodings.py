@@ -57,6 +57,11 @@ def test_a_file_without_a_readable_row_says_why_with_its_first_line(data: bytes,
         peek([write(tmp_path / "a.jsonl", data)])
 
 
+def test_a_csv_header_in_another_encoding_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"unreadable header row \(not UTF-8: byte 1\); convert the file to UTF-8"):
+        peek([write(tmp_path / "a.csv", "é,a\n1,2\n".encode("cp1252"))])
+
+
 def test_csv_with_carriage_returns_alone_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"unreadable header row .*convert the line ends with `tr"):
         peek([write(tmp_path / "a.csv", b"q,a\r1,2\r")])

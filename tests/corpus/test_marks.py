@@ -77,6 +77,7 @@ def test_the_label_of_a_kto_row_decides_whether_it_is_learned() -> None:
     assert unwanted.conversation(rows[1]) == chat("q", "a")
     with pytest.raises(RowError, match="'label' is true"):
         unwanted.conversation(rows[0])
+    assert form.conversation({**rows[0], "label": "True"}) == chat("q", "a")  # as CSV has it
     with pytest.raises(RowError, match="'label' holds 'yes'"):
         form.conversation({**rows[0], "label": "yes"})
 

@@ -53,7 +53,7 @@ def test_rows_that_are_not_wanted_are_set_apart_and_are_no_failure(folder: Path,
     assert report["rows"]["scored"] == 2
     assert report["unscored"] == {"unwanted": 10}
     assert [row["label"] for row in rows_of(Path("out"), "errors")] == [False] * 10
-    assert "scoring the rows whose 'label' is true: --labels (labels) takes others" in notes
+    assert "scoring the rows whose 'label' is true; choose others with --labels" in notes
 
 
 def test_blank_lines_are_counted_in_the_report_and_said(folder: Path, scorer: SQSDScorer) -> None:

@@ -60,3 +60,17 @@ def test_reasoning_for_a_template_without_it_is_said_once(caplog: pytest.LogCapt
         for question in ("q", "r"):
             assert supervised(encoder, thinking(question, "r", "a")) == ["a<|im_end|>"]
     assert [record.message for record in caplog.records] == ["the chat template shows no reasoning: it is not scored"]
+
+
+def test_reasoning_before_a_tool_call_is_supervised_with_the_call() -> None:
+    calls = "{% for c in m['tool_calls'] or [] %}{{ '<call>' + c['function'] | tojson + '</call>' }}{% endfor %}"
+    function = {"name": "f", "arguments": {"a": 1}}
+    called = {"tool_calls": [{"type": "function", "function": function}]}
+    result = {"role": "tool", "content": "1"}
+    turns = [*thinking("q", "r", "", **called), result, {**thinking("", "s", "x")[1], **called}, result]
+    turns = [*turns, thinking("", "t", "y")[1]]
+    shown = '<call>{"name": "f", "arguments": {"a": 1}}</call><|im_end|>'
+    encoder = ChatEncoder(make_tokenizer(EVERY.replace("{{ m['content'] + ", "{{ m['content'] }}" + calls + "{{ ")))
+    expected = [f"<think>r</think>{shown}", f"<think>s</think>x{shown}", "<think>t</think>y<|im_end|>"]
+    assert supervised(encoder, turns) == expected
+    assert supervised(encoder, turns[:4]) == expected[:2]

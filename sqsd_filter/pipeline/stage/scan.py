@@ -44,7 +44,7 @@ class Scan:
         progress.note(f"reading rows as {self.form}")
         if self.form.label is not None and self.form.labels != LABELS[-1]:
             progress.note(
-                f"scoring the rows whose '{self.form.label}' is {self.form.labels}: --labels (labels) takes others"
+                f"scoring the rows whose '{self.form.label}' is {self.form.labels}; choose others with --labels"
             )
         progress.start("reading", None)
         self.index, self.unread = Index(self.form), Unread(self.form, columns.strict)
