@@ -29,6 +29,7 @@ _PAIRS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = { 
     "query-response": (("query",), ("context", "passage", "document"), ("response", "answer")),
     "input-output": (("input",), (), ("output",)),
 }
+_ASKING = ("question-answer", "query-response")
 _ASKED = ("prompt", "instruction", "question", "query", "conversations", "messages")  # beside these, `input` is none
 FORMATS = (*_LISTS, *_PAIRS)
 
@@ -153,6 +154,8 @@ class Columns:
         if candidate != "preference" and (not prompt or not answer):
             return None
         context = self._candidates("context", contexts, table)
+        if candidate in _ASKING and not self.context:  # structured contexts are other things
+            context = [column for column in context if table.looks(column, lambda value: isinstance(value, str))]
         columns: dict[str, Any] = {"prompt": prompt, "context": context, "answer": answer}
         columns = {name: _only(name, candidates) for name, candidates in columns.items()}
         beside = [name for name in _BESIDE if name != "label" or candidate not in PREFERENCES]

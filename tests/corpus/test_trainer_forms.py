@@ -251,3 +251,10 @@ def test_printed_python_runs_nothing() -> None:
 def test_the_advice_on_unknown_columns_names_those_beside_them() -> None:
     with pytest.raises(InputError, match=r"and those beside them with .*--system-column, --history-column"):
         Columns().choose([{"ask": "q", "reply": "a", "system": "S", "history": [["o", "p"]]}])
+
+
+def test_a_structured_context_beside_a_question_is_not_its_text() -> None:
+    row = {"question": "q", "answer": "a", "context": {"title": ["t"], "sentences": [["s"]]}}
+    form = Columns().choose([row])
+    assert form.context is None
+    assert form.conversation(row) == TURNS
