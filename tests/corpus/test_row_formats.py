@@ -140,7 +140,7 @@ OVERRIDES: dict[str, tuple[dict[str, Any], dict[str, str], RowFormat]] = {
 
 
 @pytest.mark.parametrize(("row", "given_by_user", "expected"), OVERRIDES.values(), ids=OVERRIDES)
-def test_what_the_user_names_decides(row: dict[str, Any], given_by_user: dict[str, str], expected: RowFormat) -> None:
+def test_what_the_user_names_decides(row: dict[str, Any], given_by_user: dict[str, Any], expected: RowFormat) -> None:
     assert Columns(**given_by_user).choose([row]) == expected
 
 
@@ -211,7 +211,7 @@ BAD_CHOICES: dict[str, tuple[dict[str, Any], dict[str, str], tuple[str, ...]]] =
 
 @pytest.mark.parametrize(("row", "given_by_user", "named"), BAD_CHOICES.values(), ids=BAD_CHOICES)
 def test_a_choice_that_cannot_be_made_names_the_columns_and_the_flag(
-    row: dict[str, Any], given_by_user: dict[str, str], named: tuple[str, ...]
+    row: dict[str, Any], given_by_user: dict[str, Any], named: tuple[str, ...]
 ) -> None:
     with pytest.raises(InputError) as problem:
         Columns(**given_by_user).choose([row])

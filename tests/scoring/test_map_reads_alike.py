@@ -75,7 +75,7 @@ def test_a_format_that_is_decided_over_the_dataset_holds_for_every_batch(tiny_pa
         assert np.abs(expected - ours["sqsd_risk"][:]).max() <= 2e-6
     assert len({Hasher.hash(scorer), Hasher.hash(scorer.reading(rows))}) == 2
     with pytest.raises(UsageError, match="not over list"):
-        scorer.reading([1])  # type: ignore[arg-type]
+        scorer.reading([1])
 
 
 def test_what_a_batch_has_unread_is_said_once(tiny_pack: Path, caplog: pytest.LogCaptureFixture) -> None:
