@@ -97,7 +97,7 @@ def test_rows_that_were_not_scored_are_never_written(
     with pytest.raises(InputError, match=f"{name} {CHANGED}"):
         filter_dataset(str(path), out, drop_top="20%", scorer=scorer, progress=later)
     assert not list(out.glob("data/*"))
-    assert list(out.glob("sqsd/scores/*.parquet"))
+    assert list(out.glob("_sqsd/scores/*.parquet"))
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.parquet"])
