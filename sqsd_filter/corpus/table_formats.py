@@ -19,6 +19,7 @@ from sqsd_filter.corpus.files import LocalFile, RemoteFile, SourceFile, unreadab
 from sqsd_filter.corpus.json_schema import bare_rows, to_rows, with_marks
 from sqsd_filter.corpus.schemas import has_list_view, plain_schema
 from sqsd_filter.errors import InputError, first_line
+from sqsd_filter.storage.layout import DATA
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -310,7 +311,7 @@ class _Absorbing(io.RawIOBase):
 
 
 class SavedDataset(DatasetTable):
-    """A folder written by `datasets.Dataset.save_to_disk`."""
+    """A folder written by `datasets.Dataset.save_to_disk`, or a split of an output in Arrow files."""
 
     def __init__(self, folder: Path) -> None:
         self.name, self._folder = str(folder), folder
@@ -321,17 +322,12 @@ class SavedDataset(DatasetTable):
     def _load(self) -> Dataset:
         from datasets import Dataset, DatasetInfo, load_from_disk
 
+        named = self._data_files()
         try:
-            with LocalFile(self._folder / "state.json").open() as opened:
-                names = [entry["filename"] for entry in json.load(opened)["_data_files"]]
-            if outside := [name for name in names if PurePath(name).name != name]:
-                raise InputError(f"{self.name} names the file {outside[0]!r} outside of it: save the dataset again.")
-            if names:
+            if named:
                 return load_from_disk(str(self._folder))
             features = DatasetInfo.from_directory(str(self._folder)).features
             return Dataset(features.arrow_schema.empty_table())  # `datasets` saves such a dataset, but can't load it
-        except InputError:
-            raise
         except Exception as error:  # `datasets` raises what its JSON files lead it to
             raise self.damaged(error) from error
 
@@ -347,10 +343,25 @@ class SavedDataset(DatasetTable):
 
     def files(self) -> Sequence[SourceFile]:
         own = {file for file in self._folder.iterdir() if file.is_file()}
-        with self.errors():
-            state = json.loads((self._folder / "state.json").read_bytes())
-            named = {self._folder / file["filename"] for file in state["_data_files"]}  # they may lie elsewhere
-        return [LocalFile(file) for file in sorted(own | named)]
+        return [LocalFile(file) for file in sorted(own.union(self._data_files()))]
+
+    def _data_files(self) -> list[Path]:
+        """The files with its rows. Raises `InputError` for one that lies elsewhere: a stranger's folder would have our
+        own files read."""
+        try:
+            with LocalFile(self._folder / "state.json").open() as opened:
+                names = [PurePath(entry["filename"]) for entry in json.load(opened)["_data_files"]]
+            folders = [(), *([("..",), ("..", DATA)] if self._is_split() else [])]
+        except (OSError, TypeError, LookupError, RecursionError, ValueError) as error:
+            raise self.damaged(error) from error
+        if outside := [name for name in names if name.name in ("", "..") or name.parent.parts not in folders]:
+            raise InputError(f"{self.name} names the file '{outside[0]}' outside of it: save the dataset again.")
+        return [self._folder / name for name in names]
+
+    def _is_split(self) -> bool:
+        """Is it a split of a saved dataset in the folder above? In a run's output the rows lie there or in data/."""
+        described = self._folder.absolute().parent / "dataset_dict.json"
+        return described.is_file() and self._folder.name in json.loads(described.read_bytes())["splits"]
 
 
 class Recast(Table):

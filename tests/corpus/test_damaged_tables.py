@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from sqsd_filter.corpus.addresses import Opener
 from sqsd_filter.corpus.spool import stored
@@ -116,3 +117,28 @@ def test_a_saved_dataset_does_not_reach_out_of_its_folder(name: str, tmp_path: P
     (tmp_path / "saved" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
     with pytest.raises(InputError, match=f"names the file '{name}' outside of it"):
         Opener().open([str(tmp_path / "saved")])
+
+
+@pytest.mark.parametrize("name", ["../data/../private.arrow", "../../private.arrow", "../other/private.arrow", ".."])
+def test_neither_does_a_split_out_of_the_dataset_above(name: str, tmp_path: Path) -> None:
+    DatasetDict({"train": Dataset(ROWS)}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "private.arrow").write_bytes(ipc())
+    (tmp_path / "saved/train/state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    with pytest.raises(InputError, match=f"names the file '{re.escape(name)}' outside of it"):
+        Opener().open([str(tmp_path / "saved")])
+
+
+@pytest.mark.parametrize("kept", ["data/in.arrow", "in.arrow"])
+def test_a_split_of_an_output_has_its_rows_beside_it(kept: str, tmp_path: Path) -> None:
+    split, rows = tmp_path / "out/train", tmp_path / "out" / kept
+    DatasetDict({"train": Dataset(ROWS)}).save_to_disk(tmp_path / "out")
+    rows.parent.mkdir(exist_ok=True)
+    [file] = split.glob("*.arrow")
+    file.rename(rows)
+    state = json.loads((split / "state.json").read_bytes())
+    (split / "state.json").write_text(json.dumps({**state, "_data_files": [{"filename": f"../{kept}"}]}))
+    for source in (tmp_path / "out", split):
+        assert [row.value for row in open_corpus([str(source)]).read(0, 9)] == ROWS.to_pylist()
+    (tmp_path / "out/dataset_dict.json").write_text(json.dumps({"splits": ["test"]}))
+    with pytest.raises(InputError, match="outside of it"):
+        open_corpus([str(split)])
