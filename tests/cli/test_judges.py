@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sqsd_filter import make_scorer
-from tests.corpora import SPLITS, read_report, rows_of, write_jsonl
+from sqsd_filter.pipeline.writing.export import FOLDERS
+from tests.corpora import read_report, rows_of, write_jsonl
 from tests.tiny import chat
 from tests.tiny_judges import QUESTION, make_guard, make_judge
 
@@ -50,7 +51,7 @@ def test_rows_are_dropped_by_the_judge_and_all_are_accounted_for(
     scorer = f"{kind}:{judges / judge}"
     code, _, _ = command("in.jsonl", "out", "--scorer", scorer, "--drop-top", "20%")
     assert code == 0
-    splits = {split: rows_of(Path("out"), split) for split in SPLITS}
+    splits = {split: rows_of(Path("out"), split) for split in FOLDERS}
     assert sorted(row["id"] for rows in splits.values() for row in rows) == list(range(20))
     assert [len(rows) for rows in splits.values()] == [14, 4, 2]
     assert all("pie" in row["output"] for row in splits["dropped"])
