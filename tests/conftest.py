@@ -60,6 +60,15 @@ def _empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(Figure, "savefig", empty)
 
 
+@pytest.fixture(autouse=True)
+def _own_log_level() -> Iterator[None]:
+    """Undo what a command run in this process set: after --quiet, the warnings of other tests would be lost."""
+    logger = logging.getLogger("sqsd_filter")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A pack for each architecture."""
