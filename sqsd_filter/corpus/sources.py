@@ -196,10 +196,9 @@ class Corpus:
                     part.check()
                 else:
                     yield from self._text_pieces(part, part.source, rows)
-            except InputError:
-                raise
-            except Exception:  # rows that were not scanned may not fit the schema
-                part.check()
+            except Exception as problem:  # rows that were not scanned may not fit the schema
+                if isinstance(part.source, Table) or not isinstance(problem, InputError):  # text has said so itself
+                    part.check()
                 raise
 
     def _table_pieces(self, part: Part, source: Table, rows: int) -> Iterator[Chunk]:
