@@ -119,7 +119,7 @@ def test_a_link_to_itself_a_device_and_a_pipe_are_no_destination(command: Comman
 
 def test_a_damaged_record_is_said_to_be_damaged(command: Command, folder: Path) -> None:
     assert command("in.jsonl", "out", *CUT)[0] == 0
-    record = folder / "out" / "sqsd" / "run.json"
+    record = folder / "out/_sqsd/run.json"
     record.write_bytes(record.read_bytes()[:100])
     code, _, err = command("in.jsonl", "out", *CUT)
     assert code == 5
