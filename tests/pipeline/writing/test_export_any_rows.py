@@ -208,7 +208,7 @@ lines = st.one_of(
     st.builds(lambda row, end: json.dumps(row).encode() + end, rows, st.sampled_from([b"", b" ", b"\r"])),
     st.builds(lambda row: json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode(), rows),
 )
-unreadable = st.sampled_from([b"", b"\r", b"{", b"\xff", b"[1]", b'{"a": 1, "a": 2}', b'{"a": "\\ud800"}', b"1e999"])
+unreadable = st.sampled_from([b"{", b"}\r", b"\xff", b"[1]", b'{"a": 1, "a": 2}', b'{"a": "\\ud800"}', b"1e999"])
 
 
 @st.composite
@@ -226,7 +226,7 @@ def test_lines_come_out_byte_for_byte(case: tuple[list[bytes], list[int]], shard
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         content = b"".join(line + b"\n" for line in source)
-        (root / "in.jsonl").write_bytes(content if last or not source[-1] else content[:-1])
+        (root / "in.jsonl").write_bytes(content if last else content[:-1])
         report = export(open_corpus([str(root / "in.jsonl")]), fates, root, "jsonl", shard_size)
         out = {code: iter(raw_lines(root, report, config)) for config, code in FATES.items()}
         assert b"".join(next(out[p]) + b"\n" for p in fates) == content
