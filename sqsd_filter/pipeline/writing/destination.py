@@ -33,12 +33,12 @@ class Destination:
 
     def __init__(self, target: Path, home_of: Callable[[Path], Path], *, overwrite: bool) -> None:
         """`home_of(root)` is the home of a root: inside a folder, or beside a file."""
-        target = _resolved(target)
         self.target, self._home_of = target, home_of
         self._overwrite, self.replaces = overwrite, False
-        self.root, self.home = target, home_of(target)
         self._lock: IO[bytes] | None = None
         with self._access():
+            self.target = target = _resolved(target)
+            self.root, self.home = target, home_of(target)
             if not target.parent.is_dir():
                 raise InputError(f"The folder {target.parent} does not exist: create it first.")
             if self._is_file and target.is_dir():
