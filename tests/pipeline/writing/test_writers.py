@@ -186,7 +186,7 @@ def test_scores_are_asked_for_only_where_they_would_be_missing() -> None:
         with pytest.raises(UsageError, match=rf"{to} files always hold scores: leave out with_scores \(--with"):
             Output.of(to, "1GB", True)
     assert Output.of("jsonl", "1GB", True).with_scores
-    with pytest.raises(UsageError, match="parquet, arrow, jsonl, not to 'csv'"):
+    with pytest.raises(UsageError, match="parquet, arrow, jsonl, json, not to 'csv'"):
         Output.of("csv", "1GB", False)
 
 
