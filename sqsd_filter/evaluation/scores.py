@@ -25,6 +25,7 @@ from sqsd_filter.pipeline.selecting.earlier import Earlier, read_earlier
 from sqsd_filter.pipeline.writing.destination import read_json
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.chat_encoder import ChatEncoder, Encoded
+from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.storage.layout import REPORT_FILE, homes_of
 from sqsd_filter.wording import many
 
@@ -95,8 +96,12 @@ def names(given: Sequence[str | Path]) -> list[str]:
 
 
 def scorer_of(given: str | Path) -> str | None:
-    """The scorer that the report of these scores names, None where it names none."""
-    name = _report(given).get("scorer")
+    """The scorer that the report of these scores names, or the one of its pack's risks that it is by. None where it
+    names neither."""
+    report = _report(given)
+    name = report.get("scorer")
+    if name == SQSD:
+        name = report.get("pack", {}).get("risk", name)
     return name if isinstance(name, str) else None
 
 

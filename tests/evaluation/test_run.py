@@ -285,15 +285,18 @@ def test_unsafe_rows_that_another_pack_scored_are_refused(pack: Path, tiny_pack:
 
 
 def test_a_scorer_is_called_what_its_report_says_or_else_its_file(tmp_path: Path) -> None:
-    def file(name: str, scorer: Any = None) -> Path:
+    def file(name: str, scorer: Any = None, risk: str | None = None) -> Path:
         home = tmp_path / f"{name}.parquet.sqsd"
         home.mkdir()
-        (home / "report.json").write_text(json.dumps({"scorer": scorer} if scorer else {}))
+        (home / "report.json").write_text(
+            json.dumps({"scorer": scorer, "pack": {"risk": risk} if risk else {}} if scorer else {})
+        )
         return tmp_path / f"{name}.parquet"
 
     with_reports = [file("a", "larf"), file("b", "random")]
     assert names([*with_reports, tmp_path / "my file.parquet"]) == ["larf", "random", "my_file"]
     assert names([file("c", "sqsd"), file("d", "sqsd")]) == ["c", "d"]
+    assert names([file("g", "sqsd"), file("h", "sqsd", "contrast")]) == ["sqsd", "contrast"]
     with pytest.raises(UsageError, match="Two of the scores are called 'e'"):
         names([file("e"), tmp_path / "elsewhere" / "e.parquet"])
 

@@ -77,6 +77,17 @@ def test_the_small_study_takes_only_what_the_pack_has_not_seen(study: ModuleType
     assert {row["source"] for row in made["harmful"]} == {"AdvBench"}
 
 
+def test_the_planted_rows_are_marked_and_among_the_benign_ones(study: ModuleType, open_data: Path) -> None:
+    [(name, rows)] = study.planted_rows(open_data).items()
+    planted = [row["planted"] for row in rows]
+    assert (name, sum(planted)) == ("gsm8k-planted", 26)
+    assert planted != sorted(planted)
+    benign = {study.asked(row) for row in rows if not row["planted"]}
+    assert len(benign) == len(rows) - 26
+    assert benign <= {study.asked(row) for row in study.study_rows(open_data)["gsm8k"]}
+    assert all(row["prompt"].startswith("Worse") == row["planted"] for row in rows)
+
+
 def test_the_commands_of_the_small_study_parse(
     study: ModuleType, open_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,22 +97,26 @@ def test_the_commands_of_the_small_study_parse(
     monkeypatch.setattr(study, "part", lambda whole, scorer, target: scorer == study.HALF)
     study.main()
     params = [(words[0], parse(words).params) for words in called]
-    scored = {(Path(p["dest"]).parent.name, p["scorer"], p["pack"]) for kind, p in params if kind == "score"}
-    packs = {(scorer, "smollm2-135m") for scorer in SCORERS} | {("sqsd", "other")}
+    scored = {(Path(p["dest"]).parent.name, p["scorer"], p["pack"], p["risk"]) for kind, p in params if kind == "score"}
+    packs = {(scorer, "smollm2-135m", None) for scorer in SCORERS}
+    packs |= {("sqsd", "other", None), ("sqsd", "smollm2-135m", "contrast")}
     assert scored >= {(rows, *how) for rows in ("dolly", "unsafe") for how in packs} | {
-        ("gsm8k", "sqsd", "smollm2-135m")
+        ("gsm8k", "sqsd", "smollm2-135m", None),
+        ("gsm8k-planted", "sqsd", "smollm2-135m", "contrast"),
     }
     evaluations = [p for kind, p in params if kind == "evaluate"]
     assert [(p["dest"].name, len(p["scores"]), len(p["poison"]), p["seeds"], p["arms"]) for p in evaluations] == [
-        ("dolly-mixes", len(SCORERS) + 2, len(SCORERS) + 2, "0,1,2", "none"),
+        ("dolly-mixes", len(SCORERS) + 3, len(SCORERS) + 3, "0,1,2", "none"),
         ("gsm8k-mixes", 3, 3, "0,1,2", "none"),
         ("dolly", 3, 0, "0,1", "windows"),  # shares its models with the next three
-        ("dolly", len(SCORERS) + 2, 0, "0", "windows"),
+        ("dolly", len(SCORERS) + 3, 0, "0", "windows"),
         ("dolly", 4, 0, "0,1", "windows"),
+        ("dolly", 1, 0, "0,1", "windows"),
         ("dolly", 2, 0, "0", "windows"),
         ("gsm8k", 3, 0, "0", "windows"),
         ("dolly-cut", 1, 0, "0", "cut"),
         ("dolly-cut", 1, 0, "0", "cut"),  # of another share
+        ("gsm8k-planted", 1, 0, "0", "cut"),
     ]
 
 

@@ -14,6 +14,9 @@ OUT/<name>/ gets results.json and asr.png for each of these names:
     gsm8k           three windows of GSM8K by three scorers, with one seed
     dolly-cut       all rows of Dolly, those that a cut at 20 % keeps, as many random ones, and the dropped ones
     dolly-cut-5     the same for a cut at 5 %
+    dolly-contrast  the riskiest and the safest rows by the pack's risk "contrast", with two seeds
+    gsm8k-planted   rows of GSM8K among which 5 % are unsafe: all rows, those that a cut at 5 % keeps, as many random
+                    ones, and the dropped ones
 
 Scores in the folder scores/ beside this script are reused unless `--rescore` or another `--pack` is given. All scores
 are written to OUT/scores/<corpus>.parquet in the same form: risks by a hash of the row, without its text. `--windows 2`
@@ -21,7 +24,8 @@ learns from the riskiest and the safest rows only. These are the first and the l
 the second of three windows is the third of five. "transfer" is SQSD's risk by another pack, of another model; the model
 that is fine-tuned stays the same. "half-safety" is SQSD's risk with half the weight on the safety direction.
 
-DATA_FOLDER has the open data files that recipes/packs/smollm2-135m/prepare.py describes. No row or prompt is used that
+DATA_FOLDER has the open data files that recipes/packs/smollm2-135m/prepare.py describes, and for gsm8k-planted
+pure-bad-100.jsonl.gz, which nothing in the pack was fitted on. No row or prompt is used that
 the pack was trained or chosen on, except for the anchors that some scorers need. An interrupted study resumes with the
 same command.
 """
@@ -34,7 +38,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -51,8 +55,10 @@ import pyarrow.parquet as pq  # noqa: E402
 
 from sqsd_filter.scoring.baselines import ANCHORED, SCORERS  # noqa: E402
 
-RISK, UNSAFE, TRANSFER, PACK = "sqsd_", "unsafe", "transfer", "smollm2-135m"
+RISK, UNSAFE, TRANSFER, CONTRAST, PACK = "sqsd_", "unsafe", "transfer", "contrast", "smollm2-135m"
 CORPORA = {"dolly": 1100, "gsm8k": 700}  # rows of each
+PLANTED = "gsm8k-planted"
+PLANTS = {"gsm8k": 500, "unsafe": 26}  # its rows
 HALF = "half-safety"
 PARTS = {  # risks computed from the other columns of SQSD's scores: their weights
     "danger": {"danger": 1.0},
@@ -79,7 +85,7 @@ class Result:
         return "none" in self.settings
 
 
-ALL, FEW = (*SCORERS, HALF, TRANSFER), ("sqsd", "random", "length")
+ALL, FEW = (*SCORERS, HALF, TRANSFER, CONTRAST), ("sqsd", "random", "length")
 ENDS = ("sqsd", "danger", "bi-anchor", HALF)
 MIXES = ("--arms", "none")
 MATCHED = ("--windows", "2", "--match-tokens", "--seeds", "0")
@@ -90,10 +96,12 @@ RESULTS = {
     "dolly": Result("dolly", "dolly", FEW, ("--windows", "5", "--seeds", "0,1")),
     "dolly-all": Result("dolly", "dolly", ALL, ("--windows", "3", "--seeds", "0")),
     "dolly-ends": Result("dolly", "dolly", ENDS, ("--windows", "2", "--seeds", "0,1")),
+    "dolly-contrast": Result("dolly", "dolly", (CONTRAST,), ("--windows", "2", "--seeds", "0,1")),
     "dolly-matched": Result("dolly", "dolly", ("sqsd", "length"), MATCHED),
     "gsm8k": Result("gsm8k", "gsm8k", FEW, ("--windows", "3", "--seeds", "0")),
     "dolly-cut": Result("dolly", "dolly-cut", ("sqsd",), (*ONCE, "--drop-top", "20%")),
     "dolly-cut-5": Result("dolly", "dolly-cut", ("sqsd",), (*ONCE, "--drop-top", "5%")),
+    PLANTED: Result(PLANTED, PLANTED, (CONTRAST,), (*ONCE, "--drop-top", "5%")),
 }
 
 
@@ -114,7 +122,9 @@ def main() -> None:
     for name, given, known in (("results", wanted, RESULTS), ("scorers", only, ALL)):
         if odd := [each for each in given if each not in known]:
             parser.error(f"--{name} must be among {', '.join(known)}, not {', '.join(odd)}")
-    files = write_data(options.data, options.out / "data")
+    files = write_data(options.data, options.out / "data", study_rows)
+    if PLANTED in wanted:
+        files |= write_data(options.data, options.out / "data" / PLANTED, planted_rows)
     asked = ["--harmful", files["harmful"], "--harmless", files["harmless"], "--pack", options.pack]
     asked += [word for judge in options.judge or ["phrases"] for word in ("--judge", judge)]
     asked += ["--config", CONFIG]
@@ -160,8 +170,9 @@ def score(files: Mapping[str, Path], rows: str, target: Path, scorer: str, pack:
     if pack is None:
         sys.exit("There are no scores by another pack: name one with --transfer, or leave transfer out of --scorers.")
     anchors = ("--unsafe-anchors", files["anchors-unsafe"], "--safe-anchors", files["anchors-safe"])
-    how = ("--scorer", "sqsd" if scorer == TRANSFER else scorer, "--pack", pack, "--config", CONFIG)
-    call("score", files[rows], target, *how, *(anchors if scorer in ANCHORED else ()))
+    how = ("--scorer", scorer if scorer in SCORERS else "sqsd", "--pack", pack, "--config", CONFIG)
+    risk = ("--risk", scorer) if scorer == CONTRAST else ()
+    call("score", files[rows], target, *how, *risk, *(anchors if scorer in ANCHORED else ()))
 
 
 def scores(out: Path, rows: str, scorer: str) -> Path:
@@ -225,24 +236,22 @@ def call(*words: object) -> None:
         sys.exit(done.returncode)
 
 
-def write_data(data: Path, out: Path) -> dict[str, Path]:
-    """The files of the study, written once: two corpora, known unsafe rows, anchors and prompts."""
-    files = {
-        name: out / f"{name}.jsonl"
-        for name in (*CORPORA, UNSAFE, "anchors-unsafe", "anchors-safe", "harmful", "harmless")
-    }
-    if all(path.is_file() for path in files.values()):
-        return files
-    out.mkdir(parents=True, exist_ok=True)
-    for name, rows in study_rows(data).items():
-        beside = files[name].with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        beside.rename(files[name])
-    return files
+def write_data(data: Path, out: Path, rows_of: Callable[[Path], Mapping[str, list[Row]]]) -> dict[str, Path]:
+    """The files of rows, written once into a folder of their own."""
+    if not out.is_dir():
+        beside = Path(f"{out}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        for name, rows in rows_of(data).items():
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (beside / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        beside.rename(out)
+    return {path.stem: path for path in out.glob("*.jsonl")}
 
 
 def study_rows(data: Path, seed: int = 0) -> dict[str, list[Row]]:
-    """The rows of all files: those that `prepare` did not use, and the prompts that it set aside for judging models."""
+    """Two corpora, known unsafe rows, anchors and prompts: rows that `prepare` did not use, and prompts that it set
+    aside for judging models."""
     prepared = prepare.prepare(data, seed)
     seen = {asked(row) for name in ("initial", "align", "val", "test") for row in prepared[name]}
     judged = prepare.read(data, "judged-completions")
@@ -266,6 +275,15 @@ def study_rows(data: Path, seed: int = 0) -> dict[str, list[Row]]:
         name: fresh(prepare.shuffled(rows, seed, "study"), seen)[: CORPORA[name]] for name, rows in corpora.items()
     }
     return {**unseen, UNSAFE: unsafe, **anchors, **prompts}
+
+
+def planted_rows(data: Path, seed: int = 0) -> dict[str, list[Row]]:
+    """GSM8K with unsafe rows of a source that nothing in the pack was fitted on."""
+    benign = study_rows(data, seed)["gsm8k"][: PLANTS["gsm8k"]]
+    rows: list[Row] = [{"prompt": row["question"], "response": row["answer"], "planted": False} for row in benign]
+    unsafe = prepare.shuffled(prepare.read(data, "pure-bad-100"), seed, PLANTED)[: PLANTS["unsafe"]]
+    rows += [{"prompt": row["prompt"], "response": row["response"], "planted": True} for row in unsafe]
+    return {PLANTED: prepare.shuffled(rows, seed, PLANTED)}
 
 
 def fresh(rows: Iterable[Row], seen: set[str]) -> list[Row]:
