@@ -15,7 +15,7 @@ _SHOWN_LEVELS = ("50%", "95%", "99%", "99.9%", "100%")
 
 def inspection(report: Mapping[str, Any], *, modules: bool) -> str:
     """A pack as tables; with `modules` the norm of every module."""
-    base, passes = report["base"], len(report["states"])
+    base, linear = report["base"], report["linear"]
     lines = [f"{report['name']}   {report['fingerprint']}   {report['path']}"]
     revision = f" at {base['revision']}" if base["revision"] else ""
     aligned = f", with the adapter '{base['adapter']}' merged in" if base["adapter"] else ""
@@ -23,24 +23,25 @@ def inspection(report: Mapping[str, Any], *, modules: bool) -> str:
     template = report["chat_template_kwargs"]
     lines.append(f"rows      up to {report['max_length']:,} tokens" + (f", {json.dumps(template)}" if template else ""))
     shared = "; shared state" if report["shared_state"] else ""
-    lines.append(f"passes    {passes} per row{shared}: " + "; ".join(_pass(state) for state in report["states"]))
-    lines += [
-        "",
-        *_table(("probe", "weight", "direction", "state", "modules", "cos to state", "steers"), _probes(report)),
-    ]
-    lines += [_risk(name, probes) for name, probes in report["risks"].items() if name != report["risk"]]
+    if linear is None:
+        states = "; ".join(_pass(state) for state in report["states"])
+        lines.append(f"passes    {len(report['states'])} per row{shared}: {states}")
+        shown = ("probe", "weight", "direction", "state", "modules", "cos to state", "steers")
+        lines += ["", *_table(shown, _probes(report))]
+    else:
+        lines += ["passes    forward only, 1 per row", "", *_linear(linear)]
+    lines += [_risk(name, risk) for name, risk in report["risks"].items() if name != report["risk"]]
     adapters = report["adapters"]
     shape = ("adapter", "role", "rank", "α/r", "modules", "layers", "size", "‖V‖")
     lines += ["", *_table(shape, (_adapter(name, a) for name, a in adapters.items()))]
     lines += ["", *_table(("adapter", "trained on", "licence"), (_origin(name, a) for name, a in adapters.items()))]
-    lines += ["", *_norms("type", adapters), "", *_norms("layer", adapters)]
+    if linear is None:
+        lines += ["", *_norms("type", adapters), "", *_norms("layer", adapters)]
     if modules:
         lines += ["", *_modules(adapters)]
     if report["cosines"]:
         columns = ("directions", "modules", "cos", "mean of cos_m", "sum of cos_m")
         lines += ["", *_table(columns, (_cosine(pair) for pair in report["cosines"]))]
-    for name, contrast in report["contrasts"].items():
-        lines += ["", *_contrast(name, contrast)]
     lines += ["", *_validation(report["validation"]), "", *_reference(report), ""]
     lines += [f"! {flag['code']}: {flag['message']}" for flag in report["flags"]] or ["no flags"]
     return "\n".join(lines)
@@ -107,24 +108,38 @@ def _probes(report: Mapping[str, Any]) -> Iterator[Row]:
         yield p["name"], f"{p['weight']:+g}", p["direction"], p["state"], cover, cosine, steers
 
 
-def _risk(name: str, probes: Sequence[Mapping[str, Any]]) -> str:
-    total = " ".join(f"{p['weight']:+g} {p['name']} ('{p['direction']}' at '{p['state']}')" for p in probes)
+def _risk(name: str, risk: Mapping[str, Any]) -> str:
+    if "layers" in risk:
+        return f"risk '{name}' is a linear probe of {_layers(risk['layers'])}: --risk {name}"
+    total = " ".join(f"{p['weight']:+g} {p['name']} ('{p['direction']}' at '{p['state']}')" for p in risk["probes"])
     return f"risk '{name}' is {total}: --risk {name}"
 
 
-def _contrast(name: str, contrast: Mapping[str, Any]) -> list[str]:
-    """How a direction by contrast scores unsafe sources that it was not fitted on: each source against each other."""
-    found, settings = contrast["held_out"], contrast["settings"]
-    others = list(dict.fromkeys(other for each in found for other in each["auc"]))
-    head = (
-        f"'{name}' is a contrast at '{settings['state']}' of {contrast['rows']:,} rows, ridge {settings['ridge']:g}. "
+def _layers(layers: Sequence[int]) -> str:
+    return f"hidden states in layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+
+
+def _linear(linear: Mapping[str, Any]) -> list[str]:
+    """A linear probe, and how it scores unsafe sources that it was not fitted on: each source against each other."""
+    norms = ", ".join(f"{norm:.4g}" for norm in linear["norms"])
+    lines = [
+        f"'{linear['name']}' is a linear probe of {_layers(linear['layers'])}: {linear['weights']:,} weights of norm "
+        f"{norms} per layer, bias {linear['bias']:.4g}."
+    ]
+    if (record := linear["record"]) is None:
+        return lines
+    settings, found = record["settings"], record["held_out"]
+    lines.append(
+        f"It is fitted on {record['rows']:,} rows of up to {settings['max_length']:,} tokens, ridge "
+        f"{settings['ridge']:g} ({', '.join(_data(record['data']))}; {record['licence']}). Each unsafe source as scored "
+        "by fits without it:"
     )
-    head += "Each unsafe source as scored by fits without it:"
+    others = list(dict.fromkeys(other for each in found for other in each["auc"]))
     rows = [
         (other, *(f"{each['auc'][other]:.3f}" if other in each["auc"] else "-" for each in found)) for other in others
     ]
     rows.append(("above 99 % of all", *(f"{each['above']:.1%}" for each in found)))
-    return [head, *_table(("AUC against", *(f"{each['source']} ({each['rows']:,})" for each in found)), rows)]
+    return [*lines, *_table(("AUC against", *(f"{each['source']} ({each['rows']:,})" for each in found)), rows)]
 
 
 def _adapter(name: str, a: Mapping[str, Any]) -> Row:
@@ -148,7 +163,7 @@ def _origin(name: str, a: Mapping[str, Any]) -> Row:
 
 
 def _data(data: object) -> list[str]:
-    """The data of an adapter: a text, a dataset of the Hub, files, or the list that a contrast has."""
+    """The data of an adapter: a text, a dataset of the Hub, files, or the list that a linear probe has."""
     if isinstance(data, list):
         names = dict.fromkeys(name for each in data for name in _data(each.get("data")))
         return [*names, f"{sum(len(each.get('sources', ())) for each in data)} sources"]

@@ -186,7 +186,7 @@ risk = option(
     "--risk",
     show_default="the pack's own",
     metavar="NAME",
-    help="Compute another risk of the pack, as `pack inspect` lists them. The built-in pack has one called contrast.",
+    help="Compute another risk of the pack, as `pack inspect` lists them. The built-in pack has one called unsafe.",
 )
 shared_state = option(
     MODEL,

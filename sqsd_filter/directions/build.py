@@ -1,4 +1,4 @@
-"""Build a pack from a recipe: directions by SFT, by DPO or by contrast, states by SFT.
+"""Build a pack from a recipe: directions by SFT or by DPO, states by SFT, linear probes by regression.
 
 trl and peft train; this module resumes, chooses states, and records the provenance in the pack. An interrupted build
 resumes from its last checkpoint if the same recipe is built into the same folder again, even if settings that training
@@ -14,22 +14,22 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from sqsd_filter.directions import processes
 from sqsd_filter.directions.calibration import ReferenceCorpus, score_reference
-from sqsd_filter.directions.contrast.make import make_contrast, read_contrast
 from sqsd_filter.directions.data import TrainingData, prompt_of, read_data
+from sqsd_filter.directions.linear_probe.make import make_linear, read_known
 from sqsd_filter.directions.recipe import AdapterRecipe, PackRecipe
 from sqsd_filter.directions.state_rows import usable
 from sqsd_filter.directions.states import checkpoints, compare_states
 from sqsd_filter.directions.training import WORK_DIR, take_checkpoint, train
 from sqsd_filter.errors import DestinationExists, InputError, SQSDError
 from sqsd_filter.progress import Progress, Silent
-from sqsd_filter.scoring.pack import FORMAT, PACK_FILE, REFERENCE, Pack, Risk, load_pack
+from sqsd_filter.scoring.pack import FORMAT, PACK_FILE, REFERENCE, LinearProbe, Pack, Risk, load_pack
 from sqsd_filter.scoring.scorer import SQSDScorer
 from sqsd_filter.storage.folder import write_json, write_text
 from sqsd_filter.wording import many
@@ -66,13 +66,13 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
         if begun.read_text(encoding="utf-8") != plan:
             raise DestinationExists(f"{target} holds the build of another recipe: choose another folder or remove it.")
     # read all data before any training, so that a problem with the last adapter's shows now, not after hours
-    records = {name: target / name / "training.json" for name in (*recipe.adapters, *recipe.contrasts)}
+    records = {name: target / name / "training.json" for name in (*recipe.adapters, *recipe.linear)}
     data = {
         name: read_data(recipe, adapter)
         for name, adapter in recipe.adapters.items()
         if not _is_done(records[name], adapter)
     }
-    contrasts = {name: read_contrast(recipe, name) for name in recipe.contrasts}
+    known = {name: read_known(recipe, name) for name in recipe.linear}
     compared = _compared(recipe, target)
     references = _references(recipe)
     processes.wait()  # until all have read the folder as it was
@@ -88,14 +88,14 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
             name: _choose_state(recipe, name, compared, target, progress) for name in recipe.sensitive if compared
         }
     processes.wait()
-    for name, rows in contrasts.items():
-        make_contrast(recipe, name, rows, _unbuilt(recipe, target), work / name, progress)
     if processes.is_first():
+        for name, rows in known.items():
+            make_linear(recipe, name, rows, _unbuilt(recipe, target), progress)
         page = _pack(recipe, records, fingerprint, chosen)
         if references:
             built = _unbuilt(recipe, target)
             page[REFERENCE] = score_reference(SQSDScorer(built), references, progress)
-            for name in recipe.risks:
+            for name in built.risks:
                 progress.note(f"the same for the risk '{name}'")
                 record = score_reference(SQSDScorer(built.with_risk(name)), references, progress)
                 page["risks"][name][REFERENCE] = record
@@ -110,7 +110,7 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
 def _settings(recipe: PackRecipe) -> dict[str, Any]:
     """The whole recipe but its folder. A pack made by another recipe is not finished."""
     plan = asdict(recipe) | {"folder": None}
-    for name in ("reference", "contrasts", "risks"):
+    for name in ("reference", "linear", "risks"):
         if not plan[name]:
             del plan[name]  # as recipes were before there was one
     return plan
@@ -119,7 +119,7 @@ def _settings(recipe: PackRecipe) -> dict[str, Any]:
 def _trained(recipe: PackRecipe) -> dict[str, Any]:
     """The settings that checkpoints depend on. A build reuses them if anything else in its recipe has changed."""
     plan = _settings(recipe)
-    free = ("name", "probes", "risks", "contrasts", "states", "reference", "notes", "keep_checkpoints", "max_length")
+    free = ("name", "probes", "risks", "linear", "states", "reference", "notes", "keep_checkpoints", "max_length")
     for name in free:
         plan.pop(name, None)
     for name, adapter in plan["adapters"].items():
@@ -167,13 +167,15 @@ def _pack(
 
 
 def _risks(recipe: PackRecipe) -> dict[str, Any]:
-    return {name: {"probes": [asdict(p) for p in probes]} for name, probes in recipe.risks.items()}
+    probes = {name: {"probes": [asdict(p) for p in probes]} for name, probes in recipe.risks.items()}
+    return {**probes, **{name: {"layers": list(how.layers)} for name, how in recipe.linear.items()}}
 
 
 def _unbuilt(recipe: PackRecipe, target: Path) -> Pack:
     """The pack as it will be, for its settings; its adapters may not exist yet."""
     settings = ("base_model", "probes", "base_revision", "base_adapter", "chat_template_kwargs", "max_length")
     risks = {name: Risk(probes) for name, probes in recipe.risks.items()}
+    risks |= {name: Risk(linear=LinearProbe(name, how.layers)) for name, how in recipe.linear.items()}
     return Pack(target, recipe.name, **{key: getattr(recipe, key) for key in settings}, risks=risks)
 
 
@@ -196,8 +198,8 @@ def _references(recipe: PackRecipe) -> list[ReferenceCorpus]:
     used = {f"[adapters.{name}]": adapter for name, adapter in recipe.adapters.items()}
     used |= {"[states]": recipe.states.source} if recipe.states is not None else {}
     used |= {
-        f"[[contrasts.{name}.rows]] {number + 1}": table.source
-        for name, how in recipe.contrasts.items()
+        f"[[linear.{name}.rows]] {number + 1}": table.source
+        for name, how in recipe.linear.items()
         for number, table in enumerate(how.rows)
     }
     prompts = {
@@ -225,7 +227,7 @@ def _choose_state(
     assert how is not None
     candidates = checkpoints(target / WORK_DIR / name)
     record = compare_states(
-        replace(_unbuilt(recipe, target), probes=recipe.trained_probes),
+        _unbuilt(recipe, target),
         candidates,
         [turns for (turns,) in compared.examples],
         compared.positive,

@@ -15,13 +15,15 @@ from itertools import combinations
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from sqsd_filter.directions.flags import flags
 from sqsd_filter.directions.validation import verdicts
 from sqsd_filter.scoring.adapters import Adapter, inner, load_adapter, norm
+from sqsd_filter.scoring.linear_probe import load_weights
 from sqsd_filter.scoring.models import is_here
-from sqsd_filter.scoring.pack import ADAPTER_FILES, Pack, Probe
+from sqsd_filter.scoring.pack import ADAPTER_FILES, Pack, Probe, Risk
 from sqsd_filter.scoring.reference_rows import Reference
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")  # the first number in a module's name, and the name below that layer
@@ -32,8 +34,8 @@ def inspect_pack(pack: Pack) -> dict[str, Any]:
     """A report on a pack without its model. Numbers that are not finite are None.
 
     It has `probes`, `states` (adapter, scaling, and the probes that share the pass), `adapters` with norms per module,
-    `cosines` between each two directions, `risks` (the pack's others, with their probes), `contrasts` (how directions
-    by contrast were fitted), `validation` as recorded, and `flags`: likely problems, each with a code and a sentence
+    `cosines` between each two directions, `risks` (the pack's others, with their probes), `linear` (how a linear
+    probe was fitted), `validation` as recorded, and `flags`: likely problems, each with a code and a sentence
     that names the fix. Raises `PackError` if adapters can't be read or don't fit together.
     """
     adapters = {name: load_adapter(pack.adapter(name)) for name in pack.folders}
@@ -63,22 +65,32 @@ def inspect_pack(pack: Pack) -> dict[str, Any]:
         "validation": pack.notes.get("validation"),
     }
     report["risk"] = pack.risk
-    report["risks"] = {
-        name: [{"name": p.name, "weight": p.weight, "direction": p.direction, "state": p.state} for p in risk.probes]
-        for name, risk in pack.risks.items()
-    }
-    report["contrasts"] = {name: found for name in pack.folders if (found := _contrast(pack, name)) is not None}
+    report["risks"] = {name: _risk(risk) for name, risk in pack.risks.items()}
+    report["linear"] = _linear(pack)
     report["reference"] = _reference(pack)
     report["shared_state"] = pack.shared_state is not None
     return {**report, "flags": flags(report)}
 
 
-def _contrast(pack: Pack, name: str) -> dict[str, Any] | None:
-    """How a direction by contrast was fitted, and how it scores unsafe sources that a fit has not seen."""
-    entry = (pack.notes.get("provenance") or {}).get(name)
-    if not isinstance(entry, dict) or not isinstance(entry.get("held_out"), list):
+def _risk(risk: Risk) -> dict[str, Any]:
+    """The probes of another risk, or the layers that its linear probe reads."""
+    if risk.linear is not None:
+        return {"layers": list(risk.linear.layers)}
+    return {"probes": [{key: getattr(p, key) for key in ("name", "weight", "direction", "state")} for p in risk.probes]}
+
+
+def _linear(pack: Pack) -> dict[str, Any] | None:
+    """How the pack's linear probe was fitted, and how it scores unsafe sources that a fit has not seen. None where the
+    risk has none. Raises `PackError` if its weights can't be read."""
+    if pack.linear is None:
         return None
-    return {"settings": entry.get("settings"), "rows": entry.get("rows"), "held_out": entry["held_out"]}
+    weight_lsh, bias = load_weights(pack.path, pack.linear)
+    record = (pack.notes.get("provenance") or {}).get(pack.linear.name)
+    return {
+        **{"name": pack.linear.name, "layers": list(pack.linear.layers), "weights": weight_lsh.size, "bias": bias},
+        **{"norms": np.linalg.norm(weight_lsh, axis=(1, 2)).tolist()},
+        **{"record": record if isinstance(record, dict) else None},
+    }
 
 
 def _reference(pack: Pack) -> dict[str, Any]:

@@ -21,19 +21,19 @@ name = "danger"
 weight = 1.0
 direction = "danger"
 state = "initial"              # take_step = "sensitive" in its adapter chooses among its checkpoints
-[contrasts.danger]             # a direction that is not trained: see `contrast`
-state = "initial"              # the adapter at which gradients are taken
-[[contrasts.danger.rows]]
+[linear.unsafe]                # another risk: a linear probe of hidden states, fitted on known rows
+layers = [14, 20, 26]
+[[linear.unsafe.rows]]
 unsafe = true
 data = "unsafe.jsonl"
 by = "source"                  # rows of each value of this column count alike; the data are one source without it
-[[contrasts.danger.rows]]
+[[linear.unsafe.rows]]
 unsafe = false
 data = "benign.jsonl"
-[[risks.paper]]                # another risk of the pack, chosen by --risk: the same keys as in [[probes]]
+[[risks.danger]]               # another risk, of these probes: the same keys as in [[probes]]
 name = "danger"
 weight = 1.0
-direction = "sft"
+direction = "danger"
 state = "initial"
 [states]                       # the rows to choose by; benign ones suffice
 data = "benign.jsonl"
@@ -55,7 +55,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sqsd_filter.errors import InputError, UsageError
-from sqsd_filter.scoring.pack import CORE, PROBE_NAME, REFERENCE, RESERVED, Probe
+from sqsd_filter.scoring.pack import CORE, MOST_LAYERS, PROBE_NAME, REFERENCE, RESERVED, Probe
 from sqsd_filter.scoring.reference_rows import BENIGN, UNSAFE
 
 if TYPE_CHECKING:
@@ -202,8 +202,8 @@ class ReferenceRecipe(MeasuredRows):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContrastRows(MeasuredRows):
-    """Rows of a contrast: all `unsafe`, or none. `weight` says how much they count among the rows of their kind.
+class KnownRowsRecipe(MeasuredRows):
+    """Rows of a linear probe: all `unsafe`, or none. `weight` says how much they count among the rows of their kind.
 
     They are one source, called `name` (default: as their data, with the number of the table). With `by`, the rows of
     each value of this column are a source of their own, and these sources share the weight equally. All rows are taken
@@ -219,31 +219,33 @@ class ContrastRows(MeasuredRows):
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
-            raise UsageError(f"The weight of a contrast's rows must be above 0, not {self.weight!r}.")
+            raise UsageError(f"The weight of a linear probe's rows must be above 0, not {self.weight!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContrastRecipe:
-    """A direction that tells the updates of unsafe rows from those of others at a state, an adapter of the recipe.
+class LinearProbeRecipe:
+    """A linear probe of the hidden states at these layers, which tells unsafe rows from others.
 
-    `ridge` is λ of `contrast.ridge`: the larger it is, the nearer is the direction to the difference of the means. Rows
-    are truncated at `max_length` tokens.
+    `ridge` is λ of `linear_probe.fit`: the larger it is, the nearer is the direction to the difference of the means.
+    Rows are truncated at `max_length` tokens.
     """
 
-    state: str
-    rows: tuple[ContrastRows, ...]
+    layers: tuple[int, ...]
+    rows: tuple[KnownRowsRecipe, ...]
     ridge: float = 1.0
     max_length: int = 1024
 
     def __post_init__(self) -> None:
         if {each.unsafe for each in self.rows} != {True, False}:
             raise UsageError(
-                "A contrast needs rows with unsafe = true and rows with unsafe = false: add what it lacks."
+                "A linear probe needs rows with unsafe = true and rows with unsafe = false: add what it lacks."
             )
+        if not self.layers or not all(type(layer) is int and 0 < layer <= MOST_LAYERS for layer in self.layers):
+            raise UsageError(f"The layers of a linear probe must be numbers from 1 on, not {list(self.layers)}.")
         if not 0 < self.ridge < math.inf:
-            raise UsageError(f"The ridge of a contrast must be above 0, not {self.ridge!r}.")
+            raise UsageError(f"The ridge of a linear probe must be above 0, not {self.ridge!r}.")
         if self.max_length < 2:
-            raise UsageError("The max_length of a contrast must be at least 2 tokens.")
+            raise UsageError("The max_length of a linear probe must be at least 2 tokens.")
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ class PackRecipe:
     max_length: int = 1024
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     lora: LoraShape = field(default_factory=LoraShape)
-    contrasts: Mapping[str, ContrastRecipe] = field(default_factory=dict)
+    linear: Mapping[str, LinearProbeRecipe] = field(default_factory=dict)  # each is another risk of the pack
     risks: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
     states: StateRows | None = None
     reference: Mapping[str, ReferenceRecipe] = field(default_factory=dict)
@@ -296,7 +298,7 @@ class PackRecipe:
                 for name, table in data.get("adapters", {}).items()
             },
             "probes": tuple(_typed(Probe, table, "[[probes]]") for table in data.get("probes", [])),
-            "contrasts": {name: _contrast(table, name) for name, table in data.get("contrasts", {}).items()},
+            "linear": {name: _linear(table, name) for name, table in data.get("linear", {}).items()},
             "risks": {
                 name: tuple(_typed(Probe, table, f"[[risks.{name}]]") for table in tables)
                 for name, tables in data.get("risks", {}).items()
@@ -310,9 +312,9 @@ class PackRecipe:
                 name: _typed(ReferenceRecipe, table, f"[reference.{name}]") for name, table in data["reference"].items()
             }
         loaded = _typed(cls, recipe, str(path))
-        for probe in loaded.all_probes:
-            if not PROBE_NAME.fullmatch(probe.name) or probe.name in RESERVED:
-                raise UsageError(f"[[probes]]: '{probe.name}' can't be a probe's name: use another.")
+        for name in (*(probe.name for probe in loaded.all_probes), *loaded.linear):
+            if not PROBE_NAME.fullmatch(name) or name in RESERVED:
+                raise UsageError(f"The recipe {path}: '{name}' can't be a probe's name: use another.")
         if not loaded.probes:
             raise UsageError(f"The recipe {path} lacks [[probes]]: add what the pack needs.")
         loaded.check_adapters(path)
@@ -324,27 +326,15 @@ class PackRecipe:
         """The probes of the pack's own risk and of its others."""
         return [*self.probes, *(probe for probes in self.risks.values() for probe in probes)]
 
-    @property
-    def trained_probes(self) -> tuple[Probe, ...]:
-        """The probes by which a state is chosen: those of the first risk whose directions are all trained, since a
-        contrast is made at a state that is already chosen."""
-        for probes in (self.probes, *self.risks.values()):
-            if not {p.direction for p in probes} & set(self.contrasts):
-                return probes
-        return ()
-
     def check_adapters(self, path: Path) -> None:
-        """Raise `UsageError` if an adapter is missing, or its name is used twice."""
-        if twice := sorted(set(self.adapters) & set(self.contrasts)):
-            raise UsageError(f"The recipe {path} has an adapter and a contrast called '{twice[0]}': rename one.")
-        states = {*(p.state for p in self.all_probes), *(each.state for each in self.contrasts.values())}
-        used = states | {p.direction for p in self.all_probes} - set(self.contrasts)
+        """Raise `UsageError` if an adapter is missing, or a name is used twice."""
+        if twice := sorted(set(self.linear) & {*self.adapters, *self.risks}):
+            raise UsageError(f"The recipe {path} calls a linear probe '{twice[0]}', as something else: rename one.")
+        used = {name for p in self.all_probes for name in (p.state, p.direction)}
         used |= {self.base_adapter} if self.base_adapter else set()
         if missing := sorted(used - set(self.adapters)):
             names = ", ".join(f"[adapters.{name}]" for name in missing)
             raise UsageError(f"The recipe {path} lacks {names}: add what the pack needs.")
-        if unused := sorted(set(self.contrasts) - {p.direction for p in self.all_probes}):
-            raise UsageError(f"[contrasts.{unused[0]}] is no probe's direction: add a probe, or leave it out.")
 
     @property
     def sensitive(self) -> list[str]:
@@ -355,7 +345,7 @@ class PackRecipe:
         """Raise `UsageError` if [states] and the adapters to choose among don't fit together."""
         fixed = {self.base_adapter, *(p.direction for p in self.all_probes)}
         for name in self.sensitive:
-            if name in fixed or name not in {p.state for p in self.trained_probes}:
+            if name in fixed or name not in {p.state for p in self.probes}:
                 raise UsageError(
                     f"[adapters.{name}]: take_step = '{SENSITIVE}' is for an adapter that is only a state, not a "
                     "direction or the base adapter: give it a number of updates."
@@ -364,10 +354,10 @@ class PackRecipe:
             raise UsageError(f"[states] and an adapter with take_step = '{SENSITIVE}' need each other: give both.")
 
 
-def _contrast(table: Mapping[str, Any], name: str) -> ContrastRecipe:
-    where = f"[[contrasts.{name}.rows]]"
-    rows = tuple(_typed(ContrastRows, each, where) for each in table.get("rows", ()))
-    return _typed(ContrastRecipe, {**table, "rows": rows}, f"[contrasts.{name}]")
+def _linear(table: Mapping[str, Any], name: str) -> LinearProbeRecipe:
+    rows = tuple(_typed(KnownRowsRecipe, each, f"[[linear.{name}.rows]]") for each in table.get("rows", ()))
+    given = {key: tuple(value) if key == "layers" and isinstance(value, list) else value for key, value in table.items()}
+    return _typed(LinearProbeRecipe, {**given, "rows": rows}, f"[linear.{name}]")
 
 
 def _typed(kind: type[T], table: Mapping[str, Any], where: str) -> T:

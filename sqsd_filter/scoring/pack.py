@@ -7,10 +7,11 @@
 
 `direction` and `state` are adapter folders inside the pack. `state_scaling` null keeps the adapter's own α/r.
 `base_adapter`, if given, is an adapter folder that is merged into the base model first. `reference`, if given, is what
-known rows score (`reference_rows`). `risks` has other risks that the pack can compute, each with probes (and a
-reference) of its own:
+known rows score (`reference_rows`). `risks` has other risks that the pack can compute, each with a
+reference of its own, if it has one. They have probes like the pack's own, or are a linear probe of hidden states at
+some layers (`linear_probe`), whose weights are in a folder of the risk's name:
 
-     "risks": {"paper": {"probes": [...], "reference": {...}}}
+     "risks": {"other": {"probes": [...], "reference": {...}}, "unsafe": {"layers": [14, 20, 26]}}
 
 All other keys change no score.
 """
@@ -40,6 +41,8 @@ REFERENCE = "reference"  # the key of what reference rows score, in pack.json an
 RESERVED = ("risk", "status", "percentile", "weight", "reason", "file", "line", "raw")  # of other columns: sqsd_<name>
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+LINEAR_FILE = "linear_probe.safetensors"
+MOST_LAYERS = 10_000  # more than any model has
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,20 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Risk:
-    """Another risk of a pack: its probes, and what reference rows score by it (JSON), if that is known."""
+class LinearProbe:
+    """A linear probe of the model's hidden states at these layers. Its name is that of its folder and of its risk."""
 
-    probes: tuple[Probe, ...]
+    name: str
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Risk:
+    """Another risk of a pack: its probes, or a linear probe and no others. `reference` is what reference rows score by
+    it (JSON), if that is known."""
+
+    probes: tuple[Probe, ...] = ()
+    linear: LinearProbe | None = None
     reference: object = None
 
 
@@ -70,7 +83,8 @@ class Risk:
 class Pack:
     """A validated pack. It has the paths of the adapters; the scorer reads them.
 
-    `risk` names the one of its `risks` that it computes; None is the pack's own.
+    `risk` names the one of its `risks` that it computes; None is the pack's own. Where that one is `linear`, there are
+    no probes.
     """
 
     path: Path
@@ -84,6 +98,7 @@ class Pack:
     notes: Mapping[str, Any] = field(default_factory=dict)  # JSON: provenance, licences, quantiles; not interpreted
     risks: Mapping[str, Risk] = field(default_factory=dict)
     risk: str | None = None
+    linear: LinearProbe | None = None
 
     def adapter(self, name: str) -> Path:
         """The folder of one of the pack's adapters."""
@@ -123,6 +138,8 @@ class Pack:
 
         Raises `UsageError` where no probe is at that state.
         """
+        if self.linear is not None:
+            raise UsageError(f"The risk '{self.risk}' takes no gradients: leave out --shared-state.")
         scalings = {p.state: p.state_scaling for p in reversed(self.probes)}
         if state not in scalings:
             raise UsageError(
@@ -143,7 +160,7 @@ class Pack:
         other = self.risks[name]
         notes = {key: value for key, value in self.notes.items() if key != REFERENCE}
         notes |= {REFERENCE: other.reference} if other.reference is not None else {}
-        return replace(self, probes=other.probes, risk=name, notes=notes)
+        return replace(self, probes=other.probes, linear=other.linear, risk=name, notes=notes)
 
     def of_sign(self, sign: int) -> Pack:
         """The pack with only its danger probes, whose weight is positive, or (-1) only its safety probes. Its
@@ -160,7 +177,8 @@ class Pack:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over everything that can change a score: the settings and the adapters' bytes.
+        """16 hex digits over everything that can change a score: the settings, and the bytes of adapters and of a linear
+        probe's weights.
 
         The pack's name, its path and its notes are left out.
         """
@@ -173,11 +191,14 @@ class Pack:
         }
         if self.base_adapter:
             settings["base_adapter"] = self.base_adapter
+        files = [self.adapter(name) / file for name in self.folders for file in ADAPTER_FILES]
+        if self.linear is not None:
+            settings["linear"] = asdict(self.linear)
+            files.append(self.path / self.linear.name / LINEAR_FILE)
         digest.update(json.dumps(settings, sort_keys=True).encode())
-        for name in self.folders:
-            for file in ADAPTER_FILES:
-                with (self.adapter(name) / file).open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).digest())
+        for file in files:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).digest())
         return digest.hexdigest()
 
 
@@ -212,7 +233,7 @@ def _download(where: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = where.partition("@")
-    patterns = [PACK_FILE, *(f"*{name}" for name in ADAPTER_FILES)]
+    patterns = [PACK_FILE, *(f"*{name}" for name in (*ADAPTER_FILES, LINEAR_FILE))]
     with from_hub(f"pack '{where}'"):
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
 
@@ -258,7 +279,7 @@ def _read(folder: Path) -> Pack:
         max_length=_field(data, "max_length", int, path, 1024),
         probes=_probes(data.get("probes"), path),
         notes={k: v for k, v in data.items() if k not in CORE},
-        risks={name: _risk(entry, path) for name, entry in risks.items()},
+        risks={name: _risk(name, entry, path) for name, entry in risks.items()},
     )
     if pack.max_length < 2:
         raise PackError(f"{path}: max_length must be at least 2 tokens.")
@@ -269,6 +290,9 @@ def _read(folder: Path) -> Pack:
         for file in ADAPTER_FILES:
             if not (folder / name / file).is_file():
                 raise PackError(f"{path} names the adapter '{name}', but {folder / name / file} is missing.")
+    for name, risk in pack.risks.items():
+        if risk.linear is not None and not (weights := folder / name / LINEAR_FILE).is_file():
+            raise PackError(f"{path} has the linear probe '{name}', but {weights} is missing.")
     return pack
 
 
@@ -299,10 +323,16 @@ def _field(data: Mapping[str, Any], key: str, kind: type, path: Path, default: o
     return value
 
 
-def _risk(entry: object, path: Path) -> Risk:
+def _risk(name: str, entry: object, path: Path) -> Risk:
     if not isinstance(entry, dict):
         raise PackError(f"{path}: each of the risks must be an object, not {entry!r}.")
-    return Risk(_probes(entry.get("probes"), path), entry.get(REFERENCE))
+    reference = entry.get(REFERENCE)
+    if "layers" not in entry:
+        return Risk(_probes(entry.get("probes"), path), reference=reference)
+    layers = _field(entry, "layers", list, path)
+    if not layers or not all(type(layer) is int and 0 < layer <= MOST_LAYERS for layer in layers):
+        raise PackError(f"{path}: the layers of the risk '{name}' must be numbers from 1 on, not {layers!r}.")
+    return Risk(linear=LinearProbe(_column(name, path), tuple(layers)), reference=reference)
 
 
 def _probes(entries: object, path: Path) -> tuple[Probe, ...]:
@@ -328,6 +358,12 @@ def _probe(entry: object, path: Path) -> Probe:
         state=_field(entry, "state", str, path),
         state_scaling=None if scaling is None else float(scaling),
     )
-    if not PROBE_NAME.fullmatch(probe.name) or probe.name in RESERVED:
-        raise PackError(f"{path}: '{probe.name}' can't be a probe's name: it becomes the column sqsd_{probe.name}.")
+    _column(probe.name, path)
     return probe
+
+
+def _column(name: str, path: Path) -> str:
+    """The name of a probe. Raises `PackError` where no column can be called so."""
+    if not PROBE_NAME.fullmatch(name) or name in RESERVED:
+        raise PackError(f"{path}: '{name}' can't be a probe's name: it becomes the column sqsd_{name}.")
+    return name

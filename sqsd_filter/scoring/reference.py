@@ -1,7 +1,7 @@
 """The reference implementation, for tests and checks: one row at a time, with dense d_out × d_in matrices.
 
 It has the fast scorer's signature and tokens, but none of its maths: PEFT loads the adapters, autograd computes the
-gradients of lora_A and lora_B, and ΔW and V are formed as dense matrices.
+gradients of lora_A and lora_B, and ΔW and V are formed as dense matrices. A linear probe is a sum over tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sqsd_filter.scoring.adapters import load_adapter
 from sqsd_filter.scoring.chat_encoder import Encoded
+from sqsd_filter.scoring.linear_probe import load_weights
 from sqsd_filter.scoring.models import load_model
 from sqsd_filter.scoring.pack import Pack
 from sqsd_filter.scoring.results import ScoreCollector
@@ -26,6 +27,7 @@ from sqsd_filter.scoring.scorer_settings import ScorerSettings
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
 
 
 class ReferenceScorer(Scorer):
@@ -36,6 +38,7 @@ class ReferenceScorer(Scorer):
     def __init__(self, pack: str | Path | Pack, model: str | None = None, **settings: Unpack[ScorerSettings]) -> None:
         super().__init__(pack, model, **settings)
         self._peft: PeftModel | None = None
+        self._base: PreTrainedModel | None = None
         self.directions: dict[str, dict[str, torch.Tensor]] = {}  # V of each module, dense, by adapter
 
     @property
@@ -45,10 +48,16 @@ class ReferenceScorer(Scorer):
             self._peft = self._load()
         return self._peft
 
+    @property
+    def base(self) -> PreTrainedModel:
+        """The loaded model without adapters, the pack's base adapter merged."""
+        if self._base is None:
+            self._base = self._load_base()
+        return self._base
+
     def _score(self, rows: Mapping[int, Encoded], collector: ScoreCollector) -> None:
-        self.load()
         for k, row in rows.items():
-            collector.done([k], self.project(row))
+            collector.done([k], self.project(row) if self.pack.linear is None else self.probe(row))
 
     def load(self) -> None:
         """Load the model with every adapter of the pack and compute the dense directions, the first time."""
@@ -57,7 +66,7 @@ class ReferenceScorer(Scorer):
         for name in {p.direction for p in self.pack.probes}:
             self.directions[name] = {m: _multiplied(layer, name) for m, layer in self._layers(name)}
 
-    def _load(self) -> PeftModel:
+    def _load_base(self) -> PreTrainedModel:
         from peft import PeftModel
 
         dtype = getattr(torch, self.dtype)
@@ -71,13 +80,18 @@ class ReferenceScorer(Scorer):
         if (base := self.pack.base_folder) is not None:
             aligned = PeftModel.from_pretrained(model, str(base), autocast_adapter_dtype=False).to(dtype)
             model = aligned.merge_and_unload()
+        return model.eval()
+
+    def _load(self) -> PeftModel:
+        from peft import PeftModel
+
         first, *others = self.pack.adapters
         peft = PeftModel.from_pretrained(
-            model, str(self.pack.adapter(first)), adapter_name=first, autocast_adapter_dtype=False
+            self._load_base(), str(self.pack.adapter(first)), adapter_name=first, autocast_adapter_dtype=False
         )
         for name in others:
             peft.load_adapter(str(self.pack.adapter(name)), adapter_name=name, autocast_adapter_dtype=False)
-        peft.to(dtype).eval()
+        peft.to(getattr(torch, self.dtype)).eval()
         return peft
 
     @property
@@ -88,7 +102,7 @@ class ReferenceScorer(Scorer):
             name: sum(len(f.B) * f.A.shape[1] for f in adapter.factors.values()) for name, adapter in adapters.items()
         }
         directions = sum(values[name] for name in {p.direction for p in self.pack.probes})
-        update = max(values[p.state] for p in self.pack.probes)
+        update = max((values[p.state] for p in self.pack.probes), default=0)
         itemsize: int = getattr(torch, self.dtype).itemsize
         return (directions + 2 * update) * itemsize
 
@@ -104,6 +118,21 @@ class ReferenceScorer(Scorer):
                         cosine(update[m], V) for m, V in self.directions[probe.direction].items() if m in update
                     )
         return sums_1p
+
+    def probe(self, row: Encoded) -> np.ndarray:
+        """The risk of one row by the pack's linear probe: (1, 1)."""
+        assert self.pack.linear is not None
+        weight_lsh, risk = load_weights(self.pack.path, self.pack.linear)
+        ids = torch.from_numpy(row.ids).to(self.device)
+        with torch.no_grad():
+            hidden = self.base(input_ids=ids[None], use_cache=False, output_hidden_states=True).hidden_states
+        answer = [t for t in range(len(row)) if row.answer[t]]
+        before = [t - 1 for t in answer if not row.answer[t - 1]]
+        for layer, weights in zip(self.pack.linear.layers, weight_lsh, strict=True):
+            for positions, weight_h in zip((answer, before), weights, strict=True):
+                states = [hidden[layer][0, t].double().cpu().numpy() for t in positions]
+                risk += sum(float(state @ weight_h) for state in states) / len(states)
+        return np.array([[risk]])
 
     def update(self, row: Encoded, state: str, scaling: float | None) -> dict[str, torch.Tensor]:
         """ΔW (d_out, d_in) of every module that the state adapts."""

@@ -136,6 +136,8 @@ class Scorer:
     @property
     def weights(self) -> dict[str, float]:
         """The weight in the risk of each value that enters it, by the value's name."""
+        if (linear := self.pack.linear) is not None:
+            return {linear.name: 1.0}
         return {p.name: p.weight for p in self.pack.probes}
 
     @property
@@ -388,19 +390,25 @@ class SQSDScorer(BatchedScorer):
     ) -> None:
         """As `BatchedScorer`. With `per_module`, the cosine of each module is a value as well, named PROBE/MODULE."""
         super().__init__(pack, model, **settings)
+        if per_module and self.pack.linear is not None:
+            raise UsageError(f"The risk '{self.pack.risk}' has no cosine at each module: leave out --per-module.")
         self.per_module = per_module
         self._modules: dict[str, list[str]] | None = None
 
     @property
     def model(self) -> SQSDModel:
-        return cast("SQSDModel", super().model)  # what `_load` gives
+        return cast("SQSDModel", super().model)  # what `_load` gives for probes
 
     @property
     def passes(self) -> int:
-        """One at each state."""
-        return len({p.at for p in self.pack.probes})
+        """One at each state, or the one of a linear probe."""
+        return len({p.at for p in self.pack.probes}) or 1
 
-    def _load(self) -> SQSDModel:
+    def _load(self) -> RowModel:
+        if self.pack.linear is not None:
+            from sqsd_filter.scoring.linear_probe import LinearModel
+
+            return LinearModel.load(self)
         from sqsd_filter.scoring.scoring_model import SQSDModel
 
         model = SQSDModel.load(self)

@@ -15,11 +15,12 @@ from typing import Unpack
 
 import numpy as np
 
+from sqsd_filter.errors import UsageError
 from sqsd_filter.scoring.baselines.base import Baseline
 from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.pack import Pack
 from sqsd_filter.scoring.scorer import SQSDScorer
-from sqsd_filter.scoring.scorer_settings import SQSDSettings
+from sqsd_filter.scoring.scorer_settings import BatchedSettings, SQSDSettings
 from sqsd_filter.scoring.scoring_model import SQSDModel
 
 
@@ -62,6 +63,12 @@ class UnnormalisedScorer(Baseline):
 
     name = "unnormalised"
     model_type = UnnormalisedModel
+
+    def __init__(self, pack: str | Path | Pack, model: str | None = None, **settings: Unpack[BatchedSettings]) -> None:
+        """As `BatchedScorer`. Raises `UsageError` for a risk without projections."""
+        super().__init__(pack, model, **settings)
+        if self.pack.linear is not None:
+            raise UsageError(f"The risk '{self.pack.risk}' has no projections to leave unnormalised: leave out --risk.")
 
     @property
     def weights(self) -> dict[str, float]:

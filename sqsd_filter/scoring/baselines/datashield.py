@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from sqsd_filter.scoring.baselines.base import AnchoredScorer
-from sqsd_filter.scoring.baselines.hidden import HiddenStateModel, answer_mean, unit
+from sqsd_filter.scoring.baselines.hidden import HiddenStateModel, unit
+from sqsd_filter.scoring.hidden_states import answer_mean
 
 
 class DataShieldModel(HiddenStateModel):

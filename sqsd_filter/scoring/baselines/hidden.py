@@ -6,14 +6,11 @@ dimension of all anchors' readings is standardised, and they are projected on th
 means. The score is the share of the variance that lies between the kinds,
 
     CAS = vᵀ S_b v / vᵀ S_t v.
-
-Layers are numbered like the hidden states of transformers: layer l is the output of block l, the last one normalised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +18,7 @@ import torch
 
 from sqsd_filter.scoring.baselines.base import AnchoredScorer, finite, over_anchors
 from sqsd_filter.scoring.chat_encoder import Encoded
-from sqsd_filter.scoring.models import input_device
+from sqsd_filter.scoring.hidden_states import HiddenStates, exact
 from sqsd_filter.scoring.scoring_model import ScoringModel
 
 if TYPE_CHECKING:
@@ -34,8 +31,7 @@ class HiddenStateModel(ScoringModel):
 
     def __init__(self, model: PreTrainedModel, scorer: AnchoredScorer) -> None:
         super().__init__(model, scorer)
-        self.model = model
-        self._lock = Lock()
+        self.hidden = HiddenStates(model)
         readings = [self._read_anchors(scorer, rows) for rows in scorer.encoded_anchors()]
         by_layer = list(zip(*readings, strict=True))  # per layer, (n, h) of the unsafe and of the safe anchors
         separations = [separation(unsafe_nh, safe_nh) for unsafe_nh, safe_nh in by_layer]
@@ -56,7 +52,7 @@ class HiddenStateModel(ScoringModel):
 
     def project(self, rows: Sequence[Encoded]) -> np.ndarray:
         """The inner products of the rows' readings with the vectors: (b, v)."""
-        hidden, answer_bt = self._hidden(rows)
+        hidden, answer_bt = self.hidden.of(rows)
         reading_bh = self.read(exact(hidden[self.layer]), answer_bt.to(hidden[self.layer].device))
         products: np.ndarray = (reading_bh.cpu().double() @ self.vectors_vh.T).numpy()
         return products
@@ -66,41 +62,12 @@ class HiddenStateModel(ScoringModel):
         readings: dict[int, np.ndarray] = {}
 
         def run(members: list[int]) -> None:
-            hidden, answer_bt = self._hidden([rows[k] for k in members])
+            hidden, answer_bt = self.hidden.of([rows[k] for k in members])
             read = [self.read_anchor(exact(h), answer_bt.to(h.device)).cpu().double() for h in hidden[1:]]
             readings.update(zip(members, finite(torch.stack(read, dim=1)).numpy(), strict=True))
 
         over_anchors(self, scorer, rows, run)
         return np.stack([readings[k] for k in range(len(rows))], axis=1)
-
-    def _hidden(self, rows: Sequence[Encoded]) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
-        """The hidden states (b, t, h) of every layer and the answer mask (b, t), up to the last answer token."""
-        ids_bt, answer_bt = whole(rows, input_device(self.model))
-        with self._lock, torch.no_grad():  # some versions of transformers record the states in the model's own methods
-            output = self.model.base_model(input_ids=ids_bt, use_cache=False, output_hidden_states=True)
-        hidden_states: Sequence[torch.Tensor] = output.hidden_states
-        return hidden_states, answer_bt
-
-
-def whole(rows: Sequence[Encoded], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded inputs and answer masks (b, t) of all tokens up to the last one of the answer."""
-    ends = [int(np.flatnonzero(row.answer)[-1]) + 1 for row in rows]
-
-    def padded(sides: Sequence[np.ndarray]) -> torch.Tensor:
-        cut = [torch.from_numpy(side[:end]) for side, end in zip(sides, ends, strict=True)]
-        return torch.nn.utils.rnn.pad_sequence(cut, batch_first=True).to(device)
-
-    return padded([row.ids for row in rows]), padded([row.answer for row in rows])
-
-
-def exact(hidden_bth: torch.Tensor) -> torch.Tensor:
-    """In float32 at least."""
-    return hidden_bth.to(torch.promote_types(hidden_bth.dtype, torch.float32))
-
-
-def answer_mean(hidden_bth: torch.Tensor, answer_bt: torch.Tensor) -> torch.Tensor:
-    """(b, h): the mean over the answer's tokens. Pads never enter, whatever they hold."""
-    return torch.stack([own[mask].mean(0) for own, mask in zip(hidden_bth, answer_bt, strict=True)])
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

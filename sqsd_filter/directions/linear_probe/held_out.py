@@ -1,4 +1,4 @@
-"""Does a contrast point beyond its own rows? Every source of unsafe rows is scored by a fit that never saw it.
+"""Does a linear probe tell beyond its own rows? Every source of unsafe rows is scored by a fit that never saw it.
 
 Rows are split into `FOLDS` by their prompt. The rows of a fold, and of one unsafe source, are scored by a fit on the
 other folds without that source. So neither the source nor any prompt of what is compared was fitted on.
@@ -6,13 +6,13 @@ other folds without that source. So neither the source nor any prompt of what is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
 
-from sqsd_filter.directions.contrast.ridge import balanced, solve
+from sqsd_filter.directions.linear_probe.fit import balanced, solve
 from sqsd_filter.statistics import auc
 
 FOLDS = 4
@@ -31,7 +31,7 @@ class HeldOutSource(TypedDict):
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a contrast: `unsafe` (n,), the name of each row's `source` (n,), that source's `weight` (n,), and a
+    """The rows of a fit: `unsafe` (n,), the name of each row's `source` (n,), that source's `weight` (n,), and a
     number (n,) that rows with the same `prompt` share."""
 
     unsafe: np.ndarray
@@ -50,36 +50,35 @@ class Rows:
 Fit = tuple[str, int]  # the source and the fold that a fit has not seen
 
 
-def fits_without(rows: Rows, kernel_nn: np.ndarray, ridge: float) -> tuple[list[Fit], np.ndarray]:
-    """The fits that leave out one unsafe source and one fold, and their α (n, fits).
+def scores_without(rows: Rows, kernel_nn: np.ndarray, ridge: float) -> dict[Fit, np.ndarray]:
+    """Every row's risk (n,) by each fit that leaves out one unsafe source and one fold.
 
     With one unsafe source alone nothing would be left to fit on: its rows are then scored by fits on its other folds.
     """
-    names = rows.names(unsafe=True)
-    fits, alphas = [], [np.zeros((len(rows.unsafe), 0))]
+    names, scores = rows.names(unsafe=True), {}
     for name in names:
         for fold in range(FOLDS):
             seen_n = (rows.source != name) | ~rows.unsafe | (len(names) == 1)
             weights_n = np.where(seen_n & (rows.fold != fold), rows.weight, 0.0)
             if (weights_n[rows.unsafe] > 0).any() and (weights_n[~rows.unsafe] > 0).any():
                 weights_n = balanced(rows.unsafe, rows.source, weights_n)
-                fits.append((name, fold))
-                alphas.append(solve(kernel_nn, rows.unsafe, weights_n, ridge)[:, None])
-    return fits, np.concatenate(alphas, axis=1)
+                alpha_n, bias = solve(kernel_nn, rows.unsafe, weights_n, ridge)
+                scores[name, fold] = kernel_nn @ alpha_n + bias
+    return scores
 
 
 def figures(
-    rows: Rows, fits: Sequence[Fit], scores_nf: np.ndarray, limit_n: np.ndarray | None = None
+    rows: Rows, scores: Mapping[Fit, np.ndarray], limit_n: np.ndarray | None = None
 ) -> list[HeldOutSource]:
-    """How the fits score what they have not seen; `scores_nf` has every row's score by every fit. `limit_n` has other
-    weights (n,) of the rows whose 99 % is the limit."""
+    """How the fits score what they have not seen. `limit_n` has other weights (n,) of the rows whose 99 % is the
+    limit."""
     weights_n = balanced(rows.unsafe, rows.source, rows.weight) if limit_n is None else limit_n
     found: list[HeldOutSource] = []
     for name in rows.names(unsafe=True):
         score_n = np.full(len(rows.unsafe), np.nan)
-        for k, (of, fold) in enumerate(fits):
-            if of == name:
-                score_n[rows.fold == fold] = scores_nf[rows.fold == fold, k]
+        for fold in range(FOLDS):
+            if (name, fold) in scores:
+                score_n[rows.fold == fold] = scores[name, fold][rows.fold == fold]
         known_n = ~np.isnan(score_n)
         own = score_n[known_n & rows.unsafe & (rows.source == name)]
         rest_n = known_n & ~rows.unsafe
