@@ -356,7 +356,9 @@ class PackRecipe:
 
 def _linear(table: Mapping[str, Any], name: str) -> LinearProbeRecipe:
     rows = tuple(_typed(KnownRowsRecipe, each, f"[[linear.{name}.rows]]") for each in table.get("rows", ()))
-    given = {key: tuple(value) if key == "layers" and isinstance(value, list) else value for key, value in table.items()}
+    given = {
+        key: tuple(value) if key == "layers" and isinstance(value, list) else value for key, value in table.items()
+    }
     return _typed(LinearProbeRecipe, {**given, "rows": rows}, f"[linear.{name}]")
 
 

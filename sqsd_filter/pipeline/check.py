@@ -219,7 +219,7 @@ class _Check:
             self._compare(name, asked, alone, fix="--token-budget 1", exact=scorer.dtype != "bfloat16")
         else:
             self.skipped.append({"name": name, "why": "no batch holds two of these rows"})
-        model = scorer.model.gradient.model
+        model = scorer.model.model
         self.parameters = sum(p.numel() for p in model.parameters())
         kernel = str(model.config._attn_implementation)  # noqa: SLF001  (transformers has no public name for it)
         return asked, kernel, list(dict.fromkeys(name for name in (kernel, *_kernels(model)) if name != "eager"))

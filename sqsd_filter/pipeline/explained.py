@@ -23,7 +23,9 @@ def check_explain(count: int | None, dest: str | Path, scorer: BatchedScorer | N
         return
     if scorer is not None and (not isinstance(scorer, SQSDScorer) or scorer.pack.linear is not None):
         which = f"scorer {scorer.name}" if not isinstance(scorer, SQSDScorer) else f"risk {scorer.pack.risk}"
-        raise UsageError(f"{option('explain')} takes the cosines of SQSD apart, and the {which} has none: leave it out.")
+        raise UsageError(
+            f"{option('explain')} takes the cosines of SQSD apart, and the {which} has none: leave it out."
+        )
     if count < 1:
         raise UsageError(f"{option('explain')} must be a number of rows, 1 or more, not {count}.")
     if count > MOST:

@@ -60,6 +60,7 @@ class ScoringModel:
     """A loaded model, with the number of threads and the token budget that suit its device."""
 
     def __init__(self, model: PreTrainedModel, settings: ModelSettings) -> None:
+        self.model = model
         device = input_device(model)
         config = model.config.get_text_config()
         # On a CPU each micro-batch runs in a thread of its own: scores then don't depend on the number of threads, and

@@ -67,9 +67,7 @@ def balanced(unsafe_n: np.ndarray, source_n: np.ndarray, weight_n: np.ndarray) -
     return mean_1_n
 
 
-def solve(
-    kernel_nn: np.ndarray, unsafe_n: np.ndarray, weights_n: np.ndarray, ridge: float
-) -> tuple[np.ndarray, float]:
+def solve(kernel_nn: np.ndarray, unsafe_n: np.ndarray, weights_n: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
     """α (n,) and b; α is 0 for rows without weight. Raises `numpy.linalg.LinAlgError` where there is no solution."""
     used = np.flatnonzero(weights_n)
     n = len(used)

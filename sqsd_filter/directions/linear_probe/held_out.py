@@ -67,9 +67,7 @@ def scores_without(rows: Rows, kernel_nn: np.ndarray, ridge: float) -> dict[Fit,
     return scores
 
 
-def figures(
-    rows: Rows, scores: Mapping[Fit, np.ndarray], limit_n: np.ndarray | None = None
-) -> list[HeldOutSource]:
+def figures(rows: Rows, scores: Mapping[Fit, np.ndarray], limit_n: np.ndarray | None = None) -> list[HeldOutSource]:
     """How the fits score what they have not seen. `limit_n` has other weights (n,) of the rows whose 99 % is the
     limit."""
     weights_n = balanced(rows.unsafe, rows.source, rows.weight) if limit_n is None else limit_n

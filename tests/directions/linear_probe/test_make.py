@@ -150,7 +150,9 @@ def test_inspect_shows_the_probe_and_how_far_it_points(made: Pack, capsys: pytes
     cli.main(["pack", "inspect", str(made.path), "--risk", "unsafe"], standalone_mode=False)
     shown = capsys.readouterr().out
     assert "'unsafe' is a linear probe of hidden states in layers 1, 2: " in shown
-    assert "fitted on 46 rows of up to 48 tokens, ridge 0.5 (unsafe.jsonl, plain.jsonl, short.jsonl, 4 sources;" in shown
+    assert (
+        "fitted on 46 rows of up to 48 tokens, ridge 0.5 (unsafe.jsonl, plain.jsonl, short.jsonl, 4 sources;" in shown
+    )
     assert "one (10)" in shown
     auc = made.notes["provenance"]["unsafe"]["held_out"][0]["auc"]["plain 2"]
     [line] = [line for line in shown.splitlines() if line.startswith("plain 2 ")]
@@ -189,9 +191,7 @@ def test_rows_count_once_and_not_for_both_kinds(recipe: Path) -> None:
     assert set(data.rows) == {conversation_key(row.turns).hex() for row in data.rows.values()}
     shared = {**rows[30], "output": "NO! " + rows[30]["output"].upper()}
     write_jsonl(recipe.with_name("plain.jsonl"), [*rows[50:70], shared])
-    with pytest.raises(
-        InputError, match=r"^\[linear.unsafe\] has a row that is unsafe in one of its tables and not"
-    ):
+    with pytest.raises(InputError, match=r"^\[linear.unsafe\] has a row that is unsafe in one of its tables and not"):
         read_known(loaded, "unsafe")
 
 
