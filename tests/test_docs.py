@@ -143,19 +143,23 @@ def test_the_results_in_the_readme_are_those_of_the_study() -> None:
     assert f"left {kept} instead of the {chance} after" in " ".join(section.split())
 
 
-def test_what_the_contrast_finds_is_what_its_build_and_its_recipe_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    section = DOCS["docs/packs.md"].partition("\n## The risk contrast\n")[2]
-    record = json.loads((ROOT / "sqsd_filter/packs/smollm2-135m/pack.json").read_text())["provenance"]["contrast"]
+def test_what_the_risk_unsafe_finds_is_what_its_build_and_its_recipe_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = DOCS["docs/packs.md"].partition("\n## The risk unsafe\n")[2]
+    record = json.loads((ROOT / "sqsd_filter/packs/smollm2-135m/pack.json").read_text())["provenance"]["unsafe"]
     assert f"{record['rows']:,} rows of at most {record['settings']['max_length']} tokens" in section
     for other in record["held_out"][0]["auc"]:
         cells = " | ".join(f"{each['auc'][other]:.2f}" for each in record["held_out"])
         assert f"| {other} | {cells} |" in section
     above = " | ".join(f"{100 * each['above']:.0f} %" for each in record["held_out"])
     assert f"| above 99 % of all | {above} |" in section
+    folder = ROOT / "recipes/packs/smollm2-135m"
     beyond = load_script("packs/smollm2-135m/beyond.py", monkeypatch)
-    found = json.loads((ROOT / "recipes/packs/smollm2-135m/beyond.json").read_text())
-    for name, figures in found.items():
+    for name, figures in json.loads((folder / "beyond.json").read_text()).items():
         assert beyond.table(name, figures) in section
+    trials = load_script("packs/smollm2-135m/trials.py", monkeypatch)
+    tried = json.loads((folder / "trials.json").read_text())
+    assert list(tried) == list(trials.TRIALS)
+    assert trials.table(tried) in section
 
 
 def test_the_validation_of_the_built_in_pack_is_what_its_recipe_found() -> None:

@@ -129,10 +129,10 @@ def _linear(linear: Mapping[str, Any]) -> list[str]:
     if (record := linear["record"]) is None:
         return lines
     settings, found = record["settings"], record["held_out"]
+    origin = "; ".join([", ".join(_data(record["data"])), *([record["licence"]] if record["licence"] else [])])
     lines.append(
         f"It is fitted on {record['rows']:,} rows of up to {settings['max_length']:,} tokens, ridge "
-        f"{settings['ridge']:g} ({', '.join(_data(record['data']))}; {record['licence']}). Each unsafe source as scored "
-        "by fits without it:"
+        f"{settings['ridge']:g} ({origin}). Each unsafe source as scored by fits without it:"
     )
     others = list(dict.fromkeys(other for each in found for other in each["auc"]))
     rows = [

@@ -141,9 +141,12 @@ def _threshold(selection: Selection | None) -> float | None:
 
 
 def _without(pack: Pack) -> str:
+    which = f"risk {pack.risk} of the pack {pack.name}" if pack.risk else f"pack {pack.name}"
+    others = [name for name, risk in pack.risks.items() if risk.reference is not None and name != pack.risk]
+    other = f"choose its risk {others[0]} (--risk {others[0]}), which has some, or " if others else ""
     return (
-        f"The pack {pack.name} has no reference rows to compare with: run 'sqsd-filter pack calibrate' on its folder, "
-        "or on a copy of it."
+        f"The {which} has no reference rows to compare with: {other}run 'sqsd-filter pack calibrate' on its folder, or "
+        "on a copy of it."
     )
 
 

@@ -177,8 +177,7 @@ class Pack:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over everything that can change a score: the settings, and the bytes of adapters and of a linear
-        probe's weights.
+        """16 hex digits over everything that can change a score: the settings, and the bytes of adapters and weights.
 
         The pack's name, its path and its notes are left out.
         """

@@ -296,7 +296,7 @@ def test_a_scorer_is_called_what_its_report_says_or_else_its_file(tmp_path: Path
     with_reports = [file("a", "larf"), file("b", "random")]
     assert names([*with_reports, tmp_path / "my file.parquet"]) == ["larf", "random", "my_file"]
     assert names([file("c", "sqsd"), file("d", "sqsd")]) == ["c", "d"]
-    assert names([file("g", "sqsd"), file("h", "sqsd", "contrast")]) == ["sqsd", "contrast"]
+    assert names([file("g", "sqsd"), file("h", "sqsd", "unsafe")]) == ["sqsd", "unsafe"]
     with pytest.raises(UsageError, match="Two of the scores are called 'e'"):
         names([file("e"), tmp_path / "elsewhere" / "e.parquet"])
 

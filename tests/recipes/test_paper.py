@@ -99,10 +99,10 @@ def test_the_commands_of_the_small_study_parse(
     params = [(words[0], parse(words).params) for words in called]
     scored = {(Path(p["dest"]).parent.name, p["scorer"], p["pack"], p["risk"]) for kind, p in params if kind == "score"}
     packs = {(scorer, "smollm2-135m", None) for scorer in SCORERS}
-    packs |= {("sqsd", "other", None), ("sqsd", "smollm2-135m", "contrast")}
+    packs |= {("sqsd", "other", None), ("sqsd", "smollm2-135m", "unsafe")}
     assert scored >= {(rows, *how) for rows in ("dolly", "unsafe") for how in packs} | {
         ("gsm8k", "sqsd", "smollm2-135m", None),
-        ("gsm8k-planted", "sqsd", "smollm2-135m", "contrast"),
+        ("gsm8k-planted", "sqsd", "smollm2-135m", "unsafe"),
     }
     evaluations = [p for kind, p in params if kind == "evaluate"]
     assert [(p["dest"].name, len(p["scores"]), len(p["poison"]), p["seeds"], p["arms"]) for p in evaluations] == [

@@ -100,7 +100,7 @@ def test_check_and_inspect_know_it(probed: Path) -> None:
     assert exit_code("pack", "inspect", str(probed), "--risk", "unsafe", "--modules") == 0
 
 
-def test_reference_rows_give_it_a_meaning(probed: Path) -> None:
+def test_reference_rows_give_it_a_meaning(probed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_jsonl(Path("plain.jsonl"), make_rows(60)[20:])
     cli.main(
         ["pack", "calibrate", str(probed), "--benign", "plain.jsonl", "--risk", "unsafe", "-q"], standalone_mode=False
@@ -110,6 +110,8 @@ def test_reference_rows_give_it_a_meaning(probed: Path) -> None:
     words = ["in.jsonl", "out", "--above-reference", "90%", "--pack", str(probed), "--risk", "unsafe", "-q"]
     cli.main(words, standalone_mode=False)
     assert read_report(Path("out"))["reference"]["threshold"] == sorted(reference["corpora"][0]["risks"])[35]
+    assert exit_code("in.jsonl", "own", "--above-reference", "90%", "--pack", str(probed)) == 2
+    assert "choose its risk unsafe (--risk unsafe), which has some, or run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

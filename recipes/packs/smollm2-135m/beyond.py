@@ -1,8 +1,8 @@
 """How do risks do on sources and forms of rows that nothing was fitted on?
 
-    python beyond.py DATA_FOLDER WORK [--pack PACK] [--risks own,contrast] [--out beyond.json]
+    python beyond.py DATA_FOLDER WORK [--pack PACK] [--risks own,unsafe] [--out beyond.json]
 
-DATA_FOLDER has what prepare.py and contrast.py wrote. Each risk scores the same rows: `GROUPS` of them. Scores are kept
+DATA_FOLDER has what prepare.py and known_rows.py wrote. Each risk scores the same rows: `GROUPS` of them. Scores stay
 in WORK, so that an interrupted run goes on, and further risks may be added later. A risk is "own" (the pack's), one of
 the pack's other risks, or a scorer of `sqsd-filter --scorer` that needs no anchors.
 
@@ -42,14 +42,14 @@ class Group:
 
 
 GROUPS = {
-    "pure-bad": Group(UNSAFE, "contrast", {"use": "judge", "source": "pure-bad"}, 100),
+    "pure-bad": Group(UNSAFE, "known", {"use": "judge", "source": "pure-bad"}, 100),
     "jailbreakbench": Group(UNSAFE, "test", {"group": "unsafe"}),
     "dolly": Group(BENIGN, "reference-dolly", {}, 200),
     "gsm8k": Group(BENIGN, "reference-gsm8k", {}, 200),
     "labels": Group(BENIGN, "reference-labels", {}, 200),
-    "reviews": Group(BENIGN, "contrast", {"use": "judge", "form": "reviews"}),
-    "news": Group(BENIGN, "contrast", {"use": "judge", "form": "news"}),
-    "safety-answers": Group(HARD, "contrast", {"use": "judge", "source": "safety-answers"}),
+    "reviews": Group(BENIGN, "known", {"use": "judge", "form": "reviews"}),
+    "news": Group(BENIGN, "known", {"use": "judge", "form": "news"}),
+    "safety-answers": Group(HARD, "known", {"use": "judge", "source": "safety-answers"}),
     "jailbreakbench-safe": Group(HARD, "test", {"group": "safe"}),
     "looks-unsafe": Group(HARD, "test", {"group": "xstest"}),
 }

@@ -1,12 +1,13 @@
-"""Which rows, weights and ridge make the contrast that points furthest? Each trial scores sources that it has not seen.
+"""Which layers, rows, weights and ridge make the linear probe that points furthest? Each trial scores sources that it
+has not seen.
 
     python trials.py DATA_FOLDER WORK [--pack PACK] [--out trials.json]
 
-DATA_FOLDER has the contrast.jsonl of contrast.py. The updates of all its rows are measured once and kept in WORK (about
-an hour on two cores, 5 MB a row); all trials together then read them twice. Every unsafe source, also those for judging
-only, is scored by fits that have seen neither the source nor any prompt of what is compared, four fits for each. For
-each trial and source the result has the AUC against each group of other rows, and the share above 99 % of the rows of
-Dolly, GSM8K and one-word tasks, of which each row weighs the same.
+DATA_FOLDER has the known.jsonl of known_rows.py. The hidden states of all its rows are read once and kept in WORK (half
+an hour on two cores). Every unsafe source, also those for judging only, is scored by fits that have seen neither the
+source nor any prompt of what is compared, four fits for each. For each trial and source the result has the AUC against
+each group of other rows, and the share above 99 % of the rows of Dolly, GSM8K and one-word tasks, of which each row
+weighs the same. `others` has the share of each group of other rows above the same limit, by the fits without pure-bad.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,16 @@ import numpy as np
 
 from sqsd_filter.cli.output import Display
 from sqsd_filter.corpus.conversation import Message, conversation_key
-from sqsd_filter.directions.contrast.held_out import Rows, figures, fits_without
-from sqsd_filter.directions.contrast.make import measure, open_store
-from sqsd_filter.directions.contrast.ridge import apply, kernel
-from sqsd_filter.directions.contrast.updates import UpdateSpace
-from sqsd_filter.scoring.adapters import load_adapter
-from sqsd_filter.scoring.pack import Probe, load_pack
-from sqsd_filter.scoring.scorer import SQSDScorer
+from sqsd_filter.directions.linear_probe.fit import Standardised
+from sqsd_filter.directions.linear_probe.held_out import LEVEL, Rows, figures, of_fold, scores_without
+from sqsd_filter.directions.linear_probe.make import KnownRow, read_states
+from sqsd_filter.scoring.pack import LinearProbe, load_pack
 
-STATE, MAX_LENGTH = "initial", 256
+MAX_LENGTH = 256
+LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29)  # that are read
 EASY = ("dolly", "short", "gsm8k", "labels", "reviews", "news")  # benign groups that make the limit
-UNSAFE = {"judged": 4.0, "xstest": 3.0, "smollm2": 3.0}
+ANSWER, START = 0, 1  # what is read at a layer
+UNSAFE = {"judged": 4.0, "xstest": 3.0, "smollm2": 3.0, "asked": 3.0}
 OTHERS = {
     **{"dolly": 35.0, "short": 4.0, "labels": 6.0, "gsm8k": 6.0, "smollm2 (benign)": 12.0, "looks unsafe": 8.0},
     **{"judged (safe)": 12.0, "xstest (safe)": 9.0, "smollm2 (safe)": 9.0},
@@ -44,25 +44,34 @@ CHATS, AGREEING = {"hh": 3.0}, {"bare": 3.0}
 
 @dataclass(frozen=True)
 class Trial:
-    """The weights of the sources that are fitted on, the ridge, and the share of the rows that is used. Without
-    weights, each row of the sources counts the same."""
+    """The weights of the sources that are fitted on, the layers and what is read there, the ridge, and the share of the
+    rows that is used."""
 
     unsafe: Mapping[str, float] = field(default_factory=lambda: UNSAFE)
     others: Mapping[str, float] = field(default_factory=lambda: OTHERS)
-    ridge: float = 0.3
+    layers: tuple[int, ...] = (14, 20, 26)
+    read: tuple[int, ...] = (ANSWER, START)
+    ridge: float = 0.5
     share: float = 1.0
 
 
 PLAIN = dict.fromkeys(OTHERS, 1.0)
 TRIALS = {
     "as built": Trial(),
-    **{f"ridge {ridge:g}": Trial(ridge=ridge) for ridge in (0.03, 1.0, 3.0, 10.0)},
-    **{f"{share:.0%} of the rows": Trial(share=share) for share in (0.5, 0.25, 0.125)},
+    **{f"ridge {ridge:g}": Trial(ridge=ridge) for ridge in (0.05, 0.15, 1.5, 5.0)},
+    **{f"layer {layer}": Trial(layers=(layer,)) for layer in (2, 8, 14, 20, 26, 29)},
+    "layers 8, 14, 20, 26": Trial(layers=(8, 14, 20, 26)),
+    "all ten layers": Trial(layers=LAYERS),
+    "answers alone": Trial(read=(ANSWER,)),
+    "their starts alone": Trial(read=(START,)),
+    **{f"{share:.1%} of the rows": Trial(share=share) for share in (0.5, 0.25, 0.125)},
     "equal sources": Trial(dict.fromkeys(UNSAFE, 1.0), PLAIN),
+    "twice the weight for what looks unsafe": Trial(others=OTHERS | {"looks unsafe": 16.0, "judged (safe)": 24.0}),
     "with chats (hh)": Trial(UNSAFE | CHATS, OTHERS | {"hh (safe)": 6.0}),
     "with mere agreement (bare)": Trial(UNSAFE | AGREEING, OTHERS | {"bare (benign)": 4.0}),
+    "without answers to chats (asked)": Trial({name: w for name, w in UNSAFE.items() if name != "asked"}),
     "without the model's own answers": Trial(
-        {name: weight for name, weight in UNSAFE.items() if name != "smollm2"},
+        {name: weight for name, weight in UNSAFE.items() if name not in ("smollm2", "asked")},
         {name: weight for name, weight in OTHERS.items() if not name.startswith("smollm2")},
     ),
     "without safe answers": Trial(others={n: weight for n, weight in OTHERS.items() if not n.endswith("(safe)")}),
@@ -78,31 +87,46 @@ def main() -> None:
     parser.add_argument("--pack", default="smollm2-135m")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     options = parser.parse_args()
-    pack = load_pack(options.pack)
-    pack = replace(pack, probes=(Probe("danger", 1.0, STATE, STATE),))
-    scorer, space = SQSDScorer(pack, max_length=MAX_LENGTH), UpdateSpace(load_adapter(pack.adapter(STATE)))
-    store = open_store(options.work, scorer, space)
-    lines = (options.data / "contrast.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (options.data / "known.jsonl").read_text(encoding="utf-8").splitlines()
     rows = {conversation_key(turns(row)).hex(): row for row in map(json.loads, lines)}
-    measure(scorer, {key: turns(row) for key, row in rows.items()}, store, Display())
-    known = store.places()
-    keys = [key for key in rows if key in known]
-    measured = [rows[key] for key in keys]
-    modules = [module.where for module in space.modules.values()]
-    vectors = store.vectors(keys)
-    kernel_nn = kernel(vectors, modules)
-    plans = {name: plan(trial, measured) for name, trial in TRIALS.items()}
-    fits = {name: fits_without(plans[name], kernel_nn, trial.ridge) for name, trial in TRIALS.items()}
-    _, scores_nf = apply(vectors, modules, np.concatenate([alpha_nf for _, alpha_nf in fits.values()], axis=1))
+    read = states(rows, options.work, options.pack)
+    measured = [rows[key] for key in read]
+    read_nlsh = np.stack(list(read.values()))
     limit_n = np.array([float(group(row) in EASY) for row in measured])
-    result: dict[str, Any] = {}
-    start = 0
-    for name, (of, _) in fits.items():
-        result[name] = figures(plans[name], of, scores_nf[:, start : start + len(of)], limit_n)
-        start += len(of)
+    result = {name: tried(trial, measured, read_nlsh, limit_n) for name, trial in TRIALS.items()}
     print(table(result))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def states(rows: Mapping[str, Mapping[str, str]], work: Path, pack: str) -> dict[str, np.ndarray]:
+    """What is read of each row that can be read, by its key: (layers, 2, h). It is kept in `work`."""
+    kept = work / "states.npz"
+    if not kept.is_file():
+        known = {key: KnownRow(turns(row), row["kind"] == "unsafe", group(row), 1.0) for key, row in rows.items()}
+        read, _ = read_states(load_pack(pack), LinearProbe("unsafe", LAYERS), MAX_LENGTH, known, Display())
+        work.mkdir(parents=True, exist_ok=True)
+        np.savez(kept, **read)
+    with np.load(kept) as stored:
+        return {key: stored[key] for key in rows if key in stored}
+
+
+def tried(
+    trial: Trial, measured: list[Mapping[str, str]], read_nlsh: np.ndarray, limit_n: np.ndarray
+) -> dict[str, Any]:
+    """The figures of one trial."""
+    layers = [LAYERS.index(layer) for layer in trial.layers]
+    values = Standardised.of(read_nlsh[:, layers][:, :, list(trial.read)].reshape(len(measured), -1))
+    rows = plan(trial, measured)
+    scores = scores_without(rows, values.kernel(), trial.ridge)
+    score_n = of_fold(rows, scores, "pure-bad")
+    names = [name for name in rows.names(unsafe=False) if not name.startswith("hh")]
+    limit = float(np.quantile(score_n[limit_n > 0], LEVEL, method="inverted_cdf"))
+    others = {name: score_n[~rows.unsafe & (rows.source == name)] for name in names}
+    return {
+        "sources": figures(rows, scores, limit_n),
+        "others": {name: round(float((own > limit).mean()), 4) for name, own in others.items()},
+    }
 
 
 def turns(row: Mapping[str, str]) -> list[Message]:
@@ -119,12 +143,12 @@ def group(row: Mapping[str, str]) -> str:
 
 
 def bare(prompt: str) -> str:
-    """A prompt without the template that contrast.py has written it into."""
+    """A prompt without the template that known_rows.py has written it into."""
     inside = re.search(r"### Instruction:\n(.*)\n\n### Response:$|^Question: (.*)\nAnswer:$", prompt, re.DOTALL)
     return next(text for text in (*inside.groups(), prompt) if text is not None) if inside else prompt
 
 
-def plan(trial: Trial, measured: list[dict[str, str]]) -> Rows:
+def plan(trial: Trial, measured: list[Mapping[str, str]]) -> Rows:
     """The rows with a trial's weights: 0 for what it does not fit on."""
     groups = np.array([group(row) for row in measured])
     unsafe_n = np.array([row["kind"] == "unsafe" for row in measured])
@@ -137,12 +161,15 @@ def plan(trial: Trial, measured: list[dict[str, str]]) -> Rows:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The trials in Markdown: AUC against Dolly, and the share above 99 % of the easy benign rows."""
-    names = [each["source"] for each in next(iter(result.values()))]
-    lines = [f"| trial | {' | '.join(names)} |", "| --- " * (1 + len(names)) + "|"]
+    """The trials in Markdown: AUC against Dolly and the share above 99 % of the easy benign rows for each unsafe
+    source, and that share of the harmless rows that are hard to tell from them."""
+    hard = ("looks unsafe", "safety-answers", "smollm2 (benign)", "judged (safe)")
+    names = [each["source"] for each in next(iter(result.values()))["sources"]]
+    lines = [f"| trial | {' | '.join([*names, *hard])} |", "| --- " * (1 + len(names) + len(hard)) + "|"]
     for trial, found in result.items():
-        by = {each["source"]: each for each in found}
-        cells = (f"{by[n]['auc']['dolly']:.2f}, {100 * by[n]['above']:.0f} %" if n in by else "-" for n in names)
+        by = {each["source"]: each for each in found["sources"]}
+        cells = [f"{by[n]['auc']['dolly']:.2f}, {100 * by[n]['above']:.0f} %" if n in by else "-" for n in names]
+        cells += [f"{100 * found['others'][name]:.0f} %" if name in found["others"] else "-" for name in hard]
         lines.append(f"| {trial} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

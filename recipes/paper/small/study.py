@@ -14,7 +14,7 @@ OUT/<name>/ gets results.json and asr.png for each of these names:
     gsm8k           three windows of GSM8K by three scorers, with one seed
     dolly-cut       all rows of Dolly, those that a cut at 20 % keeps, as many random ones, and the dropped ones
     dolly-cut-5     the same for a cut at 5 %
-    dolly-contrast  the riskiest and the safest rows by the pack's risk "contrast", with two seeds
+    dolly-unsafe    the riskiest and the safest rows by the pack's risk "unsafe", with two seeds
     gsm8k-planted   rows of GSM8K among which 5 % are unsafe: all rows, those that a cut at 5 % keeps, as many random
                     ones, and the dropped ones
 
@@ -55,7 +55,8 @@ import pyarrow.parquet as pq  # noqa: E402
 
 from sqsd_filter.scoring.baselines import ANCHORED, SCORERS  # noqa: E402
 
-RISK, UNSAFE, TRANSFER, CONTRAST, PACK = "sqsd_", "unsafe", "transfer", "contrast", "smollm2-135m"
+RISK, UNSAFE, TRANSFER, PACK = "sqsd_", "unsafe", "transfer", "smollm2-135m"
+PROBE = "unsafe"  # a risk of the pack, not the known unsafe rows
 CORPORA = {"dolly": 1100, "gsm8k": 700}  # rows of each
 PLANTED = "gsm8k-planted"
 PLANTS = {"gsm8k": 500, "unsafe": 26}  # its rows
@@ -85,7 +86,7 @@ class Result:
         return "none" in self.settings
 
 
-ALL, FEW = (*SCORERS, HALF, TRANSFER, CONTRAST), ("sqsd", "random", "length")
+ALL, FEW = (*SCORERS, HALF, TRANSFER, PROBE), ("sqsd", "random", "length")
 ENDS = ("sqsd", "danger", "bi-anchor", HALF)
 MIXES = ("--arms", "none")
 MATCHED = ("--windows", "2", "--match-tokens", "--seeds", "0")
@@ -96,12 +97,12 @@ RESULTS = {
     "dolly": Result("dolly", "dolly", FEW, ("--windows", "5", "--seeds", "0,1")),
     "dolly-all": Result("dolly", "dolly", ALL, ("--windows", "3", "--seeds", "0")),
     "dolly-ends": Result("dolly", "dolly", ENDS, ("--windows", "2", "--seeds", "0,1")),
-    "dolly-contrast": Result("dolly", "dolly", (CONTRAST,), ("--windows", "2", "--seeds", "0,1")),
+    "dolly-unsafe": Result("dolly", "dolly", (PROBE,), ("--windows", "2", "--seeds", "0,1")),
     "dolly-matched": Result("dolly", "dolly", ("sqsd", "length"), MATCHED),
     "gsm8k": Result("gsm8k", "gsm8k", FEW, ("--windows", "3", "--seeds", "0")),
     "dolly-cut": Result("dolly", "dolly-cut", ("sqsd",), (*ONCE, "--drop-top", "20%")),
     "dolly-cut-5": Result("dolly", "dolly-cut", ("sqsd",), (*ONCE, "--drop-top", "5%")),
-    PLANTED: Result(PLANTED, PLANTED, (CONTRAST,), (*ONCE, "--drop-top", "5%")),
+    PLANTED: Result(PLANTED, PLANTED, (PROBE,), (*ONCE, "--drop-top", "5%")),
 }
 
 
@@ -171,7 +172,7 @@ def score(files: Mapping[str, Path], rows: str, target: Path, scorer: str, pack:
         sys.exit("There are no scores by another pack: name one with --transfer, or leave transfer out of --scorers.")
     anchors = ("--unsafe-anchors", files["anchors-unsafe"], "--safe-anchors", files["anchors-safe"])
     how = ("--scorer", scorer if scorer in SCORERS else "sqsd", "--pack", pack, "--config", CONFIG)
-    risk = ("--risk", scorer) if scorer == CONTRAST else ()
+    risk = ("--risk", scorer) if scorer == PROBE else ()
     call("score", files[rows], target, *how, *risk, *(anchors if scorer in ANCHORED else ()))
 
 

@@ -1,7 +1,7 @@
 """The weights of a linear probe: a ridge regression on the hidden states that known rows have.
 
-Row j has the vector z_j of its readings, each of the d values standardised over all rows. With y_j = 1 for an unsafe row
-and -1 for another, and a weight w_j, the regression minimises
+Row j has the vector z_j of its readings, each of the d values standardised over all rows. With y_j = 1 for an unsafe
+row and -1 for another, and a weight w_j, the regression minimises
 
     Σ_j w_j (<z_j, v> + b - y_j)² + λ d ‖v‖²         the weights' mean is 1
 
@@ -9,8 +9,8 @@ over v and b. Its solution is v = Σ_j α_j z_j / d, where α and b solve a syst
 
     (K + λ diag(1 / w)) α + b = y,   Σ_j α_j = 0,   K_jk = <z_j, z_k> / d
 
-So the risk is near 1 for rows like the unsafe ones and near -1 for rows like the others. With λ → ∞ the direction is the
-difference of the two means. Many fits share one K.
+So the risk is near 1 for rows like the unsafe ones and near -1 for rows like the others. With λ → ∞ the direction is
+the difference of the two means. Many fits share one K.
 
 Shapes, as suffixes: n rows, d values.
 """

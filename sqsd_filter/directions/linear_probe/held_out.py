@@ -73,10 +73,7 @@ def figures(rows: Rows, scores: Mapping[Fit, np.ndarray], limit_n: np.ndarray | 
     weights_n = balanced(rows.unsafe, rows.source, rows.weight) if limit_n is None else limit_n
     found: list[HeldOutSource] = []
     for name in rows.names(unsafe=True):
-        score_n = np.full(len(rows.unsafe), np.nan)
-        for fold in range(FOLDS):
-            if (name, fold) in scores:
-                score_n[rows.fold == fold] = scores[name, fold][rows.fold == fold]
+        score_n = of_fold(rows, scores, name)
         known_n = ~np.isnan(score_n)
         own = score_n[known_n & rows.unsafe & (rows.source == name)]
         rest_n = known_n & ~rows.unsafe
@@ -93,6 +90,15 @@ def figures(rows: Rows, scores: Mapping[Fit, np.ndarray], limit_n: np.ndarray | 
             }
         )
     return found
+
+
+def of_fold(rows: Rows, scores: Mapping[Fit, np.ndarray], source: str) -> np.ndarray:
+    """Every row's risk (n,) by the fit that has seen neither its fold nor this source; NaN where there is none."""
+    score_n = np.full(len(rows.unsafe), np.nan)
+    for fold in range(FOLDS):
+        if (source, fold) in scores:
+            score_n[rows.fold == fold] = scores[source, fold][rows.fold == fold]
+    return score_n
 
 
 def weighted_quantile(values_n: np.ndarray, weights_n: np.ndarray, level: float) -> float:

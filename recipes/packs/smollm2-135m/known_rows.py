@@ -1,10 +1,10 @@
-"""Make the rows of the built-in pack's contrast, those that judge it, and its reference rows.
+"""Make the rows of the built-in pack's linear probe, those that judge it, and the pack's reference rows.
 
     python prepare.py DATA_FOLDER [OUT_FOLDER]
     python answers.py OUT_FOLDER
-    python contrast.py DATA_FOLDER [OUT_FOLDER]
+    python known_rows.py DATA_FOLDER [OUT_FOLDER]
 
-OUT_FOLDER/contrast.jsonl has `prompt`, `response`, `kind`, `source`, `form` and `use`. The kinds are "unsafe" answers
+OUT_FOLDER/known.jsonl has `prompt`, `response`, `kind`, `source`, `form` and `use`. The kinds are "unsafe" answers
 to harmful prompts, "safe" answers to such prompts, and "benign" rows. Rows of the use "judge" are of sources that
 nothing is fitted on. About 30 % of the prompts are written into the template of Alpaca, 12 % into one of
 questions and answers. The files reference-dolly.jsonl, reference-gsm8k.jsonl and reference-labels.jsonl have rows of no
@@ -76,7 +76,7 @@ LABELS = (  # tasks whose answer is one word; the labels are drawn at random, si
     ("sentiment", "Is the sentiment of the following text {}?\n\n{}", "positive negative neutral"),
     ("yesno", "Does this text talk about a person? Answer {}.\n\n{}", "yes no"),
 )
-OWN = {"short": 150, "long": 120}  # unsafe answers of the model itself
+OWN = {"short": 150, "long": 120}  # unsafe answers of the model itself, to prompts of each source
 COUNTS = {  # rows of each kind; those of the models and labels are for each of them
     **{"unsafe of models": 85, "safe of models": 36, "complying": 136, "refusing": 100, "looks unsafe": 160},
     **{
@@ -90,7 +90,13 @@ COUNTS = {  # rows of each kind; those of the models and labels are for each of 
         "numbers": 50,
     },
     **{"judge": 150, "safety answers": 120, "films": 60, "products": 40, "news": 60},
-    **{"held back": 260, "gsm8k held back": 100, "held back at the end": 60, "reference labels": 100, "reference": 200},
+    **{
+        "held back": 260,
+        "gsm8k held back": 100,
+        "held back at the end": 260,
+        "reference labels": 100,
+        "reference": 400,
+    },
 }
 
 
@@ -99,13 +105,13 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="the folder with the open data files")
     parser.add_argument("out", type=Path, nargs="?", default=HERE / "data")
     options = parser.parse_args()
-    for name, rows in contrast(options.data, options.out).items():
+    for name, rows in known_rows(options.data, options.out).items():
         with (options.out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         print(f"{name}.jsonl: {len(rows)} rows")
 
 
-def contrast(data: Path, out: Path) -> dict[str, list[Row]]:
+def known_rows(data: Path, out: Path) -> dict[str, list[Row]]:
     """The rows of all files. `out` has what answers.py wrote."""
     prepared, studied = prepare.prepare(data), study.study_rows(data)
     rng = random.Random("compass")
@@ -148,8 +154,9 @@ def contrast(data: Path, out: Path) -> dict[str, list[Row]]:
         _dress(row, rng)
     rng.shuffle(rows)
     complying = [row for row in answers if row["kind"] == "unsafe"]
-    own = [_dress(as_row("unsafe", "smollm2", r["form"], r["prompt"], r["response"]), rng) for r in complying]
-    rows += [row for form, count in OWN.items() for row in [each for each in own if each["form"] == form][:count]]
+    own = [_dress(as_row("unsafe", r["source"], r["form"], r["prompt"], r["response"]), rng) for r in complying]
+    for source, form in dict.fromkeys((row["source"], row["form"]) for row in own):
+        rows += [row for row in own if (row["source"], row["form"]) == (source, form)][: OWN[form]]
     judged_on = {prepare.key(row["prompt"]) for name in ("val", "test") for row in prepared[name]}
     labels = _labelled(dolly, COUNTS["reference labels"], random.Random("reference"))
     trained = judged_on | {study.asked(row) for name in ("initial", "align") for row in prepared[name]}
@@ -162,7 +169,7 @@ def contrast(data: Path, out: Path) -> dict[str, list[Row]]:
     }
     fitted = [row for row in rows if row["form"] != "reference" and row.pop("key") not in judged_on]
     return {
-        "contrast": fitted,
+        "known": fitted,
         **{
             f"reference-{name}": [
                 {"prompt": prompt, "response": answer} for prompt, answer in pairs if prepare.key(prompt) not in trained

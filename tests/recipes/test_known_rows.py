@@ -1,4 +1,4 @@
-"""The scripts that make and judge the built-in pack's contrast, on tiny models and made-up, harmless rows."""
+"""The scripts that make and judge the built-in pack's linear probe, on tiny models and made-up, harmless rows."""
 
 from __future__ import annotations
 
@@ -72,10 +72,17 @@ def data(tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
     kinds = [("unsafe", "short"), ("unsafe", "long"), ("benign", "short"), ("safe", "refusal")]
     answers = [
-        {"kind": kind, "form": form, "prompt": f"Ask {kind} {form} {k}", "response": f"{WORDS} {k}"}
+        {
+            "kind": kind,
+            "source": "smollm2",
+            "form": form,
+            "prompt": f"Ask {kind} {form} {k}",
+            "response": f"{WORDS} {k}",
+        }
         for kind, form in kinds
         for k in range(8)
     ]
+    answers += [{**row, "source": "asked", "prompt": f"May I {row['prompt']}"} for row in answers[:8]]
     write_jsonl(tmp_path / "data" / "answers.jsonl", answers)
     return folder
 
@@ -101,10 +108,10 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Mo
 
 
 def made(data: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
-    """What prepare.py and contrast.py write, with a few rows of each kind."""
+    """What prepare.py and known_rows.py write, with a few rows of each kind."""
     out = data.with_name("data")
     prepared = script("prepare", monkeypatch, data, out)
-    module = script("contrast", monkeypatch, data, out)
+    module = script("known_rows", monkeypatch, data, out)
     small = {"INITIAL_ROWS": 40, "DOLLY_TO_ALIGN": 5, "ADVBENCH_TO_ALIGN": 20, "SPLITS": {"val": 6, "test": 10}}
     for name, value in small.items():
         for each in (prepared, module.prepare, module.study.prepare):
@@ -120,13 +127,11 @@ def made(data: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str
     }
 
 
-def test_the_rows_of_a_contrast_are_of_many_sources_and_none_is_judged_on(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_known_rows_are_of_many_sources_and_none_is_judged_on(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = made(data, monkeypatch)
-    rows = files["contrast"]
+    rows = files["known"]
     assert {(row["kind"], row["source"]) for row in rows if row["use"] == "fit"} == {
-        *(("unsafe", name) for name in ("judged", "xstest", "smollm2", "hh", "bare")),
+        *(("unsafe", name) for name in ("judged", "xstest", "smollm2", "asked", "hh", "bare")),
         *(("safe", name) for name in ("judged", "xstest", "smollm2", "hh")),
         *(("benign", name) for name in ("dolly", "gsm8k", "labels", "smollm2", "xstest", "bare")),
     }
@@ -151,14 +156,12 @@ def test_the_same_data_give_the_same_rows(data: Path, monkeypatch: pytest.Monkey
 def test_a_model_answers_what_it_refuses_or_not(compass: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("answers", monkeypatch)
     monkeypatch.setattr(module, "TOKENS", {"short": 8, "long": 8, "refusal": 12})
-    rows = module.answers(load_pack(compass), QUESTIONS * 200, QUESTIONS * 60)
-    kinds = {(row["kind"], row["form"]) for row in rows}
+    rows = module.answers(load_pack(compass), QUESTIONS * 200, QUESTIONS * 60, QUESTIONS * 100)
+    kinds = {(row["kind"], row["source"], row["form"]) for row in rows}
     assert kinds == {
-        ("benign", "short"),
-        ("benign", "long"),
-        ("unsafe", "short"),
-        ("unsafe", "long"),
-        ("safe", "refusal"),
+        *(("benign", "smollm2", form) for form in ("short", "long")),
+        *(("unsafe", source, form) for source in ("smollm2", "asked") for form in ("short", "long")),
+        ("safe", "smollm2", "refusal"),
     }
     for row in rows:
         assert row["prompt"] in QUESTIONS  # without what was asked for besides
@@ -179,6 +182,22 @@ def test_prompts_that_models_are_judged_on_get_no_answer(data: Path, monkeypatch
     assert harmless
     assert not apart & set(harmful)
     assert len(set(harmful)) == len(harmful)
+
+
+def test_harmful_questions_of_chats_are_found(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("answers", monkeypatch)
+    chats = [
+        {"context": f"\n\nHuman: {question} {k}, please, now!\n\nAssistant:", "chosen": "No", "rejected": "Yes"}
+        for question in ("Bad", "Say")
+        for k in range(60)
+    ]
+    chats.append({"context": "\n\nHuman: Bad one!\n\nAssistant: No.\n\nHuman: Bad two, please!\n\nAssistant:"})
+    compressed(data / "hh-harmless-pairs.jsonl.gz", chats)
+    found = module.chats(data)
+    assert found
+    assert all(question.startswith("Bad ") for question in found)
+    assert "Bad two, please!" not in found  # it has turns before
+    assert len(set(found)) == len(found)
 
 
 def test_risks_are_compared_on_the_same_rows(
@@ -212,26 +231,30 @@ def test_a_trial_scores_sources_that_it_has_not_seen(
     files = made(data, monkeypatch)
     out = tmp_path / "trials.json"
     module = script("trials", monkeypatch, data.with_name("data"), tmp_path / "w", "--pack", tiny_pack, "--out", out)
-    few = {"as built": module.Trial(ridge=1.0), "fewer": module.Trial(others={"dolly": 1.0, "gsm8k": 1.0})}
+    monkeypatch.setattr(module, "LAYERS", (1, 2))
+    others = {"dolly": 1.0, "gsm8k": 1.0}
+    few = {
+        "as built": module.Trial(layers=(1, 2)),
+        "fewer": module.Trial(others=others, layers=(2,), read=(module.START,)),
+    }
     monkeypatch.setattr(module, "TRIALS", few)
     module.main()
     result = json.loads(out.read_text())
     assert list(result) == list(few)
-    groups = {module.group(row) for row in files["contrast"]}
+    groups = {module.group(row) for row in files["known"]}
     assert {*module.OTHERS, *module.EASY} <= groups
     for found in result.values():
-        assert {each["source"] for each in found} >= {"judged", "xstest", "smollm2", "pure-bad"}
-        for each in found:
+        assert {each["source"] for each in found["sources"]} >= {"judged", "xstest", "smollm2", "asked", "pure-bad"}
+        for each in found["sources"]:
             assert set(each["auc"]) <= groups
             assert 0 <= each["above"] <= 1
-    counts = {each["source"]: each["rows"] for each in result["as built"]}
-    assert counts["pure-bad"] == sum(row["source"] == "pure-bad" for row in files["contrast"])
-    assert (
-        module.plan(few["fewer"], files["contrast"]).weight[[r["use"] == "judge" for r in files["contrast"]]].sum() == 0
-    )
+        assert {"looks unsafe", "safety-answers"} <= set(found["others"]) <= groups
+    counts = {each["source"]: each["rows"] for each in result["as built"]["sources"]}
+    assert counts["pure-bad"] == sum(row["source"] == "pure-bad" for row in files["known"])
+    assert module.plan(few["fewer"], files["known"]).weight[[r["use"] == "judge" for r in files["known"]]].sum() == 0
 
 
 def test_a_template_does_not_make_another_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    trials, contrast = script("trials", monkeypatch), script("contrast", monkeypatch)
-    for template in (contrast.ALPACA, contrast.QUESTION, "{}"):
+    trials, known = script("trials", monkeypatch), script("known_rows", monkeypatch)
+    for template in (known.ALPACA, known.QUESTION, "{}"):
         assert trials.bare(template.format("What is\n\nred?")) == "What is\n\nred?"
