@@ -80,7 +80,8 @@ class ReferenceScorer(Scorer):
         if (base := self.pack.base_folder) is not None:
             aligned = PeftModel.from_pretrained(model, str(base), autocast_adapter_dtype=False).to(dtype)
             model = aligned.merge_and_unload()
-        return model.eval()
+        model.eval()
+        return model
 
     def _load(self) -> PeftModel:
         from peft import PeftModel

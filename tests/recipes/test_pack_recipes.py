@@ -10,8 +10,8 @@ import pytest
 
 from sqsd_filter.directions.build import build_pack
 from sqsd_filter.directions.calibration import FEWEST_ROWS
-from sqsd_filter.directions.contrast.make import read_contrast
 from sqsd_filter.directions.data import read_data
+from sqsd_filter.directions.linear_probe.make import read_known
 from sqsd_filter.directions.recipe import SENSITIVE, AdapterRecipe, LoraShape, PackRecipe
 from sqsd_filter.scoring.reference_rows import Reference
 from sqsd_filter.scoring.scorer import SQSDScorer
@@ -50,7 +50,7 @@ def miniature(path: Path, folder: Path, base: Path) -> PackRecipe:
         ]
         write_jsonl(folder / recipe.states.data, rows)
     measured: dict[str, list[dict[str, object]]] = {}
-    tables = [table for contrast in recipe.contrasts.values() for table in contrast.rows]
+    tables = [table for probe in recipe.linear.values() for table in probe.rows]
     for number, table in enumerate([*tables, *recipe.reference.values()]):
         rows = [
             {**{column: f"{column} {number} {k}" for column in table.source.columns}, **table.where}
@@ -60,7 +60,9 @@ def miniature(path: Path, folder: Path, base: Path) -> PackRecipe:
     for data, rows in measured.items():
         write_jsonl(folder / data, rows)
     adapters = {name: small(adapter) for name, adapter in recipe.adapters.items()}
-    return replace(recipe, base_model=str(base), folder=folder, adapters=adapters, lora=LoraShape(r=2, alpha=4))
+    linear = {name: replace(probe, layers=(1, 2)) for name, probe in recipe.linear.items()}
+    lora = LoraShape(r=2, alpha=4)
+    return replace(recipe, base_model=str(base), folder=folder, adapters=adapters, linear=linear, lora=lora)
 
 
 def small(adapter: AdapterRecipe) -> AdapterRecipe:
@@ -130,9 +132,9 @@ def test_a_recipe_finds_its_data(path: Path, served: Hub, tmp_path: Path, tiny_p
         assert len(data.examples) == 6
         assert data.licence
         assert not data.left_out
-    for name, contrast in recipe.contrasts.items():
-        read = read_contrast(recipe, name)
-        assert len(read.rows) == FEWEST_ROWS * len(contrast.rows)
+    for name, probe in recipe.linear.items():
+        read = read_known(recipe, name)
+        assert len(read.rows) == FEWEST_ROWS * len(probe.rows)
         assert all(record["licence"] for record in read.record)
 
 

@@ -139,7 +139,7 @@ def test_explanations_and_one_state_are_refused(probed: Path, capsys: pytest.Cap
         assert said in capsys.readouterr().err
 
 
-BROKEN = {
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "no layers": ({"layers": []}, "the layers of the risk 'unsafe' must be numbers from 1 on"),
     "layer 0": ({"layers": [0, 1]}, "the layers of the risk 'unsafe' must be numbers from 1 on"),
     "layers of text": ({"layers": ["1"]}, "the layers of the risk 'unsafe' must be numbers from 1 on"),

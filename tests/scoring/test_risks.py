@@ -116,7 +116,7 @@ def test_inspect_shows_the_other_risks_and_each_in_full(both: Path, capsys: pyte
     run("pack", "inspect", str(both))
     shown = capsys.readouterr().out
     assert "risk 'paper' is +1 danger ('danger' at 'initial') -1 safety ('safety' at 'safety'): --risk paper" in shown
-    assert inspect_pack(load_pack(both))["risks"]["paper"][1]["weight"] == -1.0
+    assert inspect_pack(load_pack(both))["risks"]["paper"]["probes"][1]["weight"] == -1.0
     run("pack", "inspect", str(both), "--risk", "paper")
     assert "passes    2 per row" in capsys.readouterr().out
 

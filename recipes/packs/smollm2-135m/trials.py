@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from sqsd_filter.cli.output import Display
 from sqsd_filter.corpus.conversation import Message, conversation_key
@@ -101,14 +102,14 @@ def main() -> None:
 
 def states(rows: Mapping[str, Mapping[str, str]], work: Path, pack: str) -> dict[str, np.ndarray]:
     """What is read of each row that can be read, by its key: (layers, 2, h). It is kept in `work`."""
-    kept = work / "states.npz"
+    kept = work / "states.safetensors"
     if not kept.is_file():
         known = {key: KnownRow(turns(row), row["kind"] == "unsafe", group(row), 1.0) for key, row in rows.items()}
         read, _ = read_states(load_pack(pack), LinearProbe("unsafe", LAYERS), MAX_LENGTH, known, Display())
         work.mkdir(parents=True, exist_ok=True)
-        np.savez(kept, **read)
-    with np.load(kept) as stored:
-        return {key: stored[key] for key in rows if key in stored}
+        save_file(read, kept)
+    stored = load_file(kept)
+    return {key: stored[key] for key in rows if key in stored}
 
 
 def tried(

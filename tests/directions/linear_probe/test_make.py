@@ -17,6 +17,7 @@ from sqsd_filter.directions.build import _text, _trained, build_pack
 from sqsd_filter.directions.linear_probe.make import read_known
 from sqsd_filter.directions.recipe import PackRecipe
 from sqsd_filter.errors import InputError, PackError, SQSDError, UsageError
+from sqsd_filter.scoring.chat_encoder import Encoded
 from sqsd_filter.scoring.pack import PACK_FILE, Pack, load_pack
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.reference_rows import Reference
@@ -96,6 +97,7 @@ def test_the_fit_is_a_weighted_ridge_regression(made: Pack) -> None:
     risks = dense.score([row.turns for row in rows]).risk
     read_nd = []
     for encoded in dense.encoder.encode([row.turns for row in rows]):
+        assert isinstance(encoded, Encoded)
         hidden = dense.base(input_ids=torch.from_numpy(encoded.ids)[None], output_hidden_states=True).hidden_states
         first = int(encoded.answer.argmax())
         parts = [[hidden[layer][0, encoded.answer].mean(0), hidden[layer][0, first - 1]] for layer in (1, 2)]
