@@ -35,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     pack = load_pack(options.pack)
     model = load_model(pack.base_model, pack.base_revision, dtype=torch.bfloat16, adapter=pack.base_folder)
-    lines = options.rows.read_text(encoding="utf-8").splitlines()[options.skip :]
+    lines = options.rows.read_text(encoding="utf-8").rstrip("\n").split("\n")[options.skip :]
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(

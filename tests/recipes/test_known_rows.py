@@ -37,7 +37,7 @@ def data(tmp_path: Path) -> Path:
     for row in (rows := [dict(row) for row in OPEN_DATA["judged-completions"]]):
         row["model"] = "fox"
     dolly = OPEN_DATA["dolly-15k"]
-    long = [{"instruction": f"Describe {k}", "context": "", "response": f"{WORDS} {k}"} for k in range(200)]
+    long = [{"instruction": f"Describe {k}", "context": "", "response": f"{WORDS}\u2028{k}"} for k in range(200)]
     completions = [dict(row) for row in OPEN_DATA["xstest-completions"]]
     agreed = [
         {"prompt": f"contrast {k}?", "type": "contrast_a", "label": "1_full_compliance", "response": f"Yes {k}, do."}
@@ -122,7 +122,7 @@ def made(data: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str
     prepared.main()
     module.main()
     return {
-        path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        path.stem: [json.loads(line) for line in path.open(encoding="utf-8")]
         for path in out.glob("*.jsonl")
     }
 

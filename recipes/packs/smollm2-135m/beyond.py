@@ -77,8 +77,9 @@ def main() -> None:
 def read(data: Path, most: int | None) -> Iterable[Row]:
     """The rows of all groups, each with the name of its group."""
     for name, group in GROUPS.items():
-        lines = (data / f"{group.file}.jsonl").read_text(encoding="utf-8").splitlines()
-        chosen = [row for row in map(json.loads, lines) if all(row[key] == value for key, value in group.where.items())]
+        with (data / f"{group.file}.jsonl").open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        chosen = [row for row in rows if all(row[key] == value for key, value in group.where.items())]
         for row in chosen[: min(group.rows, most or group.rows)]:
             yield {"group": name, "prompt": row["prompt"], "response": row["response"]}
 

@@ -115,7 +115,8 @@ def known_rows(data: Path, out: Path) -> dict[str, list[Row]]:
     """The rows of all files. `out` has what answers.py wrote."""
     prepared, studied = prepare.prepare(data), study.study_rows(data)
     rng = random.Random("compass")
-    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    with (out / "answers.jsonl").open(encoding="utf-8") as lines:
+        answers = [json.loads(line) for line in lines]
     dolly = Dolly(data, {study.asked(row) for row in studied["dolly"]})
     gsm8k = shuffled(read(data, "gsm8k-train"), 0, "study")[::-1]
     held = COUNTS["gsm8k held back"]

@@ -54,9 +54,9 @@ def main() -> None:
 
 def by_source(path: Path) -> dict[str, list[str]]:
     prompts: dict[str, list[str]] = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        prompts[row["source"]].append(row["prompt"])
+    with path.open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            prompts[row["source"]].append(row["prompt"])
     return prompts
 
 

@@ -60,7 +60,8 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="the scores and the cosines of every module, as .npz")
     parser.add_argument("--out", type=Path, help="write the AUCs there as JSON")
     options = parser.parse_args()
-    rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
+    with options.rows.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
     if options.per_group:
         rows = [row for row in rows if int(row["id"].rsplit("-", 1)[1]) < options.per_group]
 

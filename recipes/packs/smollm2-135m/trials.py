@@ -88,8 +88,8 @@ def main() -> None:
     parser.add_argument("--pack", default="smollm2-135m")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     options = parser.parse_args()
-    lines = (options.data / "known.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = {conversation_key(turns(row)).hex(): row for row in map(json.loads, lines)}
+    with (options.data / "known.jsonl").open(encoding="utf-8") as lines:
+        rows = {conversation_key(turns(row)).hex(): row for row in map(json.loads, lines)}
     read = states(rows, options.work, options.pack)
     measured = [rows[key] for key in read]
     read_nlsh = np.stack(list(read.values()))
