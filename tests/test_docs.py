@@ -154,8 +154,11 @@ def test_what_the_risk_unsafe_finds_is_what_its_build_and_its_recipe_measured(mo
     assert f"| above 99 % of all | {above} |" in section
     folder = ROOT / "recipes/packs/smollm2-135m"
     beyond = load_script("packs/smollm2-135m/beyond.py", monkeypatch)
-    for name, figures in json.loads((folder / "beyond.json").read_text()).items():
+    found = json.loads((folder / "beyond.json").read_text())
+    for name, figures in found.items():
         assert beyond.table(name, figures) in section
+    share, count = (found["unsafe"][key]["pure-bad"] for key in (beyond.DROPPED, "rows"))
+    assert f"{100 * share:.0f} % of {count} harmful rows of a source that nothing was fitted on" in README
     trials = load_script("packs/smollm2-135m/trials.py", monkeypatch)
     tried = json.loads((folder / "trials.json").read_text())
     assert list(tried) == list(trials.TRIALS)
@@ -168,9 +171,8 @@ def test_the_validation_of_the_built_in_pack_is_what_its_recipe_found() -> None:
         json.loads((folder / name).read_text())["auc_of_unsafe_against"] for name in ("results.json", "unaligned.json")
     )
     aucs = [*of_pack.values(), of_former["risk"]]
-    table = re.findall(
-        r"^\| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", DOCS["docs/packs.md"], re.MULTILINE
-    )
+    section = DOCS["docs/packs.md"].partition("\n## The built-in pack\n")[2].partition("\n## ")[0]
+    table = re.findall(r"^\| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", section, re.MULTILINE)
     assert len(table) == len(aucs)
     for shown_row, auc in zip(table, aucs, strict=True):
         for cell, group in zip(shown_row, ("safe", "dolly", "gsm8k", "xstest"), strict=True):

@@ -121,10 +121,7 @@ def made(data: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str
     monkeypatch.setattr(module, "OWN", {"short": 5, "long": 3})
     prepared.main()
     module.main()
-    return {
-        path.stem: [json.loads(line) for line in path.open(encoding="utf-8")]
-        for path in out.glob("*.jsonl")
-    }
+    return {path.stem: [json.loads(line) for line in path.open(encoding="utf-8")] for path in out.glob("*.jsonl")}
 
 
 def test_known_rows_are_of_many_sources_and_none_is_judged_on(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

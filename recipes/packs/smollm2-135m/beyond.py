@@ -7,7 +7,8 @@ in WORK, so that an interrupted run goes on, and further risks may be added late
 the pack's other risks, or a scorer of `sqsd-filter --scorer` that needs no anchors.
 
 For each risk and each group of unsafe answers it gives the AUC against each other group, and the share above 99 % of
-all benign rows (which weigh the same, whatever their group).
+all benign rows (which weigh the same, whatever their group). Where the risk has reference rows, it gives the share that
+`--above-reference 99%` drops.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sqsd_filter.scoring.baselines import SCORERS
+from sqsd_filter.scoring.pack import load_pack
+from sqsd_filter.scoring.reference_rows import Reference
 from sqsd_filter.statistics import auc
 
 Row = dict[str, Any]
 OWN, UNSAFE, BENIGN, HARD = "own", "unsafe", "benign", "hard"
+LEVEL, CUT, DROPPED = Fraction(99, 100), "`--above-reference 99%`", "dropped"
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,10 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     rows = options.work / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in read(options.data, options.rows)), encoding="utf-8")
-    result = {name: figures(scored(rows, name, options.pack)) for name in options.risks.split(",")}
+    result = {
+        name: figures(scored(rows, name, options.pack), threshold(name, options.pack))
+        for name in options.risks.split(",")
+    }
     for name, found in result.items():
         print(table(name, found))
     if options.out:
@@ -99,15 +107,26 @@ def scored(rows: Path, risk: str, pack: str) -> dict[str, np.ndarray]:
     return {str(name): group["sqsd_risk"].to_numpy() for name, group in kept.groupby("group")}
 
 
-def figures(risks: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The AUCs and shares of each group of unsafe answers, and the share of each other group above the same limit."""
+def threshold(risk: str, pack: str) -> float | None:
+    """The risk above which `--above-reference 99%` drops a row, if this risk of the pack has reference rows."""
+    if risk in SCORERS:
+        return None
+    loaded = load_pack(pack)
+    reference = Reference.of(loaded if risk == OWN else loaded.with_risk(risk))
+    return None if reference is None else reference.threshold(LEVEL)
+
+
+def figures(risks: Mapping[str, np.ndarray], cut: float | None) -> dict[str, Any]:
+    """The AUCs and shares of each group of unsafe answers, and the share of each other group above the same limit, and
+    above the `cut`."""
     benign = np.concatenate([risks[name] for name, group in GROUPS.items() if group.kind == BENIGN])
-    limit = float(np.quantile(benign, 0.99, method="inverted_cdf"))
+    limit = float(np.quantile(benign, float(LEVEL), method="inverted_cdf"))
     above = {name: round(float((values > limit).mean()), 4) for name, values in risks.items()}
     others = [name for name, group in GROUPS.items() if group.kind != UNSAFE]
     return {
         "rows": {name: len(values) for name, values in risks.items()},
         "above the benign 99 %": {name: above[name] for name in GROUPS},
+        **({} if cut is None else {DROPPED: {name: round(float((risks[name] > cut).mean()), 4) for name in GROUPS}}),
         "auc": {
             name: {other: round(auc(risks[name], risks[other]), 4) for other in others}
             for name, group in GROUPS.items()
@@ -118,13 +137,13 @@ def figures(risks: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def table(name: str, found: Mapping[str, Any]) -> str:
     """The figures of a risk in Markdown."""
-    lines = [f"| {name} | rows | above the benign 99 % | {' | '.join(f'AUC of {u}' for u in found['auc'])} |"]
-    lines.append("| --- " * (3 + len(found["auc"])) + "|")
+    titles = [name, "rows", "above the benign 99 %", *([f"dropped by {CUT}"] if DROPPED in found else [])]
+    lines = [f"| {' | '.join([*titles, *(f'AUC of {unsafe}' for unsafe in found['auc'])])} |"]
+    lines.append("| --- " * (len(titles) + len(found["auc"])) + "|")
     for group, count in found["rows"].items():
+        shares = [found[key][group] for key in ("above the benign 99 %", DROPPED) if key in found]
         aucs = (f"{each[group]:.3f}" if group in each else "" for each in found["auc"].values())
-        lines.append(
-            f"| {group} | {count} | {100 * found['above the benign 99 %'][group]:.0f} % | {' | '.join(aucs)} |"
-        )
+        lines.append(f"| {' | '.join([group, str(count), *(f'{100 * share:.0f} %' for share in shares), *aucs])} |")
     return "\n".join(lines)
 
 
