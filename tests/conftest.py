@@ -61,12 +61,10 @@ def _empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture(autouse=True)
-def _own_log_level() -> Iterator[None]:
-    """Undo what a command run in this process set: after --quiet, the warnings of other tests would be lost."""
-    logger = logging.getLogger("sqsd_filter")
-    level = logger.level
-    yield
-    logger.setLevel(level)
+def _own_log_level() -> None:
+    """Undo what commands run in this process have set, also by a module's fixtures: after --quiet, the warnings of
+    other tests would be lost."""
+    logging.getLogger("sqsd_filter").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

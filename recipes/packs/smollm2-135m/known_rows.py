@@ -95,7 +95,7 @@ COUNTS = {  # rows of each kind; those of the models and labels are for each of 
         "gsm8k held back": 100,
         "held back at the end": 260,
         "reference labels": 100,
-        "reference": 400,
+        "reference": 410,
     },
 }
 
