@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from sqsd_filter.corpus.files import HubFile, LocalFile, RemoteFile, SourceFile
 from sqsd_filter.corpus.formats import Reader, kind, open_file
@@ -228,6 +227,8 @@ class Repository:
 def check_card(where: str, card: str) -> None:
     """Raise `InputError` where a card's header can't be read, or names data files outside of the dataset: `datasets`
     would look for them, on the disk and in the network, before it could be asked what it has found."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK  # older versions load much more with it
+
     block = REGEX_YAML_BLOCK.match(card)
     try:
         header = yaml.safe_load(block[2]) if block else None

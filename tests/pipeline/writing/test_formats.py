@@ -65,7 +65,8 @@ def test_what_a_run_writes_is_listed_and_loads_as_the_card_says(to: str, folder:
     card = Path("out/README.md").read_text()
     for config, code in load_calls(report, "path").items():
         assert f"`{code}`" in card
-        if to == "jsonl" and config == "errors":
+        uneven = to == "json" and int(datasets.__version__.split(".")[0]) < 5  # its rows have different keys
+        if config == "errors" and (to == "jsonl" or uneven):
             with pytest.raises((datasets.exceptions.DatasetGenerationError, ValueError)):  # the latter before 5.0
                 loaded(Path("out"), report, config)  # a line of it is no JSON, as the card says
             continue
