@@ -126,6 +126,13 @@ class Pack:
         return [*self.folders, *sorted(others - set(self.folders))]
 
     @property
+    def files(self) -> list[str]:
+        """The paths in the pack's folder of all files that this risk and the other ones need."""
+        adapters = [f"{name}/{file}" for name in self.all_folders for file in ADAPTER_FILES]
+        weights = [f"{name}/{LINEAR_FILE}" for name, risk in self.risks.items() if risk.linear is not None]
+        return [PACK_FILE, *adapters, *weights]
+
+    @property
     def shared_state(self) -> str | None:
         """The state at which all probes are, where there is only one and some of them are of danger, some of safety (by
         the signs of their weights). This is the fast mode; the paper has two states."""

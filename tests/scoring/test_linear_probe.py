@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sqsd_filter.cli.main import cli
 from sqsd_filter.directions.inspection import inspect_pack
 from sqsd_filter.errors import PackError, UsageError
 from sqsd_filter.pipeline.check import check_pack
+from sqsd_filter.pipeline.stage.replica import pack_files_of
 from sqsd_filter.scoring.baselines import make_scorer
 from sqsd_filter.scoring.hidden_states import starts
 from sqsd_filter.scoring.linear_probe import save_weights
@@ -86,6 +88,16 @@ def test_it_takes_one_forward_pass_and_no_adapter(probed: Path) -> None:
     pack = load_pack(probed).with_risk("unsafe")
     assert (SQSDScorer(pack).passes, pack.adapters, pack.shared_state) == (1, [], None)
     assert "unsafe" not in load_pack(probed).all_folders
+
+
+def test_another_node_gets_its_weights(probed: Path, tmp_path: Path) -> None:
+    pack = load_pack(probed).with_risk("unsafe")
+    for name, content in pack_files_of(pack).items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(content)
+    copied = replace(pack, path=tmp_path / "copy")
+    assert copied.fingerprint == pack.fingerprint
+    assert np.array_equal(SQSDScorer(copied).score(CONVERSATIONS).risk, SQSDScorer(pack).score(CONVERSATIONS).risk)
 
 
 def test_check_and_inspect_know_it(probed: Path) -> None:

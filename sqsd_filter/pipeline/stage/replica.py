@@ -26,7 +26,7 @@ import ray
 import sqsd_filter.errors as errors
 from sqsd_filter.corpus.conversation import conversation_key
 from sqsd_filter.errors import ModelError, SQSDError
-from sqsd_filter.scoring.pack import ADAPTER_FILES, PACK_FILE, PACKS_DIR, Pack, load_pack
+from sqsd_filter.scoring.pack import PACKS_DIR, Pack, load_pack
 from sqsd_filter.scoring.results import Scores, ScoringCallbacks
 from sqsd_filter.scoring.scorer import BatchedScorer
 
@@ -195,8 +195,7 @@ def from_bytes(data: bytes) -> tuple[list[bytes], Scores]:
 
 
 def pack_files_of(pack: Pack) -> dict[str, bytes]:
-    names = [PACK_FILE, *(f"{adapter}/{file}" for adapter in pack.all_folders for file in ADAPTER_FILES)]
-    return {name: (pack.path / name).read_bytes() for name in names}
+    return {name: (pack.path / name).read_bytes() for name in pack.files}
 
 
 @contextmanager
