@@ -201,25 +201,35 @@ def test_risks_are_compared_on_the_same_rows(
     data: Path, tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made(data, monkeypatch)
-    out = tmp_path / "beyond.json"
-    arguments = (data.with_name("data"), tmp_path / "work", "--pack", tiny_pack, "--rows", 3, "--out", out)
-    module = script("beyond", monkeypatch, *arguments, "--risks", "own,length")
+    out, work = tmp_path / "beyond.json", tmp_path / "work"
+    arguments = (data.with_name("data"), work, "--pack", tiny_pack, "--rows", 3, "--out", out)
+    module = script("beyond", monkeypatch, *arguments, "--risks", "own,length,bi-anchor")
     module.main()
     result = json.loads(out.read_text())
-    assert set(result) == {"own", "length"}
-    risks = module.scored(tmp_path / "work" / "rows.jsonl", "length", str(tiny_pack))
+    assert set(result) == {"own", "length", "bi-anchor"}
+    risks = module.scored(work, "length", "", str(tiny_pack))
     for found in result.values():
         assert found["rows"] == {name: len(values) for name, values in risks.items()}
         assert set(found["rows"]) == set(module.GROUPS)
     length = result["length"]
     assert length["auc"]["pure-bad"]["dolly"] == round(auc(risks["pure-bad"], risks["dolly"]), 4)
     benign = np.concatenate([risks[n] for n in ("dolly", "gsm8k", "labels", "reviews", "news")])
-    above = (risks["pure-bad"] > np.sort(benign)[-1]).mean()
-    assert length["above the benign 99 %"]["pure-bad"] == round(above, 4)
-    rows = (tmp_path / "work" / "rows.jsonl").stat().st_mtime_ns
+    above = {name: (risks[name] > np.sort(benign)[-1]).mean() for name in risks}
+    assert length["above"]["99 %"] == pytest.approx(above, abs=1e-4)
+    scores = {name: path.stat().st_mtime_ns for name in result if (path := work / f"{name}.parquet")}
     module.main()  # nothing is scored again
-    assert rows <= (tmp_path / "work" / "rows.jsonl").stat().st_mtime_ns
+    assert scores == {name: (work / f"{name}.parquet").stat().st_mtime_ns for name in result}
     assert json.loads(out.read_text()) == result
+
+
+def test_precision_is_that_of_a_corpus_with_planted_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("beyond", monkeypatch)
+    rng = np.random.default_rng(0)
+    unsafe, benign = rng.normal(2, 1, 50_000), rng.normal(0, 1, 950_000)
+    above = [risks > 2 for risks in (unsafe, benign)]
+    by_counting = above[0].sum() / (above[0].sum() + above[1].sum())
+    assert module.precision(above[0].mean(), above[1].mean()) == pytest.approx(by_counting, abs=1e-9)
+    assert module.precision(0.0, 0.0) == 0.0
 
 
 def test_a_trial_scores_sources_that_it_has_not_seen(

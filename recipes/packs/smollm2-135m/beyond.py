@@ -1,14 +1,16 @@
 """How do risks do on sources and forms of rows that nothing was fitted on?
 
-    python beyond.py DATA_FOLDER WORK [--pack PACK] [--risks own,unsafe] [--out beyond.json]
+    python beyond.py DATA_FOLDER WORK [--pack PACK] [--risks own,unsafe,length] [--out beyond.json]
 
 DATA_FOLDER has what prepare.py and known_rows.py wrote. Each risk scores the same rows: `GROUPS` of them. Scores stay
 in WORK, so that an interrupted run goes on, and further risks may be added later. A risk is "own" (the pack's), one of
-the pack's other risks, or a scorer of `sqsd-filter --scorer` that needs no anchors.
+the pack's other risks, or a scorer of `sqsd-filter --scorer`. Those that compare rows with anchors get the first
+`ANCHORS` pairs of safety.jsonl; a judge is written as NAME=judge:FOLDER.
 
-For each risk and each group of unsafe answers it gives the AUC against each other group, and the share above 99 % of
-all benign rows (which weigh the same, whatever their group). Where the risk has reference rows, it gives the share that
-`--above-reference 99%` drops.
+For each risk and each group of unsafe answers it gives the AUC against each other group, and the share above 99 % and
+99.9 % of all benign rows (which weigh the same, whatever their group). `precision` is that of a cut at this limit where
+unsafe rows of the group are 5 % of a corpus and the others are rows of one benign group. Where the risk has reference
+rows, it gives the share that `--above-reference 99%` drops.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -26,7 +28,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from sqsd_filter.scoring.baselines import SCORERS
+from sqsd_filter.scoring.baselines import ANCHORED, SCORERS
 from sqsd_filter.scoring.pack import load_pack
 from sqsd_filter.scoring.reference_rows import Reference
 from sqsd_filter.statistics import auc
@@ -34,6 +36,9 @@ from sqsd_filter.statistics import auc
 Row = dict[str, Any]
 OWN, UNSAFE, BENIGN, HARD = "own", "unsafe", "benign", "hard"
 LEVEL, CUT, DROPPED = Fraction(99, 100), "`--above-reference 99%`", "dropped"
+LEVELS = {"99 %": LEVEL, "99.9 %": Fraction(999, 1000)}
+PLANTED = 0.05  # the share of unsafe rows in a corpus
+ANCHORS = 100  # of each kind
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,13 @@ class Group:
     rows: int = 60
 
 
+PLAIN = ("dolly", "gsm8k", "labels")  # benign groups with many rows
 GROUPS = {
     "pure-bad": Group(UNSAFE, "known", {"use": "judge", "source": "pure-bad"}, 100),
     "jailbreakbench": Group(UNSAFE, "test", {"group": "unsafe"}),
-    "dolly": Group(BENIGN, "reference-dolly", {}, 200),
-    "gsm8k": Group(BENIGN, "reference-gsm8k", {}, 200),
-    "labels": Group(BENIGN, "reference-labels", {}, 200),
+    "dolly": Group(BENIGN, "reference-dolly", {}, 410),
+    "gsm8k": Group(BENIGN, "reference-gsm8k", {}, 300),
+    "labels": Group(BENIGN, "reference-labels", {}, 300),
     "reviews": Group(BENIGN, "known", {"use": "judge", "form": "reviews"}),
     "news": Group(BENIGN, "known", {"use": "judge", "form": "news"}),
     "safety-answers": Group(HARD, "known", {"use": "judge", "source": "safety-answers"}),
@@ -70,35 +76,49 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    rows = options.work / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in read(options.data, options.rows)), encoding="utf-8")
-    result = {
-        name: figures(scored(rows, name, options.pack), threshold(name, options.pack))
-        for name in options.risks.split(",")
-    }
-    for name, found in result.items():
-        print(table(name, found))
+    write(options.work / "rows.jsonl", read(options.data, options.rows))
+    pairs = list(lines(options.data / "safety.jsonl"))[:ANCHORS]
+    for kind, answer in (("unsafe", "rejected"), ("safe", "chosen")):
+        anchors = ({"prompt": pair["prompt"], "response": pair[answer]} for pair in pairs)
+        write(options.work / f"anchors-{kind}.jsonl", anchors)
+    result = {}
+    for given in options.risks.split(","):
+        name, _, scorer = given.partition("=")
+        result[name] = figures(scored(options.work, name, scorer, options.pack), threshold(given, options.pack))
+    print(tables(result))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def lines(path: Path) -> Iterable[Row]:
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
 
 
 def read(data: Path, most: int | None) -> Iterable[Row]:
     """The rows of all groups, each with the name of its group."""
     for name, group in GROUPS.items():
-        with (data / f"{group.file}.jsonl").open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
+        rows = lines(data / f"{group.file}.jsonl")
         chosen = [row for row in rows if all(row[key] == value for key, value in group.where.items())]
         for row in chosen[: min(group.rows, most or group.rows)]:
             yield {"group": name, "prompt": row["prompt"], "response": row["response"]}
 
 
-def scored(rows: Path, risk: str, pack: str) -> dict[str, np.ndarray]:
-    """The risks of each group's rows, by this risk."""
-    target = rows.with_name(f"{risk}.parquet")
-    named = ["--scorer", risk] if risk in SCORERS else ["--risk", risk] if risk != OWN else []
+def scored(work: Path, risk: str, judge: str, pack: str) -> dict[str, np.ndarray]:
+    """The risks of each group's rows, by this risk or by this `judge`."""
+    target, scorer = work / f"{risk}.parquet", judge or risk
+    named = ["--scorer", scorer] if judge or risk in SCORERS else ["--risk", risk] if risk != OWN else []
+    if risk in ANCHORED:
+        named += [
+            word for kind in (UNSAFE, "safe") for word in (f"--{kind}-anchors", str(work / f"anchors-{kind}.jsonl"))
+        ]
     columns = ["--prompt-column", "prompt", "--answer-column", "response"]
-    if not target.exists() or rows.with_name(f"{risk}.parquet.sqsd").exists():
-        command = [sys.executable, "-m", "sqsd_filter", "score", str(rows), str(target), "--pack", pack]
+    if not target.exists() or work.joinpath(f"{risk}.parquet.sqsd").exists():
+        command = [sys.executable, "-m", "sqsd_filter", "score", str(work / "rows.jsonl"), str(target), "--pack", pack]
         done = subprocess.run([*command, *named, *columns], check=False)
         if done.returncode:
             sys.exit(done.returncode)
@@ -109,7 +129,7 @@ def scored(rows: Path, risk: str, pack: str) -> dict[str, np.ndarray]:
 
 def threshold(risk: str, pack: str) -> float | None:
     """The risk above which `--above-reference 99%` drops a row, if this risk of the pack has reference rows."""
-    if risk in SCORERS:
+    if risk in SCORERS or "=" in risk:
         return None
     loaded = load_pack(pack)
     reference = Reference.of(loaded if risk == OWN else loaded.with_risk(risk))
@@ -117,34 +137,79 @@ def threshold(risk: str, pack: str) -> float | None:
 
 
 def figures(risks: Mapping[str, np.ndarray], cut: float | None) -> dict[str, Any]:
-    """The AUCs and shares of each group of unsafe answers, and the share of each other group above the same limit, and
-    above the `cut`."""
+    """The AUCs of each group of unsafe answers, and the shares of all groups above limits and above the `cut`."""
     benign = np.concatenate([risks[name] for name, group in GROUPS.items() if group.kind == BENIGN])
-    limit = float(np.quantile(benign, float(LEVEL), method="inverted_cdf"))
-    above = {name: round(float((values > limit).mean()), 4) for name, values in risks.items()}
-    others = [name for name, group in GROUPS.items() if group.kind != UNSAFE]
+    limits = {level: np.quantile(benign, float(share), method="inverted_cdf") for level, share in LEVELS.items()}
+    above = {level: {name: float((risks[name] > limit).mean()) for name in GROUPS} for level, limit in limits.items()}
+    unsafe = [name for name, group in GROUPS.items() if group.kind == UNSAFE]
     return {
-        "rows": {name: len(values) for name, values in risks.items()},
-        "above the benign 99 %": {name: above[name] for name in GROUPS},
-        **({} if cut is None else {DROPPED: {name: round(float((risks[name] > cut).mean()), 4) for name in GROUPS}}),
+        "rows": {name: len(risks[name]) for name in GROUPS},
+        "above": {level: rounded(shares) for level, shares in above.items()},
+        **({} if cut is None else {DROPPED: rounded({name: (risks[name] > cut).mean() for name in GROUPS})}),
         "auc": {
-            name: {other: round(auc(risks[name], risks[other]), 4) for other in others}
-            for name, group in GROUPS.items()
-            if group.kind == UNSAFE
+            name: rounded({other: auc(risks[name], risks[other]) for other in GROUPS if other not in unsafe})
+            for name in unsafe
+        },
+        "precision": {
+            name: {
+                level: rounded({other: precision(shares[name], shares[other]) for other in PLAIN})
+                for level, shares in above.items()
+            }
+            for name in unsafe
         },
     }
 
 
-def table(name: str, found: Mapping[str, Any]) -> str:
-    """The figures of a risk in Markdown."""
-    titles = [name, "rows", "above the benign 99 %", *([f"dropped by {CUT}"] if DROPPED in found else [])]
-    lines = [f"| {' | '.join([*titles, *(f'AUC of {unsafe}' for unsafe in found['auc'])])} |"]
-    lines.append("| --- " * (len(titles) + len(found["auc"])) + "|")
-    for group, count in found["rows"].items():
-        shares = [found[key][group] for key in ("above the benign 99 %", DROPPED) if key in found]
-        aucs = (f"{each[group]:.3f}" if group in each else "" for each in found["auc"].values())
-        lines.append(f"| {' | '.join([group, str(count), *(f'{100 * share:.0f} %' for share in shares), *aucs])} |")
-    return "\n".join(lines)
+def precision(unsafe: float, benign: float) -> float:
+    """The share of unsafe rows among those above a limit, by the shares of unsafe and of benign rows that are above;
+    0 where no row is."""
+    found, false = PLANTED * unsafe, (1 - PLANTED) * benign
+    return found / (found + false) if found else 0.0
+
+
+def rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(float(value), 4) for name, value in values.items()}
+
+
+def tables(result: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figures of all risks in Markdown: a table for each group of unsafe answers, one for all groups."""
+    parts = []
+    for unsafe in (name for name, group in GROUPS.items() if group.kind == UNSAFE):
+        compared = [name for name, group in GROUPS.items() if group.kind == BENIGN]
+        titles = [
+            unsafe,
+            *(f"AUC: {name}" for name in compared),
+            *(f"above {level}" for level in LEVELS),
+            *(f"precision: {name}" for name in PLAIN),
+        ]
+        rows = (
+            [
+                name,
+                *(f"{found['auc'][unsafe][other]:.3f}" for other in compared),
+                *(percent(found["above"][level][unsafe]) for level in LEVELS),
+                *(percent(found["precision"][unsafe]["99 %"][other]) for other in PLAIN),
+            ]
+            for name, found in result.items()
+        )
+        parts.append(markdown(titles, rows))
+    counts = next(iter(result.values()))["rows"]
+    titles = ["above the benign 99 %", *(f"{name} ({counts[name]})" for name in GROUPS)]
+    rows = ([name, *(percent(found["above"]["99 %"][group]) for group in GROUPS)] for name, found in result.items())
+    cuts = (
+        [f"{name}, {CUT}", *(percent(found[DROPPED][group]) for group in GROUPS)]
+        for name, found in result.items()
+        if DROPPED in found
+    )
+    parts.append(markdown(titles, [*rows, *cuts]))
+    return "\n\n".join(parts)
+
+
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows))
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 if __name__ == "__main__":
