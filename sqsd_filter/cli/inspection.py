@@ -30,7 +30,8 @@ def inspection(report: Mapping[str, Any], *, modules: bool) -> str:
         lines += ["", *_table(shown, _probes(report))]
     else:
         lines += ["passes    forward only, 1 per row", "", *_linear(linear)]
-    lines += [_risk(name, risk) for name, risk in report["risks"].items() if name != report["risk"]]
+    others = {name: risk for name, risk in report["risks"].items() if name != report["risk"]}
+    lines += [_risk(name, risk, beside=name in report["beside"]) for name, risk in others.items()]
     adapters = report["adapters"]
     shape = ("adapter", "role", "rank", "α/r", "modules", "layers", "size", "‖V‖")
     lines += ["", *_table(shape, (_adapter(name, a) for name, a in adapters.items()))]
@@ -108,9 +109,10 @@ def _probes(report: Mapping[str, Any]) -> Iterator[Row]:
         yield p["name"], f"{p['weight']:+g}", p["direction"], p["state"], cover, cosine, steers
 
 
-def _risk(name: str, risk: Mapping[str, Any]) -> str:
+def _risk(name: str, risk: Mapping[str, Any], *, beside: bool) -> str:
     if "layers" in risk:
-        return f"risk '{name}' is a linear probe of {_layers(risk['layers'])}: --risk {name}"
+        read = f"; the column sqsd_{name} of every run; alone with" if beside else ":"
+        return f"risk '{name}' is a linear probe of {_layers(risk['layers'])}{read} --risk {name}"
     total = " ".join(f"{p['weight']:+g} {p['name']} ('{p['direction']}' at '{p['state']}')" for p in risk["probes"])
     return f"risk '{name}' is {total}: --risk {name}"
 

@@ -281,6 +281,7 @@ def select(context: click.Context, /, **_: object) -> None:
         _writing(params),
         scores=params["scores"],
         consensus=params["consensus"],
+        risk=params["risk"],
         pack=params["pack"],
         progress=display,
         record=_record(context),

@@ -104,12 +104,21 @@ combined = together(
     ),
 )
 
-scored_by = plain(
-    CUT,
-    "--pack",
-    show_default="the one that the scores name",
-    metavar="NAME|DIR|HUB",
-    help="Pack that gave the scores, if that is not known or if it has been moved. Its reference rows are used.",
+scored_by = together(
+    option(
+        CUT,
+        "--risk",
+        show_default="the one that the scores were cut by",
+        metavar="NAME",
+        help="Cut by this risk that the scores have: sqsd, the pack's own, or a linear probe beside it.",
+    ),
+    plain(
+        CUT,
+        "--pack",
+        show_default="the one that the scores name",
+        metavar="NAME|DIR|HUB",
+        help="Pack that gave the scores, if that is not known or if it has been moved. Its reference rows are used.",
+    ),
 )
 
 pack = option(
@@ -186,7 +195,8 @@ risk = option(
     "--risk",
     show_default="the pack's own",
     metavar="NAME",
-    help="Compute another risk of the pack, as `pack inspect` lists them. The built-in pack has one called unsafe.",
+    help="Compute this risk of the pack alone: sqsd, its own, or another one that `pack inspect` lists. The built-in "
+    "pack has one called unsafe.",
 )
 shared_state = option(
     MODEL,

@@ -110,7 +110,7 @@ def _build(recipe: PackRecipe, target: Path, progress: Progress) -> Pack:
 def _settings(recipe: PackRecipe) -> dict[str, Any]:
     """The whole recipe but its folder. A pack made by another recipe is not finished."""
     plan = asdict(recipe) | {"folder": None}
-    for name in ("reference", "linear", "risks"):
+    for name in ("reference", "linear", "risks", "beside"):
         if not plan[name]:
             del plan[name]  # as recipes were before there was one
     return plan
@@ -119,8 +119,8 @@ def _settings(recipe: PackRecipe) -> dict[str, Any]:
 def _trained(recipe: PackRecipe) -> dict[str, Any]:
     """The settings that checkpoints depend on. A build reuses them if anything else in its recipe has changed."""
     plan = _settings(recipe)
-    free = ("name", "probes", "risks", "linear", "states", "reference", "notes", "keep_checkpoints", "max_length")
-    for name in free:
+    free = ("name", "probes", "risks", "linear", "beside", "states", "reference", "notes")
+    for name in (*free, "keep_checkpoints", "max_length"):
         plan.pop(name, None)
     for name, adapter in plan["adapters"].items():
         if name != recipe.base_adapter:  # the others are trained on the base adapter
@@ -159,6 +159,7 @@ def _pack(
         "max_length": recipe.max_length,
         "probes": [asdict(p) for p in recipe.probes],
         **({"risks": risks} if (risks := _risks(recipe)) else {}),
+        **({"beside": list(recipe.beside)} if recipe.beside else {}),
         "provenance": {name: json.loads(record.read_text()) for name, record in records.items()},
         "recipe": fingerprint,
         **({"validation": {"states": chosen}} if chosen else {}),

@@ -75,6 +75,7 @@ def calibrate(
     if twice := [name for name, count in counts.items() if count > 1]:
         raise UsageError(f"Several corpora are called '{twice[0]}': name each as --benign NAME=SRC.")
     chosen = scorer() if scorer is not None else SQSDScorer(folder)
+    chosen = chosen.with_pack(chosen.pack.alone)
     meter = progress or Silent()
     corpora = []
     for kind, name, source in named:

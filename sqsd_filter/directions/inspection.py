@@ -66,6 +66,7 @@ def inspect_pack(pack: Pack) -> dict[str, Any]:
     }
     report["risk"] = pack.risk
     report["risks"] = {name: _risk(risk) for name, risk in pack.risks.items()}
+    report["beside"] = [each.risk for each in pack.beside]
     report["linear"] = _linear(pack)
     report["reference"] = _reference(pack)
     report["shared_state"] = pack.shared_state is not None

@@ -48,14 +48,14 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sqsd_filter.errors import InputError, UsageError
-from sqsd_filter.scoring.pack import CORE, MOST_LAYERS, PROBE_NAME, REFERENCE, RESERVED, Probe
+from sqsd_filter.scoring.pack import CORE, MOST_LAYERS, OWN_RISK, PROBE_NAME, REFERENCE, RESERVED, Probe
 from sqsd_filter.scoring.reference_rows import BENIGN, UNSAFE
 
 if TYPE_CHECKING:
@@ -267,6 +267,7 @@ class PackRecipe:
     lora: LoraShape = field(default_factory=LoraShape)
     linear: Mapping[str, LinearProbeRecipe] = field(default_factory=dict)  # each is another risk of the pack
     risks: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
+    beside: Sequence[str] = ()  # the linear probes that are read beside the pack's own risk
     states: StateRows | None = None
     reference: Mapping[str, ReferenceRecipe] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -277,6 +278,8 @@ class PackRecipe:
             raise UsageError(f"quantization must be 'nf4' or left out, not {self.quantization!r}.")
         if self.reference and all(each.kind == UNSAFE for each in self.reference.values()):
             raise UsageError(f"[reference] has no corpus of the kind '{BENIGN}': add one.")
+        if unknown := [name for name in self.beside if name not in self.linear]:
+            raise UsageError(f"beside names '{unknown[0]}', which is no linear probe: add [linear.{unknown[0]}].")
         if taken := sorted({*CORE, *RECORDED} & set(self.notes)):
             raise UsageError(f"[notes] can't have {', '.join(taken)}, which are keys of the pack itself: rename them.")
 
@@ -313,7 +316,7 @@ class PackRecipe:
             }
         loaded = _typed(cls, recipe, str(path))
         for name in (*(probe.name for probe in loaded.all_probes), *loaded.linear):
-            if not PROBE_NAME.fullmatch(name) or name in RESERVED:
+            if not PROBE_NAME.fullmatch(name) or name in (*RESERVED, OWN_RISK):
                 raise UsageError(f"The recipe {path}: '{name}' can't be a probe's name: use another.")
         if not loaded.probes:
             raise UsageError(f"The recipe {path} lacks [[probes]]: add what the pack needs.")

@@ -238,7 +238,7 @@ def fresh_state(state: Path, target: Path) -> Path:
 
 def over_links(pack: Pack, probes: Sequence[Probe], folder: Path, adapters: Mapping[str, Path]) -> Pack:
     """The pack with these probes, as a folder of links to `adapters` by name, and to the pack's own for the others."""
-    linked = replace(pack, path=folder, probes=tuple(probes))
+    linked = replace(pack.alone, path=folder, probes=tuple(probes))
     for name in linked.folders:
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,10 +27,10 @@ from sqsd_filter.pipeline.report import (
     RiskMeaning,
 )
 from sqsd_filter.pipeline.scores.scored import Scored
-from sqsd_filter.pipeline.selecting.selection import DROPPED, Cut, Selection
+from sqsd_filter.pipeline.selecting.selection import ABOVE_REFERENCE, DROPPED, Cut, Selection
 from sqsd_filter.scoring.pack import PACKS_DIR, Pack, embedded_packs, load_pack
-from sqsd_filter.scoring.reference_rows import Pool, Reference, settings_from, settings_of, share_of
-from sqsd_filter.scoring.scorer import Scorer
+from sqsd_filter.scoring.reference_rows import Pool, Reference, ReferenceSettings, settings_from, settings_of, share_of
+from sqsd_filter.scoring.scorer import SQSD, BatchedScorer
 from sqsd_filter.wording import many
 
 EXCESS_LEVELS = ("99%", "95%")  # the first one that the benign reference shows is reported
@@ -44,15 +44,32 @@ class Meaning:
     reference: Reference | None
     why: str = ""
     mismatch: str | None = None
+    beside: Mapping[str, Reference] = field(default_factory=dict)  # by the name of a risk beside that of the cut
 
     @classmethod
-    def of_scorer(cls, scorer: Scorer) -> Meaning:
+    def of_scorer(cls, scorer: BatchedScorer) -> Meaning:
         """For rows that this scorer scores. Raises `PackError` where the pack's reference is damaged."""
-        reference = Reference.of(scorer.pack)
+        return cls._of(scorer.pack, settings_of(scorer), scorer.pack.beside if scorer.name == SQSD else ())
+
+    @classmethod
+    def of_pack(cls, pack: Pack) -> Meaning:
+        """For scores by this pack in settings that are not known. Raises `PackError` for a damaged reference."""
+        return cls._of(pack, None, ())
+
+    @classmethod
+    def _of(cls, pack: Pack, settings: ReferenceSettings | None, beside: Sequence[Pack]) -> Meaning:
+        """For scores by the pack in these settings, if they are known."""
+        others = {}
+        for each in beside:
+            other = Reference.of(each)
+            own = {**settings, "pack": each.fingerprint, "shared_state": None} if settings else None
+            if other is not None and (own is None or other.mismatch(own) is None):
+                others[each.risk or ""] = other
+        reference = Reference.of(pack)
         if reference is None:
-            return cls(None, _without(scorer.pack))
-        mismatch = reference.mismatch(settings_of(scorer))
-        return cls(None, mismatch, mismatch) if mismatch else cls(reference)
+            return cls(None, _without(pack), beside=others)
+        mismatch = reference.mismatch(settings) if settings is not None else None
+        return cls(None if mismatch else reference, mismatch or "", mismatch, others)
 
     @classmethod
     def of_scores(
@@ -63,21 +80,18 @@ class Meaning:
         if pack is None and facts is None:
             return cls(None, f"It is not known which pack gave these scores: name it with {option('pack')}.")
         found = _found(facts) if pack is None and facts is not None else load_pack(pack or "")
-        if found is not None and facts is not None and facts.get("risk") in found.risks:
-            found = found.with_risk(facts["risk"])
         if found is None:
             name = facts["name"] if facts else ""
             return cls(None, f"The pack {name}, which gave these scores, is not here: name it with {option('pack')}.")
-        reference = Reference.of(found)
-        if reference is None:
-            return cls(None, _without(found))
+        beside = [found.with_risk(name) for name in (facts or {}).get("beside", {}) if name in found.all_risks]
+        if facts is not None and facts.get("risk") in found.risks:
+            found = found.with_risk(facts["risk"])
         settings = settings_from(scoring, facts["shared_state"] if facts else None) if scoring else None
-        mismatch = reference.mismatch(settings) if settings is not None else None
-        return cls(None, mismatch, mismatch) if mismatch else cls(reference)
+        return cls._of(found, settings, beside)
 
     def place(self, cut: Cut) -> Cut:
         """The cut with its threshold, if it takes it from the reference. Raises `UsageError`."""
-        if cut.kind != "above_reference":
+        if cut.kind != ABOVE_REFERENCE:
             return cut
         return cut.at(self.needed().threshold(Fraction(cut.value)))
 
@@ -98,7 +112,7 @@ class Meaning:
 
     def identity(self, cut: Cut | None, *, percentile: bool) -> dict[str, object]:
         """What makes it another run where the reference decides on rows, or on a column."""
-        if not percentile and (cut is None or cut.kind != "above_reference"):
+        if not percentile and (cut is None or cut.kind != ABOVE_REFERENCE):
             return {}
         text = json.dumps(self.needed().identity())
         digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -111,12 +125,14 @@ class Meaning:
 
     def figures(self, scored: Scored, selection: Selection | None, cut: Cut | None) -> ReferenceFigures | None:
         """The figures for the report; None where the pack has no reference."""
+        beside = self._beside(scored)
+        figures: ReferenceFigures = {"beside": beside} if beside else {}
         if self.mismatch is not None:
-            return {"mismatch": self.mismatch}
+            return {**figures, "mismatch": self.mismatch}
         if self.reference is None:
-            return None
+            return figures or None
         risk, benign, unsafe = scored.risk[scored.scored], self.reference.benign, self.reference.unsafe
-        figures: ReferenceFigures = {"benign": _pool(benign)}
+        figures["benign"] = _pool(benign)
         if unsafe is not None:
             figures["unsafe"] = _pool(unsafe)
         if len(risk):
@@ -132,6 +148,12 @@ class Meaning:
             if level is not None and len(risk):
                 figures["planted"] = _planted(benign, unsafe, selection, level, including=cut.limit is None)
         return figures
+
+    def _beside(self, scored: Scored) -> dict[str, Excess]:
+        """The excess by each risk beside that of the cut, where it is the value of the same name."""
+        known = {name: other for name, other in self.beside.items() if name in scored.probes}
+        found = {name: _excess(each.benign, scored.probes[name][scored.scored]) for name, each in known.items()}
+        return {name: excess for name, excess in found.items() if excess is not None}
 
 
 def _threshold(selection: Selection | None) -> float | None:
@@ -159,6 +181,13 @@ def _found(facts: PackFacts) -> Pack | None:
         return load_pack(where)
     except PackError:
         return None
+
+
+def risk_for_reference(facts: PackFacts | None, pack: str | Path | None) -> str | None:
+    """The risk at which a cut by the reference of these scores' pack is made, if it is beside that of the scores."""
+    found = load_pack(pack) if pack is not None else _found(facts) if facts is not None else None
+    name = found.for_reference.risk if found is not None else None
+    return name if facts is not None and name in facts.get("beside", {}) else None
 
 
 def place_of(pack: Pack) -> str:
@@ -246,13 +275,17 @@ def origin(figures: ReferenceFigures) -> str:
 
 def advice(figures: ReferenceFigures) -> str:
     """How many rows are riskier than nearly all benign reference rows, beside a clean corpus; or why nobody knows."""
-    if "mismatch" in figures:
-        return figures["mismatch"]
-    if not (excess := figures.get("excess")):
-        return ""
+    words = [figures["mismatch"]] if "mismatch" in figures else []
+    if excess := figures.get("excess"):
+        words.append(_above("", excess))
+    words += [_above(f" of the risk {name}", excess) for name, excess in figures.get("beside", {}).items()]
+    return " ".join(words)
+
+
+def _above(which: str, excess: Excess) -> str:
     level = excess["quantile"].removesuffix("%")
     return (
-        f"{percent(excess['share'])} of your rows lie above the benign {level} %; a clean corpus would have "
+        f"{percent(excess['share'])} of your rows lie above the benign {level} %{which}; a clean corpus would have "
         f"{percent(excess['expected'])}."
     )
 

@@ -26,10 +26,20 @@ Config = Literal["kept", "dropped", "errors"]  # the datasets' word for one of t
 CONFIGS: tuple[Config, ...] = ("kept", "dropped", "errors")
 
 
+class RiskFacts(TypedDict):
+    """A risk that the score columns have: the fingerprint of the pack by it, and the weights of its values."""
+
+    fingerprint: str
+    weights: Mapping[str, float]
+
+
 class PackFacts(TypedDict):
-    """The pack that gave the scores, and the base model that they were taken on; `weights` has each probe's. `risk` is
-    the name of the pack's risk, where it is not the pack's own. `where` is what `load_pack` finds the pack by on this
-    machine."""
+    """The pack that gave the scores, and the base model that they were taken on.
+
+    `weights` has each value's, which is 0 for those beside the risk. `risk` is the name of the pack's risk, where it is
+    not the pack's own; `beside` are the pack's other risks that the score columns have, `linear` the values that are
+    linear probes. `where` is what `load_pack` finds the pack by on this machine.
+    """
 
     name: str
     fingerprint: str
@@ -37,6 +47,8 @@ class PackFacts(TypedDict):
     weights: Mapping[str, float]
     shared_state: str | None
     risk: NotRequired[str]
+    beside: NotRequired[dict[str, RiskFacts]]
+    linear: NotRequired[list[str]]
     where: NotRequired[str]
 
 
@@ -176,7 +188,7 @@ class ReferenceFigures(TypedDict, total=False):
 
     `median` is the rows' own, `cut` the lowest risk that was dropped, or the threshold of weights. `threshold` is the
     risk that stands for the share of a cut by the reference. `planted` is None where the reference
-    can't tell.
+    can't tell. `beside` has the excess by each risk beside that of the cut.
     """
 
     mismatch: str
@@ -187,6 +199,7 @@ class ReferenceFigures(TypedDict, total=False):
     threshold: float
     excess: Excess
     planted: PlantedFigures | None
+    beside: dict[str, Excess]
 
 
 class RunFigures(TypedDict):

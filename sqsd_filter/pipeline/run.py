@@ -5,32 +5,34 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from sqsd_filter.corpus.addresses import HubDataset, Opener, Source, expand
 from sqsd_filter.corpus.row_formats import Columns
-from sqsd_filter.errors import UsageError
+from sqsd_filter.errors import UsageError, option
 from sqsd_filter.pipeline.explained import check_explain, write_explained
 from sqsd_filter.pipeline.exports import AllRows, CutRows, Export
 from sqsd_filter.pipeline.job import Job, Outlet
-from sqsd_filter.pipeline.meaning import Meaning, place_of
+from sqsd_filter.pipeline.meaning import Meaning, place_of, risk_for_reference
 from sqsd_filter.pipeline.options import Scoring, Writing
 from sqsd_filter.pipeline.page.notes import Notes
 from sqsd_filter.pipeline.publishing.hub import PushTo
-from sqsd_filter.pipeline.report import FinishedReport, PackFacts, RunContent, ScoreFacts
+from sqsd_filter.pipeline.report import FinishedReport, PackFacts, RiskFacts, RunContent, ScoreFacts
 from sqsd_filter.pipeline.selecting.consensus import agree, check_rule
 from sqsd_filter.pipeline.selecting.earlier import read_earlier
 from sqsd_filter.pipeline.selecting.policy import Policy
-from sqsd_filter.pipeline.selecting.selection import Cut
+from sqsd_filter.pipeline.selecting.selection import ABOVE_REFERENCE, Cut
 from sqsd_filter.pipeline.stage.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.stage.scan import Scan, as_list
 from sqsd_filter.pipeline.writing.destination import EXPLAINED_FILE, Destination
 from sqsd_filter.pipeline.writing.export import check_columns
 from sqsd_filter.pipeline.writing.writers import SHARD_SIZE
 from sqsd_filter.progress import Meter, Progress, Silent
-from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
+from sqsd_filter.scoring.pack import OWN_RISK
+from sqsd_filter.scoring.scorer import SQSD, BatchedScorer, SQSDScorer
 from sqsd_filter.storage.folder import Folder
 from sqsd_filter.storage.layout import home_beside
 
@@ -135,11 +137,26 @@ def filter_rows(
 ) -> FinishedReport:
     """`filter_dataset` with its options in three parts."""
     policy = Policy.of(writing.on_error, scoring.max_error_rate)
+    if cut.kind == ABOVE_REFERENCE:
+        scoring = _by_reference(scoring, progress or Silent())
     check_explain(scoring.explain, dest, scoring.scorer)
     meaning = Meaning.of_scorer(scoring.chosen_scorer)
     export = CutRows(meaning.place(cut), policy, writing.output, meaning, meaning.wanted(writing.percentile))
     outlet = Outlet.of(dest, writing.overwrite, writing.push)
     return _score(sources, outlet, export, scoring, progress or Silent(), record or {})
+
+
+def _by_reference(scoring: Scoring, progress: Progress) -> Scoring:
+    """The same with the scorer of the risk at which a cut by the pack's reference is made."""
+    scorer = scoring.chosen_scorer
+    pack = scorer.pack.for_reference
+    if scorer.name != SQSD or pack is scorer.pack:
+        return scoring
+    progress.note(
+        f"{option('above_reference')} cuts by the risk {pack.risk} of the pack {pack.name}, and only this one is "
+        f"computed; {option('risk')} {OWN_RISK} takes the pack's own"
+    )
+    return replace(scoring, scorer=scorer.with_pack(pack))
 
 
 def score_dataset(
@@ -225,12 +242,16 @@ def select_dataset(
     *,
     scores: Sequence[Sources] = (),
     consensus: str | None = None,
+    risk: str | None = None,
     pack: str | Path | None = None,
     streaming: bool = False,
     progress: Progress | None = None,
     record: Mapping[str, object] | None = None,
 ) -> FinishedReport:
     """Cut scored rows again: those of scored files, or of an earlier run's folder. No model is loaded.
+
+    `risk` is another risk of the pack whose values the scores have, or "sqsd" for the pack's own. A cut by the pack's
+    reference takes the risk that such a cut of unscored rows takes.
 
     `scores` are the scores that other packs gave the same rows, each as files or a folder. With `consensus`, they and
     the sources' own become one risk in (0, 1]. Each pack ranks the n rows that all packs could score (the lowest risk
@@ -248,6 +269,8 @@ def select_dataset(
     cut = _checked(cut, Cut, 'Cut.of(drop_top="5%")')
     writing = _checked(writing or Writing(), Writing, 'Writing(to="jsonl")')
     policy = Policy.of(writing.on_error, "100%")
+    if risk is not None and consensus is not None:
+        raise UsageError(f"{option('consensus')} combines the risks that the scores have: leave out {option('risk')}.")
     given, *others = (expand(as_list(each)) for each in (sources, *scores))
     meter = Meter(progress or Silent())
     outlet = Outlet.of(dest, writing.overwrite, writing.push)
@@ -261,6 +284,10 @@ def select_dataset(
             packs = [earlier, *more]
             outlet.spare(chain.from_iterable(pack.sources for pack in packs))
             earlier, where = agree(packs, consensus), [pack.where for pack in packs]
+        else:
+            if risk is None and cut.kind == ABOVE_REFERENCE:
+                risk = risk_for_reference(earlier.pack, pack)
+            earlier = earlier.by_risk(risk) if risk is not None else earlier
         outlet.spare(earlier.sources)
         meaning = Meaning.of_scores(earlier.pack, earlier.scoring, pack) if consensus is None else COMBINED
         export = CutRows(meaning.place(cut), policy, writing.output, meaning, meaning.wanted(writing.percentile))
@@ -307,6 +334,13 @@ def _facts_of(scorer: BatchedScorer) -> ScoreFacts:
     )
     if pack.risk is not None:
         facts["risk"] = pack.risk
+    if scorer.name == SQSD and (linear := [p.linear.name for p in (pack, *pack.beside) if p.linear is not None]):
+        facts["linear"] = linear
+    if pack.beside and scorer.name == SQSD:
+        facts["beside"] = {
+            each.risk or "": RiskFacts(fingerprint=each.fingerprint, weights=scorer.with_pack(each).weights)
+            for each in pack.beside
+        }
     return {
         "pack": facts,
         "scorer": scorer.name,

@@ -219,6 +219,12 @@ class Capture(Generic[Key]):
             group.now.shape, group.now.collect = shape, collect
             group.now.state = self._states[key].get(id(group))
 
+    def rest(self) -> None:
+        """Run this thread's next forward pass at no state."""
+        for group in self.groups:
+            group.reset()
+            group.now.state = group.now.collect = None
+
     def towards(self, key: Key, gradients: Sequence[Mapping[int, tuple[torch.Tensor, torch.Tensor]]]) -> None:
         """From now on, project the gradient at this state on these p gradients, each given as sums by group number."""
         for number, group in enumerate(self.groups):

@@ -11,9 +11,11 @@ known rows score (`reference_rows`). `risks` has other risks that the pack can c
 reference of its own, if it has one. They have probes like the pack's own, or are a linear probe of hidden states at
 some layers (`linear_probe`), whose weights are in a folder of the risk's name:
 
-     "risks": {"other": {"probes": [...], "reference": {...}}, "unsafe": {"layers": [14, 20, 26]}}
+     "risks": {"other": {"probes": [...], "reference": {...}}, "unsafe": {"layers": [14, 20, 26]}},
+     "beside": ["unsafe"]
 
-All other keys change no score.
+`beside` names linear probes that a run with the pack's own risk reads as well, each into a column of its own. All other
+keys change no score.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LINEAR_FILE = "linear_probe.safetensors"
 MOST_LAYERS = 10_000  # more than any model has
+OWN_RISK = "sqsd"  # what a pack's own risk is called beside the others
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Pack:
     """A validated pack. It has the paths of the adapters; the scorer reads them.
 
     `risk` names the one of its `risks` that it computes; None is the pack's own. Where that one is `linear`, there are
-    no probes.
+    no probes. `beside` is the same pack by each linear probe that is read beside its own risk.
     """
 
     path: Path
@@ -99,6 +102,7 @@ class Pack:
     risks: Mapping[str, Risk] = field(default_factory=dict)
     risk: str | None = None
     linear: LinearProbe | None = None
+    beside: tuple[Pack, ...] = ()
 
     def adapter(self, name: str) -> Path:
         """The folder of one of the pack's adapters."""
@@ -157,17 +161,43 @@ class Pack:
 
     def with_risk(self, name: str) -> Pack:
         """The pack that computes another one of its `risks`, with that one's reference. Its fingerprint is that of a
-        pack with these probes.
+        pack with these probes. `OWN_RISK` is the pack's own as it was loaded. Nothing is read beside it.
 
         Raises `UsageError` where the pack has no risk of that name.
         """
+        if name == OWN_RISK and self.risk is None:
+            return self.alone
         if name not in self.risks:
-            known = ", ".join(sorted(self.risks)) or "none beside its own"
-            raise UsageError(f"The pack {self.name} has no risk '{name}': it has {known}.")
+            raise UsageError(f"The pack {self.name} has no risk '{name}': it has {', '.join(self.all_risks)}.")
         other = self.risks[name]
         notes = {key: value for key, value in self.notes.items() if key != REFERENCE}
         notes |= {REFERENCE: other.reference} if other.reference is not None else {}
-        return replace(self, probes=other.probes, linear=other.linear, risk=name, notes=notes)
+        return replace(self, probes=other.probes, linear=other.linear, risk=name, notes=notes, beside=())
+
+    @property
+    def all_risks(self) -> list[str]:
+        """The names of its own risk and of the others."""
+        return [OWN_RISK, *sorted(self.risks)]
+
+    @property
+    def alone(self) -> Pack:
+        """The pack with nothing beside its risk."""
+        return replace(self, beside=())
+
+    def at(self, path: Path) -> Pack:
+        """The same pack with its files in another folder."""
+        return replace(self, path=path, beside=tuple(replace(each, path=path) for each in self.beside))
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """The fingerprints of everything that a scorer computes."""
+        return [each.fingerprint for each in (self, *self.beside)]
+
+    @property
+    def for_reference(self) -> Pack:
+        """The pack by the risk at which a cut by its reference is made: the first one beside its own that has a
+        reference, or else the one that it computes."""
+        return next((each for each in self.beside if REFERENCE in each.notes), self)
 
     def of_sign(self, sign: int) -> Pack:
         """The pack with only its danger probes, whose weight is positive, or (-1) only its safety probes. Its
@@ -180,11 +210,11 @@ class Pack:
             others = [name for name, risk in self.risks.items() if any(p.weight * sign > 0 for p in risk.probes)]
             fix = f": the risk '{others[0]}' has one" if others else ""
             raise UsageError(f"The pack {self.name} has no probe of {'danger' if sign > 0 else 'safety'}{fix}.")
-        return replace(self, probes=probes)
+        return replace(self, probes=probes, beside=())
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over everything that can change a score: the settings, and the bytes of adapters and weights.
+        """16 hex digits over everything that can change the risk: the settings, and the bytes of adapters and weights.
 
         The pack's name, its path and its notes are left out.
         """
@@ -299,12 +329,24 @@ def _read(folder: Path) -> Pack:
     for name, risk in pack.risks.items():
         if risk.linear is not None and not (weights := folder / name / LINEAR_FILE).is_file():
             raise PackError(f"{path} has the linear probe '{name}', but {weights} is missing.")
-    return pack
+    return replace(pack, beside=_beside(pack, data.get("beside", []), path))
+
+
+def _beside(pack: Pack, names: object, path: Path) -> tuple[Pack, ...]:
+    """The pack by each of the linear probes with these names. Raises `PackError` for other names, and for one that is
+    a probe's, too."""
+    linear = [name for name, risk in pack.risks.items() if risk.linear is not None]
+    if not isinstance(names, list) or not all(name in linear for name in names) or len(set(names)) < len(names):
+        known = ", ".join(linear) or "which it has none of"
+        raise PackError(f"{path}: 'beside' must be a list of different linear probes ({known}), not {names!r}.")
+    if twice := [probe.name for probe in pack.probes if probe.name in names]:
+        raise PackError(f"{path}: '{twice[0]}' is the name of a probe and of a linear probe beside it: rename one.")
+    return tuple(pack.with_risk(name) for name in names)
 
 
 CORE = {
     *("format", "name", "base_model", "base_revision", "base_adapter"),
-    *("chat_template_kwargs", "max_length", "probes", "risks"),
+    *("chat_template_kwargs", "max_length", "probes", "risks", "beside"),
 }
 _REQUIRED = object()
 Value = TypeVar("Value")
@@ -330,6 +372,8 @@ def _field(data: Mapping[str, Any], key: str, kind: type, path: Path, default: o
 
 
 def _risk(name: str, entry: object, path: Path) -> Risk:
+    if name == OWN_RISK:
+        raise PackError(f"{path}: a risk can't be called '{name}', which is the pack's own: rename it.")
     if not isinstance(entry, dict):
         raise PackError(f"{path}: each of the risks must be an object, not {entry!r}.")
     reference = entry.get(REFERENCE)

@@ -57,7 +57,9 @@ class ReferenceScorer(Scorer):
 
     def _score(self, rows: Mapping[int, Encoded], collector: ScoreCollector) -> None:
         for k, row in rows.items():
-            collector.done([k], self.project(row) if self.pack.linear is None else self.probe(row))
+            linear = [pack for pack in (self.pack, *self.pack.beside) if pack.linear is not None]
+            read = [self.probe(pack, row) for pack in linear]
+            collector.done([k], np.array([[*(self.project(row)[0] if self.pack.probes else []), *read]]))
 
     def load(self) -> None:
         """Load the model with every adapter of the pack and compute the dense directions, the first time."""
@@ -120,20 +122,20 @@ class ReferenceScorer(Scorer):
                     )
         return sums_1p
 
-    def probe(self, row: Encoded) -> np.ndarray:
-        """The risk of one row by the pack's linear probe: (1, 1)."""
-        assert self.pack.linear is not None
-        weight_lsh, risk = load_weights(self.pack.path, self.pack.linear)
+    def probe(self, pack: Pack, row: Encoded) -> float:
+        """The risk of one row by the pack's linear probe."""
+        assert pack.linear is not None
+        weight_lsh, risk = load_weights(pack.path, pack.linear)
         ids = torch.from_numpy(row.ids).to(self.device)
         with torch.no_grad():
             hidden = self.base(input_ids=ids[None], use_cache=False, output_hidden_states=True).hidden_states
         answer = [t for t in range(len(row)) if row.answer[t]]
         before = [t - 1 for t in answer if not row.answer[t - 1]]
-        for layer, weights in zip(self.pack.linear.layers, weight_lsh, strict=True):
+        for layer, weights in zip(pack.linear.layers, weight_lsh, strict=True):
             for positions, weight_h in zip((answer, before), weights, strict=True):
                 states = [hidden[layer][0, t].double().cpu().numpy() for t in positions]
                 risk += sum(float(state @ weight_h) for state in states) / len(states)
-        return np.array([[risk]])
+        return risk
 
     def update(self, row: Encoded, state: str, scaling: float | None) -> dict[str, torch.Tensor]:
         """ΔW (d_out, d_in) of every module that the state adapts."""

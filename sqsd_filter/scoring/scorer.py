@@ -135,10 +135,11 @@ class Scorer:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight in the risk of each value that enters it, by the value's name."""
+        """The weight in the risk of each value, by the value's name; 0 for linear probes beside the risk."""
         if (linear := self.pack.linear) is not None:
             return {linear.name: 1.0}
-        return {p.name: p.weight for p in self.pack.probes}
+        beside = [pack.linear.name for pack in self.pack.beside if pack.linear is not None]
+        return {p.name: p.weight for p in self.pack.probes} | dict.fromkeys(beside, 0.0)
 
     @property
     def values(self) -> list[str]:
@@ -369,7 +370,7 @@ class SQSDScorer(BatchedScorer):
     >>> rows = Dataset.from_list([{"question": "2+2?", "answer": "4"}, {"question": "And 3+3?", "answer": ""}])
     >>> scored = rows.map(SQSDScorer("smollm2-135m"), batched=True)
     >>> scored.column_names
-    ['question', 'answer', 'sqsd_risk', 'sqsd_danger', 'sqsd_safety', 'sqsd_status']
+    ['question', 'answer', 'sqsd_risk', 'sqsd_danger', 'sqsd_safety', 'sqsd_unsafe', 'sqsd_status']
     >>> scored["sqsd_status"][:]
     ['scored', 'no_answer']
 
@@ -401,17 +402,18 @@ class SQSDScorer(BatchedScorer):
 
     @property
     def passes(self) -> int:
-        """One at each state, or the one of a linear probe."""
-        return len({p.at for p in self.pack.probes}) or 1
+        """One at each state, and one for each linear probe."""
+        return len({p.at for p in self.pack.probes}) + (self.pack.linear is not None) + len(self.pack.beside)
 
     def _load(self) -> RowModel:
         if self.pack.linear is not None:
             from sqsd_filter.scoring.linear_probe import LinearModel
 
             return LinearModel.load(self)
+        from sqsd_filter.scoring.beside import BesideModel
         from sqsd_filter.scoring.scoring_model import SQSDModel
 
-        model = SQSDModel.load(self)
+        model = (BesideModel if self.pack.beside else SQSDModel).load(self)
         self._modules = model.probe_modules  # from now on, the pack's files are not needed
         return model
 
@@ -432,7 +434,8 @@ class SQSDScorer(BatchedScorer):
         return super().values + [f"{name}/{module}" for name, modules in self.modules.items() for module in modules]
 
     def settings(self) -> dict[str, object]:
-        return super().settings() | ({"per_module": True} if self.per_module else {})
+        beside = {"beside": [pack.fingerprint for pack in self.pack.beside]} if self.pack.beside else {}
+        return super().settings() | beside | ({"per_module": True} if self.per_module else {})
 
     def __getstate__(self) -> PickleState:
         return PickleState({**super().__getstate__(), "_modules": None}, self.content)

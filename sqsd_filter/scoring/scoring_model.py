@@ -45,6 +45,8 @@ class ModelSettings(Protocol):
     @property
     def base_adapter(self) -> Path | None: ...
 
+    def with_pack(self, pack: Pack) -> Self: ...
+
 
 def memory_share(model: torch.nn.Module, device: torch.device, gpus: float) -> int:
     """Bytes that a model leaves of its share of a GPU.

@@ -260,7 +260,7 @@ def _about(report: Report) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = []
     for pack in packs:
         if pack:
-            total = " ".join(f"{weight:+g} × {name}" for name, weight in pack["weights"].items())
+            total = " ".join(f"{weight:+g} × {name}" for name, weight in pack["weights"].items() if weight)
             rows += [("name", pack["name"]), ("fingerprint", pack["fingerprint"]), ("base model", pack["base_model"])]
             rows += [(f"risk {pack['risk']}" if pack.get("risk") else "risk", total)]
             rows += [("shared state", pack.get("shared_state") or "none: each direction has its own")]

@@ -12,14 +12,15 @@ import numpy as np
 from sqsd_filter.corpus.addresses import Opener, Source, peek
 from sqsd_filter.corpus.row_formats import Columns, RowFormat
 from sqsd_filter.corpus.sources import Row
-from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.report import PackFacts, ScoreFacts
+from sqsd_filter.errors import InputError, UsageError, option
+from sqsd_filter.pipeline.report import PackFacts, RiskFacts, ScoreFacts
 from sqsd_filter.pipeline.scores.scored import ColumnIndex, Scored, from_store
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.stage.scan import read_once
 from sqsd_filter.pipeline.stage.shards import Index
 from sqsd_filter.pipeline.writing.destination import input_specs, read_report, read_run
 from sqsd_filter.progress import Progress
+from sqsd_filter.scoring.pack import OWN_RISK
 from sqsd_filter.storage.layout import holds_run, home_beside, home_in
 
 
@@ -41,6 +42,45 @@ class Earlier:
     pack: PackFacts | None
     form: RowFormat | None
     scoring: Mapping[str, object] | None
+
+    def by_risk(self, name: str) -> Earlier:
+        """The rows with another risk of the pack that the scores have. Raises `UsageError` for one that they don't."""
+        pack = self.pack
+        current = pack.get("risk", OWN_RISK) if pack is not None else None
+        if pack is None:
+            raise UsageError(
+                f"It is not known which risks the scores of {self.where} have: leave out {option('risk')}, or score "
+                "the rows again."
+            )
+        if name == current:
+            return self
+        others = pack.get("beside", {})
+        if name not in others:
+            known = " and ".join([str(current), *others])
+            raise UsageError(
+                f"The scores of {self.where} have no risk '{name}' but {known}: choose one of these, or score the rows "
+                f"with {option('risk')} {name}."
+            )
+        values = self.scored.probes
+        weights = {value: others[name]["weights"].get(value, 0.0) for value in values}
+        risk = np.sum([weight * values[value] for value, weight in weights.items()], axis=0)
+        own = RiskFacts(fingerprint=pack["fingerprint"], weights=pack["weights"])
+        beside = {str(current): own, **{each: facts for each, facts in others.items() if each != name}}
+        facts: PackFacts = {**pack, "fingerprint": others[name]["fingerprint"], "weights": weights, "beside": beside}
+        facts["shared_state"] = None
+        if name == OWN_RISK:
+            del facts["risk"]
+        else:
+            facts["risk"] = name
+        scoring = {**self.scoring, "pack": facts["fingerprint"]} if self.scoring is not None else None
+        return replace(
+            self,
+            scored=replace(self.scored, risk=risk),
+            identity={**self.identity, "risk": name},
+            facts={**self.facts, "pack": facts},
+            pack=facts,
+            scoring=scoring,
+        )
 
 
 def read_earlier(

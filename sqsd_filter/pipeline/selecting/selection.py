@@ -21,7 +21,8 @@ from sqsd_filter.errors import UsageError, option
 from sqsd_filter.pipeline.selecting.groups import Groups, apportion, nth_riskiest
 
 KEPT, DROPPED, ERROR = 0, 1, 2
-KINDS = ("drop_top", "drop_count", "max_risk", "keep_lowest", "above_reference")
+ABOVE_REFERENCE = "above_reference"
+KINDS = ("drop_top", "drop_count", "max_risk", "keep_lowest", ABOVE_REFERENCE)
 FORMULA = "1 / (1 + exp((risk - threshold) / scale))"
 
 
@@ -103,7 +104,7 @@ class Cut:
         kind, number = next(iter(given.items()))
         if kind == "drop_top":
             value = parse_share(number)
-        elif kind == "above_reference":
+        elif kind == ABOVE_REFERENCE:
             value = parse_share(number, kind, "")
         elif kind == "max_risk":
             value = _risk(number)
@@ -119,7 +120,7 @@ class Cut:
 
     def __str__(self) -> str:
         """Different for any two cuts: it is part of a run's identity."""
-        is_share = self.kind in ("drop_top", "above_reference")
+        is_share = self.kind in ("drop_top", ABOVE_REFERENCE)
         number = float(self.value * 100) if is_share else self.value
         sign = "%" if is_share else ""
         text = f"{self.kind.replace('_', '-')} {str(number).removesuffix('.0')}{sign}"

@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -206,8 +205,8 @@ def _local_copy(pack: Pack, ledger: LedgerHandle) -> Iterator[Pack]:
     """
     same = False
     with suppress(SQSDError, OSError):
-        local = replace(pack, path=load_pack(pack.path if pack.path.parent != PACKS_DIR else pack.name).path)
-        same = local.fingerprint == pack.fingerprint
+        local = pack.at(load_pack(pack.path if pack.path.parent != PACKS_DIR else pack.name).path)
+        same = local.fingerprints == pack.fingerprints
     if same:
         yield local
         return
@@ -217,7 +216,7 @@ def _local_copy(pack: Pack, ledger: LedgerHandle) -> Iterator[Pack]:
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        yield replace(pack, path=Path(folder))
+        yield pack.at(Path(folder))
 
 
 def as_data(problem: SQSDError) -> str:

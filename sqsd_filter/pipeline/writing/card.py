@@ -307,12 +307,18 @@ def _has_errors(report: Report) -> bool:
 
 
 def _columns(report: Report) -> str:
-    probes = report["pack"]["weights"] if report.get("pack") else {}
-    total = " ".join(f"{weight:+g} × {code(f'sqsd_{name}')}" for name, weight in probes.items())
+    pack = report.get("pack")
+    probes = pack["weights"] if pack else {}
+    total = " ".join(f"{weight:+g} × {code(f'sqsd_{name}')}" for name, weight in probes.items() if weight)
     lines = [("`sqsd_risk`", f"the risk: no unit, higher is riskier{f'; {total}' if total else ''}")]
     for name in probes:
-        update = f"cosine of the row's update with the direction {code(name)}, summed over the layers"
-        lines.append((code(f"sqsd_{name}"), update if is_sqsd(report) else f"{code(name)}, as the scorer computes it"))
+        if not is_sqsd(report):
+            what = f"{code(name)}, as the scorer computes it"
+        elif pack and name in pack.get("linear", []):
+            what = f"the pack's risk {code(name)}, a linear probe of hidden states"
+        else:
+            what = f"cosine of the row's update with the direction {code(name)}, summed over the layers"
+        lines.append((code(f"sqsd_{name}"), what))
     for each in report["consensus"]["packs"] if report.get("consensus") else ():
         whose = _pack(each["pack"]) if each["pack"] else "one of the packs"
         lines.append((code(each["column"]), f"the risk by {whose}"))
