@@ -153,8 +153,8 @@ def _by_reference(scoring: Scoring, progress: Progress) -> Scoring:
     if scorer.name != SQSD or pack is scorer.pack:
         return scoring
     progress.note(
-        f"{option('above_reference')} cuts by the risk {pack.risk} of the pack {pack.name}, and only this one is "
-        f"computed; {option('risk')} {OWN_RISK} takes the pack's own"
+        f"a cut by reference rows takes the risk {pack.risk} of the pack {pack.name}; its own risk, {OWN_RISK}, is not "
+        "computed"
     )
     return replace(scoring, scorer=scorer.with_pack(pack))
 

@@ -207,7 +207,7 @@ def test_risks_are_compared_on_the_same_rows(
     module.main()
     result = json.loads(out.read_text())
     assert set(result) == {"own", "length", "bi-anchor"}
-    risks = module.scored(work, "length", "", str(tiny_pack))
+    risks = module.scored(work, "length", "", str(tiny_pack), "float32")
     for found in result.values():
         assert found["rows"] == {name: len(values) for name, values in risks.items()}
         assert set(found["rows"]) == set(module.GROUPS)

@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--pack", default="smollm2-135m")
     parser.add_argument("--risks", default=OWN)
+    parser.add_argument("--dtype", default="float32", help="number format of the model's weights")
     parser.add_argument("--rows", type=int, help="at most so many rows of each group")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     options = parser.parse_args()
@@ -84,7 +85,8 @@ def main() -> None:
     result = {}
     for given in options.risks.split(","):
         name, _, scorer = given.partition("=")
-        result[name] = figures(scored(options.work, name, scorer, options.pack), threshold(given, options.pack))
+        risks = scored(options.work, name, scorer, options.pack, options.dtype)
+        result[name] = figures(risks, threshold(given, options.pack))
     print(tables(result))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -108,10 +110,10 @@ def read(data: Path, most: int | None) -> Iterable[Row]:
             yield {"group": name, "prompt": row["prompt"], "response": row["response"]}
 
 
-def scored(work: Path, risk: str, judge: str, pack: str) -> dict[str, np.ndarray]:
+def scored(work: Path, risk: str, judge: str, pack: str, dtype: str) -> dict[str, np.ndarray]:
     """The risks of each group's rows, by this risk or by this `judge`."""
     target, scorer = work / f"{risk}.parquet", judge or risk
-    named = ["--scorer", scorer] if judge or risk in SCORERS else ["--risk", risk] if risk != OWN else []
+    named = ["--scorer", scorer] if judge or risk in SCORERS else ["--risk", "sqsd" if risk == OWN else risk]
     if risk in ANCHORED:
         named += [
             word for kind in (UNSAFE, "safe") for word in (f"--{kind}-anchors", str(work / f"anchors-{kind}.jsonl"))
@@ -119,7 +121,7 @@ def scored(work: Path, risk: str, judge: str, pack: str) -> dict[str, np.ndarray
     columns = ["--prompt-column", "prompt", "--answer-column", "response"]
     if not target.exists() or work.joinpath(f"{risk}.parquet.sqsd").exists():
         command = [sys.executable, "-m", "sqsd_filter", "score", str(work / "rows.jsonl"), str(target), "--pack", pack]
-        done = subprocess.run([*command, *named, *columns], check=False)
+        done = subprocess.run([*command, "--dtype", dtype, *named, *columns], check=False)
         if done.returncode:
             sys.exit(done.returncode)
     table = pq.read_table(target).to_pandas()

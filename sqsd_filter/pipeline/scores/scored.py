@@ -167,11 +167,11 @@ def _number(value: object) -> float:
 
 
 class ColumnIndex:
-    """Visits a corpus that has been scored before, and collects its scores from these columns."""
+    """Visits a corpus that has been scored before, and collects its scores from these columns, and the values of these
+    names."""
 
-    columns = ("sqsd_risk", "sqsd_status", "sqsd_reason")
-
-    def __init__(self) -> None:
+    def __init__(self, values: Sequence[str] = ()) -> None:
+        self._values: dict[str, list[float]] = {name: [] for name in values}
         self._details: dict[int, str] = {}
         self._risk: list[float] = []
         self._codes = bytearray()
@@ -194,6 +194,8 @@ class ColumnIndex:
         if status != SCORED and isinstance(reason := value.get("sqsd_reason"), str):
             self._details[row.index] = reason
         self._risk.append(_number(risk))
+        for name, column in self._values.items():
+            column.append(_number(value.get(SCORE_PREFIX + name)))
         if status not in self._statuses:
             if len(self._statuses) == MOST_STATUSES:
                 raise InputError(
@@ -201,6 +203,15 @@ class ColumnIndex:
                 )
             self._statuses.append(status)
         self._codes.append(self._statuses.index(status))
+
+    @property
+    def columns(self) -> list[str]:
+        return ["sqsd_risk", "sqsd_status", "sqsd_reason", *(SCORE_PREFIX + name for name in self._values)]
+
+    @property
+    def values(self) -> dict[str, np.ndarray]:
+        """The values (n,) by their names, NaN where there is none."""
+        return {name: np.array(column, np.float64) for name, column in self._values.items()}
 
     def scored(self, corpus: Corpus, groups: Groups | None = None, form: RowFormat | None = None) -> Scored:
         codes, risk = np.frombuffer(bytes(self._codes), np.uint8), np.array(self._risk, dtype=np.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ class Earlier:
 
     `identity` is different for other rows or scores; `facts` are for the report. `keys` (n,) S16 are the keys of the
     conversations, zero where a row has none. `pack` is what is known of the pack, `scoring` the settings of its scorer,
-    and `form` the format in which rows were read, or are read for the keys.
+    `form` the format in which rows were read, or are read for the keys, and `values` (n,) those of the columns of a
+    file with several risks.
     """
 
     where: str
@@ -42,6 +43,7 @@ class Earlier:
     pack: PackFacts | None
     form: RowFormat | None
     scoring: Mapping[str, object] | None
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def by_risk(self, name: str) -> Earlier:
         """The rows with another risk of the pack that the scores have. Raises `UsageError` for one that they don't."""
@@ -61,7 +63,7 @@ class Earlier:
                 f"The scores of {self.where} have no risk '{name}' but {known}: choose one of these, or score the rows "
                 f"with {option('risk')} {name}."
             )
-        values = self.scored.probes
+        values = self.scored.probes or self.values
         weights = {value: others[name]["weights"].get(value, 0.0) for value in values}
         risk = np.sum([weight * values[value] for value, weight in weights.items()], axis=0)
         own = RiskFacts(fingerprint=pack["fingerprint"], weights=pack["weights"])
@@ -75,7 +77,7 @@ class Earlier:
         scoring = {**self.scoring, "pack": facts["fingerprint"]} if self.scoring is not None else None
         return replace(
             self,
-            scored=replace(self.scored, risk=risk),
+            scored=replace(self.scored, risk=risk, probes=values),
             identity={**self.identity, "risk": name},
             facts={**self.facts, "pack": facts},
             pack=facts,
@@ -109,7 +111,9 @@ def read_earlier(
         form = _likely_form(sources, beside, likely)
     index = Index(form) if keyed and form is not None else None
     progress.start("reading", None)
-    scores = ColumnIndex()
+    report = read_report(beside) if beside is not None else None
+    pack = report.get("pack") if report else None
+    scores = ColumnIndex(list(pack["weights"]) if pack and pack.get("beside") else [])
 
     def visit(row: Row) -> None:
         scores.visit(row)
@@ -118,7 +122,6 @@ def read_earlier(
 
     columns = [*scores.columns, *(index.form.columns if index is not None else [])]
     corpus, groups = read_once(sources, visit, columns, per_group, progress)
-    report = read_report(beside) if beside is not None else None
     return Earlier(
         ", ".join(str(each) if isinstance(each, str | Path) else "the dataset" for each in given),
         sources,
@@ -126,9 +129,10 @@ def read_earlier(
         {"inputs": corpus.inputs},
         _scorer(report) if report else {},
         index.keys if index is not None else np.zeros(0, "S16"),
-        report.get("pack") if report else None,
+        pack,
         form,
         known["scoring"] if known else None,
+        scores.values,
     )
 
 
