@@ -37,6 +37,8 @@ from sqsd_filter.scoring.scorer import TRANSIENT
 from tests.commands import parse
 from tests.corpora import make_rows, write_jsonl
 from tests.recipes.scripts import load_script
+from tests.scoring.test_beside import beside
+from tests.scoring.test_linear_probe import with_probe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -219,9 +221,8 @@ def test_the_test_command_of_the_readme_is_what_ci_calls() -> None:
 
 @pytest.fixture
 def tiny_embedded(tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The built-in pack's name stands for a pack on a tiny model, and nothing is left elsewhere."""
-    (tmp_path / "packs").mkdir()
-    (tmp_path / "packs" / "smollm2-135m").symlink_to(tiny_pack)
+    """The built-in pack's name stands for a pack on a tiny model with a probe beside, and nothing is left elsewhere."""
+    beside(with_probe(tiny_pack, tmp_path / "packs" / "smollm2-135m"))
     monkeypatch.setattr("sqsd_filter.scoring.pack.PACKS_DIR", tmp_path / "packs")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)

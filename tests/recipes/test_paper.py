@@ -98,10 +98,10 @@ def test_the_commands_of_the_small_study_parse(
     study.main()
     params = [(words[0], parse(words).params) for words in called]
     scored = {(Path(p["dest"]).parent.name, p["scorer"], p["pack"], p["risk"]) for kind, p in params if kind == "score"}
-    packs: set[tuple[str, str, str | None]] = {(scorer, "smollm2-135m", None) for scorer in SCORERS}
-    packs |= {("sqsd", "other", None), ("sqsd", "smollm2-135m", "unsafe")}
+    packs = {(scorer, "smollm2-135m", "sqsd") for scorer in SCORERS}
+    packs |= {("sqsd", "other", "sqsd"), ("sqsd", "smollm2-135m", "unsafe")}
     assert scored >= {(rows, *how) for rows in ("dolly", "unsafe") for how in packs} | {
-        ("gsm8k", "sqsd", "smollm2-135m", None),
+        ("gsm8k", "sqsd", "smollm2-135m", "sqsd"),
         ("gsm8k-planted", "sqsd", "smollm2-135m", "unsafe"),
     }
     evaluations = [p for kind, p in params if kind == "evaluate"]

@@ -43,10 +43,10 @@ def windows(results: Results) -> Iterator[str]:
 
 
 def scorers(results: Results) -> Iterator[str]:
-    """The attack success rate by window for each scorer, with 95 % intervals, where there are several scorers."""
-    if len(results["scorers"]) < 2:
+    """The attack success rate by window for each scorer, with 95 % intervals, where `windows` does not show them."""
+    count = max((len(scorer["asr"]) for scorer in results["scorers"].values()), default=0)
+    if not count or (len(results["scorers"]) < 2 and count >= 5):
         return
-    count = max(len(scorer["asr"]) for scorer in results["scorers"].values())
     names = [f"S{k + 1}" for k in range(count)]
     yield from head("ASR, %", *names, f"S1 - S{count}", "falls", "answer tokens")
     for name, scorer in results["scorers"].items():
