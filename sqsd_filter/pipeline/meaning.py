@@ -61,8 +61,9 @@ class Meaning:
         """For scores by the pack in these settings, if they are known."""
         others = {}
         for each in beside:
-            other = Reference.of(each)
-            own = {**settings, "pack": each.fingerprint, "shared_state": None} if settings else None
+            other, own = Reference.of(each), settings
+            if own is not None:
+                own = {**own, "pack": each.fingerprint, "shared_state": None}
             if other is not None and (own is None or other.mismatch(own) is None):
                 others[each.risk or ""] = other
         reference = Reference.of(pack)
@@ -83,7 +84,8 @@ class Meaning:
         if found is None:
             name = facts["name"] if facts else ""
             return cls(None, f"The pack {name}, which gave these scores, is not here: name it with {option('pack')}.")
-        beside = [found.with_risk(name) for name in (facts or {}).get("beside", {}) if name in found.all_risks]
+        known = facts.get("beside", {}) if facts is not None else {}
+        beside = [found.with_risk(name) for name in known if name in found.all_risks]
         if facts is not None and facts.get("risk") in found.risks:
             found = found.with_risk(facts["risk"])
         settings = settings_from(scoring, facts["shared_state"] if facts else None) if scoring else None

@@ -27,10 +27,12 @@ CONFIGS: tuple[Config, ...] = ("kept", "dropped", "errors")
 
 
 class RiskFacts(TypedDict):
-    """A risk that the score columns have: the fingerprint of the pack by it, and the weights of its values."""
+    """A risk that the score columns have: the fingerprint of the pack by it, the weights of its values, and the state
+    that its directions share."""
 
     fingerprint: str
     weights: Mapping[str, float]
+    shared_state: str | None
 
 
 class PackFacts(TypedDict):

@@ -338,7 +338,9 @@ def _facts_of(scorer: BatchedScorer) -> ScoreFacts:
         facts["linear"] = linear
     if pack.beside and scorer.name == SQSD:
         facts["beside"] = {
-            each.risk or "": RiskFacts(fingerprint=each.fingerprint, weights=scorer.with_pack(each).weights)
+            each.risk or "": RiskFacts(
+                fingerprint=each.fingerprint, weights=scorer.with_pack(each).weights, shared_state=None
+            )
             for each in pack.beside
         }
     return {

@@ -66,10 +66,9 @@ class Earlier:
         values = self.scored.probes or self.values
         weights = {value: others[name]["weights"].get(value, 0.0) for value in values}
         risk = np.sum([weight * values[value] for value, weight in weights.items()], axis=0)
-        own = RiskFacts(fingerprint=pack["fingerprint"], weights=pack["weights"])
+        own = RiskFacts(fingerprint=pack["fingerprint"], weights=pack["weights"], shared_state=pack.get("shared_state"))
         beside = {str(current): own, **{each: facts for each, facts in others.items() if each != name}}
-        facts: PackFacts = {**pack, "fingerprint": others[name]["fingerprint"], "weights": weights, "beside": beside}
-        facts["shared_state"] = None
+        facts: PackFacts = {**pack, **others[name], "weights": weights, "beside": beside}
         if name == OWN_RISK:
             del facts["risk"]
         else:
