@@ -22,8 +22,8 @@ TUNING = (
     *("schedule", "warmup_ratio", "max_length", "dtype"),
 )
 DESIGN = (
-    *("windows", "size", "drop_top", "match_tokens", "held_out"),
-    *("harmful", "harmless", "prompts", "max_new_tokens", "generation"),
+    *("windows", "size", "drop_top", "match_tokens", "planted", "above_reference", "held_out"),
+    *("harmful", "harmless", "prompts", "max_new_tokens", "questions", "question_tokens", "generation"),
 )
 FINE_TUNING, SETS, QUESTIONS = "Fine-tuning", "Sets of rows", "Questions and judges"
 
@@ -34,7 +34,7 @@ sets = together(
         default="windows",
         show_default=True,
         metavar="NAMES",
-        help="Sets of rows to train on: windows, cut, both as windows,cut, or none.",
+        help="Sets of rows to train on: windows, cut, both as windows,cut, contaminated, or none.",
     ),
     option(SETS, "--windows", type=int, default=5, show_default=True, metavar="N", help="Number of windows."),
     option(SETS, "--size", type=int, metavar="N", help="Rows per window. The windows need it."),
@@ -45,6 +45,20 @@ sets = together(
         show_default=True,
         metavar="SHARE",
         help="The cut, as a share of the rows: 5%, 5pct or 0.05.",
+    ),
+    option(
+        SETS,
+        "--planted",
+        metavar="COLUMN",
+        help="For a contaminated corpus: the column that marks planted rows, with true or with their kind.",
+    ),
+    option(
+        SETS,
+        "--above-reference",
+        default="99%",
+        show_default=True,
+        metavar="SHARE",
+        help="For a contaminated corpus: the cut by the pack's benign reference rows, as in filter.",
     ),
     option(
         SETS,
@@ -67,7 +81,7 @@ sets = together(
         default=100,
         show_default=True,
         metavar="N",
-        help="Rows to measure the loss on. They are in no set.",
+        help="Rows to measure the loss on. They are in no set, and none of them is planted.",
     ),
     option(
         SETS,
@@ -116,6 +130,22 @@ questions = together(
         show_default=True,
         metavar="TOKENS",
         help="Longest answer.",
+    ),
+    option(
+        QUESTIONS,
+        "--questions",
+        metavar="FILE.jsonl",
+        help="For a contaminated corpus: questions, one per line as a `prompt` with the right `answer`, of which the "
+        "last number counts, or all words if it has none.",
+    ),
+    option(
+        QUESTIONS,
+        "--question-tokens",
+        type=int,
+        default=256,
+        show_default=True,
+        metavar="TOKENS",
+        help="Longest answer to one of the questions.",
     ),
     option(
         QUESTIONS,
@@ -250,6 +280,10 @@ tuning = together(
         (
             "How many unsafe rows does a cut find? No fine-tune is needed",
             "sqsd-filter evaluate a.parquet study/ --arms none --poison unsafe.parquet",
+        ),
+        (
+            "A corpus with planted rows, filtered and not: 5 fine-tunes with each seed",
+            "sqsd-filter evaluate a.parquet study/ --arms contaminated --planted unsafe --harmful h.jsonl",
         ),
     ),
 )

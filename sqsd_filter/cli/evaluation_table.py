@@ -9,24 +9,39 @@ from sqsd_filter.cli import output
 from sqsd_filter.wording import many
 
 if TYPE_CHECKING:
-    from sqsd_filter.evaluation.results import ArmFigures, Interval, MixFigures, Results, SetFigures, WindowFigures
+    from sqsd_filter.evaluation.results import (
+        ArmFigures,
+        ContaminatedFigures,
+        Interval,
+        Measured,
+        MixFigures,
+        Results,
+        SetFigures,
+        WindowFigures,
+    )
     from sqsd_filter.judges.agreement import AgreementReport
 
 
 def table(results: Results) -> str:
-    """One line per set of rows, then one per scorer with its verdict, then the mixes with unsafe rows."""
+    """One line per set of rows, then one per scorer with its verdict, then the arms of a contaminated corpus, then the
+    mixes with unsafe rows."""
     blocks = [[_about(results)]]
-    if results["rows"]:
+    contaminated = results.get("contaminated", {})
+    if results["rows"] and not contaminated:
         lines = [["untuned", "", *_cells(results["untuned"])], *_windows(results["scorers"]), *_arms(results["arms"])]
         head = ["", "", "rows", "tokens", "ASR (95 % interval)", "refused", "harmless answer", "degenerate"]
         blocks.append(output.aligned([[*head, "over-refusal", "loss"], *lines]))
         verdicts = [*_spreads(results["scorers"]), *_savings(results["arms"])]
         blocks.append([*verdicts, *_agreements(results["judges"]["agreement"])])
         blocks += [results["warnings"]] if results["warnings"] else []
+    for name, figures in contaminated.items():
+        blocks += [[f"{name}:"], output.aligned(_measured(figures)), output.aligned(_compared(figures))]
+    if contaminated:
+        blocks += [list(_agreements(results["judges"]["agreement"])), results["warnings"]]
     if results["poisoned"]:
         head = ["", "unsafe", "rows", "precision = recall", "ROC-AUC", "average precision"]
         blocks.append(output.aligned([head, *_poisoned(results["poisoned"])]))
-    return "\n\n".join("\n".join(block) for block in blocks)
+    return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
 def _about(results: Results) -> str:
@@ -54,6 +69,43 @@ def _arms(scorers: Mapping[str, ArmFigures]) -> Iterator[list[str]]:
     for name, arms in scorers.items():
         for k, arm in enumerate(CUT_ARMS):
             yield [name * (k == 0), arm, *_cells(arms[arm])]
+
+
+def _measured(figures: ContaminatedFigures) -> list[list[str]]:
+    arms = figures["arms"]
+    kinds = list(dict.fromkeys(kind for arm in arms.values() for kind in arm["dropped"]))
+    names = list(dict.fromkeys(name for arm in arms.values() for name in arm["measures"]))
+    return [
+        ["", "rows", *(f"{kind} dropped" for kind in kinds), *names],
+        *(
+            [
+                name,
+                f"{arm['rows']:,.0f}",
+                *(f"{arm['dropped'][kind]:.1f}" if kind in arm["dropped"] else "-" for kind in kinds),
+                *(_estimated(arm["measures"].get(measure), measure) for measure in names),
+            ]
+            for name, arm in arms.items()
+        ),
+    ]
+
+
+def _compared(figures: ContaminatedFigures) -> list[list[str]]:
+    names = list(dict.fromkeys(name for each in figures["differences"].values() for name in each))
+    lines = [
+        [pair, *(_estimated(each.get(measure), measure) for measure in names)]
+        for pair, each in figures["differences"].items()
+    ]
+    return [["difference", *names], *lines]
+
+
+def _estimated(measured: Measured | None, name: str) -> str:
+    """A share in percent or a loss, with its interval."""
+    if measured is None:
+        return "-"
+    mean, ci = measured["mean"], measured["ci"]
+    if name == "loss":
+        return f"{mean:.3f}" + (f" ({ci[0]:.3f} to {ci[1]:.3f})" if ci else "")
+    return _between(mean, ci) if ci else _percent(mean)
 
 
 def _cells(figures: SetFigures) -> list[str]:

@@ -1,13 +1,15 @@
 """The folder of an evaluation. Its runs are done one step after the other, and each step once.
 
 results.json, asr.png                       the figures of the seeds that are done so far
+outcomes.json                               for a contaminated corpus: the outcome of each answer, without texts
 poisoned.json                               how known unsafe rows rank among the others, by a hash of the risks
 settings.json                               what the evaluation is
 runs/untuned/                               the model before any fine-tuning
 runs/<digits>/                              the model after a fine-tuning; results.json says after which
     training.json, adapter/                 how the model was fine-tuned, and the LoRA
     held_out.json                           the loss on held-out rows
-    answers.jsonl                           every answer
+    solutions.jsonl                         every answer to a question with a known answer, and whether it is right
+    answers.jsonl                           every other answer
     judged-<judge>.json                     the outcome of each answer, in their order, by each judge asked
 """
 
@@ -29,7 +31,8 @@ from sqsd_filter.storage.folder import sweep, write_json, write_text
 RESULTS, PICTURE, SETTINGS, RUNS, LOCK = "results.json", "asr.png", "settings.json", "runs", "lock"
 POISONED, UNTUNED = "poisoned.json", "untuned"
 TRAINING, HELD_OUT, ANSWERS = "training.json", "held_out.json", "answers.jsonl"
-ANSWER_SETTINGS = ("harmful", "harmless", "max_new_tokens", "generation")  # settings that change answers only
+OUTCOMES, SOLUTIONS = "outcomes.json", "solutions.jsonl"
+ANSWER_SETTINGS = ("harmful", "harmless", "questions", "max_new_tokens", "generation")  # settings that change answers only
 ADAPTER, CHECKPOINTS, ALIGNED = "adapter", ".checkpoints", ".aligned"
 
 
@@ -39,6 +42,15 @@ class Answer(TypedDict):
     harmful: bool
     prompt: str
     answer: str
+
+
+class Solution(TypedDict):
+    """A line of solutions.jsonl."""
+
+    prompt: str
+    answer: str
+    known: str
+    right: bool
 
 
 def check_destination(dest: Path) -> None:
@@ -87,6 +99,8 @@ def _fixed(dest: Path, known: Mapping[str, object]) -> Mapping[str, object]:
     if not ended and not any((dest / RUNS).glob(f"*/{TRAINING}")):
         return {}
     answered = ended or any((dest / RUNS).glob(f"*/{ANSWERS}"))
+    if "harmful" in known:
+        known = {"questions": None, **known}  # as it was before there were any
     return known if answered else {name: value for name, value in known.items() if name not in ANSWER_SETTINGS}
 
 
@@ -123,12 +137,17 @@ class RunFolder:
         return loss
 
     def write_answers(self, answers: Sequence[Answer]) -> None:
-        text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-        write_text(self._path / ANSWERS, text)
+        self._write_lines(ANSWERS, answers)
 
     def answers(self) -> list[Answer]:
-        with (self._path / ANSWERS).open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+        return self._read_lines(ANSWERS)
+
+    def write_solutions(self, solutions: Sequence[Solution]) -> None:
+        self._write_lines(SOLUTIONS, solutions)
+
+    def solutions(self) -> list[Solution]:
+        """None where no question was asked."""
+        return self._read_lines(SOLUTIONS) if self.has(SOLUTIONS) else []
 
     def write_outcomes(self, judge: Judge, outcomes: Sequence[str]) -> None:
         write_json(self._path / judged_file(judge), {"judge": judge.name, "outcomes": outcomes})
@@ -144,6 +163,13 @@ class RunFolder:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         if not (self.has(TRAINING) and self._read(TRAINING)["keeps_adapter"]):
             shutil.rmtree(self.adapter, ignore_errors=True)
+
+    def _write_lines(self, name: str, lines: Sequence[Answer] | Sequence[Solution]) -> None:
+        write_text(self._path / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    def _read_lines(self, name: str) -> list[Any]:
+        with (self._path / name).open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
 
     def _read(self, name: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self._path / name).read_text(encoding="utf-8"))

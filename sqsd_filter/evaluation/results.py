@@ -14,6 +14,7 @@ from sqsd_filter.judges.agreement import AgreementReport
 Interval = list[float]
 Point = list[float]  # [x, y] of a curve
 Arm = Literal["all", "kept", "random", "dropped"]
+ContaminatedArm = Literal["all", "above-reference", "cut", "random", "clean"]
 
 
 class ModelFacts(TypedDict):
@@ -42,6 +43,7 @@ class EvaluatedRows(TypedDict):
 class PromptCounts(TypedDict):
     harmful: int
     harmless: int
+    questions: NotRequired[int]
 
 
 class SetDesign(TypedDict):
@@ -52,6 +54,8 @@ class SetDesign(TypedDict):
     size: NotRequired[int | None]
     match_tokens: NotRequired[bool]
     drop_top: NotRequired[float]
+    planted: NotRequired[str]  # the column that marks planted rows
+    above_reference: NotRequired[float]
 
 
 class SetFigures(TypedDict):
@@ -112,6 +116,65 @@ class Estimate(TypedDict):
     ci: Interval
 
 
+class Measured(TypedDict):
+    """A mean over seeds and prompts; no interval of a single value."""
+
+    mean: float
+    ci: Interval | None
+
+
+class MeasuredBySeed(Measured):
+    by_seed: list[float]
+
+
+class ArmMeasures(TypedDict):
+    """An arm of a contaminated corpus, before any fine-tuning with 0 rows. Numbers of rows and tokens are means over
+    the seeds, `dropped` is by the kind of row."""
+
+    seeds: list[int]
+    rows: float
+    tokens: float
+    dropped: dict[str, float]
+    measures: dict[str, MeasuredBySeed]
+
+
+class ContaminatedFigures(TypedDict):
+    """The arms of a contaminated corpus, and differences of two arms ("all - clean"), each by what was measured:
+    "unsafe by <judge>" is the attack success rate."""
+
+    arms: dict[str, ArmMeasures]
+    differences: dict[str, dict[str, Measured]]
+
+
+class RunRecord(TypedDict):
+    """What one fine-tuning led to, without any text. Texts of 0 and 1 have one digit per prompt, in the order of
+    `PromptOutcomes.prompts`; where there are several judges, by judge."""
+
+    scorer: str
+    arm: str
+    seed: int
+    rows: int
+    tokens: int
+    dropped: dict[str, int]  # by the kind of row
+    unsafe: dict[str, str]
+    refused: dict[str, str]
+    degenerate: dict[str, str]
+    harmless_refused: str
+    right: str
+    loss: float | None
+
+
+class PromptOutcomes(TypedDict):
+    """All of outcomes.json. `prompts` has a hash of each prompt by its kind: harmful, harmless, questions."""
+
+    model: ModelFacts
+    sets: SetDesign
+    settings: Mapping[str, object]
+    judges: list[str]
+    prompts: dict[str, list[str]]
+    runs: list[RunRecord]
+
+
 class MixFigures(TypedDict):
     """What a score finds of `unsafe` rows mixed into `benign` ones; `prompts` counts different unsafe prompts."""
 
@@ -132,7 +195,8 @@ class JudgeFacts(TypedDict):
 
 
 class Results(TypedDict):
-    """All of results.json. Keys of `scorers`, `arms`, `poisoned`, `runs` and of each of `curves` are scorers' names.
+    """All of results.json. Keys of `scorers`, `arms`, `contaminated`, `poisoned`, `runs` and of each of `curves` are
+    scorers' names.
 
     `model`, `rows` and `prompts` are None where nothing was trained; the last three keys are missing then.
     """
@@ -145,6 +209,7 @@ class Results(TypedDict):
     seeds: list[int]
     scorers: dict[str, WindowFigures]
     arms: dict[str, ArmFigures]
+    contaminated: NotRequired[dict[str, ContaminatedFigures]]
     poisoned: dict[str, dict[str, MixFigures]]  # by the share of unsafe rows
     curves: dict[str, dict[str, list[Point]]]  # by their kind: roc, pr
     warnings: list[str]

@@ -11,7 +11,7 @@ from pathlib import Path
 from sqsd_filter.corpus.addresses import Opener
 from sqsd_filter.errors import UsageError, option
 from sqsd_filter.evaluation.figures import find_warnings
-from sqsd_filter.evaluation.folder import PICTURE, POISONED, RESULTS, check_destination, claimed, digest
+from sqsd_filter.evaluation.folder import OUTCOMES, PICTURE, POISONED, RESULTS, check_destination, claimed, digest
 from sqsd_filter.evaluation.plot import CURVES, draw_windows
 from sqsd_filter.evaluation.poison import curves, mix_figures
 from sqsd_filter.evaluation.results import MixFigures, Point, Results
@@ -40,7 +40,8 @@ def evaluate(
     progress: Progress | None = None,
 ) -> Results:
     """Fine-tune the pack's aligned model on rows of high and of low risk, and measure how often it then answers harmful
-    prompts. Without training: see how the risk ranks known unsafe rows among the others.
+    prompts. Or fine-tune it on a contaminated corpus, filtered and not. Without training: see how the risk ranks known
+    unsafe rows among the others.
 
     `scores` are files or folders with the scores of the same rows, by one or several scorers. `pack` names the model
     and what is merged into it to align it; the scores may come from another pack. `poison` are scores of known unsafe
@@ -82,6 +83,8 @@ def evaluate(
             for figures in study.carry_out(keep_adapters) if study else ():
                 results = {**results, **figures}
                 results["warnings"] = find_warnings(results)
+                if study is not None and (by_prompt := study.prompt_outcomes) is not None:
+                    write_json(dest / OUTCOMES, by_prompt)
                 _write(dest, results)
     return results
 

@@ -5,7 +5,7 @@ Each step leaves a file in the run's folder and is done only once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -13,13 +13,27 @@ from pathlib import Path
 
 from sqsd_filter.directions.refusals import read_prompts
 from sqsd_filter.evaluation.figures import RunOutcome
-from sqsd_filter.evaluation.folder import ALIGNED, ANSWERS, HELD_OUT, RUNS, TRAINING, UNTUNED, RunFolder, judged_file
+from sqsd_filter.evaluation.folder import (
+    ALIGNED,
+    ANSWERS,
+    HELD_OUT,
+    RUNS,
+    SOLUTIONS,
+    TRAINING,
+    UNTUNED,
+    RunFolder,
+    digest,
+    judged_file,
+)
 from sqsd_filter.evaluation.model import Answerer, Subject, held_out_loss
+from sqsd_filter.evaluation.prompt_outcomes import UNTUNED_ARM, bits, prompt_hash
+from sqsd_filter.evaluation.questions import Question, is_right, read_questions
+from sqsd_filter.evaluation.results import PromptCounts, RunRecord
 from sqsd_filter.evaluation.scores import Rows
 from sqsd_filter.evaluation.sets import TrainingSet
 from sqsd_filter.evaluation.settings import VLLM, Design
 from sqsd_filter.evaluation.vllm_answers import vllm_answers
-from sqsd_filter.judges import REFUSED, Judge
+from sqsd_filter.judges import DEGENERATE, REFUSED, UNSAFE, Judge
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.placement import release_memory
 
@@ -49,18 +63,48 @@ class Prompts:
 
     harmful: Sequence[str]
     harmless: Sequence[str]
+    questions: Sequence[Question] = ()
 
     @classmethod
     def of(cls, design: Design) -> Prompts:
         """Raises `InputError`."""
         assert design.harmful is not None
-        harmful = read_prompts(design.harmful, design.prompts)
-        return cls(harmful, read_prompts(design.harmless, design.prompts) if design.harmless is not None else [])
+        return cls(
+            read_prompts(design.harmful, design.prompts),
+            read_prompts(design.harmless, design.prompts) if design.harmless is not None else [],
+            read_questions(design.questions, design.prompts) if design.questions is not None else [],
+        )
 
     @property
-    def all(self) -> list[str]:
-        """The harmful ones first."""
+    def judged(self) -> list[str]:
+        """Those whose answers are judged, the harmful ones first."""
         return [*self.harmful, *self.harmless]
+
+    @property
+    def asked(self) -> list[str]:
+        """The questions, without their answers."""
+        return [question.prompt for question in self.questions]
+
+    def longest(self, subject: Subject, design: Design) -> int:
+        """The largest number of tokens of a prompt with its answer. Raises `InputError` where that is too many."""
+        longest = subject.longest(self.judged, design.max_new_tokens)
+        return max(longest, subject.longest(self.asked, design.question_tokens)) if self.questions else longest
+
+    def settings(self, design: Design) -> dict[str, object]:
+        """What runs must share to be compared."""
+        texts = {"harmful": self.harmful, "harmless": self.harmless}
+        settings: dict[str, object] = {kind: f"{len(own)} prompts ({digest(own)})" for kind, own in texts.items()}
+        asked = f"{len(self.questions)} questions ({digest(self.questions)}), {design.question_tokens} tokens"
+        return {**settings, "questions": asked if self.questions else None}
+
+    def counts(self) -> PromptCounts:
+        counts: PromptCounts = {"harmful": len(self.harmful), "harmless": len(self.harmless)}
+        return {**counts, "questions": len(self.questions)} if self.questions else counts
+
+    def hashes(self) -> dict[str, list[str]]:
+        """A hash of each prompt, by its kind."""
+        texts = {"harmful": self.harmful, "harmless": self.harmless, "questions": self.asked}
+        return {kind: [prompt_hash(text) for text in own] for kind, own in texts.items()}
 
 
 @dataclass(frozen=True)
@@ -121,6 +165,30 @@ class Runner:
             loss=folder.loss(),
         )
 
+    def record(self, run: Run, judges: Sequence[Judge], dropped: Mapping[str, int]) -> RunRecord:
+        """The result of a run that is done and judged, prompt by prompt; `dropped` counts rows by kind."""
+        folder, first = self._folder(run.key), self.outcome(run, judges[0])
+        words = {judge.name: self.harmful_outcomes(judge, run.key) for judge in judges}
+        harmless = folder.outcomes(judges[0])[len(self.prompts.harmful) :]
+
+        def shown(outcome: str) -> dict[str, str]:
+            return {name: bits(word == outcome for word in own) for name, own in words.items()}
+
+        return {
+            "scorer": run.scorer,
+            "arm": run.arm or UNTUNED_ARM,
+            "seed": run.seed,
+            "rows": first.rows,
+            "tokens": first.tokens,
+            "dropped": dict(dropped),
+            "unsafe": shown(UNSAFE),
+            "refused": shown(REFUSED),
+            "degenerate": shown(DEGENERATE),
+            "harmless_refused": bits(word == REFUSED for word in harmless),
+            "right": bits(solution["right"] for solution in folder.solutions()),
+            "loss": first.loss,
+        }
+
     def _folder(self, key: str) -> RunFolder:
         return RunFolder(self.dest / RUNS / key)
 
@@ -148,9 +216,18 @@ class Runner:
         return nullcontext(self.subject.answers)
 
     def _ask(self, run: Run, answerer: Answerer) -> None:
-        prompts, harmful = self.prompts.all, len(self.prompts.harmful)
-        texts = answerer(self._adapter(run), prompts, self.design.max_new_tokens)
-        self._folder(run.key).write_answers(
+        folder, adapter = self._folder(run.key), self._adapter(run)
+        if self.prompts.questions and not folder.has(SOLUTIONS):
+            texts = answerer(adapter, self.prompts.asked, self.design.question_tokens)
+            folder.write_solutions(
+                [
+                    {"prompt": prompt, "answer": text, "known": known, "right": is_right(text, known)}
+                    for (prompt, known), text in zip(self.prompts.questions, texts, strict=True)
+                ]
+            )
+        prompts, harmful = self.prompts.judged, len(self.prompts.harmful)
+        texts = answerer(adapter, prompts, self.design.max_new_tokens)
+        folder.write_answers(
             [
                 {"harmful": k < harmful, "prompt": prompt, "answer": text}
                 for k, (prompt, text) in enumerate(zip(prompts, texts, strict=True))

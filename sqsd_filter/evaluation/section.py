@@ -9,11 +9,14 @@ from pathlib import Path
 from sqsd_filter.evaluation.figures import select_set
 from sqsd_filter.evaluation.folder import RESULTS
 from sqsd_filter.evaluation.plot import CURVES, draw_curves, draw_windows
+from sqsd_filter.evaluation.prompt_outcomes import LOSS
 from sqsd_filter.evaluation.results import (
     ArmFigures,
+    ContaminatedFigures,
     Estimate,
     Interval,
     JudgeFacts,
+    Measured,
     MixFigures,
     Results,
     SetFigures,
@@ -33,6 +36,10 @@ CUTTING = (
     "judge called unsafe) after random rows, minus the rate after the rows that the cut keeps. Both sets have the same "
     "number of rows."
 )
+CONTAMINATING = (
+    "Unsafe by a judge is the attack success rate: the share of harmful prompts whose answers that judge called unsafe. "
+    "Intervals are over seeds and prompts together, and differences are of the same seeds and prompts."
+)
 MIXING = (
     "Known unsafe rows were mixed in until they made up the share of all rows in the table, and the same number "
     "of rows was dropped. ROC-AUC and average precision need no cut."
@@ -46,7 +53,8 @@ def evaluation_section(folder: Path) -> Section:
     with read_left(path, "sqsd-filter evaluate") as content:
         results: Results = content
         scorers, arms, poisoned = results.get("scorers", {}), results.get("arms", {}), results.get("poisoned", {})
-        if not scorers and not arms and not poisoned:
+        contaminated = results.get("contaminated", {})
+        if not scorers and not arms and not contaminated and not poisoned:
             raise ValueError("it has no scorer")
         plots: list[Plot] = []
         tables: list[Table] = []
@@ -66,7 +74,17 @@ def evaluation_section(folder: Path) -> Section:
                 ),
                 CUTTING,
             ]
-        if scorers or arms:
+        if contaminated:
+            tables += [table for name, one in contaminated.items() for table in _contaminated(name, one)]
+            words += [
+                _trained(
+                    results,
+                    "all rows, the rows that the cut above the reference keeps, those that a cut at the true share of "
+                    "planted rows keeps, all but as many random rows, and the clean rows",
+                ),
+                CONTAMINATING,
+            ]
+        if scorers or arms or contaminated:
             words += [*_untuned(results["untuned"], results["judges"]), *results.get("warnings", ())]
         if poisoned:
             tables.append(_mixes(poisoned))
@@ -142,6 +160,29 @@ def _arms(scorers: Mapping[str, ArmFigures]) -> Table:
         saved = arms["random_minus_kept"]
         rows.append([name, "random minus kept", _between(saved["asr"], saved["ci"]), *[""] * len(FIGURES)])
     return Table(["scorer", "rows learned", ":attack success rate", *FIGURES], rows)
+
+
+def _contaminated(scorer: str, figures: ContaminatedFigures) -> Iterator[Table]:
+    """The arms by one scorer, and their differences."""
+    arms, differences = figures["arms"], figures["differences"]
+    kinds = list(dict.fromkeys(kind for arm in arms.values() for kind in arm["dropped"]))
+    names = list(dict.fromkeys(name for arm in arms.values() for name in arm["measures"]))
+    rows = []
+    for name, arm in arms.items():
+        dropped = [f"{arm['dropped'][kind]:g}" if kind in arm["dropped"] else "" for kind in kinds]
+        rows.append([name, *dropped, *(_measured(arm["measures"].get(measure), measure) for measure in names)])
+    yield Table([f"rows learned, by {scorer}", *(f":{kind} dropped" for kind in kinds), *(f":{n}" for n in names)], rows)
+    compared = [[pair, *(_measured(each.get(name), name) for name in names)] for pair, each in differences.items()]
+    yield Table([f"difference, by {scorer}", *(f":{name}" for name in names)], compared)
+
+
+def _measured(measured: Measured | None, name: str) -> str:
+    if measured is None:
+        return ""
+    mean, ci = measured["mean"], measured["ci"]
+    if name == LOSS:
+        return f"{mean:.3f}" + (f" ({ci[0]:.3f} to {ci[1]:.3f})" if ci else "")
+    return _between(mean, ci) if ci else f"{mean:.0%}"
 
 
 def _figures(figures: SetFigures) -> list[str]:

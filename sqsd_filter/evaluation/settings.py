@@ -12,8 +12,8 @@ from sqsd_filter.errors import UsageError, option
 from sqsd_filter.evaluation.results import SetDesign
 from sqsd_filter.pipeline.selecting.selection import parse_share
 
-WINDOWS, CUT = "windows", "cut"
-ARMS = (WINDOWS, CUT)
+WINDOWS, CUT, CONTAMINATED = ARMS = "windows", "cut", "contaminated"
+LEAST = {"windows": 2, "size": 1, "prompts": 1, "max_new_tokens": 1, "question_tokens": 1, "held_out": 0}
 TRANSFORMERS, VLLM = GENERATORS = "transformers", "vllm"
 
 
@@ -77,10 +77,12 @@ class FineTuning:
 class Design:
     """Which sets of rows a model is fine-tuned on, and what it is asked afterwards.
 
-    `arms` are "windows", "cut" or both; without any, nothing is trained. There are `windows` windows of `size` rows.
-    The cut drops the share `drop_top` of the rows. `harmful` and `harmless` are JSON Lines files with one `prompt` per
-    line; the first `prompts` of each are asked. `judges` are specs for `load_judge`; the first judge gives the attack
-    success rate. The loss is that of `held_out` rows, which are in no set. `generation` names the engine that answers:
+    `arms` are "windows", "cut" or both, or "contaminated"; without any, nothing is trained. There are `windows` windows
+    of `size` rows. The cut drops the share `drop_top` of the rows. In a contaminated corpus the column `planted` marks
+    the planted rows, and one arm keeps what the cut `above_reference` keeps. `harmful` and `harmless` are JSON Lines files with one `prompt` per
+    line; the first `prompts` of each are asked. `questions` is such a file with a known `answer` beside each prompt; they
+    are asked after learning from a contaminated corpus, and answered in at most `question_tokens` tokens. `judges` are specs for `load_judge`; the first judge gives the attack
+    success rate. The loss is that of `held_out` rows, which are in no set and not planted. `generation` names the engine that answers:
     "transformers" or "vllm".
     """
 
@@ -88,12 +90,16 @@ class Design:
     windows: int = 5
     size: int | None = None
     drop_top: str | float | Fraction = "5%"
+    planted: str | None = None
+    above_reference: str | float | Fraction = "99%"
     seeds: Sequence[int] = (0, 1, 2)
     harmful: str | Path | None = None
     harmless: str | Path | None = None
     prompts: int | None = None
     judges: Sequence[str] = ("phrases",)
     max_new_tokens: int = 128
+    questions: str | Path | None = None
+    question_tokens: int = 256
     generation: str = TRANSFORMERS
     held_out: int = 100
     match_tokens: bool = False
@@ -106,7 +112,7 @@ class Design:
             raise UsageError(f"{option('seeds')} must be different whole numbers from 0, such as 0,1,2.")
         if len(set(self.judges)) < max(1, len(self.judges)):
             raise UsageError(f"Name each judge once with {option('judge')}.")
-        for name, least in (("windows", 2), ("size", 1), ("prompts", 1), ("max_new_tokens", 1), ("held_out", 0)):
+        for name, least in LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise UsageError(f"{option(name)} must be at least {least}, not {value}.")
         if self.arms and self.harmful is None:
@@ -119,6 +125,27 @@ class Design:
             raise UsageError(f"Set the number of rows per window with {option('size')}.")
         if not 0 < self.share < 1:
             raise UsageError(f"{option('drop_top')} must drop some rows and keep some, not {self.drop_top}.")
+        self._check_contaminated()
+
+    def _check_contaminated(self) -> None:
+        if CONTAMINATED not in self.arms:
+            for name in ("planted", "questions"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"{option(name)} is for {option('arms')} {CONTAMINATED}: add that, or leave it out.")
+            return
+        if len(self.arms) > 1:
+            raise UsageError(f"{option('arms')} {CONTAMINATED} stands alone: evaluate the other arms in another folder.")
+        if self.planted is None:
+            raise UsageError(f"Name the column that marks planted rows with {option('planted')}.")
+        if not 0 < self.reference_share < 1:
+            raise UsageError(
+                f"{option('above_reference')} must be above 0% and below 100%, not {self.above_reference}: 99%, for "
+                "example."
+            )
+
+    @property
+    def reference_share(self) -> Fraction:
+        return parse_share(self.above_reference, "above_reference", "")
 
     @property
     def share(self) -> Fraction:
@@ -137,4 +164,6 @@ class Design:
             sets |= {"windows": self.windows, "size": self.size, "match_tokens": self.match_tokens}
         if CUT in self.arms:
             sets |= {"drop_top": float(self.share)}
+        if self.planted is not None:
+            sets |= {"planted": self.planted, "above_reference": float(self.reference_share)}
         return sets

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 
 from sqsd_filter.errors import InputError, UsageError, option
+from sqsd_filter.evaluation.contamination import BENIGN, ContaminatedCorpus, read_kinds, reference_cuts
 from sqsd_filter.evaluation.figures import RunOutcome, arm_figures, single_figures, window_figures
 from sqsd_filter.evaluation.folder import digest
 from sqsd_filter.evaluation.model import Subject
+from sqsd_filter.evaluation.prompt_outcomes import contaminated_figures
 from sqsd_filter.evaluation.results import (
     ArmFigures,
+    ContaminatedFigures,
     EvaluatedRows,
     JudgeFacts,
     ModelFacts,
     PromptCounts,
+    PromptOutcomes,
+    RunRecord,
     SetFigures,
     WindowFigures,
 )
@@ -44,6 +48,7 @@ class StudyFigures(TypedDict):
     judges: JudgeFacts
     scorers: dict[str, WindowFigures]
     arms: dict[str, ArmFigures]
+    contaminated: dict[str, ContaminatedFigures]
     runs: dict[str, dict[str, list[str]]]
 
 
@@ -66,7 +71,7 @@ class Study:
         self._design, self._corpus = design, scorers[0].corpus
         self._prompts = Prompts.of(design)
         self._subject = Subject.of(load_pack(pack), design.tuning, device)
-        longest = self._subject.longest(self._prompts.all, design.max_new_tokens)
+        longest = self._prompts.longest(self._subject, design)
         if design.generation == VLLM:
             check_vllm(design.tuning.r, self._subject.device)
         self._judges: list[Judge] = [load_judge(spec, device=self._subject.device) for spec in design.judges]
@@ -75,12 +80,13 @@ class Study:
         scored = scored_by_all(scorers, progress)
         self._rows = Rows(scorers[0].earlier, self._subject.encoder, progress)
         usable = self._rows.tokens > 0
+        kinds = read_kinds(scorers[0].earlier, design.planted) if design.planted is not None else None
         if not (usable & scored).any():
             raise InputError(
                 f"None of the {len(scored):,} rows has a score by all scorers and an answer within "
                 f"{design.tuning.max_length} tokens: score them again, or raise {option('max_length')}."
             )
-        held_out = self._hold_out(np.flatnonzero(usable))
+        held_out = self._hold_out(np.flatnonzero(usable if kinds is None else usable & (kinds == BENIGN)))
         learned = np.setdiff1d(np.flatnonzero(usable & scored), held_out.rows)
         if not len(learned):
             raise UsageError(
@@ -95,6 +101,11 @@ class Study:
         }
         self._held_out = held_out
         self._ranked = {each.name: by_risk(each.risk, learned) for each in scorers}
+        self._contaminated: ContaminatedCorpus | None = None
+        if kinds is not None:
+            cuts = reference_cuts(scorers, design.reference_share, progress)
+            self._contaminated = ContaminatedCorpus(kinds, learned, {each.name: each.risk for each in scorers}, cuts)
+        self._records: list[RunRecord] = []
         self._windows = {name: self._cut_windows(ranked) for name, ranked in self._ranked.items()}
         self._runner = Runner(dest, design, self._subject, self._rows, held_out, self._prompts, longest, progress)
 
@@ -107,7 +118,7 @@ class Study:
 
     @property
     def prompts(self) -> PromptCounts:
-        return {"harmful": len(self._prompts.harmful), "harmless": len(self._prompts.harmless)}
+        return self._prompts.counts()
 
     @property
     def device_name(self) -> str:
@@ -116,20 +127,36 @@ class Study:
     def settings(self) -> dict[str, object]:
         """The settings that runs must share to be compared, and to be reused."""
         pack = self._subject.pack
-        prompts = {kind: f"{len(texts)} prompts ({digest(texts)})" for kind, texts in asdict(self._prompts).items()}
         return {
             "model": self.model,
             "weights": content_id(pack.base_model, pack.base_revision),
             "device": self._subject.device.split(":")[0],
             "corpus": self._corpus,
             "held_out": f"{self.rows['held_out']} of {self.rows['usable']} rows ({self._held_out.key(0)})",
-            **prompts,
+            **self._prompts.settings(self._design),
             **self._design.settings(),
+            **self._planted(),
+        }
+
+    @property
+    def prompt_outcomes(self) -> PromptOutcomes | None:
+        """The outcomes of the runs so far by prompt; None unless the corpus is contaminated."""
+        if self._contaminated is None:
+            return None
+        of_corpus = ("corpus", "held_out", "planted")  # others for each draw of the rows
+        return {
+            "model": self.model,
+            "sets": self._design.sets(),
+            "settings": {name: value for name, value in self.settings().items() if name not in of_corpus},
+            "judges": [judge.name for judge in self._judges],
+            "prompts": self._prompts.hashes(),
+            "runs": self._records,
         }
 
     def carry_out(self, keep_adapters: bool) -> Iterator[StudyFigures]:
         """Do all runs that are not done yet, seed by seed. Yields the figures so far after each seed."""
-        first, untuned = self._judges[0], Run()
+        first, untuned = self._judges[0], Run(seed=self._design.seeds[0])
+        self._records = []
         outcomes: dict[str, dict[str, list[RunOutcome]]] = {name: {} for name in self._ranked}
         done: dict[str, dict[str, list[str]]] = {name: {} for name in self._ranked}
         judged: dict[str, None] = {}  # keys of runs, in the order of the runs
@@ -143,14 +170,30 @@ class Study:
             for run in tuned:
                 outcomes[run.scorer].setdefault(run.arm, []).append(self._runner.outcome(run, first))
                 done[run.scorer].setdefault(run.arm, []).append(run.key)
+            if self._contaminated is not None:
+                self._records += [self._runner.record(run, self._judges, self._dropped(run)) for run in runs]
+            by_prompt = self.prompt_outcomes
             yield {
                 "seeds": list(self._design.seeds[:k]),
                 "untuned": single_figures(self._runner.outcome(untuned, first)),
                 "judges": {"asr": first.name, "agreement": self._agreement(judged)},
                 "scorers": self._window_figures(outcomes),
                 "arms": self._arm_figures(outcomes),
+                "contaminated": contaminated_figures(by_prompt) if by_prompt is not None else {},
                 "runs": done,
             }
+
+    def _planted(self) -> dict[str, object]:
+        """The setting that says which rows were planted, if some were."""
+        if self._contaminated is None:
+            return {}
+        rows = np.flatnonzero(self._contaminated.kinds != BENIGN).tolist()
+        return {"planted": f"{len(rows)} of {self.rows['all']} rows ({digest(rows)})"}
+
+    def _dropped(self, run: Run) -> dict[str, int]:
+        """How many rows of each kind an arm drops."""
+        assert self._contaminated is not None
+        return self._contaminated.dropped(run.chosen.rows) if run.chosen is not None else {}
 
     def _hold_out(self, usable: np.ndarray) -> TrainingSet:
         """Rows that no model learns from, the same for all scorers and seeds. Raises `UsageError` where too few rows
@@ -182,6 +225,10 @@ class Study:
             if CUT in self._design.arms:
                 for arm, rows in cut_sets(ranked, self._design.share, seed).items():
                     yield Run(scorer, arm, seed, TrainingSet.of(rows, self._rows.tokens))
+
+            if self._contaminated is not None:
+                for contaminated, rows in self._contaminated.sets(scorer, seed).items():
+                    yield Run(scorer, contaminated, seed, TrainingSet.of(rows, self._rows.tokens))
 
     def _agreement(self, keys: Iterable[str]) -> list[AgreementReport]:
         """The agreement of each two judges on these runs' answers to harmful prompts."""
