@@ -57,7 +57,7 @@ def reference_cuts(scorers: Sequence[NamedScores], share: Fraction, progress: Pr
     cuts: dict[str, Cut | None] = {}
     for each in scorers:
         meaning = Meaning.of_scores(each.earlier.pack, each.earlier.scoring, None)
-        why = meaning.why if each.earlier.pack is not None else "No report is beside its scores, so its pack is unknown."
+        why = meaning.why if each.earlier.pack is not None else "No report beside its scores names their pack."
         if meaning.reference is None:
             progress.note(f"{each.name} has no arm above-reference. {why}")
             cuts[each.name] = None

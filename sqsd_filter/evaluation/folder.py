@@ -32,7 +32,7 @@ RESULTS, PICTURE, SETTINGS, RUNS, LOCK = "results.json", "asr.png", "settings.js
 POISONED, UNTUNED = "poisoned.json", "untuned"
 TRAINING, HELD_OUT, ANSWERS = "training.json", "held_out.json", "answers.jsonl"
 OUTCOMES, SOLUTIONS = "outcomes.json", "solutions.jsonl"
-ANSWER_SETTINGS = ("harmful", "harmless", "questions", "max_new_tokens", "generation")  # settings that change answers only
+ANSWER_SETTINGS = ("harmful", "harmless", "questions", "max_new_tokens", "generation")  # they change answers only
 ADAPTER, CHECKPOINTS, ALIGNED = "adapter", ".checkpoints", ".aligned"
 
 
@@ -146,7 +146,7 @@ class RunFolder:
         self._write_lines(SOLUTIONS, solutions)
 
     def solutions(self) -> list[Solution]:
-        """None where no question was asked."""
+        """Empty where no question was asked."""
         return self._read_lines(SOLUTIONS) if self.has(SOLUTIONS) else []
 
     def write_outcomes(self, judge: Judge, outcomes: Sequence[str]) -> None:

@@ -64,7 +64,7 @@ def combine(several: Sequence[PromptOutcomes]) -> PromptOutcomes:
     first = several[0]
     for other in several[1:]:
         for name in ("model", "sets", "settings", "judges", "prompts"):
-            if first[name] != other[name]:  # type: ignore[literal-required]  # a name that both have
+            if first[name] != other[name]:
                 raise InputError(f"These outcomes can't be combined, because they have different {name}.")
     runs = list(chain.from_iterable(each["runs"] for each in several))
     if len({(run["scorer"], run["arm"], run["seed"]) for run in runs}) < len(runs):
@@ -94,7 +94,7 @@ def contaminated_figures(outcomes: PromptOutcomes) -> dict[str, ContaminatedFigu
 def _measured(run: RunRecord, judges: Sequence[str]) -> dict[str, np.ndarray]:
     """All that was measured of a run, each (p,)."""
     texts = {f"unsafe by {judge}": run["unsafe"][judge] for judge in judges}
-    texts |= {name: run[name][judges[0]] for name in ("refused", "degenerate")}  # type: ignore[literal-required]
+    texts |= {name: run[name][judges[0]] for name in ("refused", "degenerate")}
     texts |= {"harmless refused": run["harmless_refused"], "right": run["right"]}
     values = {name: np.array(list(text), float) for name, text in texts.items() if text}
     return values if run["loss"] is None else {**values, LOSS: np.array([run["loss"]])}

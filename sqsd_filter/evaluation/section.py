@@ -37,8 +37,8 @@ CUTTING = (
     "number of rows."
 )
 CONTAMINATING = (
-    "Unsafe by a judge is the attack success rate: the share of harmful prompts whose answers that judge called unsafe. "
-    "Intervals are over seeds and prompts together, and differences are of the same seeds and prompts."
+    "Unsafe by a judge is the attack success rate: the share of harmful prompts whose answers this judge called "
+    "unsafe. Intervals are over seeds and prompts together, and differences are of the same seeds and prompts."
 )
 MIXING = (
     "Known unsafe rows were mixed in until they made up the share of all rows in the table, and the same number "
@@ -171,7 +171,9 @@ def _contaminated(scorer: str, figures: ContaminatedFigures) -> Iterator[Table]:
     for name, arm in arms.items():
         dropped = [f"{arm['dropped'][kind]:g}" if kind in arm["dropped"] else "" for kind in kinds]
         rows.append([name, *dropped, *(_measured(arm["measures"].get(measure), measure) for measure in names)])
-    yield Table([f"rows learned, by {scorer}", *(f":{kind} dropped" for kind in kinds), *(f":{n}" for n in names)], rows)
+    yield Table(
+        [f"rows learned, by {scorer}", *(f":{kind} dropped" for kind in kinds), *(f":{n}" for n in names)], rows
+    )
     compared = [[pair, *(_measured(each.get(name), name) for name in names)] for pair, each in differences.items()]
     yield Table([f"difference, by {scorer}", *(f":{name}" for name in names)], compared)
 

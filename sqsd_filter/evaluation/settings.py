@@ -79,10 +79,11 @@ class Design:
 
     `arms` are "windows", "cut" or both, or "contaminated"; without any, nothing is trained. There are `windows` windows
     of `size` rows. The cut drops the share `drop_top` of the rows. In a contaminated corpus the column `planted` marks
-    the planted rows, and one arm keeps what the cut `above_reference` keeps. `harmful` and `harmless` are JSON Lines files with one `prompt` per
-    line; the first `prompts` of each are asked. `questions` is such a file with a known `answer` beside each prompt; they
-    are asked after learning from a contaminated corpus, and answered in at most `question_tokens` tokens. `judges` are specs for `load_judge`; the first judge gives the attack
-    success rate. The loss is that of `held_out` rows, which are in no set and not planted. `generation` names the engine that answers:
+    the planted rows, and one arm keeps what the cut `above_reference` keeps. `harmful` and `harmless` are JSON Lines
+    files with one `prompt` per line; the first `prompts` of each are asked. `questions` is such a file with the right
+    `answer` beside each prompt; they are asked after learning from a contaminated corpus, for answers of at most
+    `question_tokens` tokens. `judges` are specs for `load_judge`; the first judge gives the attack success rate. The
+    loss is that of `held_out` rows, which are in no set and not planted. `generation` names the engine that answers:
     "transformers" or "vllm".
     """
 
@@ -131,10 +132,14 @@ class Design:
         if CONTAMINATED not in self.arms:
             for name in ("planted", "questions"):
                 if getattr(self, name) is not None:
-                    raise UsageError(f"{option(name)} is for {option('arms')} {CONTAMINATED}: add that, or leave it out.")
+                    raise UsageError(
+                        f"{option(name)} is for {option('arms')} {CONTAMINATED}: add that, or leave it out."
+                    )
             return
         if len(self.arms) > 1:
-            raise UsageError(f"{option('arms')} {CONTAMINATED} stands alone: evaluate the other arms in another folder.")
+            raise UsageError(
+                f"{option('arms')} {CONTAMINATED} stands alone: evaluate the other arms in another folder."
+            )
         if self.planted is None:
             raise UsageError(f"Name the column that marks planted rows with {option('planted')}.")
         if not 0 < self.reference_share < 1:

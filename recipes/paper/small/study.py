@@ -15,8 +15,6 @@ OUT/<name>/ gets results.json and asr.png for each of these names:
     dolly-cut       all rows of Dolly, those that a cut at 20 % keeps, as many random ones, and the dropped ones
     dolly-cut-5     the same for a cut at 5 %
     dolly-unsafe    the riskiest and the safest rows by the pack's risk "unsafe", with two seeds
-    gsm8k-planted   rows of GSM8K among which 5 % are unsafe: all rows, those that a cut at 5 % keeps, as many random
-                    ones, and the dropped ones
 
 Scores in the folder scores/ beside this script are reused unless `--rescore` or another `--pack` is given. All scores
 are written to OUT/scores/<corpus>.parquet in the same form: risks by a hash of the row, without its text. `--windows 2`
@@ -24,10 +22,9 @@ learns from the riskiest and the safest rows only. These are the first and the l
 the second of three windows is the third of five. "transfer" is SQSD's risk by another pack, of another model; the model
 that is fine-tuned stays the same. "half-safety" is SQSD's risk with half the weight on the safety direction.
 
-DATA_FOLDER has the open data files that recipes/packs/smollm2-135m/prepare.py describes, and for gsm8k-planted
-pure-bad-100.jsonl.gz, which nothing in the pack was fitted on. No row or prompt is used that
-the pack was trained or chosen on, except for the anchors that some scorers need. An interrupted study resumes with the
-same command.
+DATA_FOLDER has the open data files that recipes/packs/smollm2-135m/prepare.py describes. No row or prompt is
+used that the pack was trained or chosen on, except for the anchors that some scorers need. An interrupted study resumes
+with the same command. contaminated.py fine-tunes on corpora with planted rows.
 """
 
 from __future__ import annotations
@@ -58,8 +55,6 @@ from sqsd_filter.scoring.baselines import ANCHORED, SCORERS  # noqa: E402
 RISK, UNSAFE, TRANSFER, PACK = "sqsd_", "unsafe", "transfer", "smollm2-135m"
 PROBE = "unsafe"  # a risk of the pack, not the known unsafe rows
 CORPORA = {"dolly": 1100, "gsm8k": 700}  # rows of each
-PLANTED = "gsm8k-planted"
-PLANTS = {"gsm8k": 500, "unsafe": 26}  # its rows
 HALF = "half-safety"
 PARTS = {  # risks computed from the other columns of SQSD's scores: their weights
     "danger": {"danger": 1.0},
@@ -102,7 +97,6 @@ RESULTS = {
     "gsm8k": Result("gsm8k", "gsm8k", FEW, ("--windows", "3", "--seeds", "0")),
     "dolly-cut": Result("dolly", "dolly-cut", ("sqsd",), (*ONCE, "--drop-top", "20%")),
     "dolly-cut-5": Result("dolly", "dolly-cut", ("sqsd",), (*ONCE, "--drop-top", "5%")),
-    PLANTED: Result(PLANTED, PLANTED, (PROBE,), (*ONCE, "--drop-top", "5%")),
 }
 
 
@@ -124,8 +118,6 @@ def main() -> None:
         if odd := [each for each in given if each not in known]:
             parser.error(f"--{name} must be among {', '.join(known)}, not {', '.join(odd)}")
     files = write_data(options.data, options.out / "data", study_rows)
-    if PLANTED in wanted:
-        files |= write_data(options.data, options.out / "data" / PLANTED, planted_rows)
     asked = ["--harmful", files["harmful"], "--harmless", files["harmless"], "--pack", options.pack]
     asked += [word for judge in options.judge or ["phrases"] for word in ("--judge", judge)]
     asked += ["--config", CONFIG]
@@ -254,7 +246,7 @@ def study_rows(data: Path, seed: int = 0) -> dict[str, list[Row]]:
     """Two corpora, known unsafe rows, anchors and prompts: rows that `prepare` did not use, and prompts that it set
     aside for judging models."""
     prepared = prepare.prepare(data, seed)
-    seen = {asked(row) for name in ("initial", "align", "val", "test") for row in prepared[name]}
+    seen = used(prepared)
     judged = prepare.read(data, "judged-completions")
     part = prepare.split_prompts(judged, seed)
     corpora = {name: prepare.read(data, file) for name, file in (("dolly", "dolly-15k"), ("gsm8k", "gsm8k-train"))}
@@ -278,13 +270,9 @@ def study_rows(data: Path, seed: int = 0) -> dict[str, list[Row]]:
     return {**unseen, UNSAFE: unsafe, **anchors, **prompts}
 
 
-def planted_rows(data: Path, seed: int = 0) -> dict[str, list[Row]]:
-    """GSM8K with unsafe rows of a source that nothing in the pack was fitted on."""
-    benign = study_rows(data, seed)["gsm8k"][: PLANTS["gsm8k"]]
-    rows: list[Row] = [{"prompt": row["question"], "response": row["answer"], "planted": False} for row in benign]
-    unsafe = prepare.shuffled(prepare.read(data, "pure-bad-100"), seed, PLANTED)[: PLANTS["unsafe"]]
-    rows += [{"prompt": row["prompt"], "response": row["response"], "planted": True} for row in unsafe]
-    return {PLANTED: prepare.shuffled(rows, seed, PLANTED)}
+def used(prepared: Mapping[str, Iterable[Row]]) -> set[str]:
+    """The questions of the rows that the pack was trained or judged on, as `asked` has them."""
+    return {asked(row) for name in ("initial", "align", "val", "test") for row in prepared[name]}
 
 
 def fresh(rows: Iterable[Row], seen: set[str]) -> list[Row]:

@@ -10,13 +10,18 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sqsd_filter.evaluation.figures import select_set
-from sqsd_filter.evaluation.results import Estimate, Interval, Results, SetFigures
+from sqsd_filter.evaluation.prompt_outcomes import LOSS, contaminated_figures
+from sqsd_filter.evaluation.results import Estimate, Interval, Measured, PromptOutcomes, Results, SetFigures
 from sqsd_filter.evaluation.sets import CUT_ARMS
 from sqsd_filter.statistics import spearman
 
 HERE = Path(__file__).resolve().parent
 ASKED = ("ASR, 95 % interval", "refused", "degenerate", "harmless ones refused", "loss")
 SETS = {"all": "all rows", "kept": "without the riskiest", "random": "without random ones", "dropped": "the riskiest"}
+KEPT = {  # the arms of a contaminated corpus
+    **{"untuned": "nothing", "all": "all rows", "above-reference": "rows not above 99 % of the reference"},
+    **{"cut": "without the riskiest", "random": "without random ones", "clean": "benign rows only"},
+}
 
 
 def main() -> None:
@@ -27,6 +32,11 @@ def main() -> None:
         for lines in (windows(results), scorers(results), arms(results), mixes(results, corpus)):
             if table := list(lines):
                 print("\n".join(table) + "\n")
+    for path in sorted(HERE.glob("*/outcomes.json")):
+        outcomes: PromptOutcomes = json.loads(path.read_text(encoding="utf-8"))
+        print(f"{path.parent.name}\n")
+        for lines in (contaminated(outcomes), differences(outcomes)):
+            print("\n".join(lines) + "\n")
 
 
 def windows(results: Results) -> Iterator[str]:
@@ -69,6 +79,47 @@ def arms(results: Results) -> Iterator[str]:
                 yield line(words, f"{cut[arm]['rows']:,}", *figures(cut[arm]))
 
 
+def contaminated(outcomes: PromptOutcomes) -> Iterator[str]:
+    """The arms of a contaminated corpus: what they drop, and what their models do. Arms that do not depend on the
+    scorer are there once."""
+    names = shown(outcomes)
+    yield from head("trained on", "planted dropped", "benign dropped", *names.values())
+    of_all = set()
+    for scorer, figures in contaminated_figures(outcomes).items():
+        for arm, each in figures["arms"].items():
+            by_scorer = arm in ("above-reference", "cut")
+            if not by_scorer and arm in of_all:
+                continue
+            of_all.add(arm)
+            benign = each["dropped"].get("benign")
+            planted = sum(count for kind, count in each["dropped"].items() if kind != "benign")
+            dropped = ["", ""] if benign is None else [f"{planted:.3g}", f"{benign:.3g}"]
+            measured = (measure(each["measures"].get(name), name) for name in names)
+            yield line(KEPT[arm] + (f", by {scorer}" if by_scorer else ""), *dropped, *measured)
+
+
+def differences(outcomes: PromptOutcomes) -> Iterator[str]:
+    """Differences of two arms of a contaminated corpus, on the same seeds and prompts."""
+    names = shown(outcomes)
+    yield from head("difference", *names.values())
+    of_all = set()
+    for scorer, figures in contaminated_figures(outcomes).items():
+        for pair, each in figures["differences"].items():
+            by_scorer = {"above-reference", "cut"} & set(pair.split(" - "))
+            if by_scorer or pair not in of_all:
+                of_all.add(pair)
+                measured = (measure(each.get(name), name) for name in names)
+                yield line(pair + (f", by {scorer}" if by_scorer else ""), *measured)
+
+
+def shown(outcomes: PromptOutcomes) -> dict[str, str]:
+    """What was measured of a contaminated corpus's arms that the tables show, and its title."""
+    first = outcomes["runs"][0]
+    names = {f"unsafe by {judge}": f"ASR by {judge}, %" for judge in outcomes["judges"]}
+    names |= {"harmless refused": "harmless ones refused, %"} if first["harmless_refused"] else {}
+    return names | ({"right": "right answers, %"} if first["right"] else {}) | {LOSS: "loss"}
+
+
 def mixes(results: Results, corpus: str) -> Iterator[str]:
     """The share of unsafe rows among the dropped ones, and each scorer's rank correlation with SQSD and with the length
     of answers."""
@@ -106,6 +157,15 @@ def figures(one: SetFigures) -> Iterator[str]:
 
 def estimate(value: Estimate, digits: int = 0) -> str:
     return f"{100 * value['mean']:.{digits}f} ({span(value['ci'], digits)})"
+
+
+def measure(value: Measured | None, name: str) -> str:
+    """A loss, or a share in percent, with its interval."""
+    if value is None:
+        return "-"
+    if name == LOSS:
+        return f"{value['mean']:.3f}" + (f" ({value['ci'][0]:.3f} to {value['ci'][1]:.3f})" if value["ci"] else "")
+    return exact(value["mean"]) + (f" ({span(value['ci'])})" if value["ci"] else "")
 
 
 def percent(share: float | None) -> str:
