@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqsd_filter.statistics import auc, ranks, spearman, wilson
+from sqsd_filter.statistics import auc, ranks, spearman, student, sureness, wilson
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=12))
@@ -43,3 +43,51 @@ def test_the_interval_s_ends_solve_wilson_s_equation(case: tuple[int, int]) -> N
     hits, of = case
     for p in wilson(hits, of):
         assert abs(hits / of - p) == pytest.approx(1.959963984540054 * (p * (1 - p) / of) ** 0.5, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "percentile"), [(1, 12.7062), (2, 4.3027), (2.5, 3.5747), (10, 2.2281), (100, 1.9840), (1e6, 1.9600)]
+)
+def test_the_percentile_is_student_s(freedom: float, percentile: float) -> None:
+    assert student(freedom) == pytest.approx(percentile, abs=1e-4)
+
+
+def test_the_mean_squares_are_those_of_the_two_way_analysis_of_variance() -> None:
+    y = np.array([[3.0, 1, 4, 1], [5, 9, 2, 6], [5, 3, 5, 8]])
+    s, p = y.shape
+    m = sum(y[i, k] for i in range(s) for k in range(p)) / (s * p)
+    seeds, prompts = [sum(y[i]) / p for i in range(s)], [sum(y[:, k]) / s for k in range(p)]
+    ms_s = p * sum((mean - m) ** 2 for mean in seeds) / (s - 1)
+    ms_p = s * sum((mean - m) ** 2 for mean in prompts) / (p - 1)
+    rest = sum((y[i, k] - seeds[i] - prompts[k] + m) ** 2 for i in range(s) for k in range(p))
+    ms_r = rest / ((s - 1) * (p - 1))
+    assert ms_s > ms_r > ms_p  # so that one of them is raised
+    sure = sureness(y)
+    assert sure is not None
+    assert sure.error == pytest.approx((ms_s / (s * p)) ** 0.5)
+    freedom = ms_s**2 / (ms_s**2 / (s - 1) + ms_r**2 / (p - 1) + ms_r**2 / ((s - 1) * (p - 1)))
+    assert sure.freedom == pytest.approx(freedom)
+
+
+def test_the_standard_error_is_that_of_means_over_new_seeds_and_new_prompts() -> None:
+    rng = np.random.default_rng(0)
+    s, p, n = 3, 40, 4000
+    seed, prompt, rest = 0.5, 1.5, 1.0
+    y = seed * rng.normal(size=(n, s, 1)) + prompt * rng.normal(size=(n, 1, p)) + rest * rng.normal(size=(n, s, p))
+    squared = np.mean([found.error**2 for each in y if (found := sureness(each)) is not None])
+    assert squared == pytest.approx(y.mean((1, 2)).var(), rel=0.06)
+    assert squared == pytest.approx(seed**2 / s + prompt**2 / p + rest**2 / (s * p), rel=0.06)
+
+
+def test_one_seed_leaves_the_prompts_to_vary_and_one_prompt_the_seeds() -> None:
+    values = np.array([1.0, 2.0, 4.0])
+    for shaped in (values[None], values[:, None]):
+        sure = sureness(shaped)
+        assert sure is not None
+        assert sure.error == pytest.approx(values.std(ddof=1) / 3**0.5)
+        assert sure.freedom == 2
+        assert sure.reach == pytest.approx(4.3027 * sure.error, rel=1e-4)
+    assert sureness(values[:1, None]) is None
+    nothing = sureness(np.ones((2, 3)))
+    assert nothing is not None
+    assert nothing.reach == 0

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from math import hypot
 
@@ -51,11 +52,17 @@ class RunOutcome:
 def draws(unsafe_ksp: np.ndarray, count: int = DRAWS, seed: int = 0) -> np.ndarray:
     """(count, k): the rates of k sets in each draw, of `unsafe_ksp` (k, s, p), 1 where an answer is unsafe."""
     _, seeds, prompts = unsafe_ksp.shape
-    random = np.random.default_rng(seed)
-    of_seeds_ds = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=count)
-    of_prompts_dp = random.multinomial(prompts, np.full(prompts, 1 / prompts), size=count)
+    of_seeds_ds, of_prompts_dp = _taken(seeds, prompts, count, seed)
     unsafe_dk = np.einsum("ds,ksp,dp->dk", of_seeds_ds, unsafe_ksp.astype(float), of_prompts_dp, optimize=True)
     return np.asarray(unsafe_dk / (seeds * prompts))
+
+
+@lru_cache(maxsize=8)  # every set and measure of an evaluation has the same draws
+def _taken(seeds: int, prompts: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each draw took each seed (count, s), and each prompt (count, p)."""
+    random = np.random.default_rng(seed)
+    of_seeds_ds = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=count)
+    return of_seeds_ds, random.multinomial(prompts, np.full(prompts, 1 / prompts), size=count)
 
 
 def interval(values: np.ndarray) -> Interval:

@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 ASKED = ("ASR, 95 % interval", "refused", "degenerate", "harmless ones refused", "loss")
 SETS = {"all": "all rows", "kept": "without the riskiest", "random": "without random ones", "dropped": "the riskiest"}
 KEPT = {  # the arms of a contaminated corpus
-    **{"untuned": "nothing", "all": "all rows", "above-reference": "rows not above 99 % of the reference"},
+    **{"untuned": "before", "all": "all rows", "above-reference": "rows not above 99 % of the reference"},
     **{"cut": "without the riskiest", "random": "without random ones", "clean": "benign rows only"},
 }
 
