@@ -35,7 +35,7 @@ def test_questions_are_read_with_their_answers(tmp_path: Path) -> None:
     assert read_questions(path, 2) == [("0?", "0"), ("1?", "1")]
     for wrong in ({"prompt": "?"}, {"prompt": "?", "answer": 5}, {"prompt": "?", "answer": " ."}):
         write_jsonl(path, [{"prompt": "1?", "answer": "1"}, wrong])
-        with pytest.raises(InputError, match="Line 2 of .* has no text under 'answer'"):
+        with pytest.raises(InputError, match=r"Line 2 of .* has no text under 'answer'"):
             read_questions(path)
     with pytest.raises(InputError, match="no prompts"):
         read_questions(write_jsonl(path, []))
