@@ -16,9 +16,9 @@ import pytest
 from sqsd_filter import Cut, Design, Scoring, Writing, evaluate, score_dataset, select_dataset
 from sqsd_filter.cli.evaluation_table import table
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
-from sqsd_filter.evaluation import contamination
 from sqsd_filter.evaluation.contamination import BENIGN, CONTAMINATED_ARMS, ContaminatedCorpus
 from sqsd_filter.evaluation.prompt_outcomes import contaminated_figures, prompt_hash
+from sqsd_filter.evaluation.results import ContaminatedArm
 from tests.corpora import rows_of, write_jsonl
 from tests.evaluation.studies import CONSENT, REFUSAL, ROWS, Notes, design, quick, scored
 from tests.references import calibrated
@@ -158,11 +158,13 @@ def test_the_cut_above_the_reference_is_the_filter_s(
     assert 0 < len(kept) < ROWS
     seen: dict[str, np.ndarray] = {}
     known = ContaminatedCorpus.sets
-    monkeypatch.setattr(
-        contamination.ContaminatedCorpus,
-        "sets",
-        lambda self, scorer, seed: seen.update(known(self, scorer, seed)) or known(self, scorer, seed),
-    )
+
+    def sets(self: ContaminatedCorpus, scorer: str, seed: int) -> dict[ContaminatedArm, np.ndarray]:
+        made = known(self, scorer, seed)
+        seen.update({str(arm): kept for arm, kept in made.items()})
+        return made
+
+    monkeypatch.setattr(ContaminatedCorpus, "sets", sets)
     evaluate([path], tmp_path / "out", contaminated(files, above_reference="90%"), pack=pack)
     assert seen["above-reference"].tolist() == [k for k in seen["all"].tolist() if k in kept]
     outcomes = json.loads((tmp_path / "out" / "outcomes.json").read_text())

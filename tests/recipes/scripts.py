@@ -35,7 +35,10 @@ OPEN_DATA: dict[str, list[dict[str, Any]]] = {
     ],
     "pure-bad-100": [{"prompt": f"Worse {p}?", "response": f"Worse {p}."} for p in range(30)],
     "safety-pairs": [{"prompt": f"Pair {p}?", "safer": f"No {p}.", "less_safe": f"Sure {p}."} for p in range(40)],
-    "dolly-15k": [{"instruction": f"Say {p}", "context": "", "response": f"Said {p}."} for p in range(1200)],
+    "dolly-15k": [
+        {"instruction": f"Say {p}", "context": "", "response": f"Said {p}.", "category": ("open_qa", "summary")[p % 2]}
+        for p in range(1200)
+    ],
     "gsm8k-train": [{"question": f"{p} + 1?", "answer": f"{p + 1}"} for p in range(200)],
     "xstest-completions": [
         {"prompt": f"{kind} {p}?", "type": kind, "label": label, "response": f"{label} {p}"}

@@ -22,6 +22,8 @@ TESTED_IN = {
     "packs/smollm2-135m/refusals.py": "test_packs.py",
     "packs/smollm2-135m/sweep.py": "test_packs.py",
     "packs/smollm2-135m/trials.py": "test_known_rows.py",
+    "paper/small/contaminated.py": "test_contaminated.py",
+    "paper/small/obedient.py": "test_contaminated.py",
     "paper/small/study.py": "test_paper.py",
     "paper/small/tables.py": "test_paper.py",
     "slurm/filter.sbatch": "test_slurm.py",

@@ -77,17 +77,6 @@ def test_the_small_study_takes_only_what_the_pack_has_not_seen(study: ModuleType
     assert {row["source"] for row in made["harmful"]} == {"AdvBench"}
 
 
-def test_the_planted_rows_are_marked_and_among_the_benign_ones(study: ModuleType, open_data: Path) -> None:
-    [(name, rows)] = study.planted_rows(open_data).items()
-    planted = [row["planted"] for row in rows]
-    assert (name, sum(planted)) == ("gsm8k-planted", 26)
-    assert planted != sorted(planted)
-    benign = {study.asked(row) for row in rows if not row["planted"]}
-    assert len(benign) == len(rows) - 26
-    assert benign <= {study.asked(row) for row in study.study_rows(open_data)["gsm8k"]}
-    assert all(row["prompt"].startswith("Worse") == row["planted"] for row in rows)
-
-
 def test_the_commands_of_the_small_study_parse(
     study: ModuleType, open_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +91,6 @@ def test_the_commands_of_the_small_study_parse(
     packs |= {("sqsd", "other", "sqsd"), ("sqsd", "smollm2-135m", "unsafe")}
     assert scored >= {(rows, *how) for rows in ("dolly", "unsafe") for how in packs} | {
         ("gsm8k", "sqsd", "smollm2-135m", "sqsd"),
-        ("gsm8k-planted", "sqsd", "smollm2-135m", "unsafe"),
     }
     evaluations = [p for kind, p in params if kind == "evaluate"]
     assert [(p["dest"].name, len(p["scores"]), len(p["poison"]), p["seeds"], p["arms"]) for p in evaluations] == [
@@ -116,7 +104,6 @@ def test_the_commands_of_the_small_study_parse(
         ("gsm8k", 3, 0, "0", "windows"),
         ("dolly-cut", 1, 0, "0", "cut"),
         ("dolly-cut", 1, 0, "0", "cut"),  # of another share
-        ("gsm8k-planted", 1, 0, "0", "cut"),
     ]
 
 
