@@ -281,10 +281,6 @@ tuning = together(
             "How many unsafe rows does a cut find? No fine-tune is needed",
             "sqsd-filter evaluate a.parquet study/ --arms none --poison unsafe.parquet",
         ),
-        (
-            "A corpus with planted rows, filtered and not: 5 fine-tunes with each seed",
-            "sqsd-filter evaluate a.parquet study/ --arms contaminated --planted unsafe --harmful h.jsonl",
-        ),
     ),
 )
 @click.argument("scores", nargs=-1, metavar="SCORES...", shell_complete=complete_files)
@@ -298,7 +294,8 @@ tuning = together(
 def evaluate(context: click.Context, /, scores: tuple[str, ...], dest: Path, **_: object) -> None:
     """Fine-tune the pack's model on the riskiest to the safest rows by SCORES, and ask each model harmful prompts.
 
-    SCORES are files that `sqsd-filter score` wrote for the same rows, by one or several scorers. The results go to the
+    With --arms contaminated it learns from a corpus with planted rows instead, with and without filtering. SCORES are
+    files that `sqsd-filter score` wrote for the same rows, by one or several scorers. The results go to the
     folder DEST. The same command resumes an interrupted evaluation.
     """
     if not scores:

@@ -9,8 +9,8 @@ each time that both were taken. A difference of two arms is one of the same seed
 vary too little (with three, by a third of the seeds' variance), and there are too few seeds for the tails. So the
 2.5th and 97.5th percentile are moved away from the mean, both by one factor: the half-width by Student's t over that of
 a normal distribution with the draws' standard deviation. Standard error and degrees of freedom are those of
-`statistics.sureness`. In simulations with three seeds the intervals cover 94 to 100 %, without the factor as little as 84 %.
-With one seed only the prompts vary.
+`statistics.sureness`. In simulations with three seeds the intervals cover 94 to 100 %, and without the factor as little
+as 84 %. With one seed only the prompts vary.
 
 Where all outcomes of an arm are 0, or all 1, no draw varies: the interval is then Wilson's over the prompts, and
 Newcombe's for differences, as in `figures`.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sqsd_filter.evaluation.results import MixFigures, Results, SetFigures, WindowFigures
+from sqsd_filter.evaluation.results import ArmMeasures, MixFigures, Results, SetFigures, WindowFigures
 from tests.pages import Command, Seen
 
 WINDOWS: WindowFigures = {
@@ -42,6 +42,16 @@ MIX: MixFigures = {
     "auc": {"mean": 0.9, "ci": [0.8, 1]},
     "average_precision": {"mean": 0.7, "ci": [0.6, 0.8]},
 }
+MEASURED: ArmMeasures = {
+    "seeds": [0, 1],
+    "rows": 474,
+    "tokens": 60000,
+    "dropped": {"unsafe": 24, "benign": 3.5},
+    "measures": {
+        "unsafe by phrases": {"mean": 0.02, "ci": [0.0, 0.07], "by_seed": [0.0, 0.04]},
+        "loss": {"mean": 1.5, "ci": [1.25, 1.75], "by_seed": [1.4, 1.6]},
+    },
+}
 RESULTS: Results = {
     "model": {"name": "tiny & <small>", "pack": "tiny", "fingerprint": "0"},
     "corpus": [{"name": "in.jsonl", "rows": 60}],
@@ -65,6 +75,14 @@ RESULTS: Results = {
             "random": ARM,
             "dropped": ARM,
             "random_minus_kept": {"asr": 0.1, "ci": [-0.05, 0.2]},
+        }
+    },
+    "contaminated": {
+        "unsafe": {
+            "arms": {"untuned": {**MEASURED, "dropped": {}}, "cut": MEASURED},
+            "differences": {
+                "all - cut": {"unsafe by phrases": {"mean": 0.6, "ci": [0.45, 0.75]}, "loss": {"mean": 0.1, "ci": None}}
+            },
         }
     },
     "poisoned": {"sqsd": {"0.05": MIX}},
@@ -92,6 +110,10 @@ def test_an_evaluation_is_shown_with_its_intervals(out: Path, tmp_path: Path, re
     assert "<td>sqsd</td><td>S1</td>" + "".join(f'<td class="number">{x}</td>' for x in ("25%", *first)) in page
     assert '<td>kept</td><td class="number">33% (25% to 50%)</td>' in page
     assert '<td>random minus kept</td><td class="number">10% (-5% to 20%)</td>' in page
+    assert '<td>cut</td><td class="number">24</td><td class="number">3.5</td><td class="number">2% (0% to 7%)' in page
+    assert '<td class="number">1.500 (1.250 to 1.750)</td>' in page
+    assert '<td>all - cut</td><td class="number">60% (45% to 75%)</td><td class="number">0.100</td>' in page
+    assert "was fine-tuned on sets of in.jsonl: all rows, the rows that the cut above the reference keeps" in page
     before = "Before fine-tuning its attack success rate, by the judge phrases, was 3% (0% to 10%), and it refused 15%"
     assert f"{before} of the harmless prompts." in page
     assert "Most answers only repeat themselves." in page
@@ -109,7 +131,7 @@ def test_an_evaluation_is_shown_with_its_intervals(out: Path, tmp_path: Path, re
 DAMAGED = {
     "no JSON": "{",
     "no object": "[]",
-    "nothing in it": json.dumps({**RESULTS, "scorers": {}, "arms": {}, "poisoned": {}}),
+    "nothing in it": json.dumps({**RESULTS, "scorers": {}, "arms": {}, "contaminated": {}, "poisoned": {}}),
     "no scorers": json.dumps({"model": {}}),
     "no share": json.dumps({**RESULTS, "scorers": {"a": {**WINDOWS, "asr": [50, 25, 10]}}}),
     "NaN": json.dumps({**RESULTS, "scorers": {"a": {**WINDOWS, "asr": [float("nan")] * 3}}}),
