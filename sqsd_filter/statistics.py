@@ -59,8 +59,9 @@ def sureness(values_sp: np.ndarray) -> Sureness | None:
     Both are samples: a value is the mean + an effect of the seed + one of the prompt + a rest. With the mean squares of
     seeds, prompts and rest, the variance of the mean is (MS_s + MS_p - MS_r) / (s p), where neither of the first two is
     taken to be below MS_r, because no component of variance is negative. Its degrees of freedom are Satterthwaite's
-    (Biometrics Bulletin 2, 1946; Hillis, Statistics in Medicine 26, 2007, does this for readers and cases). With one
-    seed only prompts vary, with one prompt only seeds.
+    (Biometrics Bulletin 2, 1946; Hillis, Statistics in Medicine 26, 2007, does this for readers and cases), and never
+    fewer than those of the seeds or prompts alone, whichever are fewer. With one seed only prompts vary, with one
+    prompt only seeds.
     """
     seeds, prompts = values_sp.shape
     if min(seeds, prompts) == 1:
@@ -75,7 +76,7 @@ def sureness(values_sp: np.ndarray) -> Sureness | None:
     if total <= 0:
         return Sureness(0.0, seeds * prompts - 1)
     parts = ms_s**2 / (seeds - 1) + ms_p**2 / (prompts - 1) + ms_r**2 / ((seeds - 1) * (prompts - 1))
-    return Sureness(math.sqrt(total / (seeds * prompts)), total**2 / parts)
+    return Sureness(math.sqrt(total / (seeds * prompts)), max(total**2 / parts, min(seeds, prompts) - 1))
 
 
 def student(freedom: float) -> float:

@@ -52,8 +52,15 @@ def test_the_percentile_is_student_s(freedom: float, percentile: float) -> None:
     assert student(freedom) == pytest.approx(percentile, abs=1e-4)
 
 
-def test_the_mean_squares_are_those_of_the_two_way_analysis_of_variance() -> None:
-    y = np.array([[3.0, 1, 4, 1], [5, 9, 2, 6], [5, 3, 5, 8]])
+@pytest.mark.parametrize(
+    ("rows", "prompts_vary"),
+    [([[3, 1, 4, 1], [5, 2, 6, 3], [5, 3, 5, 4]], True), ([[3, 1, 4, 1], [5, 9, 2, 6], [5, 3, 5, 8]], False)],
+    ids=["prompts vary", "prompts hardly vary"],
+)
+def test_the_mean_squares_are_those_of_the_two_way_analysis_of_variance(
+    rows: list[list[int]], prompts_vary: bool
+) -> None:
+    y = np.array(rows, float)
     s, p = y.shape
     m = sum(y[i, k] for i in range(s) for k in range(p)) / (s * p)
     seeds, prompts = [sum(y[i]) / p for i in range(s)], [sum(y[:, k]) / s for k in range(p)]
@@ -61,12 +68,21 @@ def test_the_mean_squares_are_those_of_the_two_way_analysis_of_variance() -> Non
     ms_p = s * sum((mean - m) ** 2 for mean in prompts) / (p - 1)
     rest = sum((y[i, k] - seeds[i] - prompts[k] + m) ** 2 for i in range(s) for k in range(p))
     ms_r = rest / ((s - 1) * (p - 1))
-    assert ms_s > ms_r > ms_p  # so that one of them is raised
+    assert ms_s > ms_r
+    assert bool(ms_p > ms_r) is prompts_vary
+    total = ms_s + ms_p - ms_r if prompts_vary else ms_s
     sure = sureness(y)
     assert sure is not None
-    assert sure.error == pytest.approx((ms_s / (s * p)) ** 0.5)
-    freedom = ms_s**2 / (ms_s**2 / (s - 1) + ms_r**2 / (p - 1) + ms_r**2 / ((s - 1) * (p - 1)))
-    assert sure.freedom == pytest.approx(freedom)
+    assert sure.error == pytest.approx((total / (s * p)) ** 0.5)
+    parts = ms_s**2 / (s - 1) + max(ms_p, ms_r) ** 2 / (p - 1) + ms_r**2 / ((s - 1) * (p - 1))
+    assert bool(total**2 / parts > 2) is prompts_vary
+    assert sure.freedom == pytest.approx(total**2 / parts if prompts_vary else 2)  # of three seeds
+
+
+def test_a_difference_of_mean_squares_takes_no_degrees_of_freedom_away() -> None:
+    sure = sureness(np.array([[1.0, 0.0], [0.0, 1.0]]))  # the rest only
+    assert sure is not None
+    assert sure.freedom == 1
 
 
 def test_the_standard_error_is_that_of_means_over_new_seeds_and_new_prompts() -> None:

@@ -97,7 +97,7 @@ def main() -> None:
     prompts = study.write_data(options.data, options.out / "prompts", prompt_rows)
     with prompts["harmful"].open(encoding="utf-8") as lines:
         left_out = ASKED - len(list(lines))
-    print(f"{left_out} of {ASKED} harmful prompts are left out, because the model has seen them", file=sys.stderr)
+    print(f"{left_out} of {ASKED} harmful prompts are left out: the model learns nearly the same ones", file=sys.stderr)
     for result in wanted:
         for seed in map(int, seeds):
             evaluate(result, seed, scorers, prompts, options)
