@@ -115,8 +115,7 @@ def evaluate(
     for scorer in scorers:
         target = study.scores(out, name, scorer)
         target.parent.mkdir(parents=True, exist_ok=True)
-        risk = ("--risk", scorer) if scorer == PROBE else ()
-        study.call("score", files["rows"], target, "--pack", options.pack, *risk)
+        study.call("score", files["rows"], target, "--pack", options.pack, "--risk", scorer)
         given.append(target)
     models = out / "models" / result
     models.mkdir(parents=True, exist_ok=True)
