@@ -145,7 +145,7 @@ def test_each_seed_s_outcomes_are_published_before_the_next_is_drawn(
     assert capsys.readouterr().err.count("which has other settings: do it again with these") == 3
     params = [(words[0], parse(words).params) for words in called]
     scored = [(Path(p["dest"]).name, p["risk"], p["max_length"]) for kind, p in params if kind == "score"]
-    both = [("unsafe.parquet", "unsafe", None), ("sqsd.parquet", None, None)]  # as the filter scores
+    both = [("unsafe.parquet", "unsafe", None), ("sqsd.parquet", "sqsd", None)]
     assert scored == [*both, *both, both[0], *both]
     first = next(p for kind, p in params if kind == "evaluate")
     assert (first["arms"], first["planted"], first["above_reference"]) == ("contaminated", "planted", "99%")
