@@ -171,19 +171,24 @@ def _score_and_report(context: click.Context, run: Callable[[Scoring, Progress],
 @options.common
 @click.pass_context
 def filter_command(context: click.Context, /, **_: object) -> None:
-    """Score every row of SRC... and write the rows to DEST, a folder or URL, without the riskiest ones.
+    """Score every row of SRC... and write the rows to DEST, a folder, file or URL, without the riskiest ones.
 
     SRC is a file, a glob, a folder, a dataset of the Hub (org/name), a URL, or `-` for standard input. Give exactly one
     of --drop-top, --drop-count, --max-risk, --keep-lowest and --above-reference. The same command resumes an
     interrupted run.
+
+    A DEST such as out.jsonl, out.json (also .gz, .zst), out.parquet or out.arrow is one file with the kept rows. All
+    else is in the folder DEST.sqsd.
     """
     from sqsd_filter.pipeline.selecting.selection import Cut
 
     params = context.params
     cut = Cut.of(**settings.one_cut(context))
     from sqsd_filter.pipeline.run import filter_rows
+    from sqsd_filter.pipeline.writing.one_file import file_form
 
     writing = _writing(params)
+    writing.output(file_form(params["dest"]))  # also before a dry run
 
     def run(scoring: Scoring, progress: Progress) -> FinishedReport:
         record = _record(context)
@@ -264,10 +269,10 @@ def score(context: click.Context, /, **_: object) -> None:
 @options.common
 @click.pass_context
 def select(context: click.Context, /, **_: object) -> None:
-    """Cut rows by the scores that they have, without a model, and write them to DEST, a folder or URL.
+    """Cut rows by the scores that they have, without a model, and write them to DEST, a folder, file or URL.
 
-    SRC... are files that `sqsd-filter score` wrote, or the folder of an earlier run. Give exactly one of --drop-top,
-    --drop-count, --max-risk, --keep-lowest and --above-reference.
+    SRC... are files that `sqsd-filter score` wrote, or the folder or file of an earlier run. Give exactly one of
+    --drop-top, --drop-count, --max-risk, --keep-lowest and --above-reference.
     """
     from sqsd_filter.pipeline.run import select_dataset
     from sqsd_filter.pipeline.selecting.selection import Cut

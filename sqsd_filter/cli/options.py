@@ -334,8 +334,7 @@ written = together(
         OUTPUT,
         "--to",
         type=click.Choice(["parquet", "arrow", "jsonl", "json"]),
-        default="parquet",
-        show_default=True,
+        show_default="what the name of DEST says, parquet in a folder",
         help="Format of the rows in DEST. load_from_disk maps arrow; jsonl and json keep the input's own lines.",
     ),
     option(

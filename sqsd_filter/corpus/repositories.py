@@ -22,7 +22,7 @@ from sqsd_filter.corpus.formats import Reader, kind, open_file
 from sqsd_filter.corpus.table_formats import DatasetTable, FileTable, Recast
 from sqsd_filter.errors import InputError, first_line
 from sqsd_filter.storage.hub_errors import hub_errors
-from sqsd_filter.storage.layout import RUN_FILE, holds_run, own_paths
+from sqsd_filter.storage.layout import RUN_FILE, holds_run, is_beside, own_paths
 from sqsd_filter.storage.retries import with_retries
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Repository:
         """Raise `InputError` if a folder below this one holds the output of an earlier run."""
         top = Path(self.where).resolve()
         for folder in {parent for path in paths for parent in Path(path).parents if top in parent.parents}:
-            if holds_run(folder):
+            if holds_run(folder) or is_beside(folder):
                 raise InputError(
                     f"{self.where} holds {folder.relative_to(top)}, the output of an earlier run, which would be read "
                     "too: move it away, or name the files to read."

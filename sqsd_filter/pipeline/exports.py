@@ -1,14 +1,14 @@
-"""The two outputs of a run: rows that were cut, in a folder, or all rows with their scores, in one file."""
+"""The two outputs of a run: rows that were cut, in a folder or a file, or all rows with their scores, in one file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from sqsd_filter.corpus.sources import Corpus
+from sqsd_filter.errors import UsageError
 from sqsd_filter.pipeline.meaning import Meaning
 from sqsd_filter.pipeline.page.notes import Notes, NoteTaker
 from sqsd_filter.pipeline.report import Explained, OutputFacts, RunContent
@@ -21,6 +21,7 @@ from sqsd_filter.pipeline.writing.card import CARD_FILE, PICTURE_FILE
 from sqsd_filter.pipeline.writing.export import check_columns, export_scored, export_splits
 from sqsd_filter.pipeline.writing.writers import Output
 from sqsd_filter.progress import Progress
+from sqsd_filter.storage.layout import Layout
 
 PARQUET = Output("parquet", shard_size=1, with_scores=False)
 
@@ -36,42 +37,48 @@ class Export(Protocol):
         """The settings that make it another run."""
 
     def check(self, corpus: Corpus) -> None:
-        """Raise `InputError` for a column that can't be written."""
+        """Raise `InputError` for a column that can't be written, `UsageError` for splits that don't fit in a file."""
 
-    def write(self, scored: Scored, root: Path, progress: Progress) -> tuple[RunContent, Notes]:
-        """Write the rows to `root`; what report and page say of them. Raises `RowErrorBudgetExceeded`."""
+    def write(self, scored: Scored, layout: Layout, progress: Progress) -> tuple[RunContent, Notes]:
+        """Write the rows; what report and page say of them. Raises `RowErrorBudgetExceeded`."""
 
 
 @dataclass(frozen=True)
 class CutRows:
-    """Kept, dropped and error rows in a folder."""
+    """Kept, dropped and error rows in a folder, or with `in_file` the kept ones in a file and the others beside it."""
 
     cut: Cut
     policy: Policy
     output: Output
     meaning: Meaning
     percentile: bool
+    in_file: bool = False
 
     @property
     def per_group(self) -> str | None:
         return self.cut.per_group
 
     def identity(self) -> dict[str, object]:
-        own = {"cut": str(self.cut), "on_error": self.policy.on_error, **vars(self.output)}
+        own = {"cut": str(self.cut), "on_error": self.policy.on_error, **self.output.identity()}
         return own | self.meaning.identity(self.cut, percentile=self.percentile)
 
     def check(self, corpus: Corpus) -> None:
+        if self.in_file and len(corpus.splits) > 1:
+            raise UsageError(
+                f"The rows have the splits {', '.join(corpus.splits)}, which one file can't keep apart: name a folder "
+                "as destination, or read one split, as SRC:SPLIT."
+            )
         check_columns(corpus, self.output)
 
-    def write(self, scored: Scored, root: Path, progress: Progress) -> tuple[RunContent, Notes]:
+    def write(self, scored: Scored, layout: Layout, progress: Progress) -> tuple[RunContent, Notes]:
         self.policy.check(scored)
         splits = by_split(scored.corpus.parts) if self.cut.per_split else None
         selection = self.policy.apply(scored, cut_rows(scored.risk, scored.scored, self.cut, splits, scored.groups))
         progress.start("writing", scored.corpus.n_rows)
         taker = NoteTaker(scored, selection, self.meaning)
         percentile = self.meaning.percentiles(scored.risk) if self.percentile else None
-        written = export_splits(scored, selection, root, self.output, progress, taker.see, percentile=percentile)
-        written["extra_files"] += [PICTURE_FILE, CARD_FILE]  # the job writes them, from the whole report
+        written = export_splits(scored, selection, layout, self.output, progress, taker.see, percentile=percentile)
+        written["extra_files"] += [layout.own(PICTURE_FILE), CARD_FILE]  # the job writes them, from the whole report
         output = self.output
         content: RunContent = {
             **summarise(scored, selection, self.cut, self.meaning),
@@ -99,12 +106,12 @@ class AllRows:
     def check(self, corpus: Corpus) -> None:
         check_columns(corpus, PARQUET)
 
-    def write(self, scored: Scored, root: Path, progress: Progress) -> tuple[RunContent, Notes]:
+    def write(self, scored: Scored, layout: Layout, progress: Progress) -> tuple[RunContent, Notes]:
         self.policy.check(scored)
         progress.start("writing", scored.corpus.n_rows)
         taker = NoteTaker(scored, None, self.meaning)
         percentile = self.meaning.percentiles(scored.risk) if self.percentile else None
-        written = export_scored(scored, root, progress, taker.see, percentile=percentile)
+        written = export_scored(scored, layout, progress, taker.see, percentile=percentile)
         content: RunContent = {
             **summarise(scored, None, None, self.meaning),
             **_facts(OutputFacts(to="parquet"), percentile),

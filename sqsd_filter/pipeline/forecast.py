@@ -13,11 +13,12 @@ import numpy as np
 from sqsd_filter.corpus.addresses import Opener, expand
 from sqsd_filter.corpus.conversation import RowError
 from sqsd_filter.corpus.sources import InputFile
-from sqsd_filter.pipeline.job import stage_of
+from sqsd_filter.pipeline.job import stage_of, staged
 from sqsd_filter.pipeline.options import Scoring
 from sqsd_filter.pipeline.scores.store import ScoreStore
 from sqsd_filter.pipeline.stage.scan import Scan, as_list
 from sqsd_filter.pipeline.writing.destination import without
+from sqsd_filter.pipeline.writing.one_file import file_form
 from sqsd_filter.progress import Progress, Silent
 from sqsd_filter.scoring.scorer import BatchedScorer
 from sqsd_filter.storage.folder import Folder
@@ -57,7 +58,7 @@ def estimate(
     """The cost of a run into `dest`, without writing anything: tokens from `sample` of the rows that have no score
     yet, there or in the score store, and seconds from scoring `timed` of them."""
     scorer = scoring.chosen_scorer
-    target = stage_of(str(dest)) / "out" if "://" in str(dest) else Path(dest)
+    target = staged(stage_of(str(dest)), file_form(dest)) if "://" in str(dest) else Path(dest)
     homes = homes_of(target)
     with closing(Opener(streaming=scoring.streaming)) as opener:
         given = without(target, homes, expand(as_list(sources)))

@@ -14,7 +14,7 @@ from typing import IO, cast
 
 from sqsd_filter.corpus.addresses import Source
 from sqsd_filter.corpus.repositories import HUB
-from sqsd_filter.errors import SQSDError, UsageError
+from sqsd_filter.errors import SQSDError, UsageError, option
 from sqsd_filter.pipeline.page.notes import Notes
 from sqsd_filter.pipeline.page.page import write_page
 from sqsd_filter.pipeline.publishing.bucket import Bucket
@@ -43,9 +43,10 @@ from sqsd_filter.pipeline.writing.destination import (
     read_report,
 )
 from sqsd_filter.pipeline.writing.histogram import write_histogram
+from sqsd_filter.pipeline.writing.one_file import FileForm
 from sqsd_filter.progress import Meter
 from sqsd_filter.scoring.embedded import cache_dir
-from sqsd_filter.storage.layout import REPORT_FILE, RUN_FILE, home_in
+from sqsd_filter.storage.layout import REPORT_FILE, RUN_FILE, home_beside, home_in
 from sqsd_filter.storage.secrets import check_address, redacted
 
 log = logging.getLogger(__name__)
@@ -65,8 +66,16 @@ class Outlet:
     has_card: bool = True
 
     @classmethod
-    def of(cls, dest: str | Path, overwrite: bool, push: PushTo | None) -> Outlet:
-        """Raises `SQSDError` where the run can't be written there, as far as that is known before its work."""
+    def of(cls, dest: str | Path, form: FileForm | None, overwrite: bool, push: PushTo | None) -> Outlet:
+        """`form` is that of the one file that DEST is, None for a folder.
+
+        Raises `SQSDError` where the run can't be written there, as far as that is known before its work.
+        """
+        if form is not None and push is not None:
+            raise UsageError(
+                f"{dest} is one file, and {push.repo} gets a whole output: name a folder as destination, or leave out "
+                f"{option('push_to')}."
+            )
         target: Target | None = push and replace(push, overwrite=overwrite or push.overwrite)
         stage, lock = None, None
         if "://" in str(dest):
@@ -76,15 +85,16 @@ class Outlet:
             same = there is not None and push is not None and there.repo == push.repo
             if push is not None and not (same and there and there.revision in (None, push.revision)):
                 raise UsageError(f"{url} and {push.repo} are two destinations: give a folder, and push to one of them.")
-            target = target or there or Bucket(url, overwrite=overwrite)
+            target = target or there or Bucket(url, overwrite=overwrite, is_file=form is not None)
             stage = stage_of(url)
         if target is not None:
             target.check()
         if stage is not None:
             stage.mkdir(parents=True, exist_ok=True)
             lock = lock_run(stage / LOCK_FILE, dest)
-        folder = Path(dest) if stage is None else stage / "out"
-        destination = Destination(folder, home_in, overwrite=overwrite or stage is not None)
+        place = Path(dest) if stage is None else staged(stage, form)
+        home_of = home_in if form is None else home_beside
+        destination = Destination(place, home_of, overwrite=overwrite or stage is not None)
         return cls(destination, target, stage, lock)
 
     def spare(self, sources: Iterable[Source]) -> None:
@@ -115,6 +125,11 @@ class Outlet:
 def stage_of(url: str) -> Path:
     """The staging folder of the run to a URL."""
     return cache_dir() / "stages" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+
+
+def staged(stage: Path, form: FileForm | None) -> Path:
+    """The destination in a staging folder."""
+    return stage / f"out{form.suffix if form is not None else ''}"
 
 
 @dataclass
@@ -176,15 +191,16 @@ class Job:
         return report
 
     def _published(self, target: Target, report: FinishedReport) -> FinishedReport:
-        run, root = self.published_run, self.outlet.destination.root
+        run, layout = self.published_run, self.outlet.destination.layout
         if target.published(run) is not None:
             return report
         self.meter.start("publishing", None)
-        home = self.outlet.destination.home
+        home = layout.home
         names = [*(file["path"] for file in report["files"]), *report["extra_files"]]
         own = [home / RUN_FILE, home / REPORT_FILE, *sorted((home / "scores").glob("[!.]*"))]
         own += [page for name in (PAGE_FILE, NOTES_FILE) if (page := home / name).is_file()]
-        files = {name: root / name for name in names} | {str(path.relative_to(root)): path for path in own}
+        files = {name: layout.path(name) for name in names}
+        files |= {str(path.relative_to(layout.base)): path for path in own}
 
         def card(report: Report, name: str) -> str:
             return card_text(report, self.originals, name)
@@ -201,9 +217,9 @@ class Job:
             content, notes = work()
             known = report = Report(**facts, **content)
             if self.outlet.has_card:
-                root = self.outlet.destination.root
-                write_histogram(root / PICTURE_FILE, notes["histogram"], report)
-                write_card(root, report, self.originals)
+                layout = self.outlet.destination.layout
+                write_histogram(layout.home / PICTURE_FILE, notes["histogram"], report)
+                write_card(layout.base, report, self.originals)
             self._write_page(report, notes)
         except BaseException as problem:
             status = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"

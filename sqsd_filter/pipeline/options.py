@@ -13,7 +13,8 @@ from sqsd_filter.errors import UsageError
 from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.selecting.policy import Policy
 from sqsd_filter.pipeline.stage.engines import Engine
-from sqsd_filter.pipeline.writing.writers import SHARD_SIZE, Output
+from sqsd_filter.pipeline.writing.one_file import FileForm
+from sqsd_filter.pipeline.writing.writers import OF_LINES, SHARD_SIZE, Output
 from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
 
 if TYPE_CHECKING:
@@ -69,8 +70,9 @@ class Scoring:
 class Writing:
     """How rows are written. Raises `UsageError` for values that make no sense.
 
-    to: parquet, arrow, jsonl or json.
-    shard_size: A file ends when it has about this size, as 500MB or a number of bytes.
+    to: parquet, arrow, jsonl or json; None for what the name of the destination says, or parquet in a folder.
+    shard_size: A file ends when it has about this size, as 500MB or a number of bytes. It does not cut a destination
+        that is one file.
     with_scores: Add the scores to lines of jsonl and json; files of the other formats always hold them.
     percentile: Add the column sqsd_percentile, the share (0 to 100) of the pack's benign reference rows with a lower
         risk.
@@ -79,7 +81,7 @@ class Writing:
     overwrite: Replace what the destination holds, once the new run is complete.
     """
 
-    to: str = "parquet"
+    to: str | None = None
     shard_size: str | int = SHARD_SIZE
     with_scores: bool = False
     percentile: bool = False
@@ -89,8 +91,8 @@ class Writing:
 
     def __post_init__(self) -> None:
         Policy.of(self.on_error, "100%")
-        _ = self.output
+        Output.of(self.to or OF_LINES[0], self.shard_size, self.with_scores)
 
-    @cached_property
-    def output(self) -> Output:
-        return Output.of(self.to, self.shard_size, self.with_scores)
+    def output(self, form: FileForm | None) -> Output:
+        """How rows are written to a file of this form, or to a folder. Raises `UsageError`."""
+        return Output.of(self.to, self.shard_size, self.with_scores, form)

@@ -20,7 +20,7 @@ from sqsd_filter.pipeline.selecting.selection import PieceKey
 from sqsd_filter.progress import PhaseFigures
 from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.storage.folder import write_text
-from sqsd_filter.storage.layout import old_saved_splits
+from sqsd_filter.storage.layout import HOME, ITSELF, old_saved_splits
 
 Config = Literal["kept", "dropped", "errors"]  # the datasets' word for one of the tables that a run writes
 CONFIGS: tuple[Config, ...] = ("kept", "dropped", "errors")
@@ -223,7 +223,8 @@ class RunFigures(TypedDict):
 
 
 class WrittenFile(TypedDict):
-    """A file of rows below the destination. Files of `score` have no config and no split."""
+    """A file of rows below the destination, or if that is a file, below the folder beside it; "." is the destination
+    itself. Files of `score` have no config and no split."""
 
     config: NotRequired[Config]
     split: NotRequired[str]
@@ -359,9 +360,24 @@ def write_report(path: Path, report: Mapping[str, object]) -> None:
     write_text(path, json.dumps(report, indent=2) + "\n")
 
 
+def is_one_file(report: RunContent) -> bool:
+    """Is the destination one file with rows?"""
+    return any(file["path"] == ITSELF for file in report["files"])
+
+
+def own_path(report: RunContent, name: str) -> str:
+    """The path, for the card, of one of the run's own files."""
+    return name if is_one_file(report) else f"{HOME}/{name}"
+
+
 def load_calls(report: RunContent, where: str) -> dict[Config, str]:
     """The Python expression that loads the rows of each config from the destination; `where` is one for its path."""
     calls: dict[Config, str] = {}
+    if is_one_file(report):
+        kind = {"jsonl": "json"}.get(report["to"], report["to"])
+        beside = f'{where[:-1]}.sqsd"' if where.endswith('"') else f'{where} + ".sqsd"'
+        calls["kept"] = f'load_dataset("{kind}", data_files={where})'
+        return {**calls, **{config: f'load_dataset({beside}, "{config}")' for config in CONFIGS if config != "kept"}}
     for config in CONFIGS:
         saved = old_saved_splits(file["path"] for file in report["files"] if file["config"] == config)
         by_card = f"load_dataset({where})" if config == "kept" else f'load_dataset({where}, "{config}")'

@@ -28,7 +28,7 @@ from sqsd_filter.pipeline.selecting.selection import ABOVE_REFERENCE, Cut
 from sqsd_filter.pipeline.stage.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.stage.scan import Scan, as_list
 from sqsd_filter.pipeline.writing.destination import EXPLAINED_FILE, Destination
-from sqsd_filter.pipeline.writing.export import check_columns
+from sqsd_filter.pipeline.writing.one_file import file_form
 from sqsd_filter.pipeline.writing.writers import SHARD_SIZE
 from sqsd_filter.progress import Meter, Progress, Silent
 from sqsd_filter.scoring.pack import OWN_RISK
@@ -63,7 +63,7 @@ def filter_dataset(
     streaming: bool = False,
     on_error: str = "quarantine",
     max_error_rate: str | float = 0.5,
-    to: str = "parquet",
+    to: str | None = None,
     shard_size: str | int = SHARD_SIZE,
     with_scores: bool = False,
     percentile: bool = False,
@@ -74,14 +74,18 @@ def filter_dataset(
     progress: Progress | None = None,
     record: Mapping[str, object] | None = None,
 ) -> FinishedReport:
-    """Score every row of the sources and write them to the folder or URL `dest` without the riskiest ones.
+    """Score every row of the sources and write them to the folder, file or URL `dest` without the riskiest ones.
+
+    A `dest` that ends in .jsonl, .json (also .gz or .zst), .parquet or .arrow is one file with the kept rows; all else
+    of the run is in the folder `dest`.sqsd.
 
     `sources` is a path, URL or Hub id, a `datasets` dataset of any kind, or a sequence of these. Give exactly one of
     the five ways to cut that `Cut` explains, with its `per_group`, `per_split` and `weights`. The other options are
     explained by `Scoring` and `Writing`. `record` is copied into the report.
 
-    Returns the report, which is also in `dest/_sqsd/report.json`. The same call resumes an interrupted run. Raises
-    `SQSDError`s: `UsageError`, `InputError`, `RowErrorBudgetExceeded`, `DestinationExists`, `PackError`, `ModelError`.
+    Returns the report, which is also in `dest/_sqsd/report.json` or `dest.sqsd/report.json`. The same call resumes an
+    interrupted run. Raises `SQSDError`s: `UsageError`, `InputError`, `RowErrorBudgetExceeded`, `DestinationExists`,
+    `PackError`, `ModelError`.
 
     >>> report = filter_dataset("in.jsonl", "out", drop_top="5%")  # doctest: +SKIP
     >>> report["rows"]["dropped"]  # doctest: +SKIP
@@ -140,9 +144,12 @@ def filter_rows(
     if cut.kind == ABOVE_REFERENCE:
         scoring = _by_reference(scoring, progress or Silent())
     check_explain(scoring.explain, dest, scoring.scorer)
+    form = file_form(dest)
+    output = writing.output(form)
     meaning = Meaning.of_scorer(scoring.chosen_scorer)
-    export = CutRows(meaning.place(cut), policy, writing.output, meaning, meaning.wanted(writing.percentile))
-    outlet = Outlet.of(dest, writing.overwrite, writing.push)
+    wanted = meaning.wanted(writing.percentile)
+    export = CutRows(meaning.place(cut), policy, output, meaning, wanted, in_file=form is not None)
+    outlet = Outlet.of(dest, form, writing.overwrite, writing.push)
     return _score(sources, outlet, export, scoring, progress or Silent(), record or {})
 
 
@@ -224,7 +231,7 @@ def _score(
 
         def work() -> tuple[RunContent, Notes]:
             scored = scan.score(destination.home, scorer, engine, old_home=destination.old_home, shared=shared)
-            content, notes = export.write(scored, destination.root, meter)
+            content, notes = export.write(scored, destination.layout, meter)
             if explain is not None:
                 assert isinstance(explainer, SQSDScorer)
                 path = destination.home / EXPLAINED_FILE
@@ -248,7 +255,7 @@ def select_dataset(
     progress: Progress | None = None,
     record: Mapping[str, object] | None = None,
 ) -> FinishedReport:
-    """Cut scored rows again: those of scored files, or of an earlier run's folder. No model is loaded.
+    """Cut scored rows again: those of scored files, or of an earlier run's folder or file. No model is loaded.
 
     `risk` is another risk of the pack whose values the scores have, or "sqsd" for the pack's own. A cut by the pack's
     reference takes the risk that such a cut of unscored rows takes.
@@ -273,7 +280,9 @@ def select_dataset(
         raise UsageError(f"{option('consensus')} combines the risks that the scores have: leave out {option('risk')}.")
     given, *others = (expand(as_list(each)) for each in (sources, *scores))
     meter = Meter(progress or Silent())
-    outlet = Outlet.of(dest, writing.overwrite, writing.push)
+    file = file_form(dest)
+    output = writing.output(file)
+    outlet = Outlet.of(dest, file, writing.overwrite, writing.push)
     with closing(outlet), closing(Opener(streaming=streaming)) as opener:
         outlet.destination.spare(chain(given, *others))
         earlier = read_earlier(given, opener, cut.per_group, meter, keyed=consensus is not None)
@@ -290,8 +299,9 @@ def select_dataset(
             earlier = earlier.by_risk(risk) if risk is not None else earlier
         outlet.spare(earlier.sources)
         meaning = Meaning.of_scores(earlier.pack, earlier.scoring, pack) if consensus is None else COMBINED
-        export = CutRows(meaning.place(cut), policy, writing.output, meaning, meaning.wanted(writing.percentile))
-        check_columns(earlier.scored.corpus, writing.output)
+        wanted = meaning.wanted(writing.percentile)
+        export = CutRows(meaning.place(cut), policy, output, meaning, wanted, in_file=file is not None)
+        export.check(earlier.scored.corpus)
         facts: ScoreFacts = {
             **earlier.facts,
             "datasets": _datasets(earlier.sources),
@@ -299,7 +309,7 @@ def select_dataset(
         }
         identity = {**earlier.identity, **export.identity()}
         job = Job(outlet, identity, meter, record or {}, started, facts, None, _originals(earlier.sources))
-        return job.carry_out(lambda: export.write(earlier.scored, outlet.destination.root, meter))
+        return job.carry_out(lambda: export.write(earlier.scored, outlet.destination.layout, meter))
 
 
 def _checked(given: object, kind: type[T], example: str) -> T:

@@ -1,4 +1,5 @@
-"""Where the parts of an output lie: kept rows in data/, all else in _sqsd/, which readers of folders pass over.
+"""Where the parts of an output lie. In a folder: kept rows in data/, all else in _sqsd/, which readers of folders pass
+over. If the output is one file with the kept rows: all else in a folder beside it.
 
 Earlier versions kept their own files in sqsd/, and kept, dropped and error rows side by side. All that is known of that
 layout is here: such runs are read where they are, and one that is unfinished or to be published is moved to the layout
@@ -7,8 +8,10 @@ of today.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 DATA = "data"
@@ -16,6 +19,8 @@ DEFAULT = "default"  # the configuration with the kept rows
 HOME = "_sqsd"
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
+ITSELF = "."  # in a report: the path of the rows in an output that is one file
+BESIDE = ".sqsd"
 
 _OLD_HOME = "sqsd"
 _OLD_CONFIGS = ("kept", "dropped", "errors")
@@ -32,6 +37,36 @@ _OLD_FILES = (
 )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where the files of one output lie: `root` is the folder, or the file with the rows, and `home` the folder for a
+    run's own files, in the one or beside the other."""
+
+    root: Path
+    home: Path
+
+    @classmethod
+    def of_folder(cls, root: Path) -> Layout:
+        return cls(root, root / HOME)
+
+    @property
+    def is_file(self) -> bool:
+        return self.home.parent != self.root
+
+    @property
+    def base(self) -> Path:
+        """The folder that the report's paths start at."""
+        return self.home if self.is_file else self.root
+
+    def path(self, name: str) -> Path:
+        """Where the file with this path in the report lies."""
+        return self.root if name == ITSELF else self.base / name
+
+    def own(self, name: str) -> str:
+        """The path in the report of one of the run's own files."""
+        return name if self.is_file else f"{HOME}/{name}"
+
+
 def home_in(folder: Path) -> Path:
     """The folder for a run's own files in an output folder. It is that of an old run if one is there."""
     new, old = folder / HOME, folder / _OLD_HOME
@@ -39,8 +74,8 @@ def home_in(folder: Path) -> Path:
 
 
 def home_beside(file: Path) -> Path:
-    """The folder for a run's own files beside an output file."""
-    return Path(f"{file}.sqsd")
+    """The folder for a run's own files beside an output file; where that is a link, beside what it leads to."""
+    return Path(f"{os.path.realpath(file) if file.is_symlink() else file}{BESIDE}")
 
 
 def homes_of(output: Path) -> list[Path]:
@@ -51,6 +86,11 @@ def homes_of(output: Path) -> list[Path]:
 def holds_run(folder: Path) -> bool:
     """Is this the output folder of a run?"""
     return (home_in(folder) / RUN_FILE).is_file()
+
+
+def is_beside(folder: Path) -> bool:
+    """Is this the folder beside an output file, with a run's own files?"""
+    return folder.name.endswith(BESIDE) and (folder / RUN_FILE).is_file()
 
 
 def kept_part(folder: Path) -> str | None:

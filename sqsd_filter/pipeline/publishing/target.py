@@ -11,7 +11,7 @@ from typing import Protocol, TypedDict, cast
 
 from sqsd_filter.errors import DestinationExists
 from sqsd_filter.pipeline.report import FinishedReport, Published, Report
-from sqsd_filter.storage.layout import HOME, REPORT_FILE
+from sqsd_filter.storage.layout import HOME, ITSELF, REPORT_FILE
 
 MARKER_FILE = "published.json"
 MARKER = f"{HOME}/{MARKER_FILE}"
@@ -29,7 +29,7 @@ class Marker(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run on this disk: its files by their path below the destination, and its report.
+    """A finished run on this disk: its files by their path as the report names them, and its report.
 
     `card(report, name)` is the text of its card for a report that may name fewer files, of a dataset that is loaded by
     that name.
@@ -78,9 +78,10 @@ def judge(where: str, names: Iterable[str], stored: bytes | None, run: str | Non
     if overwrite:
         return known
     if not known and (foreign := sorted(names)):
+        holds = f"holds {foreign[0]}{f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''}"
         raise DestinationExists(
-            f"{where} holds {foreign[0]}{f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''}, which this "
-            "command did not write: choose another destination, or replace what is there with --overwrite."
+            f"{where} {'is a file' if foreign[0] == ITSELF else holds}, which this command did not write: choose "
+            "another destination, or replace what is there with --overwrite."
         )
     if known and run is not None and known.get("run") != run:
         raise DestinationExists(

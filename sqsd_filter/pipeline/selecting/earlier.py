@@ -93,15 +93,15 @@ def read_earlier(
     keyed: bool = False,
     likely: RowFormat | None = None,
 ) -> Earlier:
-    """The rows of an earlier run's folder, or of scored files.
+    """The rows of an earlier run's folder or file, or of scored files.
 
     Rows of files have keys only if `keyed`. The format to read them in is the one that `score` left beside the file,
     else `likely` if the rows have all its columns, else the one that their columns suggest. Raises `InputError` where
     rows have no scores yet.
     """
     path = Path(given[0]) if len(given) == 1 and isinstance(given[0], str | Path) else None
-    if path is not None and holds_run(path):
-        return _run(home_in(path), opener, per_group, progress)
+    if path is not None and (home := _home_of_cut(path)) is not None:
+        return _run(path, home, opener, per_group, progress)
     sources = opener.open(given)
     beside = home_beside(path) if path is not None else None  # as `score` leaves it
     known = read_run(beside) if beside is not None else None
@@ -149,24 +149,30 @@ def _likely_form(sources: Sequence[Source], beside: Path | None, likely: RowForm
         ) from problem
 
 
-def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) -> Earlier:
+def _home_of_cut(output: Path) -> Path | None:
+    """The home of the run that cut rows into this folder or file; None where none did, as for what `score` wrote."""
+    if holds_run(output):
+        return home_in(output)
+    home = home_beside(output)
+    return home if "cut" in (read_run(home) or {}) else None
+
+
+def _run(output: Path, home: Path, opener: Opener, per_group: str | None, progress: Progress) -> Earlier:
     """The inputs of an earlier run joined with its score store."""
     known = read_run(home)
     assert known is not None
     report = read_report(home)
     if not (home / "scores").is_dir() or not report or "pack" not in report:
         if report and report.get("status") == "ok":
-            raise InputError(f"{home.parent} was made by select: select from the scores that it was made from.")
-        raise InputError(f"{home.parent} holds an unfinished run: finish it first.")
+            raise InputError(f"{output} was made by select: select from the scores that it was made from.")
+        raise InputError(f"{output} holds an unfinished run: finish it first.")
     form = RowFormat.of(known["row_format"])
     index = Index(form)
-    sources = opener.open(input_specs(home))
+    sources = opener.open(input_specs(output, home))
     progress.start("reading", None)
     corpus, groups = read_once(sources, index.visit, form.columns, per_group, progress, limit=known["limit"], form=form)
     if [{**i, "path": ""} for i in corpus.inputs] != [{**i, "path": ""} for i in known["inputs"]]:
-        raise InputError(
-            f"The inputs of {home.parent} have changed since it was scored: run sqsd-filter on them again."
-        )
+        raise InputError(f"The inputs of {output} have changed since it was scored: run sqsd-filter on them again.")
     pack = report["pack"]
     store = ScoreStore(home / "scores", known["scoring"], list(pack["weights"]))
     scored = from_store(corpus, index, store, pack["weights"], groups)
@@ -176,7 +182,7 @@ def _run(home: Path, opener: Opener, per_group: str | None, progress: Progress) 
     for name in ("explain", "reference", "percentile"):  # belong to the earlier output
         identity.pop(name, None)
     facts: ScoreFacts = {"pack": pack, **_scorer(report)}
-    return Earlier(str(home.parent), sources, scored, identity, facts, index.keys, pack, form, known["scoring"])
+    return Earlier(str(output), sources, scored, identity, facts, index.keys, pack, form, known["scoring"])
 
 
 def _scorer(report: ScoreFacts) -> ScoreFacts:

@@ -23,24 +23,26 @@ from sqsd_filter.pipeline.report import (
     Report,
     RowWeights,
     WrittenFile,
+    is_one_file,
     is_sqsd,
     load_calls,
     low_risk,
+    own_path,
     scorers,
 )
 from sqsd_filter.pipeline.rules import CONSENSUS
-from sqsd_filter.pipeline.writing.export import PERCENTILE, REASONS
+from sqsd_filter.pipeline.writing.export import PERCENTILE, REASONS_FILE
 from sqsd_filter.pipeline.writing.figures import number, shown
 from sqsd_filter.pipeline.writing.markdown import code, fenced, table
 from sqsd_filter.pipeline.writing.originals import Original, carried_over
 from sqsd_filter.pipeline.writing.writers import OF_LINES
 from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.storage.folder import write_text
-from sqsd_filter.storage.layout import HOME, REPORT_FILE
+from sqsd_filter.storage.layout import ITSELF, REPORT_FILE
 from sqsd_filter.wording import many
 
 CARD_FILE = "README.md"
-PICTURE_FILE = f"{HOME}/risk.png"
+PICTURE_FILE = "risk.png"  # among a run's own files
 TAGS = ("sqsd-filter", "safety", "data-filtering")
 MOST_GROUPS = 50  # in the table
 LONGEST = 80  # characters of a group's value
@@ -69,10 +71,9 @@ RULES = {
 }
 
 
-def write_card(root: Path, report: Report, originals: Sequence[tuple[str, str]] = ()) -> None:
-    """Write the card to the output folder `root`. For the arguments, see `card_text`."""
-    text = card_text(report, originals)
-    write_text(root / CARD_FILE, text)
+def write_card(folder: Path, report: Report, originals: Sequence[tuple[str, str]] = ()) -> None:
+    """Write the card to the output folder, or to the one beside an output file. For the arguments, see `card_text`."""
+    write_text(folder / CARD_FILE, card_text(report, originals))
 
 
 def card_text(report: Report, originals: Sequence[tuple[str, str]] = (), name: str | None = None) -> str:
@@ -100,7 +101,8 @@ def _header(report: Report, sources: Sequence[Original]) -> dict[str, Any]:
     earlier = [name for source in sources if source.ours for name in source.fields.get("source_datasets", [])]
     if ids := list(dict.fromkeys([*_ids(report), *earlier])):
         header["source_datasets"] = ids
-    header["configs"] = [_config(name, files) for name, files in _by(report["files"], "config").items()]
+    in_folder = [file for file in report["files"] if file["path"] != ITSELF]
+    header["configs"] = [_config(name, files) for name, files in _by(in_folder, "config").items()]
     return header
 
 
@@ -165,7 +167,7 @@ update that this row alone would cause points along a danger direction than alon
 
 {risk} {measured}
 
-![Histogram of the risk: {alt}]({PICTURE_FILE})"""
+![Histogram of the risk: {alt}]({own_path(report, PICTURE_FILE)})"""
 
 
 def _pack(pack: PackFacts) -> str:
@@ -268,9 +270,11 @@ def _contents(report: Report, where: str) -> str:
             lines.append([name, f"{rows[name]:,}", call])
     lines.append(["total", f"{rows['total']:,}", ""])
     parts = ["## What is here", table(["", ":rows", "load with"], lines)]
+    if is_one_file(report):
+        parts.append("The kept rows are the file beside this folder. Here `path` is that file's.")
     if to in OF_LINES:
         parts.append(_lines(report))
-    if to == "arrow" and where == "path":
+    if to == "arrow" and where == "path" and not is_one_file(report):
         parts.append("`load_from_disk(path)` maps the kept rows into memory without a copy.")
     if to not in OF_LINES or report["with_scores"]:
         parts.append(_columns(report))
@@ -298,7 +302,7 @@ def _lines(report: Report) -> str:
             words += " A line in `errors` that is not JSON is text in `sqsd_raw`."
         else:
             words += " It fails if a line in `errors` is not JSON."
-        words += f" `{REASONS}` has the file, line, status and reason of each line in `errors`."
+        words += f" `{own_path(report, REASONS_FILE)}` has the file, line, status and reason of each line in `errors`."
     return words
 
 
@@ -340,7 +344,7 @@ def _origin(report: Report, sources: Sequence[Original]) -> str:
         parts.append(f"Filtered before by this tool: {ours}. Of its card, only the cards of its own sources are below.")
     if command := report.get("command"):
         parts += ["The command:", fenced(shlex.join(command), "sh")]
-    own = f"`{HOME}/{REPORT_FILE}`"
+    own = f"`{own_path(report, REPORT_FILE)}`"
     parts.append(f"{own} holds the settings, the inputs with their hashes, and the versions of the run.")
     return "\n\n".join(parts)
 

@@ -13,9 +13,9 @@ from typing import IO, Any, cast
 
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.report import FinishedReport, WrittenFile
-from sqsd_filter.pipeline.writing.export import REASONS
+from sqsd_filter.pipeline.writing.export import REASONS_FILE
 from sqsd_filter.storage.folder import TEMPORARY, sweep, write_text
-from sqsd_filter.storage.layout import REPORT_FILE, RUN_FILE, is_old, modernise
+from sqsd_filter.storage.layout import REPORT_FILE, RUN_FILE, Layout, home_beside, is_beside, is_old, modernise
 from sqsd_filter.storage.locks import take_lock
 
 # These hold text of rows, so they are not among the files that a report names:
@@ -41,8 +41,11 @@ class Destination:
             self.root, self.home = target, home_of(target)
             if not target.parent.is_dir():
                 raise InputError(f"The folder {target.parent} does not exist: create it first.")
-            if self._is_file and target.is_dir():
-                raise DestinationExists(f"{target} is a folder, but the output is a file: choose another name.")
+            if self.layout.is_file and target.is_dir():
+                raise DestinationExists(
+                    f"{target} is a folder, but the output is a file: choose another name. (A name that ends in / is "
+                    "that of a folder.)"
+                )
             if not target.exists() and _neighbour(target, "old").exists():  # killed in the middle of a swap
                 _neighbour(target, "old").rename(target)
             if not overwrite and read_run(self.home) is None and self.holds_work():
@@ -52,8 +55,13 @@ class Destination:
                 )
 
     @property
-    def _is_file(self) -> bool:
-        return self.home.parent != self.root
+    def layout(self) -> Layout:
+        return Layout(self.root, self.home)
+
+    @property
+    def _owned(self) -> list[Path]:
+        """What a run that replaces the target replaces."""
+        return [self.target, self._home_of(self.target)]
 
     @property
     def old_home(self) -> Path | None:
@@ -77,7 +85,7 @@ class Destination:
                         "another destination, or replace it with --overwrite, which uses its scores again."
                     )
                 raise DestinationExists(self._other_run(known or {}, asked))
-            if Path.cwd().is_relative_to(self.target.resolve()) or self.target.is_mount():
+            if any(Path.cwd().is_relative_to(own.resolve()) or own.is_mount() for own in self._owned):
                 raise DestinationExists(
                     f"{self.target} can't be replaced, since it is or holds the working directory, or is mounted: "
                     "choose another destination."
@@ -115,7 +123,7 @@ class Destination:
 
     def others(self, given: Sequence[Any]) -> list[Any]:
         """These sources without what an earlier run left here; see `without`."""
-        return without(self.target, [self._home_of(self.target)], given)
+        return without(self.target, self._owned, given)
 
     def spare(self, given: Iterable[object]) -> None:
         """Raise `DestinationExists` if --overwrite would delete one of these inputs."""
@@ -124,7 +132,7 @@ class Destination:
 
     def keep_out(self, folder: Path) -> None:
         """Raise `UsageError` for a score store inside what this run writes."""
-        for own in (self.target, self._home_of(self.target)):
+        for own in self._owned:
             if folder.resolve().is_relative_to(own.resolve()):
                 raise UsageError(f"The score store {folder} lies in {own}, which belongs to one run: put it elsewhere.")
 
@@ -154,7 +162,7 @@ class Destination:
         if not report or report["status"] != "ok" or _neighbour(self.root, "old").exists():
             return False
         files = report.get("files", [])
-        empty = [] if report["rows"]["errors"] else [REASONS]
+        empty = [] if report["rows"]["errors"] else [self.layout.own(REASONS_FILE)]
         try:
             whole = all(self._is_whole(file) for file in files)
             beside = all(self._is_written(path) for path in report.get("extra_files", []) if path not in empty)
@@ -166,21 +174,19 @@ class Destination:
         return whole and beside and sum(file["rows"] for file in files) == report["rows"]["total"]
 
     def _is_whole(self, file: WrittenFile) -> bool:
-        with (self.root / file["path"]).open("rb") as content:
+        with self.layout.path(file["path"]).open("rb") as content:
             if os.fstat(content.fileno()).st_size != file["bytes"]:
                 return False
             return hashlib.file_digest(content, "sha256").hexdigest() == file["sha256"]
 
     def _is_written(self, path: str) -> bool:
         """Does the file begin with a byte other than the NULs that a power failure leaves?"""
-        with (self.root / path).open("rb") as content:
+        with self.layout.path(path).open("rb") as content:
             return content.read(1) not in (b"", b"\0")
 
     def publish(self) -> None:
         """Swap what was written beside the target into its place."""
-        finals = [self.target]
-        if self._is_file:
-            finals.append(self._home_of(self.target))
+        finals = self._owned if self.layout.is_file else [self.target]
         if self.replaces:
             for new, final in zip((self.root, self.home), finals, strict=False):
                 _remove(_neighbour(final, "old"))
@@ -229,8 +235,10 @@ def lock_run(path: Path, target: object) -> IO[bytes]:
 
 def spare(target: Path, given: Iterable[object]) -> None:
     """Raise `DestinationExists` if replacing the target would delete one of these inputs."""
+    beside = home_beside(target)
+    owned = [os.path.realpath(own) for own in (target, *([beside] if is_beside(beside) else []))]
     for path in given:
-        if isinstance(path, str | Path) and Path(path).resolve().is_relative_to(target.resolve()):
+        if isinstance(path, str | Path) and any(Path(path).resolve().is_relative_to(own) for own in owned):
             raise DestinationExists(
                 f"{target} holds the input {path}, which --overwrite would delete: choose another destination."
             )
@@ -261,7 +269,7 @@ def read_run(home: Path) -> dict[str, Any] | None:
     return known and {key: value for key, value in known.items() if key != BASE}
 
 
-def input_specs(home: Path) -> list[str]:
+def input_specs(output: Path, home: Path) -> list[str]:
     """The sources of the run in this home as paths from here; a source that means the same from here stays as given.
 
     Raises `InputError` where one was not a file.
@@ -270,7 +278,7 @@ def input_specs(home: Path) -> list[str]:
     base = home.resolve() / known.get(BASE, "")
     if not all(known["sources"]):
         raise InputError(
-            f"{home.parent} was made from standard input or from a dataset in memory, which can't be read again: "
+            f"{output} was made from standard input or from a dataset in memory, which can't be read again: "
             "write all rows with their scores by 'sqsd-filter score', and select from that file."
         )
     return [_from_here(spec, base) for spec in known["sources"]]

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,12 +27,12 @@ from sqsd_filter.pipeline.writing.writers import (
     describe,
 )
 from sqsd_filter.progress import Progress
-from sqsd_filter.storage.folder import sweep
-from sqsd_filter.storage.layout import DATA, HOME
+from sqsd_filter.storage.layout import DATA, HOME, ITSELF, Layout
 
 FATES: dict[Config, int] = {"kept": KEPT, "dropped": DROPPED, "errors": ERROR}  # of the rows in each config
 FOLDERS: dict[Config, str] = {"kept": DATA, "dropped": f"{HOME}/dropped", "errors": f"{HOME}/errors"}
-REASONS = f"{HOME}/reasons.jsonl"  # why each line in errors has no score
+REASONS_FILE = "reasons.jsonl"  # among a run's own files: why each line in errors has no score
+REASONS = f"{HOME}/{REASONS_FILE}"
 
 RAW = "sqsd_raw"  # the bytes of a line that could not be read as a row
 ORIGIN = {"sqsd_reason": pa.string(), "sqsd_file": pa.string(), "sqsd_line": pa.int64(), RAW: pa.binary()}
@@ -58,14 +57,14 @@ def check_columns(corpus: Corpus, output: Output) -> None:
 def export_splits(
     scored: Scored,
     selection: Selection,
-    root: Path,
+    layout: Layout,
     output: Output,
     progress: Progress,
     see: See = _look_away,
     *,
     percentile: np.ndarray | None = None,
 ) -> Written:
-    """Write kept, dropped and errors below `root`, each split of the corpus on its own.
+    """Write kept, dropped and errors, each split of the corpus on its own. A layout with one file is for one split.
 
     Kept and dropped rows have score columns. Rows in errors have their status, the reason in words and their origin,
     and the bytes of a line that could not be read; their values don't change the columns of the other rows. Lines of
@@ -77,14 +76,13 @@ def export_splits(
     added = _added(percentile, selection.row_weights)
     with ExitStack() as stack:
         files: dict[tuple[Config, str], ShardedWriter[Any]] = {
-            (config, split): stack.enter_context(output.files(root, f"{FOLDERS[config]}/{split}"))
+            (config, split): stack.enter_context(_writer(config, split, layout, output))
             for config in FATES
             for split in corpus.splits
         }
-        reasons = stack.enter_context(ShardedWriter(JsonLinesWriter, root, REASONS))
-        for folder in {f.folder for f in (*files.values(), reasons)}:
-            folder.mkdir(parents=True, exist_ok=True)
-            sweep(folder)
+        reasons = stack.enter_context(ShardedWriter(JsonLinesWriter, layout.base, layout.own(REASONS_FILE)))
+        for writer in (*files.values(), reasons):
+            writer.prepare()
         for chunk in _from_nothing(corpus):
             fate = selection.fate[chunk.start : chunk.start + chunk.table.num_rows]
             rows: Lines | Tables
@@ -106,13 +104,20 @@ def export_splits(
         extra = [file["path"] for file in reasons.publish()]
     if output.to == "arrow":
         for config in FATES:
-            top = "." if config == "kept" else FOLDERS[config]
-            extra += describe(root, top, {split: published[config, split] for split in corpus.splits})
+            if not (config == "kept" and layout.is_file):
+                top = "." if config == "kept" else layout.own(config)
+                extra += describe(layout.base, top, {split: published[config, split] for split in corpus.splits})
     entries: list[WrittenFile] = [
         {"config": c, "split": s, **file} for (c, s), several in published.items() for file in several
     ]
     stored = [] if output.to in OF_LINES else json_columns(schema)
     return {"files": entries, "extra_files": extra, "json_columns": stored}
+
+
+def _writer(config: Config, split: str, layout: Layout, output: Output) -> ShardedWriter[Any]:
+    if config == "kept":
+        return output.file(layout.root) if layout.is_file else output.files(layout.base, f"{DATA}/{split}")
+    return output.files(layout.base, f"{layout.own(config)}/{split}")
 
 
 def _from_nothing(corpus: Corpus) -> Iterator[Chunk]:
@@ -130,14 +135,14 @@ def _kept_schema(scored: Scored, selection: Selection) -> pa.Schema:
 
 
 def export_scored(
-    scored: Scored, path: Path, progress: Progress, see: See = _look_away, *, percentile: np.ndarray | None = None
+    scored: Scored, layout: Layout, progress: Progress, see: See = _look_away, *, percentile: np.ndarray | None = None
 ) -> Written:
     """Write every row, in order, with its score columns; if rows have no score, also with the columns of errors.
 
     Each chunk is also passed to `see`.
     """
     errors = bool(scored.reasons())
-    with ShardedWriter(ParquetWriter, path, ".") as file:
+    with ShardedWriter(ParquetWriter, layout.root, ITSELF) as file:
         for chunk in scored.corpus.chunks():
             table = _with_scores(scored, chunk.start, chunk.table, _added(percentile, None))
             file.write(_with_columns(table, _origin(scored, chunk, np.arange(table.num_rows))) if errors else table)

@@ -1,6 +1,7 @@
 """Writers of rows in each output format: parquet, the Arrow files of `datasets`, JSON Lines, JSON arrays.
 
-A file is closed when it has `shard_size` bytes. File names hold the number of files, so they are given at the end.
+A file is closed when it has `shard_size` bytes. File names hold the number of files, so they are given at the end. A
+file that is the whole destination has its name from the user.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, ClassVar, Generic, Self, TypeVar
 
@@ -21,7 +23,9 @@ from sqsd_filter.corpus.json_schema import with_marks
 from sqsd_filter.errors import InputError, SQSDError, UsageError, option
 from sqsd_filter.pipeline.report import WrittenFile
 from sqsd_filter.pipeline.writing.json_lines import has_form
+from sqsd_filter.pipeline.writing.one_file import OPENERS, FileForm
 from sqsd_filter.storage.folder import TEMPORARY, sweep, write_text
+from sqsd_filter.storage.layout import ITSELF
 
 SHARD_SIZE = "500MB"
 SAVED_DATASET = ("dataset_dict.json", "dataset_info.json", "state.json")  # what `load_from_disk` reads beside the rows
@@ -116,12 +120,12 @@ class ArrowWriter(FileWriter[pa.Table]):
 
 
 class JsonLinesWriter(FileWriter[Sequence[bytes]]):
-    """Lines of bytes without their newlines."""
+    """Lines of bytes without their newlines; `compression` is one of `OPENERS`."""
 
     suffix = ".jsonl"
 
-    def __init__(self, path: Path, _first: Sequence[bytes]) -> None:
-        self._sink = path.open("wb")
+    def __init__(self, path: Path, _first: Sequence[bytes], compression: str = "") -> None:
+        self._sink = OPENERS[compression](path)
 
     def write(self, batch: Sequence[bytes]) -> None:
         self._sink.write(b"".join(line + b"\n" for line in batch))
@@ -136,8 +140,8 @@ class JsonWriter(JsonLinesWriter):
 
     suffix = ".json"
 
-    def __init__(self, path: Path, first: Sequence[bytes]) -> None:
-        super().__init__(path, first)
+    def __init__(self, path: Path, first: Sequence[bytes], compression: str = "") -> None:
+        super().__init__(path, first, compression)
         self._sink.write(b"[")
         self._before = b"\n"
 
@@ -151,28 +155,42 @@ class JsonWriter(JsonLinesWriter):
         super().close()
 
 
+Open = Callable[[Path, Batch], FileWriter[Batch]]  # begins a file with its first batch
 FORMATS: dict[str, type[FileWriter[Any]]] = {
     "parquet": ParquetWriter,
     "arrow": ArrowWriter,
     "jsonl": JsonLinesWriter,
     "json": JsonWriter,
 }
+DEFAULT_FORMAT = "parquet"
 OF_LINES = ("jsonl", "json")  # formats that are made of the input's own lines
 
 
 @dataclass(frozen=True)
 class Output:
-    """How rows are written: `to` is one of `FORMATS`, `shard_size` in bytes, `with_scores` only for lines of JSON."""
+    """How rows are written: `to` is one of `FORMATS`, `shard_size` in bytes, `with_scores` only for lines of JSON.
+    `compression` is that of the kept rows, if these are one file."""
 
     to: str
     shard_size: int
     with_scores: bool
+    compression: str = ""
 
     @classmethod
-    def of(cls, to: str, shard_size: str | int, with_scores: bool) -> Output:
-        """Raises `UsageError`."""
+    def of(cls, to: str | None, shard_size: str | int, with_scores: bool, form: FileForm | None = None) -> Output:
+        """`form` is that of the one file that the kept rows become; without `to`, its format is taken, else parquet.
+
+        Raises `UsageError`.
+        """
+        if to is None:
+            to = form.to if form is not None else DEFAULT_FORMAT
         if to not in FORMATS:
             raise UsageError(f"Rows can be written to {', '.join(FORMATS)}, not to '{to}'.")
+        if form is not None and form.to != to:
+            raise UsageError(
+                f"The name of the destination says {form.to}, and {option('to')} says {to}: leave out the option, or "
+                "name another file or a folder."
+            )
         if with_scores and to not in OF_LINES:
             raise UsageError(
                 f"{to} files always hold scores: leave out {option('with_scores')}, which is for jsonl and json."
@@ -186,7 +204,11 @@ class Output:
             size = 0
         if size < 1:
             raise UsageError(f"'{shard_size}' is not a file size: write it like 100MB or 1GB.")
-        return cls(to, size, with_scores)
+        return cls(to, size, with_scores, form.compression if form is not None else "")
+
+    def identity(self) -> dict[str, object]:
+        """The settings that make it another run. The compression follows from the destination's name."""
+        return {"to": self.to, "shard_size": self.shard_size, "with_scores": self.with_scores}
 
     def check(self, schema: pa.Schema) -> None:
         """Raise `InputError` for a column that the format can't hold."""
@@ -200,24 +222,36 @@ class Output:
 
     def files(self, root: Path, stem: str) -> ShardedWriter[Any]:
         """A writer of the files below `root` whose paths begin with `stem`."""
-        return ShardedWriter(FORMATS[self.to], root, stem, self.shard_size)
+        kind = FORMATS[self.to]
+        return ShardedWriter(kind, root, stem, self.shard_size, kind.suffix)
+
+    def file(self, path: Path) -> ShardedWriter[Any]:
+        """A writer of this one file."""
+        begin: Callable[..., FileWriter[Any]] = FORMATS[self.to]
+        return ShardedWriter(partial(begin, compression=self.compression) if self.compression else begin, path, ITSELF)
 
 
 class ShardedWriter(Generic[Batch]):
-    """Writes rows to numbered files of about `shard_size` bytes, or without that to one file at the path `stem`.
+    """Writes rows to numbered files of about `shard_size` bytes, whose names end in `suffix`, or without a size to one
+    file at the path `stem`.
 
     Leaving the context without `publish` removes the files. Raises `SQSDError` when they can't be written.
     """
 
-    def __init__(self, kind: type[FileWriter[Batch]], root: Path, stem: str, shard_size: int | None = None) -> None:
-        self._kind, self._root, self._stem, self._shard_size = kind, root, stem, shard_size
+    def __init__(
+        self, begin: Open[Batch], root: Path, stem: str, shard_size: int | None = None, suffix: str = ""
+    ) -> None:
+        self._new_file, self._root, self._stem, self._shard_size, self._suffix = begin, root, stem, shard_size, suffix
         self._open: FileWriter[Batch] | None = None
         self._temporaries: list[Path] = []
         self._rows: list[int] = []  # in each file
 
-    @property
-    def folder(self) -> Path:
-        return (self._root / self._stem).parent
+    def prepare(self) -> None:
+        """Make the folder, without what killed processes left; that of a file that is the destination is the user's."""
+        if self._stem != ITSELF:
+            folder = (self._root / self._stem).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder)
 
     @property
     def rows(self) -> int:
@@ -263,7 +297,7 @@ class ShardedWriter(Generic[Batch]):
         return written
 
     def _path(self, number: str, count: str) -> str:
-        return self._stem if self._shard_size is None else f"{self._stem}-{number}-of-{count}{self._kind.suffix}"
+        return self._stem if self._shard_size is None else f"{self._stem}-{number}-of-{count}{self._suffix}"
 
     def _is_full(self, file: FileWriter[Batch]) -> bool:
         return self._shard_size is not None and file.size() >= self._shard_size
@@ -274,7 +308,7 @@ class ShardedWriter(Generic[Batch]):
         temporary = target.with_name(f".{target.name}-{len(self._temporaries):05d}{TEMPORARY}")
         self._temporaries.append(temporary)
         self._rows.append(0)
-        self._open = self._kind(temporary, first)
+        self._open = self._new_file(temporary, first)
 
     def _close(self) -> None:
         if self._open is not None:

@@ -38,7 +38,7 @@ datasets.disable_progress_bars()
 
 def write(root: Path, output: Output, batches: list[Any], name: str = "data/train") -> list[WrittenFile]:
     with output.files(root, name) as files:
-        files.folder.mkdir(parents=True, exist_ok=True)
+        files.prepare()
         for batch in batches:
             files.write(batch)
         assert files.rows == sum(len(batch) for batch in batches)
