@@ -108,6 +108,14 @@ def content(dest: Path) -> dict[str, Any]:
     return {**files, "_sqsd/report.json": report}
 
 
+def unnamed(line: bytes, file: str, number: int) -> bytes:
+    """A line as it was in the input, before dropped rows and errors got the name of their file and line."""
+    name = b'"sqsd_row": ' + json.dumps(f"{file}:{number}", ensure_ascii=False).encode()
+    before, found, after = line.rpartition(name)
+    assert found, line
+    return before.removesuffix(b", ") + after
+
+
 def read_report(dest: Path) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((dest / "_sqsd" / "report.json").read_text())
     return report

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sqsd_filter.cli import options, output, settings
+from sqsd_filter.cli import options, output, output_options, settings
 from sqsd_filter.cli.base import DEFAULT, FilterFirst, examples
 from sqsd_filter.cli.check import check
 from sqsd_filter.cli.drift import drift
@@ -161,11 +161,11 @@ def _score_and_report(context: click.Context, run: Callable[[Scoring, Progress],
 @options.errors
 @options.on_error
 @options.engine
-@options.written
-@options.percentile
-@options.explain
-@options.overwrite
-@options.pushed
+@output_options.written
+@output_options.percentile
+@output_options.explain
+@output_options.overwrite
+@output_options.pushed
 @options.metrics_file
 @options.dry_run
 @options.common
@@ -214,10 +214,10 @@ def filter_command(context: click.Context, /, **_: object) -> None:
 @options.rows
 @options.errors
 @options.engine
-@options.percentile
-@options.per_module
-@options.explain
-@options.overwrite
+@output_options.percentile
+@output_options.per_module
+@output_options.explain
+@output_options.overwrite
 @options.metrics_file
 @options.dry_run
 @options.common
@@ -262,10 +262,10 @@ def score(context: click.Context, /, **_: object) -> None:
 @options.combined
 @options.scored_by
 @options.on_error
-@options.written
-@options.percentile
-@options.overwrite
-@options.pushed
+@output_options.written
+@output_options.percentile
+@output_options.overwrite
+@output_options.pushed
 @options.common
 @click.pass_context
 def select(context: click.Context, /, **_: object) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -152,6 +153,7 @@ def summary(report: FinishedReport, dest: object) -> str:
     """At most a dozen lines about a finished run, as many about its groups, and a few on what its risks mean."""
     from sqsd_filter.pipeline.meaning import advice, false_alarms
     from sqsd_filter.pipeline.report import cut_words, load_calls
+    from sqsd_filter.storage.layout import home_beside
 
     rows, q, seconds = report["rows"], report["risk_quantiles"], report["timing"]["seconds"]
     lines = []
@@ -162,7 +164,8 @@ def summary(report: FinishedReport, dest: object) -> str:
         cut += f" ({report['ties']} kept rows tie)" if report["ties"] else ""
         published = report.get("published") or {"url": ""}
         name = published.get("repo", dest) if "://" in str(dest) else dest
-        load = load_calls(report, json.dumps(str(name), ensure_ascii=False)) if "://" not in str(name) else {}
+        where, beside = (json.dumps(str(each), ensure_ascii=False) for each in (name, home_beside(Path(str(dest)))))
+        load = load_calls(report, where, beside) if "://" not in str(name) else {}
         load = {what: call for what, call in load.items() if name == dest or what in published["rows"]}
         shown = {what: f"   {load[what]}" if rows[what] and what in load else "" for what in ("kept", "dropped")}
         lines.append(f"  kept     {rows['kept']:>9,}{shown['kept']}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CUTS = ("drop_top", "drop_count", "max_risk", "keep_lowest", "above_reference")
 CUT_HOW = ("per_group", "per_split", "weights")
-WRITTEN = ("to", "shard_size", "with_scores", "percentile")
+WRITTEN = ("to", "shard_size", "with_scores", "rows_column", "json_as", "percentile")
 _ORIGINS = {
     ParameterSource.COMMANDLINE: "flag",
     ParameterSource.ENVIRONMENT: "environment",

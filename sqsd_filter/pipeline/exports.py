@@ -80,11 +80,12 @@ class CutRows:
         written = export_splits(scored, selection, layout, self.output, progress, taker.see, percentile=percentile)
         written["extra_files"] += [layout.own(PICTURE_FILE), CARD_FILE]  # the job writes them, from the whole report
         output = self.output
+        facts = OutputFacts(to=output.to, shard_size=output.shard_size, with_scores=output.with_scores)
+        if output.rows_column:
+            facts["rows_column"] = True
         content: RunContent = {
             **summarise(scored, selection, self.cut, self.meaning),
-            **_facts(
-                OutputFacts(to=output.to, shard_size=output.shard_size, with_scores=output.with_scores), percentile
-            ),
+            **_facts(facts, percentile),
             **written,
             **Explained(),
         }

@@ -14,7 +14,7 @@ from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.selecting.policy import Policy
 from sqsd_filter.pipeline.stage.engines import Engine
 from sqsd_filter.pipeline.writing.one_file import FileForm
-from sqsd_filter.pipeline.writing.writers import OF_LINES, SHARD_SIZE, Output
+from sqsd_filter.pipeline.writing.writers import JSON_AS, SHARD_SIZE, Output
 from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
 
 if TYPE_CHECKING:
@@ -74,6 +74,9 @@ class Writing:
     shard_size: A file ends when it has about this size, as 500MB or a number of bytes. It does not cut a destination
         that is one file.
     with_scores: Add the scores to lines of jsonl and json; files of the other formats always hold them.
+    rows_column: Add the column sqsd_row to kept rows, too: file and line of the row in the input.
+    json_as: A column of parquet or arrow whose values have no common type holds json, which `datasets` decodes from
+        version 4.7 on, or text.
     percentile: Add the column sqsd_percentile, the share (0 to 100) of the pack's benign reference rows with a lower
         risk.
     on_error: Rows that can't be scored go to errors (quarantine), are kept (keep), or fail the run (fail).
@@ -84,6 +87,8 @@ class Writing:
     to: str | None = None
     shard_size: str | int = SHARD_SIZE
     with_scores: bool = False
+    rows_column: bool = False
+    json_as: str = JSON_AS[0]
     percentile: bool = False
     on_error: str = "quarantine"
     push: PushTo | None = None
@@ -91,8 +96,16 @@ class Writing:
 
     def __post_init__(self) -> None:
         Policy.of(self.on_error, "100%")
-        Output.of(self.to or OF_LINES[0], self.shard_size, self.with_scores)
+        if self.to is not None:
+            self.output(None)
 
     def output(self, form: FileForm | None) -> Output:
         """How rows are written to a file of this form, or to a folder. Raises `UsageError`."""
-        return Output.of(self.to, self.shard_size, self.with_scores, form)
+        return Output.of(
+            self.to,
+            self.shard_size,
+            self.with_scores,
+            rows_column=self.rows_column,
+            json_as=self.json_as,
+            form=form,
+        )

@@ -235,11 +235,13 @@ class WrittenFile(TypedDict):
 
 
 class Written(TypedDict):
-    """The files of rows, those that belong to them, and the columns whose values are stored as JSON."""
+    """The files of rows, those that belong to them, and the columns whose values are stored as JSON. Those among them
+    that `datasets` decodes, from version 4.7 on, are `json_features`."""
 
     files: list[WrittenFile]
     extra_files: list[str]
     json_columns: list[str]
+    json_features: NotRequired[list[str]]
 
 
 class OutputFacts(TypedDict):
@@ -248,6 +250,7 @@ class OutputFacts(TypedDict):
     to: str
     shard_size: NotRequired[int]
     with_scores: NotRequired[bool]
+    rows_column: NotRequired[bool]  # kept rows have the column sqsd_row
     percentile: NotRequired[bool]  # there is a column with each row's percentile in the reference
 
 
@@ -370,14 +373,16 @@ def own_path(report: RunContent, name: str) -> str:
     return name if is_one_file(report) else f"{HOME}/{name}"
 
 
-def load_calls(report: RunContent, where: str) -> dict[Config, str]:
-    """The Python expression that loads the rows of each config from the destination; `where` is one for its path."""
+def load_calls(report: RunContent, where: str, beside: str | None = None) -> dict[Config, str]:
+    """The Python expression that loads the rows of each config from the destination; `where` is one for its path, and
+    `beside` for that of the folder beside a file."""
     calls: dict[Config, str] = {}
     if is_one_file(report):
         kind = {"jsonl": "json"}.get(report["to"], report["to"])
-        beside = f'{where[:-1]}.sqsd"' if where.endswith('"') else f'{where} + ".sqsd"'
+        beside = beside or f'{where} + ".sqsd"'
+        others: list[Config] = ["dropped", "errors"]
         calls["kept"] = f'load_dataset("{kind}", data_files={where})'
-        return {**calls, **{config: f'load_dataset({beside}, "{config}")' for config in CONFIGS if config != "kept"}}
+        return calls | {config: f'load_dataset({beside}, "{config}")' for config in others}
     for config in CONFIGS:
         saved = old_saved_splits(file["path"] for file in report["files"] if file["config"] == config)
         by_card = f"load_dataset({where})" if config == "kept" else f'load_dataset({where}, "{config}")'

@@ -29,7 +29,7 @@ from sqsd_filter.pipeline.stage.engines import Engine, LocalEngine
 from sqsd_filter.pipeline.stage.scan import Scan, as_list
 from sqsd_filter.pipeline.writing.destination import EXPLAINED_FILE, Destination
 from sqsd_filter.pipeline.writing.one_file import file_form
-from sqsd_filter.pipeline.writing.writers import SHARD_SIZE
+from sqsd_filter.pipeline.writing.writers import JSON_AS, SHARD_SIZE
 from sqsd_filter.progress import Meter, Progress, Silent
 from sqsd_filter.scoring.pack import OWN_RISK
 from sqsd_filter.scoring.scorer import SQSD, BatchedScorer, SQSDScorer
@@ -66,6 +66,8 @@ def filter_dataset(
     to: str | None = None,
     shard_size: str | int = SHARD_SIZE,
     with_scores: bool = False,
+    rows_column: bool = False,
+    json_as: str = JSON_AS[0],
     percentile: bool = False,
     push: PushTo | None = None,
     explain: int | None = None,
@@ -119,6 +121,8 @@ def filter_dataset(
             to=to,
             shard_size=shard_size,
             with_scores=with_scores,
+            rows_column=rows_column,
+            json_as=json_as,
             percentile=percentile,
             on_error=on_error,
             push=push,

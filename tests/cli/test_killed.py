@@ -197,3 +197,38 @@ def test_a_score_file_and_its_home_are_swapped_together_even_when_killed(
     ]
     assert entries(folder) == expected
     assert "already done" in command("score", "in.jsonl", "a.parquet")[1]
+
+
+@pytest.mark.parametrize("moment", [2, 4, 5, 6, 8])
+@pytest.mark.parametrize("name", ["out.jsonl", "out.json.gz", "out.parquet"])
+def test_one_file_appears_as_if_nothing_had_happened(
+    name: str, moment: int, killed: Callable[..., int], command: Command, folder: Path
+) -> None:
+    rows = [{"id": k, "sqsd_risk": k * 7919 % 5000 / 7, "sqsd_status": "scored"} for k in range(5000)]
+    write_jsonl(folder / "scored.jsonl", rows)
+    select = ["select", "scored.jsonl", name, *CUT]
+    assert killed(moment, signal.SIGKILL, *select) == -signal.SIGKILL
+    assert command(*select)[0] == 0
+    assert "already done" in command(*select)[1]
+    assert entries(folder) == sorted(["in.jsonl", name, f"{name}.sqsd", "scored.jsonl", "stderr", "stdout"])
+    assert command("select", "scored.jsonl", f"straight-{name}", *CUT)[0] == 0
+    files = [Path(name), *(p for part in ("dropped", "errors") for p in Path(f"{name}.sqsd", part).iterdir())]
+    assert len(files) == 3
+    for file in files:
+        assert file.read_bytes() == Path(f"straight-{file}").read_bytes()
+
+
+@moments("swap", report=9, swap=10, no_file=11, old_home=12, no_home=13)
+def test_a_file_and_its_home_are_swapped_together_even_when_killed(
+    moment: int, command: Command, killed: Callable[..., int], folder: Path
+) -> None:
+    command("in.jsonl", "a.jsonl", *CUT)
+    write_jsonl(folder / "in.jsonl", make_rows(63))
+    command("in.jsonl", "straight.jsonl", *CUT)
+    replace = ["in.jsonl", "a.jsonl", *CUT, "--overwrite"]
+    assert killed(moment, signal.SIGKILL, *replace) == -signal.SIGKILL
+    assert command(*replace)[0] == 0
+    assert Path("a.jsonl").read_bytes() == Path("straight.jsonl").read_bytes()
+    names = ["a.jsonl", "a.jsonl.sqsd", "in.jsonl", "stderr", "stdout", "straight.jsonl", "straight.jsonl.sqsd"]
+    assert entries(folder) == names
+    assert "already done" in command(*replace[:-1])[1]

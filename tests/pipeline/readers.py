@@ -1,5 +1,5 @@
 """What people read an output with, and how many of its rows each reads: `python -m tests.pipeline.readers` prints the
-table of docs/output.md.
+table of docs/output.md. With a folder, it leaves the outputs there, for tests/pipeline/trainers.py.
 
 The output holds 200 rows: 185 kept, 10 dropped, 5 errors.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ READERS: dict[str, dict[str, Sequence[str]]] = {
             'load_dataset("out/data")["train"]',
             'load_dataset("parquet", data_dir="out")["train"]',
             'load_dataset("parquet", data_files="out/data/*")["train"]',
+            'load_dataset("parquet", data_files="out.parquet")["train"]',
         ),
         "pyarrow": (
             'pyarrow.dataset.dataset("out/data").to_table()',
@@ -39,7 +41,11 @@ READERS: dict[str, dict[str, Sequence[str]]] = {
         "LLaMA-Factory": ('every_file_of("out/data")',),
     },
     "jsonl": {
-        "datasets": ('load_dataset("out")["train"]', 'load_dataset("out/data")["train"]'),
+        "datasets": (
+            'load_dataset("out")["train"]',
+            'load_dataset("out/data")["train"]',
+            'load_dataset("json", data_files="out.jsonl")["train"]',
+        ),
         "pyarrow": ('pyarrow.dataset.dataset("out/data", format="json").to_table()',),
         "pandas": ('pandas.read_json("out/data/train-00000-of-00001.jsonl", lines=True)',),
         "polars": ('polars.read_ndjson("out/data/*.jsonl")',),
@@ -48,8 +54,15 @@ READERS: dict[str, dict[str, Sequence[str]]] = {
         "LLaMA-Factory": ('every_file_of("out/data")',),
     },
     "json": {
-        "datasets": ('load_dataset("out")["train"]', 'load_dataset("out/data")["train"]'),
-        "pandas": ('pandas.read_json("out/data/train-00000-of-00001.json")',),
+        "datasets": (
+            'load_dataset("out")["train"]',
+            'load_dataset("out/data")["train"]',
+            'load_dataset("json", data_files="out.json")["train"]',
+        ),
+        "pandas": (
+            'pandas.read_json("out/data/train-00000-of-00001.json")',
+            'pandas.read_json("out.json")',
+        ),
         "polars": ('polars.read_json("out/data/train-00000-of-00001.json")',),
         "DuckDB": ("duckdb.sql(\"FROM 'out/data/*.json'\").fetchall()",),
         "LLaMA-Factory": ('every_file_of("out/data")',),
@@ -59,6 +72,7 @@ READERS: dict[str, dict[str, Sequence[str]]] = {
             'load_dataset("out")["train"]',
             'load_dataset("out/data")["train"]',
             'load_from_disk("out")["train"]',
+            'load_dataset("arrow", data_files="out.arrow")["train"]',
         ),
         "polars": ('polars.read_ipc_stream("out/data/train-00000-of-00001.arrow")',),
         "LLaMA-Factory": ('every_file_of("out/data")',),
@@ -67,11 +81,12 @@ READERS: dict[str, dict[str, Sequence[str]]] = {
 
 
 def write_output(to: str) -> None:
-    """Write the output into the folder out of the working directory."""
+    """Write the output into the folder out of the working directory, and with its kept rows in one file."""
     scored = [{"id": k, "text": f"row {k}", "sqsd_risk": k / 10, "sqsd_status": "scored"} for k in range(195)]
     unscored = [{"id": k, "text": f"row {k}", "sqsd_risk": None, "sqsd_status": "no_answer"} for k in range(195, 200)]
     write_jsonl(Path("in.jsonl"), [*scored, *unscored])
-    select_dataset("in.jsonl", "out", Cut.of(drop_count=10), Writing(to=to))
+    for dest in ("out", f"out.{to}"):
+        select_dataset("in.jsonl", dest, Cut.of(drop_count=10), Writing(to=to))
 
 
 def rows_read(call: str) -> int:
@@ -108,6 +123,15 @@ def table_lines() -> list[str]:
     return [f"| {to} | {reader} | `{call}` | {KEPT} |" for to, reader, call in calls()]
 
 
+def leave(folder: Path) -> None:
+    """Write an output in each format into a folder of its own."""
+    for to in READERS:
+        place = folder / to
+        place.mkdir(parents=True)
+        os.chdir(place)
+        write_output(to)
+
+
 def main() -> None:
     """Read an output in each format with each reader, and print how many of its rows each read."""
     print(f"| `--to` | reader | call | rows read of {ROWS} |\n| --- | --- | --- | --- |")
@@ -122,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(Path(sys.argv[1]).resolve()) if sys.argv[1:] else main()

@@ -23,7 +23,7 @@ from sqsd_filter.pipeline.forecast import estimate
 from sqsd_filter.pipeline.job import stage_of
 from sqsd_filter.pipeline.writing.destination import lock_run
 from sqsd_filter.pipeline.writing.export import FOLDERS
-from tests.corpora import make_rows, write_jsonl
+from tests.corpora import make_rows, unnamed, write_jsonl
 from tests.hub import Hub
 
 datasets.disable_progress_bars()
@@ -185,8 +185,12 @@ def test_standard_input_comes_out_as_lines_byte_for_byte(
         main(["-", "out", "--drop-top", "10%", "--to", "jsonl", "--pack", str(tiny_pack), "-q"])
     assert left.value.code == 0
     parts = [Path("out", folder, "train-00000-of-00001.jsonl").read_bytes() for folder in FOLDERS.values()]
-    assert sorted(b"".join(parts).splitlines()) == sorted(text.splitlines())
-    assert len(parts[1].splitlines()) == 4
+    kept, dropped, errors = (part.splitlines() for part in parts)
+    lines = text.splitlines()
+    numbers = [int(json.loads(line)["sqsd_row"].removeprefix("-:")) for line in dropped]
+    assert kept == [line for k, line in enumerate(lines[:-1], 1) if k not in numbers]
+    assert [unnamed(line, "-", k) for line, k in zip(dropped, numbers, strict=True)] == [lines[k - 1] for k in numbers]
+    assert (len(dropped), errors) == (4, [b"bad"])
     with pytest.raises(InputError, match="made from standard input"):
         select_dataset("out", "other", Cut.of(drop_top="5%"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Collection
 from functools import partial
@@ -40,6 +41,8 @@ class Bucket:
     def spare(self, given: str) -> None:
         """Raise `DestinationExists` for a URL below this one, which --overwrite would delete."""
         own, path = self.url.partition("?")[0].rstrip("/"), given.partition("?")[0]
+        if isinstance(self._fs, fs.LocalFileSystem) and "://" not in given:
+            own, path = os.path.realpath(self._root), os.path.realpath(given)
         inside = path.startswith(f"{own}{BESIDE}/" if self._is_file else f"{own}/") or path == own
         if self._overwrite and inside:
             raise DestinationExists(

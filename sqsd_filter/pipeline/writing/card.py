@@ -31,7 +31,7 @@ from sqsd_filter.pipeline.report import (
     scorers,
 )
 from sqsd_filter.pipeline.rules import CONSENSUS
-from sqsd_filter.pipeline.writing.export import PERCENTILE, REASONS_FILE
+from sqsd_filter.pipeline.writing.export import PERCENTILE, REASONS_FILE, ROW
 from sqsd_filter.pipeline.writing.figures import number, shown
 from sqsd_filter.pipeline.writing.markdown import code, fenced, table
 from sqsd_filter.pipeline.writing.originals import Original, carried_over
@@ -283,6 +283,11 @@ def _contents(report: Report, where: str) -> str:
             f"The values of {stored} have no common type, so they are stored as JSON. `datasets` decodes them where it "
             "can; where it gives text, decode it with `json.loads`."
         )
+    if features := ", ".join(code(name) for name in report.get("json_features", [])):
+        parts.append(
+            f"Because of {features}, it takes `datasets` 4.7 or later to open these files. With `--json-as text` every "
+            "version opens them."
+        )
     return "\n\n".join(parts)
 
 
@@ -296,7 +301,11 @@ def _lines(report: Report) -> str:
         + ["its weight"] * bool(report.get("weights"))
     )
     words += f", with {' and '.join(added)} added at the end." if added else "."
+    if named := _named(report):
+        words += f" {named} also `{ROW}` is added: the row's file and line in the input."
     words += " `load_dataset` reads dates in text as timestamps."
+    if in_array:
+        words += " Its version 4.7 can't load an array whose rows have different keys; earlier and later ones can."
     if _has_errors(report):
         if in_array:
             words += " A line in `errors` that is not JSON is text in `sqsd_raw`."
@@ -304,6 +313,15 @@ def _lines(report: Report) -> str:
             words += " It fails if a line in `errors` is not JSON."
         words += f" `{own_path(report, REASONS_FILE)}` has the file, line, status and reason of each line in `errors`."
     return words
+
+
+def _named(report: Report) -> str:
+    """Where rows say where they come from, in words; "" where none do."""
+    there = {file["config"] for file in report["files"]}
+    where = [f"`{config}`" for config in ("dropped", "errors") if config in there]
+    if report.get("rows_column"):
+        return "Everywhere"
+    return f"In {' and '.join(where)}" if where else ""
 
 
 def _has_errors(report: Report) -> bool:
@@ -331,6 +349,8 @@ def _columns(report: Report) -> str:
     if report.get("weights"):
         lines.append(("`sqsd_weight`", "the row's weight"))
     lines.append(("`sqsd_status`", "`scored`, or why there is no score"))
+    if named := _named(report):
+        lines.append((f"`{ROW}`", f"{named.lower()}: the row's file and line in the input"))
     if report["to"] not in OF_LINES and _has_errors(report):
         lines += ERROR_COLUMNS
     return f"The columns of the input are unchanged. These are added:\n\n{table(['column', 'what it holds'], lines)}"

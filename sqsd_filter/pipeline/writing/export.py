@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sqsd_filter.corpus.json_schema import feature, json_columns
+from sqsd_filter.corpus.json_text import json_as_text, json_features
 from sqsd_filter.corpus.sources import Chunk, Corpus
 from sqsd_filter.errors import SQSDError
 from sqsd_filter.pipeline.report import Config, Written, WrittenFile
@@ -40,6 +42,7 @@ MODULES = b"sqsd_modules"  # in a parquet file's metadata: the modules behind ea
 WEIGHT = "sqsd_weight"  # of a row for training, where rows are weighted
 PERCENTILE = "sqsd_percentile"  # the share of the pack's benign reference rows below the risk, where it is asked for
 OTHERS = {**ORIGIN, WEIGHT: pa.float64()}  # beside the scores
+ROW = "sqsd_row"  # the row's file and line in the input, as FILE:LINE
 See = Callable[[Chunk], None]
 Added = Mapping[str, np.ndarray]  # columns (n,) of float64 beside the scores, by name
 
@@ -67,9 +70,9 @@ def export_splits(
     """Write kept, dropped and errors, each split of the corpus on its own. A layout with one file is for one split.
 
     Kept and dropped rows have score columns. Rows in errors have their status, the reason in words and their origin,
-    and the bytes of a line that could not be read; their values don't change the columns of the other rows. Lines of
-    JSON hold less: see `Lines`. Each chunk is also passed to `see`. Raises `SQSDError` when the files can't be written,
-    or when a row is missing in them.
+    and the bytes of a line that could not be read; their values don't change the columns of the other rows. Dropped
+    rows and errors say in `ROW` where they come from, kept rows on request. Lines of JSON hold less: see `Lines`. Each
+    chunk is also passed to `see`. Raises `SQSDError` when the files can't be written, or when a row is missing in them.
     """
     corpus = scored.corpus
     schema = _kept_schema(scored, selection)
@@ -91,10 +94,11 @@ def export_splits(
                 reasons.write(rows.reasons(np.flatnonzero(fate == ERROR)))
             else:
                 table = chunk.scorable if schema is corpus.scorable_schema else chunk.table
-                rows = Tables(scored, chunk, table, added)
+                rows = Tables(scored, chunk, table, added, output)
             for config, code in FATES.items():
                 where = np.flatnonzero(fate == code)
-                files[config, chunk.split].write(rows.bad(where) if code == ERROR else rows.good(where))
+                named = code == DROPPED or output.rows_column
+                files[config, chunk.split].write(rows.bad(where) if code == ERROR else rows.good(where, named))
             see(chunk)
             progress.advance(len(fate))
         written = {" ".join(part): writer.rows for part, writer in files.items()}
@@ -110,8 +114,12 @@ def export_splits(
     entries: list[WrittenFile] = [
         {"config": c, "split": s, **file} for (c, s), several in published.items() for file in several
     ]
-    stored = [] if output.to in OF_LINES else json_columns(schema)
-    return {"files": entries, "extra_files": extra, "json_columns": stored}
+    content: Written = {"files": entries, "extra_files": extra, "json_columns": []}
+    if output.to not in OF_LINES:
+        content["json_columns"] = json_columns(schema)
+        if output.json_as == "json" and (features := json_features(schema)):
+            content["json_features"] = features
+    return content
 
 
 def _writer(config: Config, split: str, layout: Layout, output: Output) -> ShardedWriter[Any]:
@@ -154,27 +162,33 @@ def export_scored(
 class Tables:
     """A chunk's rows as parquet and Arrow files hold them."""
 
-    def __init__(self, scored: Scored, chunk: Chunk, table: pa.Table, added: Added) -> None:
+    def __init__(self, scored: Scored, chunk: Chunk, table: pa.Table, added: Added, output: Output) -> None:
         """`table` has the chunk's rows with the columns of kept and dropped."""
-        self.scored, self.chunk = scored, chunk
+        self.scored, self.chunk, self.as_text = scored, chunk, output.json_as == "text"
         self.with_scores = _with_scores(scored, chunk.start, table, added)
 
-    def good(self, where: np.ndarray) -> pa.Table:
-        return self.with_scores.take(where)
+    def good(self, where: np.ndarray, named: bool) -> pa.Table:
+        """Rows with their scores, and if they are `named` with their origin."""
+        table = self.with_scores.take(where)
+        return self._finished(_with_columns(table, {ROW: _names(self.chunk, where)}) if named else table)
 
     def bad(self, where: np.ndarray) -> pa.Table:
         scored, chunk = self.scored, self.chunk
         columns = {"sqsd_status": _statuses(scored, chunk, where), **_origin(scored, chunk, where)}
         scores, others = _earlier_columns(chunk.table.schema)
-        return _with_columns(_without(chunk.table, [*scores, *others]).take(where), columns)
+        rows = _without(chunk.table, [*scores, *others]).take(where)
+        return self._finished(_with_columns(rows, {**columns, ROW: _names(chunk, where)}))
+
+    def _finished(self, table: pa.Table) -> pa.Table:
+        return json_as_text(table) if self.as_text else table
 
 
 class Lines:
     """A chunk's rows as lines of JSON: the lines of the input, byte for byte, where it was JSON Lines.
 
-    The `added` columns are added to the lines, scores only `with_scores`; reasons are in a file of their own. A record
-    that could not be read is written as its bytes; if these have a newline, or belong into an array, as their text in
-    an object.
+    The `added` columns are added to the lines, scores only `with_scores`, the origin to those that are `named` and to
+    errors; reasons are in a file of their own. A record that could not be read is written as its bytes; if these have a
+    newline, or belong into an array, as their text in an object.
     """
 
     def __init__(self, scored: Scored, chunk: Chunk, added: Added, output: Output) -> None:
@@ -182,27 +196,32 @@ class Lines:
         self.in_array = output.to == "json"
         self.old_scores, self.old_others = _earlier_columns(chunk.table.schema)
 
-    def good(self, where: np.ndarray) -> list[bytes]:
+    def good(self, where: np.ndarray, named: bool) -> list[bytes]:
         start, count = self.chunk.start, self.chunk.table.num_rows
         new = {
             **(_scores(self.scored, start, count) if self.with_scores else {}),
             **_columns(self.added, start, count),
         }
+        new = {name: values.take(pa.array(where)) for name, values in new.items()}
+        new |= {ROW: _names(self.chunk, where)} if named else {}
         old = [*self.old_others, *(self.old_scores if self.scored.probes or not self.with_scores else [])]
         own = self._lines(where, old)
         if not new:
             return own
         replaced = [name for name in new if name in self.chunk.table.column_names]
         replaced += old if self.with_scores else []
-        members = pa.table(new).take(where).to_pylist()
-        return [splice(line, row, replaced) for line, row in zip(own, members, strict=True)]
+        return _spliced(own, pa.table(new), replaced)
 
     def bad(self, where: np.ndarray) -> list[bytes]:
         raws = _origin(self.scored, self.chunk, where)[RAW].to_pylist()
-        own = self._lines(where, [*self.old_scores, *self.old_others])
+        names = _names(self.chunk, where)
+        read = np.array([raw is None for raw in raws], dtype=bool)
+        own = self._lines(where[read], [*self.old_scores, *self.old_others])
+        replaced = [ROW] if ROW in self.chunk.table.column_names else []
+        lines = iter(_spliced(own, pa.table({ROW: names.filter(pa.array(read))}), replaced))
         return [
-            line if raw is None else _unread(raw) if self.in_array or b"\n" in raw else raw
-            for line, raw in zip(own, raws, strict=True)
+            next(lines) if raw is None else _unread(raw, name) if self.in_array or b"\n" in raw else raw
+            for raw, name in zip(raws, names.to_pylist(), strict=True)
         ]
 
     def reasons(self, where: np.ndarray) -> list[bytes]:
@@ -223,9 +242,14 @@ class Lines:
         return [next(made) if raw is None else raw for raw in raws]
 
 
-def _unread(raw: bytes) -> bytes:
-    """An object with the text of a record that could not be read."""
-    return dump({RAW: raw.decode("utf-8", "surrogateescape")})
+def _unread(raw: bytes, name: str) -> bytes:
+    """An object with the text of a record that could not be read, and the row's name."""
+    return dump({RAW: raw.decode("utf-8", "surrogateescape"), ROW: name})
+
+
+def _spliced(own: list[bytes], members: pa.Table, replaced: Collection[str]) -> list[bytes]:
+    """The lines with the members in the rows of the table, in place of those that are replaced."""
+    return [splice(line, row, replaced) for line, row in zip(own, members.to_pylist(), strict=True)]
 
 
 def _scores(scored: Scored, start: int, rows: int) -> dict[str, pa.Array]:
@@ -306,6 +330,19 @@ def _features(schema: pa.Schema, change: Callable[[dict[str, Any]], object]) -> 
     return metadata or None
 
 
+def _names(chunk: Chunk, where: np.ndarray) -> pa.Array:
+    """The file and line of these rows of a chunk, or what an earlier run wrote in that column."""
+    names = pa.array([f"{_file_name(chunk.files[k])}:{chunk.lines[k]}" for k in where.tolist()], pa.string())
+    if ROW in chunk.table.column_names and chunk.table.schema.field(ROW).type == pa.string():
+        return pc.coalesce(chunk.table[ROW].take(where).combine_chunks(), names)
+    return names
+
+
+def _file_name(path: str) -> str:
+    """A path as text, also one that is no UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def _origin(scored: Scored, chunk: Chunk, where: np.ndarray) -> dict[str, pa.Array]:
     """Why these rows of a chunk have no score, their file and line, and the bytes of those that could not be read:
     as an earlier run wrote them, or as they are now. Null for rows with a score."""
@@ -324,7 +361,7 @@ def _origin(scored: Scored, chunk: Chunk, where: np.ndarray) -> dict[str, pa.Arr
         stale = scored.form is not None and then[RAW] is None  # this run has read the row again
         now = {
             "sqsd_reason": (None if stale else then["sqsd_reason"]) or scored.detail(chunk, k),
-            "sqsd_file": then["sqsd_file"] or os.fsencode(chunk.files[k]).decode(errors="backslashreplace"),
+            "sqsd_file": then["sqsd_file"] or _file_name(chunk.files[k]),
             "sqsd_line": then["sqsd_line"] or chunk.lines[k],
             RAW: chunk.raws[k] if chunk.problems[k] else then[RAW],
         }

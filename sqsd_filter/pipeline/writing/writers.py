@@ -54,7 +54,7 @@ class FileWriter(Generic[Batch]):
 
     @staticmethod
     def holds(kind: pa.DataType) -> bool:
-        """Can the format hold a column of this type?"""
+        """Can the format hold a column of this type, so that `datasets` reads it?"""
         raise NotImplementedError
 
 
@@ -80,10 +80,21 @@ class ParquetWriter(FileWriter[pa.Table]):
         try:
             pq.write_table(pa.table({"column": pa.nulls(1, kind)}), pa.BufferOutputStream())
         except pa.ArrowInvalid:
-            return True  # parquet holds the type; the type holds no null
+            pass  # parquet holds the type; the type holds no null
         except (NotImplementedError, OSError):
             return False
-        return True
+        return _datasets_reads(kind)
+
+
+def _datasets_reads(kind: pa.DataType) -> bool:
+    """Has `datasets` a feature for this type? A file with any other can't be loaded with it, as the card promises."""
+    from datasets import Features
+
+    try:
+        Features.from_arrow_schema(pa.schema([pa.field("column", kind)]))
+    except (ValueError, NotImplementedError):
+        return False
+    return True
 
 
 class ArrowWriter(FileWriter[pa.Table]):
@@ -110,13 +121,7 @@ class ArrowWriter(FileWriter[pa.Table]):
 
     @staticmethod
     def holds(kind: pa.DataType) -> bool:
-        from datasets import Features
-
-        try:
-            Features.from_arrow_schema(pa.schema([pa.field("column", kind)]))
-        except (ValueError, NotImplementedError):
-            return False
-        return True
+        return _datasets_reads(kind)
 
 
 class JsonLinesWriter(FileWriter[Sequence[bytes]]):
@@ -163,21 +168,34 @@ FORMATS: dict[str, type[FileWriter[Any]]] = {
     "json": JsonWriter,
 }
 DEFAULT_FORMAT = "parquet"
+JSON_AS = ("json", "text")  # how values without a common type are written
 OF_LINES = ("jsonl", "json")  # formats that are made of the input's own lines
 
 
 @dataclass(frozen=True)
 class Output:
     """How rows are written: `to` is one of `FORMATS`, `shard_size` in bytes, `with_scores` only for lines of JSON.
-    `compression` is that of the kept rows, if these are one file."""
+    With `rows_column` kept rows say where they come from. Values without a common type are written `json_as` text or
+    json. `compression` is that of the kept rows, if these are one file."""
 
     to: str
     shard_size: int
     with_scores: bool
+    rows_column: bool = False
+    json_as: str = JSON_AS[0]
     compression: str = ""
 
     @classmethod
-    def of(cls, to: str | None, shard_size: str | int, with_scores: bool, form: FileForm | None = None) -> Output:
+    def of(
+        cls,
+        to: str | None,
+        shard_size: str | int,
+        with_scores: bool,
+        *,
+        rows_column: bool = False,
+        json_as: str = JSON_AS[0],
+        form: FileForm | None = None,
+    ) -> Output:
         """`form` is that of the one file that the kept rows become; without `to`, its format is taken, else parquet.
 
         Raises `UsageError`.
@@ -195,6 +213,10 @@ class Output:
             raise UsageError(
                 f"{to} files always hold scores: leave out {option('with_scores')}, which is for jsonl and json."
             )
+        if json_as not in JSON_AS:
+            raise UsageError(f"Values without a common type can be written as {' or '.join(JSON_AS)}, not '{json_as}'.")
+        if json_as != JSON_AS[0] and to in OF_LINES:
+            raise UsageError(f"{to} holds every value as it is: leave out {option('json_as')}, or use --to parquet.")
         from datasets.utils.py_utils import convert_file_size_to_int
 
         try:
@@ -204,11 +226,14 @@ class Output:
             size = 0
         if size < 1:
             raise UsageError(f"'{shard_size}' is not a file size: write it like 100MB or 1GB.")
-        return cls(to, size, with_scores, form.compression if form is not None else "")
+        return cls(to, size, with_scores, rows_column, json_as, form.compression if form is not None else "")
 
     def identity(self) -> dict[str, object]:
-        """The settings that make it another run. The compression follows from the destination's name."""
-        return {"to": self.to, "shard_size": self.shard_size, "with_scores": self.with_scores}
+        """The settings that make it another run, later ones only where they are used: runs of earlier versions are the
+        same. The compression follows from the destination's name."""
+        own: dict[str, object] = {"to": self.to, "shard_size": self.shard_size, "with_scores": self.with_scores}
+        own |= {"rows_column": True} if self.rows_column else {}
+        return own | ({"json_as": self.json_as} if self.json_as != JSON_AS[0] else {})
 
     def check(self, schema: pa.Schema) -> None:
         """Raise `InputError` for a column that the format can't hold."""
@@ -216,7 +241,9 @@ class Output:
             if not FORMATS[self.to].holds(field.type):
                 others = " or ".join(to for to, kind in FORMATS.items() if kind.holds(field.type))
                 raise InputError(
-                    f"Column {field.name!r} holds {field.type}, which can't be written to {self.to}: "
+                    f"Column {field.name!r} holds {field.type}, which can't be written to {self.to}"
+                    + ("" if self.to in OF_LINES else " for `datasets` to read")
+                    + ": "
                     + (f"use --to {others}." if others else "give it another type, or leave it out.")
                 )
 

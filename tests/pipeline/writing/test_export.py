@@ -45,7 +45,7 @@ def written(name: str, content: bytes | list[Any], **options: Any) -> Corpus:
 def test_a_byte_order_mark_is_no_part_of_a_line(folder: Path) -> None:
     corpus = written("in.jsonl", b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
     report = export(corpus, [1, 0], folder, "jsonl")
-    assert raw_lines(folder, report, "dropped") == [b'{"a": 1}']
+    assert raw_lines(folder, report, "dropped") == [b'{"a": 1, "sqsd_row": "in.jsonl:1"}']
 
 
 def test_compressed_lines_come_out_plain(folder: Path) -> None:
@@ -70,20 +70,34 @@ def test_rows_of_other_sources_are_lines_without_the_columns_of_an_earlier_run(f
     report = export(corpus, [0, 1], folder / "plain", "jsonl")
     assert raw_lines(folder / "plain", report, "kept") == [b'{"a": 1, "b": 2}']
     report = export(corpus, [0, 1], folder / "scored", "jsonl", with_scores=True)
-    assert list(json.loads(raw_lines(folder / "scored", report, "dropped")[0])) == ["a", "b", *SCORES]
+    assert list(json.loads(raw_lines(folder / "scored", report, "dropped")[0])) == ["a", "b", *SCORES, "sqsd_row"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("in.csv", b'a,b\n1,2\nx,y,z\n"1\n",2,3\n', [b"x,y,z", b'{"sqsd_raw": "\\"1\\n\\",2,3"}']),
+        (
+            "in.csv",
+            b'a,b\n1,2\nx,y,z\n"1\n",2,3\n',
+            [b"x,y,z", b'{"sqsd_raw": "\\"1\\n\\",2,3", "sqsd_row": "in.csv:4"}'],
+        ),
         (
             "in.json",
             b'[{"a": 1}, [1,\n2], {"a": 1,\n"a": 2}]',
-            [b'{"sqsd_raw": "[1,\\n2]"}', b'{"sqsd_raw": "{\\"a\\": 1,\\n\\"a\\": 2}"}'],
+            [
+                b'{"sqsd_raw": "[1,\\n2]", "sqsd_row": "in.json:1"}',
+                b'{"sqsd_raw": "{\\"a\\": 1,\\n\\"a\\": 2}", "sqsd_row": "in.json:2"}',
+            ],
         ),
         ("in.csv", b'a,b\n1,2\nx\n\xff"\n', [b"x", b'\xff"']),
-        ("in.csv", b'a,b\n1,2\n"\n\xff",1\n,\n', [b'{"sqsd_raw": "\\"\\n\\udcff\\",1"}', b'{"a": "", "b": ""}']),
+        (
+            "in.csv",
+            b'a,b\n1,2\n"\n\xff",1\n,\n',
+            [
+                b'{"sqsd_raw": "\\"\\n\\udcff\\",1", "sqsd_row": "in.csv:3"}',
+                b'{"a": "", "b": "", "sqsd_row": "in.csv:5"}',
+            ],
+        ),
     ],
     ids=["csv", "array", "not UTF-8", "not UTF-8 over two lines"],
 )

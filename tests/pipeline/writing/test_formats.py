@@ -20,7 +20,7 @@ from sqsd_filter.errors import DestinationExists, InputError
 from sqsd_filter.pipeline.report import Config, FinishedReport, RunContent, load_calls
 from sqsd_filter.pipeline.writing.export import FOLDERS
 from sqsd_filter.pipeline.writing.writers import OF_LINES
-from tests.corpora import content, make_rows, read_report, write_jsonl
+from tests.corpora import content, make_rows, read_report, unnamed, write_jsonl
 
 datasets.disable_progress_bars()
 FORMATS = ("parquet", "arrow", "jsonl", "json")
@@ -119,7 +119,10 @@ def test_an_array_holds_the_lines_of_the_input_and_unreadable_ones_as_text(folde
     kept, errors = (Path("out", FOLDERS[config], "train-00000-of-00001.json") for config in ("kept", "errors"))
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]
     assert kept.read_bytes() == b"[\n]\n"
-    assert json.loads(errors.read_text()) == [{"sqsd_raw": '\udcff"'}, {"sqsd_raw": "{"}]
+    assert json.loads(errors.read_text()) == [
+        {"sqsd_raw": '\udcff"', "sqsd_row": "in.jsonl:2"},
+        {"sqsd_raw": "{", "sqsd_row": "in.jsonl:4"},
+    ]
     select_dataset("in.jsonl", "all", Cut.of(drop_count=0), Writing(to="json"))
     assert Path("all/data", kept.name).read_bytes() == b"[\n" + rows[0] + b",\n" + rows[1] + b"\n]\n"
 
@@ -181,10 +184,13 @@ def test_a_run_writes_the_lines_of_its_input(folder: Path, tiny_pack: Path) -> N
         config: Path("out", folder, "train-00000-of-00001.jsonl").read_bytes().splitlines(True)
         for config, folder in FOLDERS.items()
     }
-    assert sorted(line for several in written.values() for line in several) == sorted(
-        (folder / "plain.jsonl").read_bytes().splitlines(True)
-    )
-    assert written["errors"] == [b"broken\n", b'{"id": 1}\n']
+    source = (folder / "plain.jsonl").read_bytes().splitlines(True)
+    dropped = [int(json.loads(line)["sqsd_row"].removeprefix("plain.jsonl:")) for line in written["dropped"]]
+    assert written["kept"] == [line for k, line in enumerate(source, 1) if k not in (*dropped, 10, 12)]
+    assert [unnamed(line, "plain.jsonl", k) for line, k in zip(written["dropped"], dropped, strict=True)] == [
+        source[k - 1] for k in dropped
+    ]
+    assert written["errors"] == [b"broken\n", b'{"id": 1, "sqsd_row": "plain.jsonl:12"}\n']
     reasons = [json.loads(line) for line in Path("out/_sqsd/reasons.jsonl").read_text().splitlines()]
     assert reasons == [
         {"file": "plain.jsonl", "line": 10, "status": "bad_json", "reason": "not JSON: Expecting value at column 1"},
@@ -193,9 +199,10 @@ def test_a_run_writes_the_lines_of_its_input(folder: Path, tiny_pack: Path) -> N
     assert report["json_columns"] == []
 
     scored = select_dataset("out", "scored", Cut.of(drop_count=3), Writing(to="jsonl", with_scores=True))
-    for config in ("kept", "dropped"):
+    own: dict[Config, list[bytes]] = {"kept": written["kept"], "dropped": [source[k - 1] for k in dropped]}
+    for config, before in own.items():
         path = f"{FOLDERS[config]}/train-00000-of-00001.jsonl"
-        for line, more in zip(written[config], Path("scored", path).read_bytes().splitlines(True), strict=True):
+        for line, more in zip(before, Path("scored", path).read_bytes().splitlines(True), strict=True):
             assert more.startswith(line.rstrip()[:-1].rstrip())
             assert line[len(line.rstrip()) - 1 :] in more
             row = json.loads(more)
