@@ -84,7 +84,7 @@ def test_kept_lines_stay_the_inputs_own_unless_asked(folder: Path) -> None:
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_row_that_says_where_it_comes_from_goes_on_to_say_so(to: str, folder: Path) -> None:
-    first = cut(to=to, rows_column=True, **({"with_scores": True} if to.startswith("json") else {}))
+    first = cut(to=to, rows_column=True, with_scores=to.startswith("json"))
     paths = [f"out/{file['path']}" for file in first["files"] if file["config"] == "kept"]
     again = cut(paths, "again", to=to, rows_column=True)
     assert [row["sqsd_row"] for row in found(again, "dropped", "again")] == ["in.jsonl:1"]
@@ -103,7 +103,7 @@ def test_rows_of_tables_are_counted_from_one_and_several_files_told_apart(folder
 
 
 def test_a_column_of_that_name_that_holds_no_text_is_replaced(folder: Path) -> None:
-    rows = [{"sqsd_row": 7, "sqsd_risk": float(k), "sqsd_status": "scored"} for k in range(2)]
+    rows = [{"id": k, "sqsd_row": 7, "sqsd_risk": float(k), "sqsd_status": "scored"} for k in range(2)]
     pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
     cut("a.parquet")
     assert [row["sqsd_row"] for row in rows_of(Path("out"), "dropped")] == ["a.parquet:2"]
