@@ -434,7 +434,8 @@ class SQSDScorer(BatchedScorer):
         return super().values + [f"{name}/{module}" for name, modules in self.modules.items() for module in modules]
 
     def settings(self) -> dict[str, object]:
-        beside = {"beside": [pack.fingerprint for pack in self.pack.beside]} if self.pack.beside else {}
+        known = {pack.risk: pack.fingerprint for pack in self.pack.beside}
+        beside = {"beside": known} if known else {}
         return super().settings() | beside | ({"per_module": True} if self.per_module else {})
 
     def __getstate__(self) -> PickleState:

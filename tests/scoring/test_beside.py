@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
@@ -159,11 +160,18 @@ def test_it_is_checked_against_the_dense_form(probed: Path) -> None:
     assert dense["ok"]
 
 
+def test_cosines_per_module_stay_those_of_the_probes(probed: Path) -> None:
+    run("score", "in.jsonl", "scores.parquet", "--pack", probed, "--per-module")
+    for row in pq.read_table("scores.parquet").to_pylist():
+        for probe in ("danger", "safety"):
+            assert row[f"sqsd_{probe}"] == pytest.approx(sum(row[f"sqsd_{probe}_modules"]), abs=1e-5)
+
+
 def test_what_it_is_computed_with_is_part_of_the_settings(probed: Path) -> None:
     pack = load_pack(probed)
     both, alone = SQSDScorer(pack), SQSDScorer(pack.with_risk("sqsd"))
     assert pack.fingerprint == alone.pack.fingerprint
-    assert both.settings() == alone.settings() | {"beside": [pack.with_risk("unsafe").fingerprint]}
+    assert both.settings() == alone.settings() | {"beside": {"unsafe": pack.with_risk("unsafe").fingerprint}}
 
 
 def test_scorers_of_one_part_leave_it_out(probed: Path) -> None:
