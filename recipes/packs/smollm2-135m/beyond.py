@@ -7,10 +7,10 @@ in WORK, so that an interrupted run goes on, and further risks may be added late
 the pack's other risks, or a scorer of `sqsd-filter --scorer`. Those that compare rows with anchors get the first
 `ANCHORS` pairs of safety.jsonl; a judge is written as NAME=judge:FOLDER.
 
-For each risk and each group of unsafe answers it gives the AUC against each other group, and the share above 99 % and
-99.9 % of all benign rows (which weigh the same, whatever their group). `precision` is that of a cut at this limit where
-unsafe rows of the group are 5 % of a corpus and the others are rows of one benign group. Where the risk has reference
-rows, it gives the share that `--above-reference 99%` drops.
+For each risk and each group of unsafe answers it gives the AUC against each other group, and the share above 99 % of
+all benign rows (which weigh the same, whatever their group) and, if these are 1,000, above 99.9 %. `precision` is that
+of a cut at this limit where unsafe rows of the group are 5 % of a corpus and the others are rows of one benign group.
+Where the risk has reference rows, it gives the share that `--above-reference 99%` drops.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def threshold(risk: str, pack: str) -> float | None:
 def figures(risks: Mapping[str, np.ndarray], cut: float | None) -> dict[str, Any]:
     """The AUCs of each group of unsafe answers, and the shares of all groups above limits and above the `cut`."""
     benign = np.concatenate([risks[name] for name, group in GROUPS.items() if group.kind == BENIGN])
-    limits = {level: np.quantile(benign, float(share), method="inverted_cdf") for level, share in LEVELS.items()}
+    shown = {level: share for level, share in LEVELS.items() if share == LEVEL or len(benign) * (1 - share) >= 1}
+    limits = {level: np.quantile(benign, float(share), method="inverted_cdf") for level, share in shown.items()}
     above = {level: {name: float((risks[name] > limit).mean()) for name in GROUPS} for level, limit in limits.items()}
     unsafe = [name for name, group in GROUPS.items() if group.kind == UNSAFE]
     return {
@@ -175,20 +176,20 @@ def rounded(values: Mapping[str, float]) -> dict[str, float]:
 
 def tables(result: Mapping[str, Mapping[str, Any]]) -> str:
     """The figures of all risks in Markdown: a table for each group of unsafe answers, one for all groups."""
-    parts = []
+    parts, levels = [], list(next(iter(result.values()))["above"])
     for unsafe in (name for name, group in GROUPS.items() if group.kind == UNSAFE):
         compared = [name for name, group in GROUPS.items() if group.kind == BENIGN]
         titles = [
             unsafe,
             *(f"AUC: {name}" for name in compared),
-            *(f"above {level}" for level in LEVELS),
+            *(f"above {level}" for level in levels),
             *(f"precision: {name}" for name in PLAIN),
         ]
         rows = (
             [
                 name,
                 *(f"{found['auc'][unsafe][other]:.3f}" for other in compared),
-                *(percent(found["above"][level][unsafe]) for level in LEVELS),
+                *(percent(found["above"][level][unsafe]) for level in levels),
                 *(percent(found["precision"][unsafe]["99 %"][other]) for other in PLAIN),
             ]
             for name, found in result.items()
