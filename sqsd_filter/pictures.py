@@ -15,8 +15,9 @@ from sqsd_filter.storage.folder import write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLUE, ORANGE = "#0072b2", "#d55e00"  # these can be distinguished with any colour vision
-COLOURS = (ORANGE, BLUE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+BLUE, ORANGE, PINK = "#0072b2", "#d55e00", "#cc79a7"  # these can be distinguished with any colour vision
+COLOURS = (ORANGE, BLUE, "#009e73", PINK, "#e69f00", "#56b4e9")
+_ON_PAGE = {"#000000": "currentColor", "#ffffff": "var(--page)", BLUE: "var(--blue)", ORANGE: "var(--orange)"}
 MARKERS = "os^Dv*"
 
 
@@ -32,8 +33,9 @@ def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
 def as_svg(draw: Callable[[Figure], None], width: float, height: float, name: str, alt: str) -> str:
     """The SVG element, for an HTML page, of what `draw` draws on a figure of `width` × `height` inches.
 
-    It scales to the width of its container. Black becomes the colour of the page's text and white that of the page,
-    `--page`, so that one picture serves a light and a dark page. `name` must differ between the pictures of a page.
+    It scales to the width of its container. Black becomes the colour of the page's text, white that of the page, and
+    blue and orange those that the page has for them (`--page`, `--blue`, `--orange`), so that one picture serves a
+    light and a dark page. `name` must differ between the pictures of a page.
     """
     import matplotlib
 
@@ -44,7 +46,9 @@ def as_svg(draw: Callable[[Figure], None], width: float, height: float, name: st
         figure.savefig(content, format="svg", metadata=nothing, transparent=True)
     _, size, drawn = re.split(r"<svg[^>]* (viewBox=\"[^\"]*\")[^>]*>", content.getvalue(), maxsplit=1)
     drawn = re.sub(r" id=\"[a-z]+(?:[.\d]*_\d+)+\"", "", drawn)  # numbered groups, which nothing refers to
-    drawn = re.sub(r"\n\s*", "\n", drawn).replace("#000000", "currentColor").replace("#ffffff", "var(--page)")
+    drawn = re.sub(r"\n\s*", "\n", drawn)
+    for colour, own in _ON_PAGE.items():
+        drawn = drawn.replace(colour, own)
     return f'<svg {size} fill="currentColor" role="img" aria-label="{escape(alt)}">{drawn.rstrip()}'
 
 

@@ -20,6 +20,7 @@ from sqsd_filter.cli.base import DEFAULT, FilterFirst, examples
 from sqsd_filter.cli.check import check
 from sqsd_filter.cli.drift import drift
 from sqsd_filter.cli.evaluate import evaluate
+from sqsd_filter.cli.explain import explain
 from sqsd_filter.cli.pack import pack
 from sqsd_filter.cli.report import report
 from sqsd_filter.cli.states import states
@@ -295,7 +296,7 @@ def select(context: click.Context, /, **_: object) -> None:
 
 
 pack.add_command(states)
-for command in (check, report, evaluate, drift, steer, pack, store):
+for command in (explain, check, report, evaluate, drift, steer, pack, store):
     cli.add_command(command)
 
 

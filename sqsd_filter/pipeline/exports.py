@@ -89,7 +89,7 @@ class CutRows:
             **written,
             **Explained(),
         }
-        return content, taker.notes(content)
+        return _noted(content, taker)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,15 @@ class AllRows:
             **written,
             **Explained(),
         }
-        return content, taker.notes(content)
+        return _noted(content, taker)
+
+
+def _noted(content: RunContent, taker: NoteTaker) -> tuple[RunContent, Notes]:
+    """The content with what the notes say of lengths, for the card, and the notes."""
+    notes = taker.notes(content)
+    if (lengths := notes["lengths"]) is not None:
+        content["length"] = {"rows": lengths["rows"], "spearman": lengths["spearman"]}
+    return content, notes
 
 
 def _facts(output: OutputFacts, percentile: np.ndarray | None) -> OutputFacts:

@@ -20,6 +20,7 @@ from sqsd_filter.pipeline.planted import Above, estimate
 from sqsd_filter.pipeline.report import (
     Excess,
     Interval,
+    LengthFigures,
     PackFacts,
     PlantedFigures,
     PoolFigures,
@@ -33,6 +34,7 @@ from sqsd_filter.scoring.reference_rows import Pool, Reference, ReferenceSetting
 from sqsd_filter.scoring.scorer import SQSD, BatchedScorer
 from sqsd_filter.wording import many
 
+RELATED = 0.3  # a rank correlation of risk and length from which card and page warn
 EXCESS_LEVELS = ("99%", "95%")  # the first one that the benign reference shows is reported
 
 
@@ -80,7 +82,7 @@ class Meaning:
         where that is not known, or where it has been moved. Raises `PackError` for one that can't be read."""
         if pack is None and facts is None:
             return cls(None, f"It is not known which pack gave these scores: name it with {option('pack')}.")
-        found = _found(facts) if pack is None and facts is not None else load_pack(pack or "")
+        found = find_pack(facts) if pack is None and facts is not None else load_pack(pack or "")
         if found is None:
             name = facts["name"] if facts else ""
             return cls(None, f"The pack {name}, which gave these scores, is not here: name it with {option('pack')}.")
@@ -174,7 +176,7 @@ def _without(pack: Pack) -> str:
     )
 
 
-def _found(facts: PackFacts) -> Pack | None:
+def find_pack(facts: PackFacts) -> Pack | None:
     """The pack that the facts name, if it is on this machine."""
     where = facts.get("where") or facts["name"]
     if where not in embedded_packs() and not Path(where).is_dir():
@@ -187,7 +189,7 @@ def _found(facts: PackFacts) -> Pack | None:
 
 def risk_for_reference(facts: PackFacts | None, pack: str | Path | None) -> str | None:
     """The risk at which a cut by the reference of these scores' pack is made, if it is beside that of the scores."""
-    found = load_pack(pack) if pack is not None else _found(facts) if facts is not None else None
+    found = load_pack(pack) if pack is not None else find_pack(facts) if facts is not None else None
     name = found.for_reference.risk if found is not None else None
     return name if facts is not None and name in facts.get("beside", {}) else None
 
@@ -290,6 +292,23 @@ def _above(which: str, excess: Excess) -> str:
         f"{percent(excess['share'])} of your rows lie above the benign {level} %{which}; a clean corpus would have "
         f"{percent(excess['expected'])}."
     )
+
+
+def by_length(length: LengthFigures | None) -> str:
+    """How risk and the length of answers are related, as a sentence."""
+    if length is None:
+        return "Whether risk is related to the length of answers is not known: no answer could be measured."
+    if (rho := length["spearman"]) is None:
+        return "All rows have the same risk or the same length, so neither depends on the other."
+    measured = f"(Spearman's rank correlation {rho:.2f}, {many(length['rows'], 'row')})"
+    if not depends_on_length(length):
+        return f"Risk is hardly related to the length of answers {measured}."
+    return f"Risk depends on length: {'longer' if rho > 0 else 'shorter'} answers tend to be riskier {measured}."
+
+
+def depends_on_length(length: LengthFigures) -> bool:
+    """Is risk related to length so much that one has to warn of it?"""
+    return length["spearman"] is not None and abs(length["spearman"]) > RELATED
 
 
 def false_alarms(figures: ReferenceFigures, dropped: int) -> str:

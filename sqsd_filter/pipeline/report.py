@@ -204,6 +204,13 @@ class ReferenceFigures(TypedDict, total=False):
     beside: dict[str, Excess]
 
 
+class LengthFigures(TypedDict):
+    """Spearman's rank correlation of risk and length of the answer over these rows; None where all are the same."""
+
+    rows: int
+    spearman: float | None
+
+
 class RunFigures(TypedDict):
     """What became of the rows, and how risk is spread over them."""
 
@@ -220,6 +227,7 @@ class RunFigures(TypedDict):
     groups: NotRequired[GroupFigures]
     weights: NotRequired[RowWeights]
     reference: NotRequired[ReferenceFigures]
+    length: NotRequired[LengthFigures]
 
 
 class WrittenFile(TypedDict):
@@ -328,14 +336,22 @@ def scorers(facts: ScoreFacts) -> list[str]:
 
 
 def is_sqsd(facts: ScoreFacts) -> bool:
-    """Is the risk SQSD's own, neither another scorer's nor a combination of ranks?"""
-    return not facts.get("consensus") and scorers(facts) == [SQSD]
+    """Is the risk SQSD's own, neither another scorer's nor a linear probe's nor a combination of ranks?"""
+    return not facts.get("consensus") and scorers(facts) == [SQSD] and not is_linear(facts)
+
+
+def is_linear(facts: ScoreFacts) -> bool:
+    """Is the risk a linear probe of hidden states?"""
+    pack = facts.get("pack")
+    return not facts.get("consensus") and pack is not None and pack.get("risk") in pack.get("linear", [])
 
 
 def risk_name(facts: ScoreFacts) -> str:
     """The name of the risk on an axis."""
     if is_sqsd(facts):
         return "SQSD risk"
+    if is_linear(facts):
+        return f"risk {facts['pack'].get('risk')}"
     consensus = facts.get("consensus")
     return f"risk by {consensus['rule'] if consensus else facts['scorer']}"
 
@@ -355,6 +371,8 @@ def low_risk(facts: ScoreFacts) -> str:
     """What a low risk means, as a clause."""
     if is_sqsd(facts):
         return "that a row moves the model little along the directions of this pack"
+    if is_linear(facts):
+        return "that a row is little like the known unsafe rows that this risk was fitted on"
     return "that a row ranks low by this measure"
 
 

@@ -1,13 +1,17 @@
 """Explains a row's risk: which layers, modules and tokens carry it.
 
-Every figure is a part of the risk. A module's part is a probe's weight times the module's cosine; a token's part is the
-weight times one position's part of all cosines (`projection.by_token`). Both kinds of parts sum to the row's risk, up
-to the rounding of the scorer's dtype. The row is run alone here. A stored risk was computed in a micro-batch and may
-differ from the sum by as much.
+For SQSD every figure is a part of the risk. A module's part is a probe's weight times the module's cosine; a token's
+part is the weight times one position's part of all cosines (`projection.by_token`). Both kinds of parts sum to the
+row's risk, up to the rounding of the scorer's dtype. The row is run alone here. A stored risk was computed in a
+micro-batch and may differ from the sum by as much.
 
 At position t the model reads token t and is trained to give token t + 1. The position's part is assigned to the token
 that it gives, so that each answer token has exactly one. The positions after which nothing is supervised remain: the
 prompt, which takes part in the update through attention.
+
+A linear probe's risk is a bias, an average over the answer's tokens, and an average over the tokens before each answer.
+So a layer's part and a token's part are exact. The prompt's part is that of the tokens before each answer, whose hidden
+states say what the model makes of the prompt. There are no modules. The parts and the bias sum to the risk.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import chain
-from typing import TypedDict, TypeVar
+from typing import NotRequired, TypedDict, TypeVar
 
 import numpy as np
 
@@ -62,7 +66,7 @@ class TokenPart(RiskPart):
 
 class Explanation(TypedDict):
     """A row's risk in parts: `layers` and `module_types` cover all modules, `modules` the `TOP` with the largest parts;
-    `prompt` and `answer` cover all positions, `tokens` each token of the answers."""
+    `prompt` and `answer` cover all positions, `tokens` each token of the answers. Only a linear probe has a `bias`."""
 
     total: RiskPart
     layers: list[LayerPart]
@@ -71,14 +75,18 @@ class Explanation(TypedDict):
     prompt: RiskPart
     answer: RiskPart
     tokens: list[TokenPart]
+    bias: NotRequired[float]
 
 
 def explain(scorer: SQSDScorer, turns: Sequence[Message]) -> Explanation:
     """The parts of the risk of a conversation that can be scored. Loads the model if necessary."""
     from sqsd_filter.scoring.batching import run_parallel
 
-    model, (row,) = scorer.model, scorer.encoder.encode([turns])
+    (row,) = scorer.encoder.encode([turns])
     assert isinstance(row, Encoded)
+    if scorer.pack.linear is not None:
+        return _of_linear_probe(scorer, row, scorer.encoder.texts(turns))
+    model = scorer.model
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     # in one thread, as micro-batches are
     run_parallel(lambda _: parts.extend(model.parts(row)), [[0]], min(1, model.workers))
@@ -112,6 +120,35 @@ def explain(scorer: SQSDScorer, turns: Sequence[Message]) -> Explanation:
         "prompt": part(by_token[~gives_answer]),
         "answer": part(by_token[gives_answer]),
         "tokens": [{"text": texts[t + 1], **part(by_token[t])} for t in np.flatnonzero(gives_answer)],
+    }
+
+
+def _of_linear_probe(scorer: SQSDScorer, row: Encoded, texts: Sequence[str]) -> Explanation:
+    from sqsd_filter.scoring.linear_probe import LinearModel
+
+    model: object = scorer.model
+    assert isinstance(model, LinearModel)
+    by_layer, by_token = model.parts(row)
+
+    def part(values: np.ndarray | float) -> RiskPart:
+        risk = round(float(np.sum(values)), DIGITS)
+        return {"risk": risk, "probes": dict.fromkeys(scorer.weights, risk)}
+
+    layers: list[LayerPart] = [
+        {"layer": layer, **part(values)} for layer, values in zip(model.layers, by_layer, strict=True)
+    ]
+    return {
+        "total": part(by_layer.sum() + model.bias),
+        "layers": sorted(layers, key=lambda each: -each["risk"]),
+        "module_types": [],
+        "modules": [],
+        "prompt": part(by_token[-1]),
+        "answer": part(by_token[:-1]),
+        "tokens": [
+            {"text": texts[t], **part(value)}
+            for t, value in zip(np.flatnonzero(row.answer).tolist(), by_token[:-1].tolist(), strict=True)
+        ],
+        "bias": round(model.bias, DIGITS),
     }
 
 

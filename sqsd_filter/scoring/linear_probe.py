@@ -88,6 +88,21 @@ class LinearModel(ReadingModel):
         risks: np.ndarray = (products_b + self.bias).numpy()[:, None]
         return risks
 
+    def parts(self, row: Encoded) -> tuple[np.ndarray, np.ndarray]:
+        """The parts of a row's risk without the bias, in two ways that both sum to it: those of each layer (layers, 2),
+        as `weight_lsh` orders them, and those of each answer token (n,) with that of all starts at the end (n + 1,)."""
+        hidden, answer_1t = self.hidden.of([row])
+        masks = [mask_1t[0].cpu().numpy() for mask_1t in (answer_1t, starts(answer_1t))]
+        by_layer, by_token = [], [np.zeros(mask.sum()) for mask in masks]
+        for layer, weight_sh in zip(self.layers, self.weight_lsh, strict=True):
+            states_th = exact(hidden[layer][0]).cpu().double().numpy()
+            parts = [states_th[mask] @ own / mask.sum() for mask, own in zip(masks, weight_sh, strict=True)]
+            by_layer.append([part.sum() for part in parts])
+            for total, part in zip(by_token, parts, strict=True):
+                total += part
+        answer_n, starts_n = by_token
+        return np.array(by_layer), np.append(answer_n, starts_n.sum())
+
 
 def load_weights(folder: Path, probe: LinearProbe) -> tuple[np.ndarray, float]:
     """The weights (layers, 2, h) float64 and the bias of a pack's probe. Raises `PackError` for a damaged file."""

@@ -22,7 +22,9 @@ from sqsd_filter.pipeline.writing.histogram import BLOCK, Bars, count_bars
 from sqsd_filter.scoring.explain import layer_and_type
 from sqsd_filter.statistics import spearman
 
-MOST_ROWS = 50  # of the riskiest
+MOST_ROWS = 50  # that are shown
+MOST_DROPPED = 40  # of these, so that there is room for kept ones
+AT_CUT = 10  # of the dropped rows that are shown, if not all are: the least risky ones
 MOST_TEXT = 600  # characters of a prompt or an answer
 MOST_DETAIL = 200  # characters of what is wrong with a row
 MOST_ORIGINS = 3  # of each kind of error
@@ -54,10 +56,11 @@ class _ShownRow(RowOrigin):
 
 class _Ranked(TypedDict, total=False):
     percentile: float  # in the pack's benign reference, if it has one
+    rank: int  # 1 for the riskiest row of all
 
 
 class RiskyRow(_ShownRow, _Ranked):
-    """One of the riskiest rows."""
+    """One of the riskiest rows, or of those next to the cut."""
 
     risk: float
     dropped: bool
@@ -89,7 +92,8 @@ class ModuleMeans(TypedDict):
 
 
 class Notes(TypedDict):
-    """What notes.json holds: `errors` by status, `modules` by probe."""
+    """What notes.json holds: `riskiest` are the rows that are shown, the dropped ones first; `errors` has rows by
+    status, `modules` means by probe."""
 
     histogram: Bars
     lengths: Lengths | None
@@ -105,7 +109,7 @@ class NoteTaker:
         """Without a selection no row is dropped; `meaning` has the reference to compare risks with."""
         self.scored, self.meaning = scored, meaning
         self.fate = np.full(len(scored.risk), KEPT, np.uint8) if selection is None else selection.fate
-        self._riskiest = scored.riskiest(MOST_ROWS)
+        self._riskiest = _shown_rows(scored, self.fate)
         self._measured = _some(np.flatnonzero(scored.scored))
         of = {status: scored.codes == scored.statuses.index(status) for status in scored.reasons()}
         self._failed = {status: np.flatnonzero(rows)[:MOST_ORIGINS].tolist() for status, rows in of.items()}
@@ -143,11 +147,13 @@ class NoteTaker:
         """The notes, after all chunks were seen; the figures are the run's."""
         scored = self.scored
         probes = {name: values[self._riskiest].tolist() for name, values in scored.probes.items()}
-        ranks: list[_Ranked] = [{}] * len(self._riskiest)
-        if self.meaning is not None and self.meaning.reference is not None:
-            ranks = [{"percentile": each} for each in self.meaning.percentiles(scored.risk[self._riskiest]).tolist()]
+        risks, reference = scored.risk[self._riskiest], None if self.meaning is None else self.meaning.reference
+        ranks: list[_Ranked] = [{"rank": 1 + int((scored.risk[scored.scored] > risk).sum())} for risk in risks]
+        if self.meaning is not None and reference is not None:
+            places = self.meaning.percentiles(risks).tolist()
+            ranks = [{**own, "percentile": place} for own, place in zip(ranks, places, strict=True)]
         return {
-            "histogram": count_bars(scored.risk, scored.scored, self.fate, figures),
+            "histogram": count_bars(scored.risk, scored.scored, self.fate, figures, reference),
             "lengths": self._by_length(),
             "riskiest": [
                 {
@@ -186,12 +192,25 @@ class NoteTaker:
         for start in range(0, len(scored), BLOCK):
             block = slice(start, start + BLOCK)
             total += modules.cosines[block].sum(axis=0, dtype=np.float64, where=scored[block, None])
-        riskiest = modules.cosines[self._riskiest].sum(axis=0, dtype=np.float64)
+        rows = self.scored.riskiest(MOST_ROWS)
+        riskiest = modules.cosines[rows].sum(axis=0, dtype=np.float64)
         return {
             "places": [layer_and_type(name) for name in modules.names],
             "all": (total / max(1, scored.sum())).tolist(),
-            "riskiest": (riskiest / max(1, len(self._riskiest))).tolist(),
+            "riskiest": (riskiest / max(1, len(rows))).tolist(),
         }
+
+
+def _shown_rows(scored: Scored, fate: np.ndarray) -> list[int]:
+    """The riskiest of the dropped rows, those next to the cut, and the riskiest of the kept rows."""
+    is_dropped = fate == DROPPED
+    dropped = scored.riskiest(MOST_DROPPED, is_dropped)
+    if int((scored.scored & is_dropped).sum()) > MOST_DROPPED:
+        rows = np.flatnonzero(scored.scored & is_dropped)
+        lowest = rows[np.argpartition(scored.risk[rows], AT_CUT)[:AT_CUT]]
+        dropped = [row for row in dropped if row not in lowest][: MOST_DROPPED - AT_CUT]
+        dropped += lowest[np.argsort(-scored.risk[lowest], kind="stable")].tolist()
+    return dropped + scored.riskiest(MOST_ROWS - len(dropped), fate == KEPT)
 
 
 def _some(rows: np.ndarray) -> np.ndarray:

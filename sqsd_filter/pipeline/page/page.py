@@ -8,22 +8,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import jinja2
 from markupsafe import Markup
 
 from sqsd_filter.errors import InputError, SQSDError
 from sqsd_filter.pictures import picture
-from sqsd_filter.pipeline.meaning import rank
-from sqsd_filter.pipeline.page import run_parts
+from sqsd_filter.pipeline.explained import explained_of
+from sqsd_filter.pipeline.page import run_parts, shown_rows
+from sqsd_filter.pipeline.page.answer import answer
 from sqsd_filter.pipeline.page.notes import Notes
-from sqsd_filter.pipeline.page.parts import Section, sensible
-from sqsd_filter.pipeline.report import Report, low_risk
+from sqsd_filter.pipeline.page.parts import Plot, Section, sensible
+from sqsd_filter.pipeline.report import Report
 from sqsd_filter.pipeline.writing.destination import (
-    EXPLAINED_FILE,
     NOTES_FILE,
     PAGE_FILE,
     read_json,
@@ -34,7 +34,7 @@ from sqsd_filter.storage.folder import sweep, write_text
 from sqsd_filter.storage.layout import home_beside, home_in
 
 PLOTS = "plots"
-TOP = 5  # modules and tokens of an explained row
+ADDED = ("evaluation", "drift", "steering")  # ids of sections that other rooms give
 
 # Characters that a browser does not show, or that HTML does not allow, and the signs shown for them
 _SIGNS = {k: 0x2400 + k for k in range(32) if chr(k) not in "\n\t"} | {0x7F: 0x2421}
@@ -49,7 +49,8 @@ def write_page(home: Path, report: Report, notes: Notes) -> Path:
     """
     shutil.rmtree(home / PLOTS, ignore_errors=True)
     _write(home / NOTES_FILE, json.dumps(notes, indent=1) + "\n")
-    return _write(home / PAGE_FILE, _render(report, notes, _explained(home), _sections(report, notes)))
+    page = _render(home, report, notes, run_parts.histogram(report, notes), _sections(report, notes))
+    return _write(home / PAGE_FILE, page)
 
 
 def _write(path: Path, text: str) -> Path:
@@ -58,14 +59,14 @@ def _write(path: Path, text: str) -> Path:
 
 
 def remake_page(out: Path, sections: Iterable[Section] = ()) -> list[Path]:
-    """Make the page of the run in `out` (a folder, or a file of scores) again, with these sections after the run's own
-    ones, and write all its pictures as PNG files beside it.
+    """Make the page of the run in `out` (a folder, or a file of scores) again, with these sections before the run's
+    own folded ones, and write all its pictures as PNG files beside it.
 
     The sections are taken one by one once the run is known to be finished. Returns the paths that were written. Raises
     `InputError` where there is no finished run, `DestinationExists` where a run is at work there, and `SQSDError` where
     the files can't be written.
     """
-    home = home_in(out) if out.is_dir() else home_beside(out)
+    home = _home(out)
     refuse_running(home, out)
     report, notes = read_report(home), cast("Notes | None", read_json(home / NOTES_FILE))
     if not report or report.get("status") != "ok":
@@ -76,21 +77,26 @@ def remake_page(out: Path, sections: Iterable[Section] = ()) -> list[Path]:
         )
     more = list(sections)
     with sensible(f"{home} is damaged", f"delete {NOTES_FILE} there and start the same run again; its scores are kept"):
-        shown = [*_sections(report, notes), *more]
-        page = _render(report, notes, _explained(home), shown)
+        histogram, shown = run_parts.histogram(report, notes), [*more, *_sections(report, notes)]
+        page = _render(home, report, notes, histogram, shown)
+    plots = [histogram, *(plot for section in shown for plot in section.plots)]
     try:
-        return [_write(home / PAGE_FILE, page), *_write_plots(home / PLOTS, shown)]
+        return [_write(home / PAGE_FILE, page), *_write_plots(home / PLOTS, plots)]
     except OSError as problem:
         raise SQSDError(
             f"No page can be written to {home} ({problem}): check the free space and your rights there."
         ) from problem
 
 
-def _write_plots(folder: Path, sections: Sequence[Section]) -> list[Path]:
+def _home(out: Path) -> Path:
+    return home_in(out) if out.is_dir() else home_beside(out)
+
+
+def _write_plots(folder: Path, pictures: Sequence[Plot]) -> list[Path]:
     """Write all pictures, in place of those of an earlier page."""
     folder.mkdir(exist_ok=True)
     sweep(folder)
-    plots = {folder / f"{plot.name}.png": plot for section in sections for plot in section.plots}
+    plots = {folder / f"{plot.name}.png": plot for plot in pictures}
     for path, plot in plots.items():
         with picture(path, plot.width, plot.height) as figure:
             plot.draw(figure)
@@ -99,27 +105,26 @@ def _write_plots(folder: Path, sections: Sequence[Section]) -> list[Path]:
     return list(plots)
 
 
+def was_extended(out: Path) -> bool:
+    """Does the page of the run in `out` have sections that `remake_page` was given?"""
+    try:
+        page = (_home(out) / PAGE_FILE).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return any(f'<section id="{name}"' in page for name in ADDED)
+
+
 def _sections(report: Report, notes: Notes) -> list[Section]:
     return [
-        run_parts.risks(report, notes),
+        *run_parts.errors(report, notes),
         run_parts.lengths(report, notes),
-        run_parts.errors(report, notes),
+        run_parts.risks(report),
         *run_parts.groups(report),
         *run_parts.modules(notes),
     ]
 
 
-def _explained(home: Path) -> dict[int, Mapping[str, Any]]:
-    """The explained rows by their index, if the run explained rows."""
-    return {row["row"]: row for row in (read_json(home / EXPLAINED_FILE) or {}).get("rows", [])}
-
-
-def _render(
-    report: Report,
-    notes: Notes,
-    explained: Mapping[int, Mapping[str, Any]],
-    sections: Sequence[Section],
-) -> str:
+def _render(home: Path, report: Report, notes: Notes, plot: Plot, sections: Sequence[Section]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -128,35 +133,17 @@ def _render(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    explained = explained_of(home)
     text = environment.get_template("page.html").render(
-        headline=run_parts.headline(report),
-        summary=run_parts.summary(report),
-        low=low_risk(report),
+        answer=answer(report, explained=bool(explained)),
+        histogram=plot,
+        groups=shown_rows.groups(report, notes, explained),
         sections=sections,
         settings=run_parts.settings(report),
-        riskiest=notes["riskiest"],
-        ranks=_ranks(report, notes),
-        carriers={index: _carriers(row) for index, row in explained.items()},
-        has_fates="kept" in report["rows"] and not report.get("weights"),
         version=report["versions"]["sqsd-filter"],
         svg=Markup,
     )
     return text.encode(errors="backslashreplace").decode()  # a path may be no UTF-8
-
-
-def _ranks(report: Report, notes: Notes) -> dict[int, str]:
-    """Where the riskiest rows stand in the pack's reference, by their index."""
-    figures = report.get("reference", {})
-    if "benign" not in figures:
-        return {}
-    return {row["row"]: rank(row["percentile"], figures) for row in notes["riskiest"] if "percentile" in row}
-
-
-def _carriers(row: Mapping[str, Any]) -> dict[str, str]:
-    """The modules and tokens that add most to a row's risk."""
-    modules = ", ".join(f"{each['module']} {each['risk']:+.4f}" for each in row["modules"][:TOP])
-    tokens = sorted(row["tokens"], key=lambda token: -token["risk"])[:TOP]
-    return {"modules": modules, "tokens": ", ".join(f"{token['text']!r} {token['risk']:+.4f}" for token in tokens)}
 
 
 def _visible(value: object) -> object:

@@ -46,7 +46,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a highlighted warning, sentences, pictures and tables."""
+    """A heading, a highlighted warning, sentences, pictures and tables. A `folded` one shows its heading only, until
+    the reader opens it; `hint` is what stands beside the heading."""
 
     id: str
     title: str
@@ -54,6 +55,8 @@ class Section:
     warning: str = ""
     plots: Sequence[Plot] = ()
     tables: Sequence[Table] = ()
+    folded: bool = False
+    hint: str = ""
 
     def drawn(self) -> Section:
         """This section, with its plots drawn now: an error in them is then one of the data that they show."""

@@ -10,123 +10,63 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from sqsd_filter.pictures import BLUE, ORANGE, plain
-from sqsd_filter.pipeline.meaning import advice, false_alarms, sentences
-from sqsd_filter.pipeline.page.notes import Lengths, ModuleMeans, Notes, UnscoredRow
+from sqsd_filter.pipeline.meaning import by_length, depends_on_length, origin
+from sqsd_filter.pipeline.page.answer import headline
+from sqsd_filter.pipeline.page.notes import MOST_ROWS, Lengths, ModuleMeans, Notes, UnscoredRow
 from sqsd_filter.pipeline.page.parts import Plot, Section, Table
-from sqsd_filter.pipeline.report import ConsensusPack, PackFacts, Report, cut_words, is_sqsd, risk_name
-from sqsd_filter.pipeline.rules import CONSENSUS
+from sqsd_filter.pipeline.report import LengthFigures, Report, is_linear, is_sqsd, risk_name
 from sqsd_filter.pipeline.writing.figures import number, shown
 from sqsd_filter.pipeline.writing.histogram import FAR, draw_histogram
-from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.wording import many
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RELATED = 0.3  # a rank correlation of risk and length from which the page warns
 MOST_GROUPS = 50
 MOST_INPUTS = 20
 LONGEST = 120  # characters of a value in a table
 
 
-def headline(report: Report) -> str:
-    rows = report["rows"]
-    if "kept" not in rows:
-        return f"{many(rows['total'], 'row')} with their risk"
-    if report.get("weights"):
-        return f"{many(rows['kept'], 'row')} weighted by their risk"
-    what = "the riskiest dropped" if rows["dropped"] else "none dropped"
-    return f"{rows['kept']:,} of {many(rows['total'], 'row')} kept, {what}"
-
-
-def summary(report: Report) -> list[str]:
-    """What was done, in a few sentences."""
-    rows, words = report["rows"], []
-    unscored = sum(report["unscored"].values())
-    if "kept" in rows:
-        fates = f"{rows['kept']:,} were kept, {rows['dropped']:,} dropped"
-    else:
-        fates = f"{rows['total'] - unscored:,} have a risk"
-    kept = unscored - rows["errors"]
-    anyway = f" (kept anyway: {kept:,})" if kept else ""
-    words.append(f"{many(rows['total'], 'row')} were read: {fates}, {unscored:,} could not be scored{anyway}.")
-    if report["cut"] is not None:
-        words.append(f"The cut: {cut_words(report)}.")
-    if weights := report.get("weights"):
-        at = "" if weights["threshold"] is None else f" with the threshold {weights['threshold']:.6g}"
-        words.append(f"Each row has the weight {weights['formula']}{at}; the weights add up to {weights['sum']:,.6g}.")
-    elif report["threshold"] is not None and rows["dropped"]:
-        ties = f"; kept rows with the same risk: {report['ties']:,}" if report["ties"] else ""
-        words.append(f"The lowest risk among the dropped rows is {report['threshold']:.6g}{ties}.")
-    reference = report.get("reference", {})
-    words += filter(None, (false_alarms(reference, rows.get("dropped", 0)), advice(reference)))
-    if groups := report.get("groups"):
-        column = "split" if groups["column"] is None else f"group of rows with the same {groups['column']}"
-        apart = "was cut at the same risk" if "threshold" in reference else "had its own share of the cut"
-        words.append(f"Each {column} {apart}.")
-    return [*words, _measure(report)]
-
-
-def _measure(report: Report) -> str:
-    """Where the risks come from."""
-    if consensus := report.get("consensus"):
-        packs = ", ".join(
-            (_pack(each["pack"]) if each["pack"] else each["column"]) + _other(each) for each in consensus["packs"]
-        )
-        return f"The risk combines several packs ({packs}): it is the {CONSENSUS[consensus['rule']]}."
-    if not (pack := report.get("pack")):
-        return f"The risk was in the input{_other(report)}."
-    state = f", by its risk {pack['risk']}" if pack.get("risk") else ""
-    state += f", with the state {pack['shared_state']} for all directions" if pack.get("shared_state") else ""
-    if is_sqsd(report):
-        return f"The risk comes from the pack {_pack(pack)}{state}."
-    return f"The risk comes from the scorer {report['scorer']} on {pack['base_model']}{state}."
-
-
-def _other(report: Report | ConsensusPack) -> str:
-    """The scorer, if it is known not to be SQSD."""
-    name = report.get("scorer") or SQSD
-    return "" if name == SQSD else f", by the scorer {name}"
-
-
-def _pack(pack: PackFacts) -> str:
-    return f"{pack['name']} ({pack['fingerprint']}) on {pack['base_model']}"
-
-
-def risks(report: Report, notes: Notes) -> Section:
-    if is_sqsd(report):
-        words = ["The distribution of the risk. It has no unit; a row with a higher risk pushes the model further."]
-    else:
-        words = ["The distribution of the risk. A row with a higher risk is riskier by this measure."]
-    quantiles = report["risk_quantiles"]
-    words += sentences(report.get("reference", {}))
-    table = Table(["quantile", *(f":{q}" for q in quantiles)], [["risk", *(f"{v:.3g}" for v in quantiles.values())]])
+def histogram(report: Report, notes: Notes) -> Plot:
     draw = partial(draw_histogram, bars=notes["histogram"], report=report)
-    plot = Plot("risk", f"Histogram of the risk. {headline(report)}", draw)
-    return Section("risk", "Risk", words, plots=[plot], tables=[table] if quantiles else [])
+    behind = " Behind it the pack's reference rows." if notes["histogram"].get("reference") else ""
+    return Plot("risk", f"Histogram of the risk. {headline(report)}.{behind}", draw)
+
+
+def risks(report: Report) -> Section:
+    if is_sqsd(report):
+        words = ["The risk has no unit. A row with a higher risk pushes the model further."]
+    elif is_linear(report):
+        words = ["The risk has no unit. A row with a higher risk is more like known unsafe rows."]
+    else:
+        words = ["A row with a higher risk is riskier by this measure."]
+    reference, quantiles = report.get("reference", {}), report["risk_quantiles"]
+    head, columns = ["quantile", ":these rows"], [quantiles]
+    if "benign" in reference:
+        words.append(origin(reference))
+        head, columns = [*head, ":benign reference"], [*columns, reference["benign"]["quantiles"]]
+    if "unsafe" in reference:
+        head, columns = [*head, ":known unsafe"], [*columns, reference["unsafe"]["quantiles"]]
+    rows = [[q, *(f"{column[q]:.3g}" if q in column else "" for column in columns)] for q in quantiles]
+    tables = [Table(head, rows)] if quantiles else []
+    return Section("quantiles", "Risk in numbers", words, tables=tables, folded=True)
 
 
 def lengths(report: Report, notes: Notes) -> Section:
-    answers, title = notes["lengths"], "Risk and length"
+    answers, said = notes["lengths"], by_length(report.get("length"))
     if answers is None:
-        why = "No answer could be measured: no row has a risk, or it is not known which columns hold the answers."
-        return Section("length", title, [why])
-    rho, warning = answers["spearman"], ""
+        return Section("length", "Risk and length", [said], folded=True)
+    length: LengthFigures = {"rows": answers["rows"], "spearman": answers["spearman"]}
+    said, warns = by_length(length), depends_on_length(length)
     words = [f"Measured on {many(answers['rows'], 'row')}; the length of an answer is in characters."]
-    if rho is None:
-        words.append("All rows have the same risk or the same length, so there is no correlation.")
-    elif abs(rho) > RELATED:
-        kind = "longer" if rho > 0 else "shorter"
-        warning = (
-            f"Risk depends on length: Spearman's rank correlation is {rho:.2f}, so {kind} answers tend to be riskier. "
-            "Check below whether the riskiest rows are risky for what they say, and not only for how long they are."
-        )
+    if warns:
+        words.append("Check whether the riskiest rows are risky for what they say, and not only for how long they are.")
     else:
-        words.append(f"Spearman's rank correlation of risk and length is {rho:.2f}, which is weak.")
-    correlation = "" if rho is None else f" Spearman's rank correlation is {rho:.2f}."
-    axis = risk_name(report) + (" (no unit)" if is_sqsd(report) else "")
-    plot = Plot("length", f"Risk against the length of the answer.{correlation}", partial(_draw_lengths, answers, axis))
-    return Section("length", title, words, warning, [plot])
+        words.insert(0, said)
+    axis = risk_name(report) + (" (no unit)" if is_sqsd(report) or is_linear(report) else "")
+    plot = Plot("length", f"Risk against the length of the answer. {said}", partial(_draw_lengths, answers, axis))
+    hint = "" if answers["spearman"] is None else f"rank correlation {answers['spearman']:.2f}"
+    return Section("length", "Risk and length", words, said if warns else "", [plot], folded=True, hint=hint)
 
 
 def _draw_lengths(answers: Lengths, axis: str, figure: Figure) -> None:
@@ -166,9 +106,9 @@ def modules(notes: Notes) -> list[Section]:
         plots.append(Plot(f"modules-{len(plots)}", alt, partial(_draw_modules, name, means), height=2.6 + layers / 9))
     words = [
         "The mean cosine of a row's update with each direction, by layer and type of module: over all rows with a "
-        f"risk, and over the {len(notes['riskiest'])} riskiest.",
+        f"risk, and over the {MOST_ROWS} riskiest.",
     ]
-    return [Section("modules", "Modules", words, plots=plots)]
+    return [Section("modules", "Modules", words, plots=plots, folded=True)]
 
 
 def _draw_modules(name: str, means: ModuleMeans, figure: Figure) -> None:
@@ -198,16 +138,17 @@ def _draw_modules(name: str, means: ModuleMeans, figure: Figure) -> None:
     figure.suptitle(f"mean cosine with {plain(name)} (no unit)", fontsize=13)
 
 
-def errors(report: Report, notes: Notes) -> Section:
+def errors(report: Report, notes: Notes) -> list[Section]:
     rows = [
         [status, number(count), "; ".join(f"{_where(each)}: {each['why']}" for each in notes["errors"][status])]
         for status, count in report["unscored"].items()
     ]
     if not rows:
-        return Section("errors", "Rows without a risk", ["Every row has a risk."])
+        return []
     words = ["These rows could not be scored. Their risk is unknown."]
     table = Table(["reason", ":rows", "first rows"], rows)
-    return Section("errors", "Rows without a risk", words, tables=[table])
+    hint = f"{sum(report['unscored'].values()):,}"
+    return [Section("errors", "Rows without a risk", words, tables=[table], folded=True, hint=hint)]
 
 
 def _where(row: UnscoredRow) -> str:
@@ -232,7 +173,8 @@ def groups(report: Report) -> list[Section]:
     if figures["spared"]:
         words.append(f"Kept so that no group is emptied: {many(figures['spared'], 'row')}.")
     title = "Splits" if figures["column"] is None else "Groups"
-    return [Section("groups", title, words, tables=[Table([*keys.values(), *(f":{name}" for name in numbers)], rows)])]
+    table = Table([*keys.values(), *(f":{name}" for name in numbers)], rows)
+    return [Section("groups", title, words, tables=[table], folded=True, hint=f"{len(largest):,}")]
 
 
 def settings(report: Report) -> Section:
@@ -252,7 +194,7 @@ def settings(report: Report) -> Section:
         rows = [[name, value, known[name]["origin"]] for name, value in values.items()]
         tables.append(Table(["setting", "value", "from"], rows))
     tables.append(Table(["version of", ""], [[name, text] for name, text in report["versions"].items()]))
-    return Section("settings", "Settings", words, tables=tables)
+    return Section("settings", "How it was made", words, tables=tables, folded=True)
 
 
 def _about(report: Report) -> list[Sequence[str]]:

@@ -74,9 +74,10 @@ class Scored:
         mask: np.ndarray = (self.codes == self.statuses.index(SCORED)) & np.isfinite(self.risk)
         return mask
 
-    def riskiest(self, count: int) -> list[int]:
-        """The `count` rows with the highest risks, or all that have one, riskiest first, equal risks in row order."""
-        rows = np.flatnonzero(self.scored)
+    def riskiest(self, count: int, among: np.ndarray | None = None) -> list[int]:
+        """The `count` rows with the highest risks, or all that have one, riskiest first, equal risks in row order; of
+        the rows `among` (n,) bool only, if it is given."""
+        rows = np.flatnonzero(self.scored if among is None else self.scored & among)
         if count < len(rows):
             rows = rows[self.risk[rows] >= nth_riskiest(self.risk[rows], count - 1)]
         order: list[int] = rows[np.argsort(-self.risk[rows], kind="stable")][:count].tolist()

@@ -16,13 +16,14 @@ import yaml
 
 from sqsd_filter.corpus.addresses import HubDataset
 from sqsd_filter.corpus.repositories import MARKER
-from sqsd_filter.pipeline.meaning import advice, false_alarms, sentences
+from sqsd_filter.pipeline.meaning import advice, by_length, false_alarms, sentences
 from sqsd_filter.pipeline.report import (
     GroupFigures,
     PackFacts,
     Report,
     RowWeights,
     WrittenFile,
+    is_linear,
     is_one_file,
     is_sqsd,
     load_calls,
@@ -59,7 +60,7 @@ CAVEATS = """\
 
 - A low risk only means {low}. It does not mean that a
   model fine-tuned on the kept rows is safe: evaluate the model that you train.
-- Risk can be related to the length of answers. Read some of the dropped rows before you trust the cut.
+- {length} Read some of the dropped rows before you trust the cut.
 - Dropped rows may be harmful, and rows without a score were not judged. Read them before you train on them."""
 
 RULES = {
@@ -89,9 +90,17 @@ def card_text(report: Report, originals: Sequence[tuple[str, str]] = (), name: s
     header = yaml.safe_dump(_header(report, sources), sort_keys=False, allow_unicode=True)
     where = "path" if name is None else json.dumps(name)
     parts = [_opening(report), _removed(report), _contents(report, where), _origin(report, sources), _licence(sources)]
-    parts += [CAVEATS.format(low=low_risk(report)), MARKER, *(source.section() for source in sources)]
+    parts += [
+        _caveats(report),
+        MARKER,
+        *(source.section() for source in sources),
+    ]
     text = f"---\n{header}---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
     return text.encode(errors="backslashreplace").decode()  # an argument of the command may be no UTF-8
+
+
+def _caveats(report: Report) -> str:
+    return CAVEATS.format(low=low_risk(report), length=by_length(report.get("length")))
 
 
 def _header(report: Report, sources: Sequence[Original]) -> dict[str, Any]:
@@ -155,7 +164,11 @@ def _opening(report: Report) -> str:
             "own; a shared state is faster and gives other scores."
         )
     paper = "[arXiv 2605.04572](https://arxiv.org/abs/2605.04572)"
-    if (names := scorers(report)) == [SQSD]:
+    if is_linear(report):
+        risk = """\
+Each row has a risk that a linear probe of the model's hidden states gives it: how much the row is
+like known unsafe rows."""
+    elif (names := scorers(report)) == [SQSD]:
         risk = f"""\
 Each row has an SQSD risk ({paper}): how much more the parameter
 update that this row alone would cause points along a danger direction than along a safety direction."""
@@ -334,10 +347,10 @@ def _columns(report: Report) -> str:
     total = " ".join(f"{weight:+g} × {code(f'sqsd_{name}')}" for name, weight in probes.items() if weight)
     lines = [("`sqsd_risk`", f"the risk: no unit, higher is riskier{f'; {total}' if total else ''}")]
     for name in probes:
-        if not is_sqsd(report):
-            what = f"{code(name)}, as the scorer computes it"
-        elif pack and name in pack.get("linear", []):
+        if pack and name in pack.get("linear", []):
             what = f"the pack's risk {code(name)}, a linear probe of hidden states"
+        elif not (is_sqsd(report) or is_linear(report)):
+            what = f"{code(name)}, as the scorer computes it"
         else:
             what = f"cosine of the row's update with the direction {code(name)}, summed over the layers"
         lines.append((code(f"sqsd_{name}"), what))

@@ -114,6 +114,8 @@ class Destination:
         differing = {name for name in {*known, *asked} if known.get(name) != asked.get(name)}
         report = read_report(self.home)
         finished = report is not None and report.get("status") == "ok"
+        if finished and differing == {"explain"}:
+            return f"{said} explain rows of it with 'sqsd-filter explain {self.target}', which reuses its scores."
         if finished and differing <= OF_A_CUT and (self.home / "scores").is_dir():
             return (
                 f"{said} cut its scores into another destination with 'sqsd-filter select {self.target} OTHER', or "
@@ -282,6 +284,11 @@ def input_specs(output: Path, home: Path) -> list[str]:
             "write all rows with their scores by 'sqsd-filter score', and select from that file."
         )
     return [_from_here(spec, base) for spec in known["sources"]]
+
+
+def path_from_here(path: str, home: Path) -> str:
+    """A path that the run in this home was started with, as one from here."""
+    return _from_here(path, home.resolve() / (read_json(home / RUN_FILE) or {}).get(BASE, ""))
 
 
 def _from_here(spec: str, base: Path) -> str:

@@ -1,17 +1,20 @@
-"""The picture on card and page: a histogram of the risk, with the dropped rows in another colour."""
+"""The picture on card and page: a histogram of the risk, with the dropped rows in another colour, and behind it how the
+pack's reference rows are spread."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
 
-from sqsd_filter.pictures import BLUE, ORANGE, picture, plain
+from sqsd_filter.pictures import BLUE, ORANGE, PINK, picture, plain
 from sqsd_filter.pipeline.report import Report, RunFigures, is_sqsd, risk_name
 from sqsd_filter.pipeline.selecting.selection import DROPPED
+from sqsd_filter.scoring.reference_rows import BENIGN, UNSAFE, Pool, Reference
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -19,25 +22,38 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_BARS = 61  # odd, so that one is in the middle
+BARS = 31  # at least, where reference rows are behind them
 BLOCK = 2**20  # rows that are counted at a time
+KINDS = {BENIGN: "benign reference rows", UNSAFE: "known unsafe answers"}
 FAR = 1e100  # beyond it, sums in the drawing overflow
 
 
 class Bars(TypedDict):
-    """The bars of the histogram, as `bar_edges` and `count_rows` give them, fit for JSON."""
+    """The bars of the histogram, as `bar_edges` and `count_rows` give them, fit for JSON. `reference` has the share of
+    the reference rows of each kind in each bar."""
 
     edges: list[float]
     counts: list[list[int]]
+    reference: NotRequired[dict[str, list[float]]]
 
 
-def count_bars(risk: np.ndarray, scored: np.ndarray, fate: np.ndarray, report: RunFigures) -> Bars:
+def count_bars(
+    risk: np.ndarray, scored: np.ndarray, fate: np.ndarray, report: RunFigures, reference: Reference | None = None
+) -> Bars:
     """The bars of `risk` (n,) of the rows that are `scored` (n,) bool, with the `DROPPED` ones of `fate` (n,) apart.
 
-    The report's quantiles give the limits.
+    The report's quantiles, and those of the reference, give the limits.
     """
-    bars = min(MOST_BARS, 2 * math.isqrt(int(scored.sum())) + 1)
-    edges = bar_edges(bars, report["risk_quantiles"], _cut(report))
-    return {"edges": edges.tolist(), "counts": count_rows(edges, risk, scored, fate).tolist()}
+    bars = min(MOST_BARS, max(2 * math.isqrt(int(scored.sum())) + 1, BARS if reference else 0))
+    pools: dict[str, Pool] = {}
+    if reference is not None:
+        pools = {BENIGN: reference.benign, UNSAFE: reference.unsafe} if reference.unsafe else {BENIGN: reference.benign}
+    behind = [pool.quantile(Fraction(share, 100)) for pool in pools.values() for share in (1, 99)]
+    edges = bar_edges(bars, report["risk_quantiles"], _cut(report), behind)
+    counted: Bars = {"edges": edges.tolist(), "counts": count_rows(edges, risk, scored, fate).tolist()}
+    if pools:
+        counted["reference"] = {kind: (np.diff(pool.below(edges)) / pool.rows).tolist() for kind, pool in pools.items()}
+    return counted
 
 
 def write_histogram(path: Path, bars: Bars, report: Report) -> None:
@@ -54,10 +70,11 @@ def _cut(report: RunFigures) -> float | None:
     return weights["threshold"] if weights else report["threshold"]
 
 
-def bar_edges(bars: int, quantiles: Mapping[str, float], cut: float | None) -> np.ndarray:
+def bar_edges(bars: int, quantiles: Mapping[str, float], cut: float | None, behind: Sequence[float] = ()) -> np.ndarray:
     """The `bars` + 1 edges of the bars: from the lowest to the highest risk, without outliers, which would squeeze the
     rest. Outliers are further from the middle 90 % of risks, and from the cut, than this range is wide. If the middle
-    90 % are all equal, it is the middle 98 %, or all.
+    90 % are all equal, it is the middle 98 %, or all. The risks `behind` are inside, too. The cut is an edge, so that
+    no bar has rows of both sides.
     """
     least, most = quantiles.get("0%", 0.0), quantiles.get("100%", 0.0)
     low = high = least
@@ -67,11 +84,17 @@ def bar_edges(bars: int, quantiles: Mapping[str, float], cut: float | None) -> n
     width = high - low
     if cut is not None:
         low, high = min(low, cut), max(high, cut)
-    start, stop = np.clip([max(least, low - width), min(most, high + width)], -FAR, FAR)
+    ends = [min([max(least, low - width), *behind]), max([min(most, high + width), *behind])]
+    start, stop = np.clip(ends, -FAR, FAR).tolist()
     size = max(abs(start), abs(stop), 1e-3)
     if stop - start < 1e-9 * size:  # all risks are equal: they get the bar in the middle
         start, stop = start - size / 10, stop + size / 10
-    return np.linspace(start, np.nextafter(stop, np.inf), bars + 1)
+    if cut is None or not start <= cut <= stop or bars == 1:
+        return np.linspace(start, np.nextafter(stop, np.inf), bars + 1)
+    step = (stop - start) / (bars - 1)
+    below = math.ceil((cut - start) / step)
+    edges: np.ndarray = cut + (np.arange(bars + 1) - below) * step
+    return edges
 
 
 def count_rows(edges: np.ndarray, risk: np.ndarray, scored: np.ndarray, fate: np.ndarray) -> np.ndarray:
@@ -87,7 +110,8 @@ def count_rows(edges: np.ndarray, risk: np.ndarray, scored: np.ndarray, fate: np
 
 
 def draw_histogram(figure: Figure, bars: Bars, report: Report) -> None:
-    """Bars of kept rows with the dropped ones on top, and the cut as a line, unless each group has its own."""
+    """Bars of kept rows with the dropped ones on top, and the cut as a line, unless each group has its own. Reference
+    rows are drawn as if there were as many of each kind as the bars have rows."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     edges, counts, cut = np.array(bars["edges"]), np.array(bars["counts"]), _cut(report)
@@ -108,6 +132,14 @@ def draw_histogram(figure: Figure, bars: Bars, report: Report) -> None:
             for outliers in drawn[-2:]:
                 outliers.set_hatch("//")
         floor += rows
+    most = floor.max()
+    for kind, shares in bars.get("reference", {}).items():
+        heights = np.array(shares) * floor.sum()
+        most = max(most, heights.max())
+        colour = "black" if kind == BENIGN else PINK
+        axes.stairs(heights, edges, fill=True, color=colour, alpha=0.15, zorder=0)
+        label = f"{KINDS[kind]}, rescaled"
+        legend.append(axes.stairs(heights, edges, color=colour, lw=1.5, alpha=0.8, label=label))
     if cut is not None:
         legend.append(axes.axvline(cut, color="black", linestyle="--", label=f"{names[2]}: risk {cut:.4g}"))
     above, below = floor[-2:].tolist()
@@ -116,7 +148,7 @@ def draw_histogram(figure: Figure, bars: Bars, report: Report) -> None:
     axes.set_title(f"rows outside, hatched: {', '.join(note)}" if note else "", loc="right", fontsize=11)
     axes.set_title("" if legend else "No row has a risk.", loc="left", fontsize=13)
     axes.set_xlim(edges[0] - (3 if below else 1) * width, edges[-1] + (3 if above else 1) * width)
-    axes.set_ylim(0, 1.05 * max(1, floor.max()))
+    axes.set_ylim(0, 1.05 * max(1, most))
     unit = "no unit; " if is_sqsd(report) else ""
     axes.set_xlabel(f"{plain(risk_name(report))} ({unit}higher is riskier)", fontsize=13)
     axes.set_ylabel("rows", fontsize=13)
@@ -127,7 +159,7 @@ def draw_histogram(figure: Figure, bars: Bars, report: Report) -> None:
     figure.legend(
         handles=legend,
         loc="outside upper left",
-        ncols=3 if figure.get_figwidth() > 9 else 1,
-        fontsize=13,
+        ncols=3 if figure.get_figwidth() > 9 else 2 if len(legend) > 3 else 1,
+        fontsize=13 if figure.get_figwidth() > 9 or len(legend) <= 3 else 11,
         frameon=False,
     )
