@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from sqsd_filter.pipeline.explained import ExplainedRow
 
 ROWS = 10
-PARTS = 3  # layers that are printed
-WORDS = 6
+PHRASES = 4
 
 
 @click.command(
@@ -76,11 +75,9 @@ def _text(report: Mapping[str, Any]) -> str:
 
 def _row(row: ExplainedRow) -> str:
     """A row's risk, the layers and the words that carry it."""
-    from sqsd_filter.pipeline.reasons import layers_in_words, riskiest_words
+    from sqsd_filter.pipeline.reasons import layers_in_words, riskiest_phrases
 
     lines = [f"row {row['row'] + 1:,} ({row['file']}, line {row['line']:,})   risk {row['risk']:.4f}"]
-    lines += [f"  layers   {words}" for words in [layers_in_words(row)] if words]
-    lines += [f"  prompt   {row['prompt']['risk']:+.4f}, answer {row['answer']['risk']:+.4f}"]
-    lines[-1] += f", the same for every row {row['bias']:+.4f}" if "bias" in row else ""
-    lines += ["  words    " + ", ".join(f"{word!r} {risk:+.4f}" for word, risk in riskiest_words(row, WORDS))]
+    lines += [f"  where    {words}" for words in [layers_in_words(row)] if words]
+    lines += ["  words    " + ", ".join(f"“{phrase}” {risk:+.2f}" for phrase, risk in riskiest_phrases(row, PHRASES))]
     return "\n".join(lines)

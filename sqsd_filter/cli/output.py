@@ -23,12 +23,18 @@ if TYPE_CHECKING:
 
 LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
 SHOWN = 10  # groups in a summary
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"  # tqdm's without its guess of the time left
 
 Report = TypeVar("Report", bound=Mapping[str, object])
 
 
 class Display:
-    """A `progress.Progress` that shows rows per second, tokens per second and the time left."""
+    """A `progress.Progress` that shows rows per second, tokens per second and, once it can be known, the time left.
+
+    Shards are scored row by row from the longest to the shortest, each replica at its own. So the pace of the first
+    rows says little, and that of whole shards is true. The time before the first row is done, in which a model is
+    loaded, has no part in it.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -39,34 +45,46 @@ class Display:
         self._rows = self._tokens = 0
         self._stage = ""
         self._began = self._said = 0.0
+        self._first: tuple[float, int] | None = None  # when the first rows were done, and how many
+        self._alive = 1
 
     def start(self, phase: str, rows: int | None) -> None:
         self.finish()
         self._phase, self._total, self._rows, self._tokens, self._stage = phase, rows, 0, 0, ""
+        self._first, self._alive = None, 1
         self._began = self._said = time.monotonic()
         if self.bars:
             from tqdm import tqdm
 
             colour = None if "NO_COLOR" in os.environ else "cyan"
-            self._bar = tqdm(total=rows, desc=phase, unit=" rows", colour=colour, leave=False, file=sys.stderr)
+            shown: dict[str, Any] = {
+                "desc": phase,
+                "unit": " rows",
+                "colour": colour,
+                "bar_format": BAR if rows else None,
+            }
+            self._bar = tqdm(total=rows, leave=False, file=sys.stderr, **shown)
 
     def advance(self, rows: int, tokens: int = 0) -> None:
         self._rows += rows
         self._tokens += tokens
         now = time.monotonic()
+        self._first = self._first or (now, self._rows)
         if self._bar is not None:
             rate = f", {self._tokens / max(now - self._began, 1e-9):,.0f} tokens/s" if self._tokens else ""
-            self._bar.set_postfix_str((rate + self._stage).removeprefix(", "), refresh=False)
+            self._bar.set_postfix_str((rate + self._left(now) + self._stage).removeprefix(", "), refresh=False)
             self._bar.update(rows)
         elif not self.quiet and now - self._said >= LINE_EVERY:
             self._said = now
-            self.note(self._line(now - self._began))
+            self.note(self._line(now))
 
     def replicas(self, alive: int, retried: int) -> None:
+        self._alive = max(1, alive)
         self._stage = f", {alive} replica{'s' * (alive != 1)}"
         self._stage += f", {retried} shard{'s' * (retried != 1)} retried" if retried else ""
 
-    def _line(self, seconds: float) -> str:
+    def _line(self, now: float) -> str:
+        seconds = now - self._began
         pace = self._rows / seconds
         line = (
             f"{self._phase}: {self._rows:,}"
@@ -75,9 +93,18 @@ class Display:
         )
         if self._tokens:
             line += f", {self._tokens / seconds:,.0f} tokens/s"
-        if self._total and pace:
-            line += f", {duration((self._total - self._rows) / pace)} left"
-        return line + self._stage
+        return line + self._left(now) + self._stage
+
+    def _left(self, now: float) -> str:
+        """The time left, where there is any and it can be known."""
+        from sqsd_filter.pipeline.stage.shards import shard_size
+
+        if not self._total or self._first is None or not self._rows < self._total:
+            return ""
+        began, rows = self._first
+        if self._rows < min(2 * self._alive * shard_size(self._total), self._total / 2) or now <= began:
+            return ""
+        return f", {duration((self._total - self._rows) * (now - began) / (self._rows - rows))} left"
 
     def finish(self) -> None:
         if self._bar is not None:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from sqsd_filter.pipeline.options import Sources
 
 
+TRIALS = (4, 16, 64)  # rows that are timed: more of them until that takes `ENOUGH` seconds
+ENOUGH = 5.0  # a few short rows fill no micro-batches, and take longer than their share
+
+
 class Forecast(TypedDict):
     """Rows by what a run would do with them, and what it would cost; `tokens` and `seconds` are estimates."""
 
@@ -53,10 +57,9 @@ def estimate(
     *,
     progress: Progress | None = None,
     sample: int = 200,
-    timed: int = 4,
 ) -> Forecast:
     """The cost of a run into `dest`, without writing anything: tokens from `sample` of the rows that have no score
-    yet, there or in the score store, and seconds from scoring `timed` of them."""
+    yet, there or in the score store, and seconds from scoring as many of them as take some seconds."""
     scorer = scoring.chosen_scorer
     target = staged(stage_of(str(dest)), file_form(dest)) if "://" in str(dest) else Path(dest)
     homes = homes_of(target)
@@ -65,10 +68,10 @@ def estimate(
         scan = Scan(opener.open(given), scoring.columns or scorer.columns, scoring.limit, progress or Silent())
         stores: list[str | Path] = [home / "scores" for home in homes]
         stores += [scoring.score_store] if scoring.score_store is not None else []
-        return _estimate(scan, scorer, stores, sample, timed)
+        return _estimate(scan, scorer, stores, sample)
 
 
-def _estimate(scan: Scan, scorer: BatchedScorer, stores: Sequence[str | Path], sample: int, timed: int) -> Forecast:
+def _estimate(scan: Scan, scorer: BatchedScorer, stores: Sequence[str | Path], sample: int) -> Forecast:
     all_of = scan.index.conversations
     settled = np.zeros(len(all_of.keys), dtype=bool)
     for location in stores:
@@ -84,14 +87,16 @@ def _estimate(scan: Scan, scorer: BatchedScorer, stores: Sequence[str | Path], s
     lengths = [len(e) for e in scorer.encode(turns) if not isinstance(e, RowError)]
     mean = float(np.mean(lengths)) if lengths else 0.0
     scorer.check_device()
-    trial = turns[:: max(1, len(turns) // timed)][:timed]
-    spent, tried = 0.0, 0
-    if trial:
+    trial, spent, tried = turns[:0], 0.0, 0
+    if turns:
         scan.progress.start("timing a few rows", None)
-        scorer.score(trial[:1])  # loads the model
-        began = time.perf_counter()
-        tried = int(scorer.score(trial).tokens.sum())
-        spent = time.perf_counter() - began
+        scorer.score(turns[:1])  # loads the model
+        for size in TRIALS:
+            if spent < ENOUGH and len(trial) < len(turns):
+                trial = turns[:: max(1, len(turns) // size)][:size]
+                began = time.perf_counter()
+                tried = int(scorer.score(trial).tokens.sum())
+                spent = time.perf_counter() - began
         scan.progress.finish()
     tokens = round(mean * len(wanted))
     return {

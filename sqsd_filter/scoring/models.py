@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sqsd_filter.errors import ModelError, SQSDError, UsageError, first_line, option
-from sqsd_filter.scoring.embedded import EMBEDDED, cache_dir, fetch_gguf, kept
+from sqsd_filter.scoring.embedded import EMBEDDED, SAY_EVERY, cache_dir, fetch_gguf, kept
 from sqsd_filter.storage.locks import take_lock
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _MIB = 1 << 20
 _MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin", ".py")
@@ -46,8 +49,9 @@ def locate(base_model: str) -> str:
                         "fetching the weights of %s, once (%d MB, %s)", base_model, embedded.megabytes, embedded.licence
                     )
                     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as tmp:
-                        converted = Path(tmp) / "converted"
-                        _convert(fetch_gguf(embedded, Path(tmp)), converted)
+                        converted, fetched = Path(tmp) / "converted", fetch_gguf(embedded, Path(tmp))
+                        log.warning("converting them; they are kept in %s", target)
+                        _convert(fetched, converted)
                         converted.rename(target)
         except OSError as problem:
             raise ModelError(
@@ -111,7 +115,7 @@ def _convert(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # The GGUF file gives the name of a training run as the model; transformers copies it into the config.
-    with _quiet_transformers():
+    with _quiet_transformers(), _own_progress():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
@@ -263,6 +267,27 @@ def _quiet_transformers() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def _own_progress() -> Iterator[None]:
+    """Lines of this package instead of the bar that transformers draws while it converts, whatever its settings say."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+
+    def told(tensors: Sequence[T], **_: object) -> Iterator[T]:
+        said = time.monotonic()
+        for done, tensor in enumerate(tensors):
+            if time.monotonic() - said >= SAY_EVERY:
+                said = time.monotonic()
+                log.warning("converting: %d of %d tensors", done, len(tensors))
+            yield tensor
+
+    drawn = vars(gguf)["tqdm"]
+    vars(gguf)["tqdm"] = told
+    try:
+        yield
+    finally:
+        vars(gguf)["tqdm"] = drawn
 
 
 @contextmanager

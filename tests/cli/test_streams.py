@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -104,16 +105,34 @@ def test_off_a_terminal_a_line_now_and_then_tells_pace_and_time_left(
 ) -> None:
     from sqsd_filter.cli.output import Display
 
-    clock = iter([0.0, 10.0, 31.0, 40.0, 62.0])
+    clock = iter([0.0, 31.0, 40.0, 62.0, 93.0])
     monkeypatch.setattr("sqsd_filter.cli.output.time.monotonic", lambda: next(clock))
     display = Display()
     display.start("scoring", 1240)
     for _ in range(4):
         display.advance(155, 3100)
     assert capsys.readouterr().err.splitlines() == [
-        "scoring: 310 of 1,240 rows, 10.0 rows/s, 200 tokens/s, 1 min 33 s left",
-        "scoring: 620 of 1,240 rows, 10.0 rows/s, 200 tokens/s, 1 min 02 s left",
+        "scoring: 155 of 1,240 rows, 5.0 rows/s, 100 tokens/s",  # a model was loaded meanwhile
+        "scoring: 465 of 1,240 rows, 7.5 rows/s, 150 tokens/s, 1 min 18 s left",  # 310 rows took 31 s
+        "scoring: 620 of 1,240 rows, 6.7 rows/s, 133 tokens/s, 1 min 23 s left",
     ]
+
+
+@pytest.mark.parametrize(("replicas", "known"), [(1, 256), (4, 620)], ids=["one", "four"])
+def test_the_time_left_is_that_of_whole_shards_not_of_their_longest_rows(
+    replicas: int, known: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sqsd_filter.cli.output import Display
+
+    clock = itertools.count(0.0, 31.0)
+    monkeypatch.setattr("sqsd_filter.cli.output.time.monotonic", lambda: next(clock))
+    display = Display()
+    display.start("scoring", 1240)
+    display.replicas(replicas, 0)
+    for _ in range(1240):
+        display.advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [int(line.split()[1].replace(",", "")) for line in lines if " left" in line] == list(range(known, 1240))
 
 
 def test_a_dry_run_tells_the_cost_and_writes_nothing(command: Command, folder: Path) -> None:

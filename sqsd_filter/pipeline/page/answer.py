@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from sqsd_filter.pipeline.meaning import advice, by_length, depends_on_length, false_alarms, marks
+from sqsd_filter.pipeline.meaning import advice, by_length, depends_on_length, false_alarms, sentences
 from sqsd_filter.pipeline.report import ConsensusPack, PackFacts, Report, cut_words, is_linear, is_sqsd, low_risk
 from sqsd_filter.pipeline.rules import CONSENSUS
 from sqsd_filter.scoring.scorer import SQSD
@@ -31,13 +31,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Answer:
-    """`warning` is what stands out of how sure one can be."""
+    """`sure` is how sure one can be, in a few sentences; `warning` stands out of them, `more` is folded."""
 
     headline: str
     shares: list[Share]
     what: list[str]
     sure: list[str]
     warning: str
+    more: list[str]
     next: list[Step]
 
 
@@ -45,7 +46,8 @@ def answer(report: Report, *, explained: bool) -> Answer:
     """What the page says first. `explained`: are there explanations of rows?"""
     length = report.get("length")
     warning = by_length(length) if length is not None and depends_on_length(length) else ""
-    return Answer(headline(report), _shares(report), _what(report), _sure(report), warning, _next(report, explained))
+    shares, next = _shares(report), _next(report, explained=explained)
+    return Answer(headline(report), shares, _what(report), _sure(report), warning, _more(report), next)
 
 
 def headline(report: Report) -> str:
@@ -89,17 +91,17 @@ def _what(report: Report) -> list[str]:
         words.append(f"The lowest risk among the dropped rows is {report['threshold']:.6g}{ties}.")
     if groups := report.get("groups"):
         column = "split" if groups["column"] is None else f"group of rows with the same {groups['column']}"
-        apart = "was cut at the same risk" if "threshold" in report.get("reference", {}) else "had its own share"
-        words.append(f"Each {column} {apart}{' of the cut' if apart.endswith('share') else ''}.")
-    return [*words, _measure(report)]
+        apart = (
+            "was cut at the same risk" if "threshold" in report.get("reference", {}) else "had its own share of the cut"
+        )
+        words.append(f"Each {column} {apart}.")
+    return words
 
 
 def _sure(report: Report) -> list[str]:
     """How sure one can be of the cut, in a few sentences."""
     reference, rows = report.get("reference", {}), report["rows"]
     words = [false_alarms(reference, rows.get("dropped", 0)), advice(reference)]
-    names = {"cut": "The cut is at the risk", "median": "The median risk is"}
-    words += [f"{names[name]} {said}." for name, said in marks(reference).items()]
     if not reference:
         words.append(
             "This risk comes without reference rows, so nobody knows how many of the dropped rows are false alarms: "
@@ -107,16 +109,21 @@ def _sure(report: Report) -> list[str]:
             if rows.get("dropped")
             else "This risk comes without reference rows, so it has no absolute meaning: compare rows with each other."
         )
-    length = report.get("length")
-    if length is None or not depends_on_length(length):
-        words.append(by_length(length))
     words.append(
         f"A low risk only means {low_risk(report)}. It does not mean that a model fine-tuned on the kept rows is safe."
     )
     return [each for each in words if each]
 
 
-def _next(report: Report, explained: bool) -> list[Step]:
+def _more(report: Report) -> list[str]:
+    """More on the cut and the risk, in a few sentences."""
+    words, length = sentences(report.get("reference", {})), report.get("length")
+    if length is None or not depends_on_length(length):
+        words.append(by_length(length))
+    return [*words, _measure(report)]
+
+
+def _next(report: Report, *, explained: bool) -> list[Step]:
     """What to do with this run; OUT stands for its destination."""
     rows, steps = report["rows"], []
     source = "SCORES" if report.get("consensus") else shlex.quote(report.get("scores_from") or "OUT")

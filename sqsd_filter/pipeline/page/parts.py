@@ -43,6 +43,12 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
+    @property
+    def stacks(self) -> bool:
+        """Is it too wide for a phone, where each row then becomes a list?"""
+        texts = sum(not name.startswith(":") for name in self.head)
+        return len(self.head) > 5 or (len(self.head) > 3 and texts > 1)
+
 
 @dataclass(frozen=True)
 class Section:

@@ -87,7 +87,7 @@ def _draw_lengths(answers: Lengths, axis: str, figure: Figure) -> None:
         axes.plot(at, median, color="black", lw=1.5, label="median")
     axes.set_xscale("symlog", linthresh=10)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=0 if length.min() <= 10 else 0.8 * length.min())
     axes.set_xlabel("length of the answer (characters)", fontsize=13)
     axes.set_ylabel(plain(axis), fontsize=13)
     axes.tick_params(labelsize=12)

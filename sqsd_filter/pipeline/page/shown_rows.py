@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from sqsd_filter.pipeline.explained import ExplainedRow
 from sqsd_filter.pipeline.meaning import rank
 from sqsd_filter.pipeline.page.notes import Excerpt, Notes, RiskyRow
-from sqsd_filter.pipeline.reasons import layers_in_words, probes_in_words, riskiest_words, words_of
+from sqsd_filter.pipeline.reasons import layers_in_words, probes_in_words, riskiest_phrases, words_of
 from sqsd_filter.pipeline.report import Report
 
-OPEN = 10  # rows of each kind that are not folded
-WORDS = 6
+OPEN, OPEN_KEPT = 10, 3  # rows that are not folded
+PHRASES = 3
 STRONG, SOME = 2 / 3, 1 / 3  # of the riskiest word's part: from here on, words are marked
 
 
@@ -39,7 +39,7 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows under a heading; the ones after `OPEN` are folded."""
+    """Rows under a heading, some of them folded."""
 
     id: str
     title: str
@@ -55,9 +55,9 @@ def groups(report: Report, notes: Notes, explained: Mapping[int, ExplainedRow]) 
     if not rows:
         return []
 
-    def group(id: str, title: str, about: str, verb: str, some: list[RiskyRow]) -> Group:
+    def group(id: str, title: str, about: str, verb: str, some: list[RiskyRow], most: int = OPEN) -> Group:
         shown = [_shown(row, report, explained.get(row["row"])) for row in some]
-        return Group(id, title, about, verb, shown[:OPEN], shown[OPEN:])
+        return Group(id, title, about, verb, shown[:most], shown[most:])
 
     dropped, kept = ([row for row in rows if row["dropped"] is fate] for fate in (True, False))
     if report.get("weights") or "kept" not in report["rows"]:
@@ -68,7 +68,7 @@ def groups(report: Report, notes: Notes, explained: Mapping[int, ExplainedRow]) 
         found.append(group("dropped", "What was dropped", _count(len(dropped), there), "Dropped because", dropped))
     if kept:
         about = "The riskiest of the rows that stay: if these look as bad as the dropped ones, drop more."
-        found.append(group("kept", "What was kept", about, "Kept, although", kept))
+        found.append(group("kept", "What was kept", about, "Kept:", kept, OPEN_KEPT))
     return found
 
 
@@ -96,14 +96,14 @@ def _reasons(row: RiskyRow, report: Report, explained: ExplainedRow | None) -> l
     reference, scored = report.get("reference", {}), report["rows"]["scored"] + report["rows"]["reused"]
     reasons = []
     if "percentile" in row and "benign" in reference:
-        reasons.append(rank(row["percentile"], reference))
+        reasons.append(f"it is {rank(row['percentile'], reference)}")
     elif "rank" in row and scored:
-        reasons.append("the riskiest row of all" if row["rank"] == 1 else f"number {row['rank']:,} by risk")
+        reasons.append("it is the riskiest of all" if row["rank"] == 1 else f"it is number {row['rank']:,} by risk")
     if explained is None:
         pack = report.get("pack")
         return [*reasons, probes_in_words(row["probes"], pack["weights"] if pack else {})]
-    words = ", ".join(f"“{word}”" for word, _ in riskiest_words(explained, WORDS))
-    return [*reasons, layers_in_words(explained), f"these words: {words}" if words else ""]
+    words = ", ".join(f"“{phrase}”" for phrase, _ in riskiest_phrases(explained, PHRASES))
+    return [*reasons, layers_in_words(explained), f"these words carry most: {words}" if words else ""]
 
 
 def _marked(explained: ExplainedRow, answer: Excerpt) -> list[Word]:
@@ -114,7 +114,8 @@ def _marked(explained: ExplainedRow, answer: Excerpt) -> list[Word]:
     most, marked, left = max((risk for _, risk in words), default=0), [], len(text)
     for word, risk in words:
         mark = 0 if risk <= 0 else 2 if risk >= STRONG * most else 1 if risk >= SOME * most else 0
-        if shown := word[:left]:
-            marked.append(Word(shown, mark))
+        shown = word[:left]
+        space = len(shown) - len(shown.lstrip())
+        marked += [Word(part, own) for part, own in ((shown[:space], 0), (shown[space:], mark)) if part]
         left -= len(shown)
     return marked

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MOST_BARS = 61  # odd, so that one is in the middle
 BARS = 31  # at least, where reference rows are behind them
 BLOCK = 2**20  # rows that are counted at a time
-KINDS = {BENIGN: "benign reference rows", UNSAFE: "known unsafe answers"}
+KINDS = {BENIGN: "benign reference", UNSAFE: "known unsafe answers"}
 FAR = 1e100  # beyond it, sums in the drawing overflow
 
 
@@ -119,7 +119,7 @@ def draw_histogram(figure: Figure, bars: Bars, report: Report) -> None:
         names = ("kept, weighted by risk", "", "threshold of the weights")
     else:
         names = ("kept" if "kept" in report["rows"] else "scored", "dropped", "cut")
-    axes = figure.add_subplot()
+    axes, wide = figure.add_subplot(), figure.get_figwidth() > 9
     width = edges[1] - edges[0]
     left = np.concatenate([edges[:-1], [edges[-1] + width, edges[0] - 2 * width]])  # the two bars of outliers come last
     floor = np.zeros(len(left), np.int64)
@@ -138,7 +138,7 @@ def draw_histogram(figure: Figure, bars: Bars, report: Report) -> None:
         most = max(most, heights.max())
         colour = "black" if kind == BENIGN else PINK
         axes.stairs(heights, edges, fill=True, color=colour, alpha=0.15, zorder=0)
-        label = f"{KINDS[kind]}, rescaled"
+        label = f"{KINDS[kind]}{', rescaled' if wide else ''}"
         legend.append(axes.stairs(heights, edges, color=colour, lw=1.5, alpha=0.8, label=label))
     if cut is not None:
         legend.append(axes.axvline(cut, color="black", linestyle="--", label=f"{names[2]}: risk {cut:.4g}"))
@@ -159,7 +159,8 @@ def draw_histogram(figure: Figure, bars: Bars, report: Report) -> None:
     figure.legend(
         handles=legend,
         loc="outside upper left",
-        ncols=3 if figure.get_figwidth() > 9 else 2 if len(legend) > 3 else 1,
-        fontsize=13 if figure.get_figwidth() > 9 or len(legend) <= 3 else 11,
+        ncols=3 if wide else 2 if len(legend) > 3 else 1,
+        fontsize=13,
+        columnspacing=1.2,
         frameon=False,
     )
