@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sqsd_filter.corpus.row_formats import RowFormat
-from sqsd_filter.pipeline.page.notes import Notes, NoteTaker
+from sqsd_filter.pipeline.page.notes import Notes, NoteTaker, length_figures
 from sqsd_filter.pipeline.page.page import write_page
 from sqsd_filter.pipeline.report import Explained, OutputFacts, Report, RunFacts, Written
 from sqsd_filter.pipeline.selecting.selection import KEPT, Cut, cut_rows
@@ -44,7 +44,10 @@ def noted(
         **Written(files=[], extra_files=[], json_columns=[]),
         **Explained(),
     }
-    return report, taker.notes(report)
+    notes = taker.notes(report)
+    if (length := length_figures(notes)) is not None:
+        report["length"] = length
+    return report, notes
 
 
 def page_of(folder: Path, rows: Sequence[Any], **how: Any) -> str:

@@ -26,12 +26,14 @@ from sqsd_filter.pipeline.writing.destination import (
     read_report,
 )
 from sqsd_filter.progress import Progress
+from sqsd_filter.scoring.baselines import make_scorer
 from sqsd_filter.scoring.explain import Explanation, explain
 from sqsd_filter.scoring.pack import load_pack
 from sqsd_filter.scoring.scorer import SQSD, BatchedScorer, SQSDScorer
 from sqsd_filter.storage.folder import write_text
 from sqsd_filter.storage.layout import home_beside, home_in
 
+EXPLAINED = (SQSD, "danger", "safety")  # scorers whose risks have parts
 MOST = 1000  # rows, whose explanations are held in memory
 
 
@@ -131,7 +133,7 @@ def _scorer_of(earlier: Earlier, pack: PackFacts | None, dtype: str | None, mode
             f"Nothing says how the scores in {earlier.where} were made: keep the folder _sqsd in it, or FILE.sqsd "
             "beside it, as the run left it."
         )
-    if (name := known.get("scorer", SQSD)) != SQSD:
+    if (name := str(known.get("scorer", SQSD))) not in EXPLAINED:
         raise UsageError(f"The scores in {earlier.where} are by the scorer {name}, which has no parts to explain.")
     found = load_pack(model.pack) if model.pack is not None else find_pack(pack)
     if found is None:
@@ -140,7 +142,8 @@ def _scorer_of(earlier: Earlier, pack: PackFacts | None, dtype: str | None, mode
     found = found if pack.get("shared_state") is None else found.at_one_state(str(pack["shared_state"]))
     named = cast("dict[str, Any]", {name: known[name] for name in ("attention", "system") if name in known})
     base = None if known["base_model"] == found.base_model else str(known["base_model"])
-    scorer = SQSDScorer(
+    scorer = make_scorer(
+        name,
         found,
         base,
         device=model.device,
@@ -150,6 +153,7 @@ def _scorer_of(earlier: Earlier, pack: PackFacts | None, dtype: str | None, mode
         per_module="per_module" in known,
         **named,
     )
+    assert isinstance(scorer, SQSDScorer)
     if (own := json.loads(json.dumps(scorer.settings()))) != known:
         raise UsageError(
             f"The scores in {earlier.where} were made by something else ({difference(known, own)}): name their pack "

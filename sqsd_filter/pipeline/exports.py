@@ -10,7 +10,7 @@ import numpy as np
 from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import UsageError
 from sqsd_filter.pipeline.meaning import Meaning
-from sqsd_filter.pipeline.page.notes import Notes, NoteTaker
+from sqsd_filter.pipeline.page.notes import Notes, NoteTaker, length_figures
 from sqsd_filter.pipeline.report import Explained, OutputFacts, RunContent
 from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.pipeline.selecting.groups import by_split
@@ -125,8 +125,8 @@ class AllRows:
 def _noted(content: RunContent, taker: NoteTaker) -> tuple[RunContent, Notes]:
     """The content with what the notes say of lengths, for the card, and the notes."""
     notes = taker.notes(content)
-    if (lengths := notes["lengths"]) is not None:
-        content["length"] = {"rows": lengths["rows"], "spearman": lengths["spearman"]}
+    if (length := length_figures(notes)) is not None:
+        content["length"] = length
     return content, notes
 
 

@@ -69,7 +69,8 @@ def layers_in_words(explanation: Explanation) -> str:
     named = [layers[k] for k in run]
     where = f"layer {named[0]}" if len(named) == 1 else f"layers {named[0]} to {named[-1]}"
     share = sum(parts[layer]["risk"] for layer in named) / total
-    return f"{100 * share:.0f} % of its risk arises in {where} ({_by_probe([parts[layer] for layer in named])})"
+    much = f"{100 * share:.0f} %" if share <= 1 else "most"  # other layers may take some away
+    return f"{much} of its risk arises in {where} ({_by_probe([parts[layer] for layer in named])})"
 
 
 def _shortest_run(values: Sequence[float], least: float) -> range:

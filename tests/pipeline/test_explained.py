@@ -12,12 +12,17 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sqsd_filter import Cut, PushTo, Scoring, SQSDScorer, filter_dataset, score_dataset
+from sqsd_filter import Cut, PushTo, Scoring, SQSDScorer, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.corpus.sources import Corpus
-from sqsd_filter.errors import DestinationExists, SQSDError, UsageError
+from sqsd_filter.errors import DestinationExists, InputError, SQSDError, UsageError
+from sqsd_filter.pipeline.explained import ModelChoice, explain_run
 from sqsd_filter.pipeline.report import FinishedReport
+from sqsd_filter.progress import Silent
+from sqsd_filter.scoring.baselines import make_scorer
+from sqsd_filter.storage.locks import take_lock
 from tests.corpora import make_rows, rows_of, write_jsonl
 from tests.hub import Hub
+from tests.scoring.test_linear_probe import with_probe
 
 SECRET = "mangowurzel"
 
@@ -160,10 +165,132 @@ def test_no_rows_and_too_many_can_not_be_asked_for(folder: Path, scorer: SQSDSco
 
 
 def test_a_cut_of_an_explained_run_is_that_of_any_other(folder: Path, scorer: SQSDScorer) -> None:
-    from sqsd_filter import select_dataset
-
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, explain=1)
     select_dataset("out", "cut", Cut.of(drop_count=2))
     shutil.rmtree("out")
     filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
     assert select_dataset("out", "cut", Cut.of(drop_count=2))["already_done"]
+
+
+# ---------------------------------------------------------------------------------------------- of a finished run
+
+
+def explain(out: str, *rows: int, count: int = 3, pack: Path | None = None) -> list[Any]:
+    return explain_run(Path(out), count, rows, ModelChoice(pack), Silent())
+
+
+@pytest.fixture
+def projected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of each micro-batch that is scored from now on, without those that try a model out."""
+    from sqsd_filter.scoring.scoring_model import SQSDModel
+
+    real, sizes = SQSDModel.project, list[int]()
+
+    def project(self: SQSDModel, rows: Any) -> Any:
+        if len(rows[0]) != 8:
+            sizes.append(len(rows))
+        return real(self, rows)
+
+    monkeypatch.setattr(SQSDModel, "project", project)
+    return sizes
+
+
+def test_a_finished_run_is_explained_as_if_it_had_been_from_the_start(
+    folder: Path, scorer: SQSDScorer, projected: list[int]
+) -> None:
+    filter_dataset("in.jsonl", "at-once", drop_count=3, scorer=scorer, explain=3)
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
+    score_dataset("in.jsonl", "all.parquet", Scoring(scorer=scorer))
+    projected.clear()
+    for out, home in (("out", "out/_sqsd"), ("all.parquet", "all.parquet.sqsd")):
+        asked = explain(out)
+        expected = explained(Path("at-once/_sqsd"))
+        kept = explained(Path(home))
+        assert asked == kept
+        for row in (*kept, *expected):
+            del row["file"], row["line"]
+        assert kept == expected
+    assert projected == []
+
+
+def test_what_select_wrote_is_explained_from_the_scores_that_it_cut(folder: Path, scorer: SQSDScorer) -> None:
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
+    score_dataset("in.jsonl", "all.parquet", Scoring(scorer=scorer))
+    select_dataset("out", "of-run", Cut.of(drop_count=5))
+    select_dataset("all.parquet", "of-file", Cut.of(drop_count=5))
+    assert [row["row"] for row in explain("of-run")] == [row["row"] for row in explain("of-file")]
+    shutil.rmtree("out")
+    with pytest.raises(InputError, match=r"of-run was made by select from out, which is not there any more"):
+        explain("of-run")
+
+
+def test_named_rows_are_explained_and_earlier_explanations_stay(folder: Path, scorer: SQSDScorer) -> None:
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, explain=2)
+    first = explained(Path("out/_sqsd"))
+    lowest = min(
+        (json.loads(line)["id"], k) for k, line in enumerate(Path("in.jsonl").read_text().splitlines()) if k not in (3,)
+    )[1]
+    asked = explain("out", lowest + 1, lowest + 1)
+    assert [row["row"] for row in asked] == [lowest]
+    rows = explained(Path("out/_sqsd"))
+    assert len(rows) == len({row["row"] for row in [*first, *asked]})
+    assert [row for row in rows if row in first] == first
+    assert [row["risk"] for row in rows] == sorted((row["risk"] for row in rows), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"), [(0, "no row 0: the run has the rows 1 to 21"), (22, "no row 22"), (4, r"Row 4 has no risk \(no_")]
+)
+def test_rows_that_can_not_be_explained_are_named(folder: Path, scorer: SQSDScorer, row: int, said: str) -> None:
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
+    with pytest.raises(UsageError, match=said):
+        explain("out", row)
+    assert not Path("out/_sqsd/explained.json").exists()
+
+
+def test_a_linear_probe_is_explained_at_once_and_later(folder: Path, tiny_pack: Path) -> None:
+    from sqsd_filter.scoring.pack import load_pack
+
+    scorer = SQSDScorer(load_pack(with_probe(tiny_pack, folder / "pack")).with_risk("unsafe"))
+    filter_dataset("in.jsonl", "at-once", drop_count=3, scorer=scorer, explain=3)
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
+    assert explain("out") == explained(Path("at-once/_sqsd"))
+    for row in explain("out"):
+        parts = sum(part["risk"] for part in row["tokens"]) + row["prompt"]["risk"] + row["bias"]
+        assert parts == pytest.approx(row["risk"], abs=1e-4)
+
+
+def test_one_of_the_probes_alone_is_explained_too(folder: Path, tiny_pack: Path) -> None:
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=make_scorer("danger", tiny_pack))
+    assert set(explain("out")[0]["total"]["probes"]) == {"danger"}
+
+
+def test_scores_of_another_origin_are_refused(folder: Path, scorer: SQSDScorer, tiny_pack: Path) -> None:
+    score_dataset("in.jsonl", "length.parquet", Scoring(scorer=make_scorer("length", tiny_pack)))
+    with pytest.raises(UsageError, match="by the scorer length, which has no parts"):
+        explain("length.parquet")
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
+    other = shutil.copytree(tiny_pack, folder / "other")
+    page = json.loads((other / "pack.json").read_text())
+    page["probes"][0]["weight"] += 1
+    (other / "pack.json").write_text(json.dumps(page))
+    with pytest.raises(UsageError, match=r"made by something else \(pack: .*--pack"):
+        explain("out", pack=other)
+    with pytest.raises(InputError, match="nothing holds no finished run"):
+        explain("nothing")
+
+
+def test_a_run_at_work_is_waited_for(folder: Path, scorer: SQSDScorer) -> None:
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
+    with take_lock(Path("out/_sqsd/lock")), pytest.raises(DestinationExists, match="writing to out right now"):
+        explain("out")
+
+
+def test_an_explained_run_is_still_done_and_one_that_is_to_be_is_pointed_to_the_command(
+    folder: Path, scorer: SQSDScorer
+) -> None:
+    filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)
+    explain("out")
+    assert filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer)["already_done"]
+    with pytest.raises(DestinationExists, match="explain rows of it with 'sqsd-filter explain out', which reuses"):
+        filter_dataset("in.jsonl", "out", drop_count=3, scorer=scorer, explain=3)

@@ -19,6 +19,7 @@ from sqsd_filter.errors import PackError, UsageError
 from sqsd_filter.pipeline.check import check_pack
 from sqsd_filter.pipeline.stage.replica import pack_files_of
 from sqsd_filter.scoring.baselines import make_scorer
+from sqsd_filter.scoring.explain import explain
 from sqsd_filter.scoring.hidden_states import starts
 from sqsd_filter.scoring.linear_probe import save_weights
 from sqsd_filter.scoring.pack import LINEAR_FILE, PACK_FILE, load_pack
@@ -26,7 +27,7 @@ from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.commands import exit_code
 from tests.corpora import make_rows, read_report, rows_of, write_jsonl
-from tests.tiny import ARCHITECTURES, CONVERSATIONS
+from tests.tiny import ARCHITECTURES, CONVERSATIONS, encoded
 
 LAYERS = [1, 2]
 
@@ -141,14 +142,33 @@ def test_what_needs_projections_is_refused(probed: Path, options: dict[str, Any]
         make_scorer(name, load_pack(probed).with_risk("unsafe"), **options)
 
 
-def test_explanations_and_one_state_are_refused(probed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_state_is_refused(probed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["in.jsonl", "out", "--drop-count", "2", "--pack", str(probed), "--risk", "unsafe"]
-    for more, said in (
-        (["--explain", "2"], "the risk unsafe has none"),
-        (["--shared-state", "x"], "takes no gradients"),
-    ):
-        assert exit_code(*words, *more) == 2
-        assert said in capsys.readouterr().err
+    assert exit_code(*words, "--shared-state", "x") == 2
+    assert "takes no gradients" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_its_parts_are_what_each_token_adds(packs: dict[str, Path], architecture: str, tmp_path: Path) -> None:
+    pack = load_pack(with_probe(packs[architecture], tmp_path / "pack")).with_risk("unsafe")
+    scorer = SQSDScorer(pack, dtype="float32")
+    weights = load_file(pack.path / "unsafe" / LINEAR_FILE)["weight"]
+    for turns in CONVERSATIONS:
+        explained, (risk,) = explain(scorer, turns), scorer.score([turns]).risk
+        (row,) = encoded(scorer, [turns])
+        with torch.no_grad():
+            states = scorer.model.model(torch.tensor(row.ids)[None], output_hidden_states=True).hidden_states
+        answer, first = row.answer, np.flatnonzero(np.diff(row.answer.astype(int)) == 1)
+        answers = sum(states[layer][0].numpy() @ weights[k, 0] for k, layer in enumerate(LAYERS))
+        begins = sum(states[layer][0].numpy() @ weights[k, 1] for k, layer in enumerate(LAYERS))
+        parts = [part["risk"] for part in explained["tokens"]]
+        assert parts == pytest.approx((answers[answer] / answer.sum()).tolist(), abs=1e-4)
+        assert explained["prompt"]["risk"] == pytest.approx(begins[first].mean(), abs=1e-4)
+        assert sum(parts) + explained["prompt"]["risk"] + explained["bias"] == pytest.approx(risk, abs=1e-4)
+        layers = [part["risk"] for part in explained["layers"]]
+        assert sum(layers) + explained["bias"] == pytest.approx(risk, abs=1e-4)
+        assert layers == sorted(layers, reverse=True)
+        assert explained["modules"] == []
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {

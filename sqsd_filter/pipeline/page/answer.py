@@ -6,7 +6,16 @@ import shlex
 from dataclasses import dataclass
 
 from sqsd_filter.pipeline.meaning import advice, by_length, depends_on_length, false_alarms, sentences
-from sqsd_filter.pipeline.report import ConsensusPack, PackFacts, Report, cut_words, is_linear, is_sqsd, low_risk
+from sqsd_filter.pipeline.report import (
+    ConsensusPack,
+    LengthFigures,
+    PackFacts,
+    Report,
+    cut_words,
+    is_linear,
+    is_sqsd,
+    low_risk,
+)
 from sqsd_filter.pipeline.rules import CONSENSUS
 from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.wording import many
@@ -42,12 +51,11 @@ class Answer:
     next: list[Step]
 
 
-def answer(report: Report, *, explained: bool) -> Answer:
-    """What the page says first. `explained`: are there explanations of rows?"""
-    length = report.get("length")
+def answer(report: Report, length: LengthFigures | None, *, explained: bool) -> Answer:
+    """What the page says first. `length` is how risk is related to length; `explained`: are there explanations?"""
     warning = by_length(length) if length is not None and depends_on_length(length) else ""
     shares, next = _shares(report), _next(report, explained=explained)
-    return Answer(headline(report), shares, _what(report), _sure(report), warning, _more(report), next)
+    return Answer(headline(report), shares, _what(report), _sure(report), warning, _more(report, length), next)
 
 
 def headline(report: Report) -> str:
@@ -115,9 +123,9 @@ def _sure(report: Report) -> list[str]:
     return [each for each in words if each]
 
 
-def _more(report: Report) -> list[str]:
+def _more(report: Report, length: LengthFigures | None) -> list[str]:
     """More on the cut and the risk, in a few sentences."""
-    words, length = sentences(report.get("reference", {})), report.get("length")
+    words = sentences(report.get("reference", {}))
     if length is None or not depends_on_length(length):
         words.append(by_length(length))
     return [*words, _measure(report)]

@@ -15,7 +15,7 @@ from sqsd_filter.corpus.row_formats import Columns, RowFormat
 from sqsd_filter.corpus.sources import Chunk
 from sqsd_filter.errors import SQSDError
 from sqsd_filter.pipeline.meaning import Meaning
-from sqsd_filter.pipeline.report import RunFigures
+from sqsd_filter.pipeline.report import LengthFigures, RunFigures
 from sqsd_filter.pipeline.scores.scored import SCORE_PREFIX, PerModule, Scored
 from sqsd_filter.pipeline.selecting.selection import DROPPED, KEPT, Selection
 from sqsd_filter.pipeline.writing.histogram import BLOCK, Bars, count_bars
@@ -100,6 +100,12 @@ class Notes(TypedDict):
     riskiest: list[RiskyRow]
     errors: dict[str, list[UnscoredRow]]
     modules: dict[str, ModuleMeans]
+
+
+def length_figures(notes: Notes) -> LengthFigures | None:
+    """How risk and length are related, in figures for report, card and page."""
+    lengths = notes["lengths"]
+    return lengths and {"rows": lengths["rows"], "spearman": lengths["spearman"]}
 
 
 class NoteTaker:

@@ -20,7 +20,7 @@ from sqsd_filter.pictures import picture
 from sqsd_filter.pipeline.explained import explained_of
 from sqsd_filter.pipeline.page import run_parts, shown_rows
 from sqsd_filter.pipeline.page.answer import answer
-from sqsd_filter.pipeline.page.notes import Notes
+from sqsd_filter.pipeline.page.notes import Notes, length_figures
 from sqsd_filter.pipeline.page.parts import Plot, Section, sensible
 from sqsd_filter.pipeline.report import Report
 from sqsd_filter.pipeline.writing.destination import (
@@ -135,7 +135,7 @@ def _render(home: Path, report: Report, notes: Notes, plot: Plot, sections: Sequ
     )
     explained = explained_of(home)
     text = environment.get_template("page.html").render(
-        answer=answer(report, explained=bool(explained)),
+        answer=answer(report, length_figures(notes), explained=bool(explained)),
         histogram=plot,
         groups=shown_rows.groups(report, notes, explained),
         sections=sections,

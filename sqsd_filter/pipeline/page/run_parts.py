@@ -12,9 +12,9 @@ import numpy as np
 from sqsd_filter.pictures import BLUE, ORANGE, plain
 from sqsd_filter.pipeline.meaning import by_length, depends_on_length, origin
 from sqsd_filter.pipeline.page.answer import headline
-from sqsd_filter.pipeline.page.notes import MOST_ROWS, Lengths, ModuleMeans, Notes, UnscoredRow
+from sqsd_filter.pipeline.page.notes import MOST_ROWS, Lengths, ModuleMeans, Notes, UnscoredRow, length_figures
 from sqsd_filter.pipeline.page.parts import Plot, Section, Table
-from sqsd_filter.pipeline.report import LengthFigures, Report, is_linear, is_sqsd, risk_name
+from sqsd_filter.pipeline.report import Report, is_linear, is_sqsd, risk_name
 from sqsd_filter.pipeline.writing.figures import number, shown
 from sqsd_filter.pipeline.writing.histogram import FAR, draw_histogram
 from sqsd_filter.wording import many
@@ -53,11 +53,11 @@ def risks(report: Report) -> Section:
 
 
 def lengths(report: Report, notes: Notes) -> Section:
-    answers, said = notes["lengths"], by_length(report.get("length"))
-    if answers is None:
+    answers, length = notes["lengths"], length_figures(notes)
+    said = by_length(length)
+    if answers is None or length is None:
         return Section("length", "Risk and length", [said], folded=True)
-    length: LengthFigures = {"rows": answers["rows"], "spearman": answers["spearman"]}
-    said, warns = by_length(length), depends_on_length(length)
+    warns = depends_on_length(length)
     words = [f"Measured on {many(answers['rows'], 'row')}; the length of an answer is in characters."]
     if warns:
         words.append("Check whether the riskiest rows are risky for what they say, and not only for how long they are.")

@@ -96,7 +96,9 @@ LOOKED_AT = """<script>
 const style = getComputedStyle(document.body), seen = document.documentElement;
 const ink = getComputedStyle(document.querySelector("svg text")).fill;
 const colours = [style.backgroundColor, style.color, ink].map(c => c.match(/\\d+/g).map(Number));
-parent.postMessage(JSON.stringify({asked: innerWidth, room: seen.clientWidth, wide: seen.scrollWidth, colours}), "*");
+const clipped = [...document.querySelectorAll(".wide")].filter(each => each.scrollWidth > each.clientWidth).length;
+const sizes = {asked: innerWidth, room: seen.clientWidth, wide: seen.scrollWidth, clipped};
+parent.postMessage(JSON.stringify({...sizes, colours}), "*");
 </script>"""
 PHONE = """<!doctype html><meta name="color-scheme" content="light dark">
 <body><iframe src="copy.html" width="360" height="800" style="border: 0"></iframe>
@@ -116,6 +118,7 @@ def test_the_page_fits_a_phone_and_a_dark_screen(tmp_path: Path, dark: bool) -> 
     page = write_page(tmp_path, report, notes).read_text(encoding="utf-8")
     assert page.count('<meta http-equiv="Content-Security-Policy"') == 1
     open_page = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", page).replace("</body>", LOOKED_AT)
+    open_page = open_page.replace("<details", "<details open")
     (tmp_path / "copy.html").write_text(open_page, encoding="utf-8")
     (tmp_path / "phone.html").write_text(PHONE)  # a window itself can't be so narrow
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=3000"]
@@ -124,6 +127,7 @@ def test_the_page_fits_a_phone_and_a_dark_screen(tmp_path: Path, dark: bool) -> 
     done = subprocess.run([CHROMIUM, *options, address], capture_output=True, text=True, check=True, timeout=120)
     seen = json.loads(re.findall(r"<body>(.*)</body>", done.stdout, re.DOTALL)[0])
     assert seen["wide"] <= seen["room"] <= seen["asked"] == 360
+    assert seen["clipped"] == 0
     ground, *inks = (sum(colour[:3]) for colour in seen["colours"])
     assert all(ink - ground > 300 if dark else ground - ink > 300 for ink in inks)
 
@@ -137,6 +141,28 @@ def test_the_worst_rows_make_no_heavy_page(tmp_path: Path) -> None:
     report["inputs"] *= 1000
     report["command"] = ["sqsd-filter", *(f"in-{k}.jsonl" for k in range(10_000))]
     assert write_page(tmp_path, report, notes).stat().st_size < 1_000_000
+
+
+def test_dropped_rows_come_first_and_those_next_to_the_cut_are_among_them(tmp_path: Path) -> None:
+    rows = [row(f"prompt {k}", "answer") for k in range(200)]
+    seen = Seen(page_of(tmp_path, rows, drop_count=100))
+    shown = [int(text.split()[1]) for text in seen.texts[::2]]
+    assert shown == [*range(199, 169, -1), *range(109, 99, -1), *range(99, 89, -1)]
+    few = Seen(page_of(tmp_path, rows, drop_count=3))
+    assert [int(text.split()[1]) for text in few.texts[::2]] == list(range(199, 149, -1))
+    groups = [a["class"] for tag, a in few.elements if tag == "article"]
+    assert groups == ["dropped"] * 3 + ["kept"] * 47
+
+
+def test_everything_but_the_answer_and_some_rows_is_folded(tmp_path: Path) -> None:
+    page = page_of(tmp_path, [row(f"prompt {k}", "answer") for k in range(200)], drop_count=100)
+    answer, _, rest = page.partition('<section id="dropped">')
+    assert "100 of 200 rows dropped" in answer
+    assert "sqsd-filter select OUT OTHER" in answer
+    opened = re.sub("<details.*?</details>", "", rest, flags=re.DOTALL)
+    assert opened.count("<article") == 10 + 3
+    assert opened.count("<table") == 0
+    assert rest.count("<table") > 1
 
 
 def test_fifty_rows_are_shown_at_most_the_riskiest_first(tmp_path: Path) -> None:
@@ -191,8 +217,8 @@ def test_a_risk_that_goes_with_length_is_pointed_at(tmp_path: Path, sign: int, w
     risk = sign * lengths + random.normal(size=200)
     page = page_of(tmp_path, [row("a", "x" * n) for n in lengths], risk=risk)
     assert ('<p class="warning">' in page) == bool(sign)
-    assert (f"so {word} answers tend to be riskier" in page) == bool(sign)
-    assert ("which is weak" in page) != bool(sign)
+    assert (f"Risk depends on length: {word} answers tend to be riskier" in page) == bool(sign)
+    assert ("Risk is hardly related to the length of answers" in page) != bool(sign)
 
 
 @pytest.mark.pictures
@@ -223,11 +249,12 @@ def test_every_kind_of_run_leaves_its_page(folder: Path, scorer: SQSDScorer) -> 
     score_dataset("in.jsonl", "all.parquet", Scoring(scorer=scorer))
     select_dataset("all.parquet", "cut", Cut.of(drop_count=4, per_group="id"))
     filtered, scored, selected = map(read, ("out/_sqsd", "all.parquet.sqsd", "cut/_sqsd"))
-    assert "<h1>17 of 21 rows kept, the riskiest dropped</h1>" in filtered
+    assert "<h1>3 of 21 rows dropped</h1>" in filtered
     assert "tiny (" in filtered
-    assert filtered.count("Modules that add most") == 2
+    assert filtered.count("these words carry most") == 2
     assert "<h1>21 rows with their risk</h1>" in scored
-    assert ", kept</h3>" not in scored
+    assert '<article class="riskiest">' in scored
+    assert "Kept" not in scored
     assert "21 rows were read: 20 have a risk, 1 could not be scored." in scored
     assert "The risk was in the input." in selected
     assert "group of rows with the same id" in selected
@@ -251,7 +278,7 @@ def test_a_cut_of_scored_files_reads_rows_as_they_were_scored(folder: Path, tiny
     Path("all.parquet").rename("alone.parquet")
     select_dataset("alone.parquet", "guessed", Cut.of(drop_count=2))
     assert "Measured on 8 rows" in read("known/_sqsd")
-    assert "No answer could be measured" in read("guessed/_sqsd")
+    assert "no answer could be measured" in read("guessed/_sqsd")
 
 
 def test_the_page_is_made_again_only_from_files_of_the_run(folder: Path, scorer: SQSDScorer) -> None:

@@ -14,13 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sqsd_filter.pipeline.report import Report
+from sqsd_filter.pipeline.report import Report, RunFigures
 from sqsd_filter.pipeline.selecting.selection import DROPPED, ERROR, KEPT, Cut, cut_rows
 from sqsd_filter.pipeline.summary import QUANTILES
 from sqsd_filter.pipeline.writing import histogram
 from sqsd_filter.pipeline.writing.histogram import MOST_BARS, bar_edges, count_bars, count_rows, write_histogram
+from sqsd_filter.scoring.reference_rows import Reference, ReferenceRecord, summarise_rows
 
 BLUE, ORANGE = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
+REFERENCE = {"benign": np.linspace(-3, -0.5, 300), "unsafe": np.linspace(1, 4, 50)}
 NORMAL = np.random.default_rng(0).normal(-0.3, 0.2, 1000)
 
 pytestmark = pytest.mark.pictures
@@ -92,9 +94,35 @@ def test_the_bars_have_an_equal_positive_width_whatever_the_risks(risks: list[fl
 
 
 def test_all_risks_are_inside_where_none_is_far_from_the_others() -> None:
-    edges = bar_edges(MOST_BARS, quantiles(NORMAL), 0.0)
-    assert edges[0] == NORMAL.min()
-    assert edges[-1] == np.nextafter(NORMAL.max(), np.inf)
+    for cut in (None, 0.0):
+        edges = bar_edges(MOST_BARS, quantiles(NORMAL), cut)
+        assert edges[0] <= NORMAL.min() < edges[1]
+        assert edges[-2] <= NORMAL.max() < edges[-1]
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=40), st.floats(0, 1))
+def test_no_bar_has_rows_of_both_sides_of_the_cut(risks: list[float], share: float) -> None:
+    risk = np.array(risks)
+    selection = cut_rows(risk, np.ones(len(risk), bool), Cut.of(max_risk=float(np.quantile(risk, share))))
+    if selection.threshold is None:
+        return
+    edges = bar_edges(MOST_BARS, quantiles(risk), selection.threshold)
+    kept, dropped = count_rows(edges, risk, np.ones(len(risk), bool), selection.fate)
+    assert selection.threshold in edges
+    assert not ((kept > 0) & (dropped > 0)).any()
+
+
+def test_reference_rows_are_inside_and_as_many_as_they_are() -> None:
+    risk = np.linspace(-1, 0, 40)
+    pools = (summarise_rows(kind, kind, "0", {"risk": values}) for kind, values in REFERENCE.items())
+    reference = Reference("p", cast("ReferenceRecord", {"settings": {}, "corpora": list(pools)}))
+    report = cast("RunFigures", {"risk_quantiles": quantiles(risk), "threshold": None})
+    bars = count_bars(risk, np.ones(40, bool), np.zeros(40, np.uint8), report, reference)
+    edges = np.array(bars["edges"])
+    for kind, values in REFERENCE.items():
+        expected, _ = np.histogram(values, edges)
+        assert bars["reference"][kind] == pytest.approx((expected / len(values)).tolist())
+        assert sum(bars["reference"][kind]) > 0.95
 
 
 def test_one_far_risk_does_not_squeeze_the_others_unless_the_cut_is_there() -> None:
@@ -113,7 +141,8 @@ def test_where_most_risks_are_the_same_the_others_are_seen() -> None:
 def test_a_single_risk_is_in_the_middle() -> None:
     for risk in (0.25, 0.0, -3.0, 1e300):
         edges = bar_edges(MOST_BARS, quantiles(np.full(9, risk)), risk)
-        assert np.flatnonzero(count_rows(edges, np.full(9, min(risk, 1e100)), np.ones(9, bool), np.zeros(9))[0]) == [31]
+        counts = count_rows(edges, np.full(9, min(risk, 1e100)), np.ones(9, bool), np.zeros(9))[0]
+        assert counts[31:33].sum() == 9
 
 
 # ---------------------------------------------------------------------------------------------- the picture
