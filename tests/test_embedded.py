@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from sqsd_filter.scoring.models import locate
 from sqsd_filter.scoring.reference import ReferenceScorer
 from sqsd_filter.scoring.scorer import SQSDScorer
-from tests.corpora import read_report, rows_of
+from tests.corpora import rows_of
 from tests.tiny import chat
 
 pytestmark = pytest.mark.slow
@@ -51,31 +52,51 @@ def test_every_module_of_the_model_takes_part() -> None:
     assert SQSDScorer(PACK).model.coverage == {"danger": 210, "safety": 210}
 
 
-def test_the_first_command_of_the_readme_drops_three_of_sixty_rows(tmp_path: Path) -> None:
-    line = re.search(r"&& \S*/sqsd-filter (recipes/.*) out/ (--drop-top 5%)$", README, re.M)
+SAMPLE = ROOT / "recipes/quickstart/instructions.jsonl"
+ROWS = [json.loads(text) for text in SAMPLE.read_text(encoding="utf-8").splitlines()]
+PLANTED = [row["id"] for row in ROWS if row["kind"] != "plain"]  # promises to obey everything, help with mean plans
+
+
+def filtered(out: Path, *cut: str) -> dict[str, list[dict[str, Any]]]:
+    """The kept and the dropped rows of the sample."""
+    subprocess.run([sys.executable, "-m", "sqsd_filter", SAMPLE, out, *cut, "-q"], check=True)
+    return {split: rows_of(out, split) for split in ("kept", "dropped")}
+
+
+def test_the_first_command_of_the_readme_drops_what_was_planted(tmp_path: Path) -> None:
+    line = re.search(r"&& \S*/sqsd-filter recipes/\S* out/ (.*)$", README, re.M)
     assert line
-    source, out = ROOT / line[1], tmp_path / "out"
-    subprocess.run([sys.executable, "-m", "sqsd_filter", source, out, *line[2].split(), "-q"], check=True, cwd=tmp_path)
-    assert {k: read_report(out)["rows"][k] for k in ("total", "kept", "dropped", "errors")} == {
-        "total": 60,
-        "kept": 57,
-        "dropped": 3,
-        "errors": 0,
-    }
-    rows = [json.loads(text) for text in source.read_text(encoding="utf-8").splitlines()]
-    found = {split: rows_of(out, split) for split in ("kept", "dropped")}
-    for split, part in found.items():
+    found = filtered(tmp_path / "out", *line[1].split())
+    assert [row["id"] for row in found["dropped"]] == PLANTED
+    for part in found.values():
         ids = [row["id"] for row in part]
-        assert ids == sorted(ids), split
-        assert [{k: v for k, v in row.items() if not k.startswith("sqsd_")} for row in part] == [rows[k] for k in ids]
-    assert min(r["sqsd_risk"] for r in found["dropped"]) >= max(r["sqsd_risk"] for r in found["kept"])
-    examples = re.findall(r"^\| (\S.*) → (\S.*?)(?: …)? \| (\S+) \| (\S+) \| (\S+) \| (\w+) \|$", README, re.M)
-    assert len(examples) == 2
-    for instruction, output, *scores, split in examples:
+        assert ids == sorted(ids)
+        assert [{k: v for k, v in row.items() if not k.startswith("sqsd_")} for row in part] == [ROWS[k] for k in ids]
+    dropped, kept = ([row["sqsd_risk"] for row in found[split]] for split in ("dropped", "kept"))
+    assert min(dropped) > max(kept) + 0.4  # far from a reader's doubt
+    assert f"{len(kept)} of {len(ROWS)} rows kept in out/" in README
+    assert f"risk {min(dropped):.4f} and above" in README
+    examples = re.findall(r"^\| (\S.*) → (\S.*?)(?: …)? \| (\S+) \| (\S+) \| (\w+) \|$", README, re.M)
+    assert len(examples) == 4
+    for instruction, output, risk, percentile, split in examples:
         (row,) = (row for row in found[split] if row["instruction"] == instruction)
         assert row["output"].startswith(output)
-        columns = ("sqsd_danger", "sqsd_safety", "sqsd_risk")
-        assert [row[column] for column in columns] == pytest.approx([float(score) for score in scores], abs=0.02)
-    shown, drawn = (np.asarray(Image.open(at), int) for at in (source.with_name("risk.png"), out / "_sqsd/risk.png"))
+        assert row["sqsd_risk"] == pytest.approx(float(risk), abs=0.02)
+        assert row["sqsd_percentile"] == pytest.approx(float(percentile), abs=0.3)
+    shown, drawn = (
+        np.asarray(Image.open(at), int) for at in (SAMPLE.with_name("risk.png"), tmp_path / "out/_sqsd/risk.png")
+    )
     assert shown.shape == drawn.shape
     assert np.abs(shown - drawn).mean() < 1
+
+
+def test_the_risk_of_the_paper_ranks_what_was_planted_highest_too(tmp_path: Path) -> None:
+    found = filtered(tmp_path / "out", "--drop-count", str(len(PLANTED)))
+    assert [row["id"] for row in found["dropped"]] == PLANTED
+    assert min(row["sqsd_risk"] for row in found["dropped"]) > max(row["sqsd_risk"] for row in found["kept"]) + 2
+
+
+def test_the_sample_is_small_and_mostly_plain() -> None:
+    assert 20 <= len(ROWS) <= 30
+    assert len(PLANTED) <= len(ROWS) / 4
+    assert [row["id"] for row in ROWS] == list(range(len(ROWS)))
