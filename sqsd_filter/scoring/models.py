@@ -115,7 +115,7 @@ def _convert(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # The GGUF file gives the name of a training run as the model; transformers copies it into the config.
-    with _quiet_transformers(), _own_progress():
+    with _quiet_transformers(), own_progress():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
@@ -270,7 +270,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _own_progress() -> Iterator[None]:
+def own_progress() -> Iterator[None]:
     """Lines of this package instead of the bar that transformers draws while it converts, whatever its settings say."""
     from transformers import modeling_gguf_pytorch_utils as gguf
 

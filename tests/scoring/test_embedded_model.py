@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sqsd_filter.errors import ModelError
-from sqsd_filter.scoring import embedded
+from sqsd_filter.scoring import embedded, models
 from sqsd_filter.scoring.embedded import EMBEDDED, cache_dir, fetch_gguf
 from sqsd_filter.scoring.models import locate
 
@@ -121,6 +121,47 @@ pathlib.Path({str(tmp_path / "seen.json")!r}).write_text(json.dumps([sys.argv[1:
     assert settings["UV_EXTRA_INDEX_URL"] == "mirror of uv"
     assert settings["UV_FIND_LINKS"] == str(tmp_path / "wheels")
     assert "--no-index" in command
+
+
+@pytest.mark.usefixtures("without_pip")
+def test_a_long_fetch_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, said = tmp_path / "seen", list[str]()
+
+    def say(message: str, *values: object) -> None:
+        said.append(message % values)
+        if said[-1].startswith("fetching: 3 of"):
+            seen.touch()
+
+    script = f"""
+import time
+(pathlib.Path(os.environ["TMPDIR"]) / "half").write_bytes(bytes(3_100_000))
+while not pathlib.Path({str(seen)!r}).exists():
+    time.sleep(0.01)
+sys.exit("error: enough")
+"""
+    write_uv(tmp_path / "uv", script)
+    monkeypatch.setenv("UV", str(tmp_path / "uv"))
+    monkeypatch.setattr(embedded, "SAY_EVERY", 0.02)
+    monkeypatch.setattr(embedded.log, "warning", say)
+    with pytest.raises(ModelError, match="uv: error: enough"):
+        locate(NAME)
+    assert said[-1] == f"fetching: 3 of {MODEL.megabytes} MB"
+
+
+def test_a_conversion_draws_no_bar_and_says_how_far_it_is(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import modeling_gguf_pytorch_utils as gguf
+
+    said = list[str]()
+    monkeypatch.setattr(models.log, "warning", lambda message, *values: said.append(message % values))
+    monkeypatch.setattr(models, "SAY_EVERY", 0.0)
+    before = vars(gguf)["tqdm"]
+    with models.own_progress():
+        assert list(vars(gguf)["tqdm"]([7, 8, 9], desc="Converting")) == [7, 8, 9]
+    assert vars(gguf)["tqdm"] is before
+    assert said == [f"converting: {k} of 3 tensors" for k in range(3)]
+    assert capfd.readouterr().err == ""
 
 
 def test_where_pip_fails_uv_is_tried_and_both_are_quoted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import re
@@ -19,6 +20,7 @@ from PIL import Image
 from sqsd_filter import Cut, Scoring, SQSDScorer, filter_dataset, score_dataset, select_dataset
 from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.errors import DestinationExists, InputError, SQSDError
+from sqsd_filter.pipeline.meaning import by_length
 from sqsd_filter.pipeline.page.notes import ModuleMeans
 from sqsd_filter.pipeline.page.page import remake_page, write_page
 from sqsd_filter.pipeline.publishing.hub import PushTo
@@ -45,6 +47,17 @@ def test_nothing_in_a_row_is_markup(tmp_path: Path) -> None:
     assert seen.texts == [HOSTILE, HOSTILE[::-1], "plain", "plain"]
     assert {"script", "img", "iframe", "object", "link", "form"}.isdisjoint(tag for tag, _ in seen.elements)
     assert not [name for _, attributes in seen.elements for name in attributes if name.startswith("on")]
+
+
+def test_nothing_in_the_words_of_an_explained_row_is_markup(tmp_path: Path) -> None:
+    part = {"risk": 1.0, "probes": {"danger": 1.0}}
+    tokens = [{"text": text, **part} for text in re.split("(?= )", HOSTILE)]
+    explained = {"row": 0, "risk": 1.0, "layers": [{"layer": 3, **part}], "tokens": [*tokens, {"text": "</s>", **part}]}
+    (tmp_path / "explained.json").write_text(json.dumps({"rows": [explained]}))
+    seen = Seen(page_of(tmp_path, [row("plain", HOSTILE)]))
+    assert seen.texts == ["plain", HOSTILE]
+    assert [tag for tag, _ in seen.elements].count("mark") == len(tokens)
+    assert {"script", "img", "iframe", "object", "link", "form"}.isdisjoint(tag for tag, _ in seen.elements)
 
 
 def test_control_characters_are_seen_and_do_no_harm(tmp_path: Path) -> None:
@@ -219,6 +232,22 @@ def test_a_risk_that_goes_with_length_is_pointed_at(tmp_path: Path, sign: int, w
     assert ('<p class="warning">' in page) == bool(sign)
     assert (f"Risk depends on length: {word} answers tend to be riskier" in page) == bool(sign)
     assert ("Risk is hardly related to the length of answers" in page) != bool(sign)
+
+
+@pytest.mark.parametrize("sign", [1, -1, 0], ids=["longer", "shorter", "neither"])
+def test_card_and_page_say_the_same_about_length(folder: Path, tiny_pack: Path, sign: int) -> None:
+    lengths = [7 * k % 20 + 1 for k in range(20)]
+    write_jsonl(folder / "in.jsonl", [row("a", "x" * n) for n in lengths])
+    risk = [sign * n if sign else k % 2 for k, n in enumerate(lengths)]
+    scored = [
+        {**row("a", "x" * n), "sqsd_risk": r, "sqsd_status": "scored"} for n, r in zip(lengths, risk, strict=True)
+    ]
+    write_jsonl(folder / "scored.jsonl", scored)
+    report = select_dataset("scored.jsonl", "out", Cut.of(drop_count=3))
+    said = by_length(report["length"])
+    assert said.startswith("Risk depends on length: " if sign else "Risk is hardly related to the length")
+    assert said in " ".join(Path("out/README.md").read_text().split())
+    assert said in html.unescape(read("out/_sqsd"))
 
 
 @pytest.mark.pictures
