@@ -71,7 +71,8 @@ def write_explained(path: Path, scored: Scored, scorer: SQSDScorer, count: int, 
 
     Raises `SQSDError` where one does not fit into memory.
     """
-    explained = _explain_rows(scored, scorer, scored.riskiest(count), progress)
+    fix = f"leave out {option('explain')}, or lower {option('max_length')}"
+    explained = _explain_rows(scored, scorer, scored.riskiest(count), progress, fix)
     _write(path, scorer, explained)
     return len(explained)
 
@@ -108,7 +109,8 @@ def explain_run(
         scored = earlier.scored
         chosen = _numbered(scored, rows) if rows else scored.riskiest(count)
         known = _known(home / EXPLAINED_FILE, scorer)
-        new = _explain_rows(scored, scorer, [row for row in chosen if row not in known], progress)
+        fix = f"explain other rows ({option('row')}), or use {option('device')} cpu"
+        new = _explain_rows(scored, scorer, [row for row in chosen if row not in known], progress, fix)
         explained = known | {row["row"]: row for row in new}
         order = sorted(explained, key=lambda row: (-explained[row]["risk"], row))
         _write(home / EXPLAINED_FILE, scorer, [explained[row] for row in order])
@@ -185,8 +187,10 @@ def _write(path: Path, scorer: SQSDScorer, rows: Iterable[ExplainedRow]) -> None
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def _explain_rows(scored: Scored, scorer: SQSDScorer, rows: Sequence[int], progress: Progress) -> list[ExplainedRow]:
-    """The explanations of the rows with these indices, in their order."""
+def _explain_rows(
+    scored: Scored, scorer: SQSDScorer, rows: Sequence[int], progress: Progress, fix: str
+) -> list[ExplainedRow]:
+    """The explanations of the rows with these indices, in their order. `fix` is what helps where memory runs out."""
     assert scored.form is not None
     progress.start("explaining", len(rows))
     explained: dict[int, ExplainedRow] = {}
@@ -194,7 +198,7 @@ def _explain_rows(scored: Scored, scorer: SQSDScorer, rows: Sequence[int], progr
         if row.index not in rows:
             continue
         assert row.value is not None
-        parts = _explained(scorer, row.index, scored.form.conversation(row.value))
+        parts = _explained(scorer, row.index, scored.form.conversation(row.value), fix)
         risk = float(scored.risk[row.index])
         explained[row.index] = {"row": row.index, "file": row.file, "line": row.line, "risk": risk, **parts}
         progress.advance(1)
@@ -202,7 +206,7 @@ def _explain_rows(scored: Scored, scorer: SQSDScorer, rows: Sequence[int], progr
     return [explained[row] for row in rows]
 
 
-def _explained(scorer: SQSDScorer, index: int, turns: list[Message]) -> Explanation:
+def _explained(scorer: SQSDScorer, index: int, turns: list[Message], fix: str) -> Explanation:
     from sqsd_filter.scoring.batching import is_out_of_memory
 
     try:
@@ -212,7 +216,7 @@ def _explained(scorer: SQSDScorer, index: int, turns: list[Message]) -> Explanat
             raise
         raise SQSDError(
             f"The explanation of row {index + 1} does not fit into the device's memory, which is more than its score "
-            f"takes: leave out {option('explain')}, or lower {option('max_length')}."
+            f"takes: {fix}."
         ) from problem
 
 

@@ -297,7 +297,7 @@ def _above(which: str, excess: Excess) -> str:
 def by_length(length: LengthFigures | None) -> str:
     """How risk and the length of answers are related, as a sentence."""
     if length is None:
-        return "Whether risk is related to the length of answers is not known: no answer could be measured."
+        return "No answer could be measured, so nobody can say whether risk is related to their length."
     if (rho := length["spearman"]) is None:
         return "All rows have the same risk or the same length, so neither depends on the other."
     measured = f"(Spearman's rank correlation {rho:.2f}, {many(length['rows'], 'row')})"

@@ -217,8 +217,8 @@ def test_the_summary_card_and_page_say_what_the_risks_mean(
     page = Path("out/_sqsd/report.html").read_text()
     assert words["cut"] in page
     riskiest = sorted((row["sqsd_risk"] for row in kept + dropped), reverse=True)
-    said = re.findall(r"<h3>\d+\. Risk (\S+), (?:kept|dropped), (above .*?)</h3>", page)
-    expected = [(f"{risk:.4f}", rank(100 * float((risk > ALL).mean()), figures)) for risk in riskiest]
+    said = re.findall(r">risk (\S+)</span>.*?</b> it is (above .*? rows)", page, re.DOTALL)
+    expected = [(f"{risk:.4g}", rank(100 * float((risk > ALL).mean()), figures)) for risk in riskiest]
     assert said == expected
     code, _, _ = report("out")
     assert code == 0

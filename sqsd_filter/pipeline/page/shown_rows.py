@@ -77,7 +77,7 @@ def _count(shown: int, there: int | None) -> str:
         return f"The {shown:,} rows with the highest risk."
     if shown == there:
         return "All of them, the riskiest first." if shown > 1 else ""
-    return f"{shown:,} of {there:,}: the riskiest first, and at the end those next to the cut, which is where to look."
+    return f"{shown:,} of {there:,}: the riskiest first, and at the end of the folded ones those next to the cut."
 
 
 def _shown(row: RiskyRow, report: Report, explained: ExplainedRow | None) -> ShownRow:

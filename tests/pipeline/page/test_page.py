@@ -307,7 +307,7 @@ def test_a_cut_of_scored_files_reads_rows_as_they_were_scored(folder: Path, tiny
     Path("all.parquet").rename("alone.parquet")
     select_dataset("alone.parquet", "guessed", Cut.of(drop_count=2))
     assert "Measured on 8 rows" in read("known/_sqsd")
-    assert "no answer could be measured" in read("guessed/_sqsd")
+    assert "No answer could be measured" in read("guessed/_sqsd")
 
 
 def test_the_page_is_made_again_only_from_files_of_the_run(folder: Path, scorer: SQSDScorer) -> None:
