@@ -54,6 +54,11 @@ def page_of(folder: Path, rows: Sequence[Any], **how: Any) -> str:
     return write_page(folder, *noted(folder, rows, **how)).read_text(encoding="utf-8")
 
 
+def bare_cells(page: str) -> str:
+    """The page without the names of columns that a phone shows in each cell."""
+    return re.sub(' data-head="[^"]*"', "", page)
+
+
 def finished_run(folder: Path) -> Path:
     """The destination of a finished run, as far as `report` looks at it."""
     home = folder / "out" / "_sqsd"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sqsd_filter.evaluation.results import ArmMeasures, MixFigures, Results, SetFigures, WindowFigures
-from tests.pages import Command, Seen
+from tests.pages import Command, Seen, bare_cells
 
 WINDOWS: WindowFigures = {
     "asr": [0.5, 0.25, 0.1],
@@ -100,19 +100,20 @@ def test_an_evaluation_is_shown_with_its_intervals(out: Path, tmp_path: Path, re
     shown = json.loads(stdout)
     assert [Path(path).stem for path in shown["plots"]] == ["risk", "length", "asr", "roc", "pr"]
     page = Path(shown["page"]).read_text(encoding="utf-8")
+    cells = bare_cells(page)
     assert len(page.encode()) == shown["bytes"] < 1_000_000
     assert "tiny &amp; &lt;small&gt;, aligned by pack tiny, was fine-tuned on sets of in.jsonl" in page
-    assert '<td>sqsd</td><td class="number">50% (40% to 60%)</td>' in page
-    assert '<td class="number">40%</td><td>yes</td>' in page
-    assert '<td class="number">40%</td><td>no</td>' in page
-    assert '<td class="number">5%</td><td class="number">75% (50% to 100%)</td>' in page
+    assert '<td>sqsd</td><td class="number">50% (40% to 60%)</td>' in cells
+    assert '<td class="number">40%</td><td>yes</td>' in cells
+    assert '<td class="number">40%</td><td>no</td>' in cells
+    assert '<td class="number">5%</td><td class="number">75% (50% to 100%)</td>' in cells
     first = ("50%", "25%", "2%", "1.250", "100", "2,345")
-    assert "<td>sqsd</td><td>S1</td>" + "".join(f'<td class="number">{x}</td>' for x in ("25%", *first)) in page
-    assert '<td>kept</td><td class="number">33% (25% to 50%)</td>' in page
-    assert '<td>random minus kept</td><td class="number">10% (-5% to 20%)</td>' in page
-    assert '<td>cut</td><td class="number">24</td><td class="number">3.5</td><td class="number">2% (0% to 7%)' in page
-    assert '<td class="number">1.500 (1.250 to 1.750)</td>' in page
-    assert '<td>all - cut</td><td class="number">60% (45% to 75%)</td><td class="number">0.100</td>' in page
+    assert "<td>sqsd</td><td>S1</td>" + "".join(f'<td class="number">{x}</td>' for x in ("25%", *first)) in cells
+    assert '<td>kept</td><td class="number">33% (25% to 50%)</td>' in cells
+    assert '<td>random minus kept</td><td class="number">10% (-5% to 20%)</td>' in cells
+    assert '<td>cut</td><td class="number">24</td><td class="number">3.5</td><td class="number">2% (0% to 7%)' in cells
+    assert '<td class="number">1.500 (1.250 to 1.750)</td>' in cells
+    assert '<td>all - cut</td><td class="number">60% (45% to 75%)</td><td class="number">0.100</td>' in cells
     assert "was fine-tuned on sets of in.jsonl: all rows, the rows that the cut above the reference keeps" in page
     before = "Before fine-tuning its attack success rate, by the judge phrases, was 3% (0% to 10%), and it refused 15%"
     assert f"{before} of the harmless prompts." in page

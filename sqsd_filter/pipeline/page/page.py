@@ -77,9 +77,9 @@ def remake_page(out: Path, sections: Iterable[Section] = ()) -> list[Path]:
         )
     more = list(sections)
     with sensible(f"{home} is damaged", f"delete {NOTES_FILE} there and start the same run again; its scores are kept"):
-        histogram, shown = run_parts.histogram(report, notes), [*more, *_sections(report, notes)]
-        page = _render(home, report, notes, histogram, shown)
-    plots = [histogram, *(plot for section in shown for plot in section.plots)]
+        histogram, own = run_parts.histogram(report, notes), _sections(report, notes)
+        page = _render(home, report, notes, histogram, [*more, *own])
+    plots = [histogram, *(plot for section in (*own, *more) for plot in section.plots)]
     try:
         return [_write(home / PAGE_FILE, page), *_write_plots(home / PLOTS, plots)]
     except OSError as problem:
