@@ -111,7 +111,7 @@ def _probes(report: Mapping[str, Any]) -> Iterator[Row]:
 
 def _risk(name: str, risk: Mapping[str, Any], *, beside: bool) -> str:
     if "layers" in risk:
-        read = f"; the column sqsd_{name} of every run; alone with" if beside else ":"
+        read = f", read beside the pack's own as sqsd_{name}; alone with" if beside else ":"
         return f"risk '{name}' is a linear probe of {_layers(risk['layers'])}{read} --risk {name}"
     total = " ".join(f"{p['weight']:+g} {p['name']} ('{p['direction']}' at '{p['state']}')" for p in risk["probes"])
     return f"risk '{name}' is {total}: --risk {name}"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sqsd_filter.pipeline.options import Scoring, Writing
     from sqsd_filter.pipeline.publishing.hub import PushTo
     from sqsd_filter.pipeline.report import FinishedReport
+    from sqsd_filter.pipeline.selecting.selection import Cut
     from sqsd_filter.pipeline.stage.engines import Engine
     from sqsd_filter.progress import Progress
 
@@ -115,7 +116,9 @@ def _finish(context: click.Context, report: FinishedReport) -> None:
     output.show(report, as_json=params["json_output"], quiet=params["quiet"], text=lambda r: output.summary(r, dest))
 
 
-def _score_and_report(context: click.Context, run: Callable[[Scoring, Progress], FinishedReport]) -> None:
+def _score_and_report(
+    context: click.Context, run: Callable[[Scoring, Progress], FinishedReport], cut: Cut | None = None
+) -> None:
     """The part that `filter` and `score` share. With --dry-run, print the estimated cost instead of the run."""
     from sqsd_filter.pipeline.forecast import estimate
     from sqsd_filter.pipeline.metrics import Metrics
@@ -134,6 +137,7 @@ def _score_and_report(context: click.Context, run: Callable[[Scoring, Progress],
             **{name: params[name] for name in ("limit", "score_store", "streaming", "max_error_rate", "explain")},
         )
         if params["dry_run"]:
+            scoring = scoring.of_cut(cut) if cut is not None else scoring
             guess = estimate(params["sources"], params["dest"], scoring, progress=metrics.meter)
             output.show(guess, as_json=params["json_output"], quiet=False, text=output.forecast)
             return
@@ -195,7 +199,7 @@ def filter_command(context: click.Context, /, **_: object) -> None:
         record = _record(context)
         return filter_rows(params["sources"], params["dest"], cut, scoring, writing, progress=progress, record=record)
 
-    _score_and_report(context, run)
+    _score_and_report(context, run, cut)
 
 
 @cli.command(

@@ -29,13 +29,21 @@ from sqsd_filter.pipeline.report import (
 )
 from sqsd_filter.pipeline.scores.scored import Scored
 from sqsd_filter.pipeline.selecting.selection import ABOVE_REFERENCE, DROPPED, Cut, Selection
-from sqsd_filter.scoring.pack import PACKS_DIR, Pack, embedded_packs, load_pack
+from sqsd_filter.scoring.pack import OWN_RISK, PACKS_DIR, Pack, embedded_packs, load_pack
 from sqsd_filter.scoring.reference_rows import Pool, Reference, ReferenceSettings, settings_from, settings_of, share_of
 from sqsd_filter.scoring.scorer import SQSD, BatchedScorer
 from sqsd_filter.wording import many
 
 RELATED = 0.3  # a rank correlation of risk and length from which card and page warn
 EXCESS_LEVELS = ("99%", "95%")  # the first one that the benign reference shows is reported
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The reference of a risk beside that of the cut, and the weights of the values that it is the sum of."""
+
+    reference: Reference
+    weights: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Meaning:
     reference: Reference | None
     why: str = ""
     mismatch: str | None = None
-    beside: Mapping[str, Reference] = field(default_factory=dict)  # by the name of a risk beside that of the cut
+    beside: Mapping[str, Beside] = field(default_factory=dict)  # by the name of a risk beside that of the cut
 
     @classmethod
     def of_scorer(cls, scorer: BatchedScorer) -> Meaning:
@@ -67,7 +75,7 @@ class Meaning:
             if own is not None:
                 own = {**own, "pack": each.fingerprint, "shared_state": None}
             if other is not None and (own is None or other.mismatch(own) is None):
-                others[each.risk or ""] = other
+                others[each.risk or OWN_RISK] = Beside(other, each.weights)
         reference = Reference.of(pack)
         if reference is None:
             return cls(None, _without(pack), beside=others)
@@ -87,7 +95,8 @@ class Meaning:
             name = facts["name"] if facts else ""
             return cls(None, f"The pack {name}, which gave these scores, is not here: name it with {option('pack')}.")
         known = facts.get("beside", {}) if facts is not None else {}
-        beside = [found.with_risk(name) for name in known if name in found.all_risks]
+        others = {name: found.with_risk(name) for name in known if name in found.all_risks}
+        beside = [each for name, each in others.items() if each.fingerprint == known[name]["fingerprint"]]
         if facts is not None and facts.get("risk") in found.risks:
             found = found.with_risk(facts["risk"])
         settings = settings_from(scoring, facts["shared_state"] if facts else None) if scoring else None
@@ -154,10 +163,17 @@ class Meaning:
         return figures
 
     def _beside(self, scored: Scored) -> dict[str, Excess]:
-        """The excess by each risk beside that of the cut, where it is the value of the same name."""
-        known = {name: other for name, other in self.beside.items() if name in scored.probes}
-        found = {name: _excess(each.benign, scored.probes[name][scored.scored]) for name, each in known.items()}
-        return {name: excess for name, excess in found.items() if excess is not None}
+        """The excess by each risk beside that of the cut."""
+        excesses = {}
+        for name, other in self.beside.items():
+            if not other.weights.keys() <= scored.values.keys():
+                continue
+            terms = [weight * scored.values[value][scored.scored] for value, weight in other.weights.items()]
+            risk = np.sum(terms, axis=0)
+            excess = _excess(other.reference.benign, risk[np.isfinite(risk)])
+            if excess is not None:
+                excesses[name] = excess
+        return excesses
 
 
 def _threshold(selection: Selection | None) -> float | None:

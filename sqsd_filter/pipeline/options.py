@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -12,10 +12,11 @@ from sqsd_filter.corpus.row_formats import Columns
 from sqsd_filter.errors import UsageError
 from sqsd_filter.pipeline.publishing.hub import PushTo
 from sqsd_filter.pipeline.selecting.policy import Policy
+from sqsd_filter.pipeline.selecting.selection import ABOVE_REFERENCE, Cut
 from sqsd_filter.pipeline.stage.engines import Engine
 from sqsd_filter.pipeline.writing.one_file import FileForm
 from sqsd_filter.pipeline.writing.writers import JSON_AS, SHARD_SIZE, Output
-from sqsd_filter.scoring.scorer import BatchedScorer, SQSDScorer
+from sqsd_filter.scoring.scorer import SQSD, BatchedScorer, SQSDScorer
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -64,6 +65,14 @@ class Scoring:
     @cached_property
     def chosen_scorer(self) -> BatchedScorer:
         return self.scorer or SQSDScorer(self.pack)
+
+    def of_cut(self, cut: Cut) -> Scoring:
+        """The same with the scorer of the risk that the cut takes: one by reference rows takes `Pack.for_reference`."""
+        scorer = self.chosen_scorer
+        pack = scorer.pack.for_reference
+        if cut.kind != ABOVE_REFERENCE or scorer.name != SQSD or pack is scorer.pack:
+            return self
+        return replace(self, scorer=scorer.with_pack(pack))
 
 
 @dataclass(frozen=True)

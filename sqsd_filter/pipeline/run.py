@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -145,8 +144,13 @@ def filter_rows(
 ) -> FinishedReport:
     """`filter_dataset` with its options in three parts."""
     policy = Policy.of(writing.on_error, scoring.max_error_rate)
-    if cut.kind == ABOVE_REFERENCE:
-        scoring = _by_reference(scoring, progress or Silent())
+    asked = scoring.chosen_scorer.pack
+    scoring = scoring.of_cut(cut)
+    if (pack := scoring.chosen_scorer.pack).risk != asked.risk and progress is not None:
+        progress.note(
+            f"a cut by reference rows takes the risk {pack.risk} of the pack {pack.name}; its own risk, {OWN_RISK}, is "
+            "not computed"
+        )
     check_explain(scoring.explain, dest, scoring.scorer)
     form = file_form(dest)
     output = writing.output(form)
@@ -155,19 +159,6 @@ def filter_rows(
     export = CutRows(meaning.place(cut), policy, output, meaning, wanted, in_file=form is not None)
     outlet = Outlet.of(dest, form, writing.overwrite, writing.push)
     return _score(sources, outlet, export, scoring, progress or Silent(), record or {})
-
-
-def _by_reference(scoring: Scoring, progress: Progress) -> Scoring:
-    """The same with the scorer of the risk at which a cut by the pack's reference is made."""
-    scorer = scoring.chosen_scorer
-    pack = scorer.pack.for_reference
-    if scorer.name != SQSD or pack is scorer.pack:
-        return scoring
-    progress.note(
-        f"a cut by reference rows takes the risk {pack.risk} of the pack {pack.name}; its own risk, {OWN_RISK}, is not "
-        "computed"
-    )
-    return replace(scoring, scorer=scorer.with_pack(pack))
 
 
 def score_dataset(
@@ -289,7 +280,9 @@ def select_dataset(
     outlet = Outlet.of(dest, file, writing.overwrite, writing.push)
     with closing(outlet), closing(Opener(streaming=streaming)) as opener:
         outlet.destination.spare(chain(given, *others))
-        earlier = read_earlier(given, opener, cut.per_group, meter, keyed=consensus is not None)
+        named = _pack_facts(SQSDScorer(pack)) if pack is not None else None
+        keyed = consensus is not None
+        earlier = read_earlier(given, opener, cut.per_group, meter, keyed=keyed, given_pack=named)
         where = [earlier.where]
         if consensus is not None:
             form = earlier.form
@@ -337,6 +330,16 @@ def _originals(sources: Sequence[Source]) -> list[tuple[str, str]]:
 
 
 def _facts_of(scorer: BatchedScorer) -> ScoreFacts:
+    return {
+        "pack": _pack_facts(scorer),
+        "scorer": scorer.name,
+        "device": scorer.device.split(":")[0],
+        "dtype": scorer.dtype,
+        "max_length": scorer.max_length,
+    }
+
+
+def _pack_facts(scorer: BatchedScorer) -> PackFacts:
     pack = scorer.pack
     facts = PackFacts(
         name=pack.name,
@@ -352,15 +355,7 @@ def _facts_of(scorer: BatchedScorer) -> ScoreFacts:
         facts["linear"] = linear
     if pack.beside and scorer.name == SQSD:
         facts["beside"] = {
-            each.risk or "": RiskFacts(
-                fingerprint=each.fingerprint, weights=scorer.with_pack(each).weights, shared_state=None
-            )
+            each.risk or OWN_RISK: RiskFacts(fingerprint=each.fingerprint, weights=each.weights, shared_state=None)
             for each in pack.beside
         }
-    return {
-        "pack": facts,
-        "scorer": scorer.name,
-        "device": scorer.device.split(":")[0],
-        "dtype": scorer.dtype,
-        "max_length": scorer.max_length,
-    }
+    return facts

@@ -6,7 +6,6 @@ Layers are numbered like the hidden states of transformers: layer l is the outpu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,17 +19,15 @@ if TYPE_CHECKING:
 
 
 class HiddenStates:
-    """The hidden states of a model, one pass at a time: some versions of transformers record them in the model's own
-    methods."""
+    """The hidden states of a model. Threads may read them at once: transformers records them in a context variable."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._lock = Lock()
 
     def of(self, rows: Sequence[Encoded]) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
         """The hidden states (b, t, h) of every layer and the answer mask (b, t), up to the last answer token."""
         ids_bt, answer_bt = whole(rows, input_device(self.model))
-        with self._lock, torch.no_grad():
+        with torch.no_grad():
             output = self.model.base_model(input_ids=ids_bt, use_cache=False, output_hidden_states=True)
         hidden_states: Sequence[torch.Tensor] = output.hidden_states
         return hidden_states, answer_bt

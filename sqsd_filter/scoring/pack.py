@@ -145,7 +145,7 @@ class Pack:
 
     def at_one_state(self, state: str) -> Pack:
         """The pack with every probe at this one of its states, with the scaling that the state has there: all share one
-        forward and backward pass. Scores differ, so the fingerprint does.
+        forward and backward pass, and nothing is read beside them. Scores differ, so the fingerprint does.
 
         Raises `UsageError` where no probe is at that state.
         """
@@ -157,7 +157,7 @@ class Pack:
                 f"The pack {self.name} takes no gradients at '{state}': its states are {', '.join(sorted(scalings))}."
             )
         probes = (replace(p, state=state, state_scaling=scalings[state]) for p in self.probes)
-        return replace(self, probes=tuple(probes))
+        return replace(self, probes=tuple(probes), beside=())
 
     def with_risk(self, name: str) -> Pack:
         """The pack that computes another one of its `risks`, with that one's reference. Its fingerprint is that of a
@@ -178,6 +178,13 @@ class Pack:
     def all_risks(self) -> list[str]:
         """The names of its own risk and of the others."""
         return [OWN_RISK, *sorted(self.risks)]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each value that enters the risk, by the value's name."""
+        if self.linear is not None:
+            return {self.linear.name: 1.0}
+        return {p.name: p.weight for p in self.probes}
 
     @property
     def alone(self) -> Pack:

@@ -136,10 +136,8 @@ class Scorer:
     @property
     def weights(self) -> dict[str, float]:
         """The weight in the risk of each value, by the value's name; 0 for linear probes beside the risk."""
-        if (linear := self.pack.linear) is not None:
-            return {linear.name: 1.0}
-        beside = [pack.linear.name for pack in self.pack.beside if pack.linear is not None]
-        return {p.name: p.weight for p in self.pack.probes} | dict.fromkeys(beside, 0.0)
+        beside = (name for pack in self.pack.beside for name in pack.weights)
+        return self.pack.weights | dict.fromkeys(beside, 0.0)
 
     @property
     def values(self) -> list[str]:

@@ -53,7 +53,9 @@ class ScoreCounts(TypedDict):
 class Scored:
     """n rows: `codes` (n,) into `statuses`, `probes` and `risk` (n,) NaN where there is no score.
 
-    `tokens` (n,) is 0 where it is not known.
+    `tokens` (n,) is 0 where it is not known. Scores that were read from columns of the input have no `probes`: the
+    input has them already. `read` (n,) are the values of some of these columns, NaN where there is none, and `recut`
+    says that the risk is not that of the input's column.
     """
 
     corpus: Corpus
@@ -67,6 +69,13 @@ class Scored:
     details: Mapping[int, str]  # why rows have no score, where the reason is stored
     groups: Groups | None = None
     modules: Mapping[str, PerModule] = field(default_factory=dict)  # by probe, where cosines per module are kept
+    read: Mapping[str, np.ndarray] = field(default_factory=dict)
+    recut: bool = False
+
+    @property
+    def values(self) -> Mapping[str, np.ndarray]:
+        """The values (n,) that are known, wherever they come from."""
+        return self.probes or self.read
 
     @cached_property
     def scored(self) -> np.ndarray:
@@ -209,13 +218,9 @@ class ColumnIndex:
     def columns(self) -> list[str]:
         return ["sqsd_risk", "sqsd_status", "sqsd_reason", *(SCORE_PREFIX + name for name in self._values)]
 
-    @property
-    def values(self) -> dict[str, np.ndarray]:
-        """The values (n,) by their names, NaN where there is none."""
-        return {name: np.array(column, np.float64) for name, column in self._values.items()}
-
     def scored(self, corpus: Corpus, groups: Groups | None = None, form: RowFormat | None = None) -> Scored:
         codes, risk = np.frombuffer(bytes(self._codes), np.uint8), np.array(self._risk, dtype=np.float64)
         counts: ScoreCounts = {"scored": 0, "reused": int(((codes == 0) & np.isfinite(risk)).sum()), "duplicates": 0}
         tokens = np.zeros(len(codes), np.int64)
-        return Scored(corpus, form, self._statuses, codes, {}, risk, tokens, counts, self._details, groups)
+        read = {name: np.array(column, np.float64) for name, column in self._values.items()}
+        return Scored(corpus, form, self._statuses, codes, {}, risk, tokens, counts, self._details, groups, read=read)

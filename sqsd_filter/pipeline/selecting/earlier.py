@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sqsd_filter.pipeline.stage.shards import Index
 from sqsd_filter.pipeline.writing.destination import input_specs, read_report, read_run
 from sqsd_filter.progress import Progress
 from sqsd_filter.scoring.pack import OWN_RISK
+from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.storage.layout import holds_run, home_beside, home_in
 
 
@@ -30,8 +31,7 @@ class Earlier:
 
     `identity` is different for other rows or scores; `facts` are for the report. `keys` (n,) S16 are the keys of the
     conversations, zero where a row has none. `pack` is what is known of the pack, `scoring` the settings of its scorer,
-    `form` the format in which rows were read, or are read for the keys, and `values` (n,) those of the columns of a
-    file with several risks.
+    and `form` the format in which rows were read, or are read for the keys.
     """
 
     where: str
@@ -43,29 +43,35 @@ class Earlier:
     pack: PackFacts | None
     form: RowFormat | None
     scoring: Mapping[str, object] | None
-    values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def by_risk(self, name: str) -> Earlier:
-        """The rows with another risk of the pack that the scores have. Raises `UsageError` for one that they don't."""
+        """The rows with another risk of the pack that the scores have. Raises `UsageError` for a risk that they don't
+        have, `InputError` where a column of it is missing."""
         pack = self.pack
-        current = pack.get("risk", OWN_RISK) if pack is not None else None
-        if pack is None:
+        if pack is None or self.facts.get("scorer", SQSD) != SQSD:
             raise UsageError(
-                f"It is not known which risks the scores of {self.where} have: leave out {option('risk')}, or score "
-                "the rows again."
+                f"It is not known which risks the scores of {self.where} have: leave out {option('risk')}, name the "
+                f"pack that gave them with {option('pack')}, or score the rows again."
             )
+        current, others = pack.get("risk", OWN_RISK), pack.get("beside", {})
         if name == current:
             return self
-        others = pack.get("beside", {})
         if name not in others:
-            known = " and ".join([str(current), *others])
+            known = " and ".join([current, *others])
             raise UsageError(
                 f"The scores of {self.where} have no risk '{name}' but {known}: choose one of these, or score the rows "
                 f"with {option('risk')} {name}."
             )
-        values = self.scored.probes or self.values
+        values = self.scored.values
         weights = {value: others[name]["weights"].get(value, 0.0) for value in values}
-        risk = np.sum([weight * values[value] for value, weight in weights.items()], axis=0)
+        used = [value for value, weight in weights.items() if weight]
+        lost = [value for value in used if self.scored.scored.any() and np.isnan(values[value]).all()]
+        if lost or not used:
+            raise InputError(
+                f"The rows of {self.where} have no column sqsd_{lost[0] if lost else name} with the values of the risk "
+                f"'{name}': score them again."
+            )
+        risk = np.sum([weights[value] * values[value] for value in used], axis=0)
         own = RiskFacts(fingerprint=pack["fingerprint"], weights=pack["weights"], shared_state=pack.get("shared_state"))
         beside = {str(current): own, **{each: facts for each, facts in others.items() if each != name}}
         facts: PackFacts = {**pack, **others[name], "weights": weights, "beside": beside}
@@ -76,7 +82,7 @@ class Earlier:
         scoring = {**self.scoring, "pack": facts["fingerprint"]} if self.scoring is not None else None
         return replace(
             self,
-            scored=replace(self.scored, risk=risk, probes=values),
+            scored=replace(self.scored, risk=risk, recut=True),
             identity={**self.identity, "risk": name},
             facts={**self.facts, "pack": facts},
             pack=facts,
@@ -92,6 +98,7 @@ def read_earlier(
     *,
     keyed: bool = False,
     likely: RowFormat | None = None,
+    given_pack: PackFacts | None = None,
 ) -> Earlier:
     """The rows of an earlier run's folder or file, or of scored files.
 
@@ -111,7 +118,7 @@ def read_earlier(
     index = Index(form) if keyed and form is not None else None
     progress.start("reading", None)
     report = read_report(beside) if beside is not None else None
-    pack = report.get("pack") if report else None
+    pack = report.get("pack") if report else given_pack
     scores = ColumnIndex(list(pack["weights"]) if pack and pack.get("beside") else [])
 
     def visit(row: Row) -> None:
@@ -131,7 +138,6 @@ def read_earlier(
         pack,
         form,
         known["scoring"] if known else None,
-        scores.values,
     )
 
 

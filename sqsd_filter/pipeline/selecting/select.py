@@ -16,7 +16,7 @@ from sqsd_filter.corpus.spool import as_it_is, format_of, stored, with_types_of
 from sqsd_filter.errors import InputError, UsageError
 from sqsd_filter.pipeline.meaning import Meaning
 from sqsd_filter.pipeline.selecting.selection import ABOVE_REFERENCE, DROPPED, ERROR, KEPT, Cut, cut_rows
-from sqsd_filter.scoring.pack import load_pack
+from sqsd_filter.scoring.pack import OWN_RISK, load_pack
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -59,7 +59,7 @@ def select(
     cut = Cut.of(drop_top, drop_count, max_risk, keep_lowest, above_reference)
     if cut.kind == ABOVE_REFERENCE:
         cut, risk = _placed(cut, pack, risk)
-    columns = ("sqsd_risk" if risk is None else f"sqsd_{risk}", "sqsd_status")
+    columns = ("sqsd_risk" if risk in (None, OWN_RISK) else f"sqsd_{risk}", "sqsd_status")
     if not isinstance(dataset, dict):
         return _cut([dataset], cut, columns)[0]
     splits: list[Any] = list(dataset.values())

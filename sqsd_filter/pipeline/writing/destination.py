@@ -27,6 +27,12 @@ OF_A_CUT = {"cut", "reference"}  # in run.json: what a cut is made by, which cha
 BASE = "base"  # in run.json, no part of the run's identity: the path from its folder to the one that paths start at
 
 
+def _has_beside(known: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Does the run that is known have the values of the risk that is asked for, beside its own?"""
+    scoring = known.get("scoring", {}), asked.get("scoring", {})
+    return scoring[1].get("pack") in (scoring[0].get("beside") or {}).values()
+
+
 class Destination:
     """Where a run writes. `home` is its folder for run.json, report.json and scores/, `root` the output folder or file.
     If `overwrite` replaces something, both are written beside it until `publish` swaps them."""
@@ -116,7 +122,13 @@ class Destination:
         finished = report is not None and report.get("status") == "ok"
         if finished and differing == {"explain"}:
             return f"{said} explain rows of it with 'sqsd-filter explain {self.target}', which reuses its scores."
-        if finished and differing <= OF_A_CUT and (self.home / "scores").is_dir():
+        has_scores = finished and (self.home / "scores").is_dir()
+        if has_scores and differing <= {*OF_A_CUT, "scoring"} and _has_beside(known, asked):
+            return (
+                f"{said} it has the scores of this cut, too; cut them into another destination with 'sqsd-filter "
+                f"select {self.target} OTHER'."
+            )
+        if has_scores and differing <= OF_A_CUT:
             return (
                 f"{said} cut its scores into another destination with 'sqsd-filter select {self.target} OTHER', or "
                 "replace it with --overwrite, which reuses its scores."

@@ -205,6 +205,7 @@ class Lines:
         new = {name: values.take(pa.array(where)) for name, values in new.items()}
         new |= {ROW: _names(self.chunk, where)} if named else {}
         old = [*self.old_others, *(self.old_scores if self.scored.probes or not self.with_scores else [])]
+        old += [PERCENTILE] if self.scored.recut and PERCENTILE in self.old_scores and PERCENTILE not in old else []
         own = self._lines(where, old)
         if not new:
             return own
@@ -253,8 +254,9 @@ def _spliced(own: list[bytes], members: pa.Table, replaced: Collection[str]) -> 
 
 
 def _scores(scored: Scored, start: int, rows: int) -> dict[str, pa.Array]:
-    """The score columns of rows start, start + 1, ...; none if the input has them already."""
-    return scored.columns(start, start + rows) if scored.probes else {}
+    """The score columns of rows start, start + 1, ... that the input does not have."""
+    columns = scored.columns(start, start + rows)
+    return columns if scored.probes else {"sqsd_risk": columns["sqsd_risk"]} if scored.recut else {}
 
 
 def _added(percentile: np.ndarray | None, row_weights: np.ndarray | None) -> Added:
@@ -277,6 +279,11 @@ def _with_scores(scored: Scored, start: int, table: pa.Table, added: Added) -> p
     """Rows start, start + 1, ... with score columns and the added ones, in place of those of an earlier run."""
     earlier, others = _earlier_columns(table.schema)
     columns = {**_scores(scored, start, table.num_rows), **_columns(added, start, table.num_rows)}
+    if scored.recut and not scored.probes:  # scores are adjacent, from the risk to the status
+        risk = columns.pop("sqsd_risk")
+        metadata = _features(table.schema, lambda features: features.update(sqsd_risk=feature(risk.type)))
+        table = table.set_column(table.column_names.index("sqsd_risk"), "sqsd_risk", risk)
+        table = _without(table.replace_schema_metadata(metadata), [name for name in earlier if name == PERCENTILE])
     table = _with_columns(_without(table, [*earlier, *others] if scored.probes else others), columns)
     metadata = dict(table.schema.metadata or {})
     if scored.probes:
