@@ -20,10 +20,11 @@ from sqsd_filter.errors import PackError, UsageError
 from sqsd_filter.pipeline.check import check_pack
 from sqsd_filter.pipeline.stage.replica import pack_files_of
 from sqsd_filter.scoring.baselines import make_scorer
+from sqsd_filter.scoring.linear_probe import save_weights
 from sqsd_filter.scoring.pack import PACK_FILE, load_pack
 from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.commands import exit_code
-from tests.corpora import content, make_rows, read_report, rows_of, write_jsonl
+from tests.corpora import make_rows, read_report, rows_of, write_jsonl
 from tests.scoring.test_linear_probe import with_probe
 from tests.tiny import ARCHITECTURES, CONVERSATIONS
 
@@ -106,10 +107,12 @@ def test_scored_rows_are_cut_by_either_risk_without_a_model(probed: Path, capsys
     run("in.jsonl", "out", "--drop-count", 2, "--pack", probed)
     run("in.jsonl", "asked", "--drop-count", 3, "--pack", probed, "--risk", "unsafe")
     expected = sorted(row["id"] for row in rows_of(Path("asked"), "dropped"))
-    for source in ("scores.parquet", "out"):
-        run("select", source, f"by-{source}", "--risk", "unsafe", "--drop-count", 3)
-        assert sorted(row["id"] for row in rows_of(Path(f"by-{source}"), "dropped")) == expected
-        report = read_report(Path(f"by-{source}"))
+    for source, dest in (("scores.parquet", Path("of-a-file")), ("out", Path("of-a-run"))):
+        run("select", source, dest, "--risk", "unsafe", "--drop-count", 3)
+        rows = [*rows_of(dest, "kept"), *rows_of(dest, "dropped")]
+        assert all(row["sqsd_risk"] == row["sqsd_unsafe"] for row in rows)
+        assert sorted(row["id"] for row in rows_of(dest, "dropped")) == expected
+        report = read_report(dest)
         assert report["pack"]["risk"] == "unsafe"
         assert report["pack"]["fingerprint"] == load_pack(probed).with_risk("unsafe").fingerprint
         assert report["reference"]["benign"]["rows"] == 40
@@ -123,6 +126,68 @@ def test_scored_rows_are_cut_by_either_risk_without_a_model(probed: Path, capsys
     assert "have no risk 'harm' but sqsd and unsafe" in capsys.readouterr().err
 
 
+def test_a_cut_by_the_probe_keeps_what_a_scored_file_has(probed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("score", "in.jsonl", "scores.parquet", "--pack", probed, "--per-module")
+    before = pq.read_table("scores.parquet").to_pylist()
+    run("select", "scores.parquet", "out", "--above-reference", "90%")
+    assert "of the risk sqsd" not in capsys.readouterr().out  # it has no reference
+    after = {row["id"]: row for row in [*rows_of(Path("out"), "kept"), *rows_of(Path("out"), "dropped")]}
+    assert len(after) == 12
+    for row in before:
+        same = after[row["id"]]
+        assert same["sqsd_risk"] == row["sqsd_unsafe"]
+        assert list(same)[: len(row)] == list(row)
+        assert {**row, "sqsd_risk": 0} == {name: same[name] for name in row} | {"sqsd_risk": 0}
+    run("select", "scores.parquet", "own", "--drop-count", 2)
+    assert "lie above the benign 95 % of the risk unsafe" in capsys.readouterr().out
+
+
+def test_scored_files_without_what_was_left_beside_are_cut_with_the_pack(
+    probed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("score", "in.jsonl", "scores.parquet", "--pack", probed)
+    table = pq.read_table("scores.parquet")
+    pq.write_table(table.slice(0, 6), "a.parquet")
+    pq.write_table(table.slice(6), "b.parquet")
+    run("select", "a.parquet", "b.parquet", "out", "--above-reference", "90%", "--pack", probed)
+    level = read_report(Path("out"))["reference"]["threshold"]
+    assert read_report(Path("out"))["rows"]["dropped"] == sum(risk > level for risk in table["sqsd_unsafe"].to_pylist())
+    pq.write_table(table.drop(["sqsd_danger"]), "fewer.parquet")
+    run("select", "fewer.parquet", "fewer", "--risk", "unsafe", "--drop-count", 3, "--pack", probed)
+    assert read_report(Path("fewer"))["rows"]["dropped"] == 3
+    pq.write_table(table.drop(["sqsd_unsafe"]), "none.parquet")
+    assert exit_code("select", "none.parquet", "o", "--risk", "unsafe", "--drop-count", "3", "--pack", str(probed)) == 3
+    assert "have no column sqsd_unsafe with the values of the risk 'unsafe'" in capsys.readouterr().err
+
+
+def test_another_scorer_has_no_risk_of_the_pack(probed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("score", "in.jsonl", "length.parquet", "--pack", probed, "--scorer", "length")
+    assert exit_code("select", "length.parquet", "out", "--risk", "sqsd", "--drop-count", "3") == 2
+    assert "It is not known which risks the scores of length.parquet have" in capsys.readouterr().err
+
+
+def test_a_finished_run_that_has_the_scores_of_a_cut_points_to_select(
+    probed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("in.jsonl", "out", "--drop-count", 2, "--pack", probed)
+    assert exit_code("in.jsonl", "out", "--above-reference", "90%", "--pack", str(probed)) == 5
+    assert "cut them into another destination with 'sqsd-filter select out OTHER'" in capsys.readouterr().err
+
+
+def test_a_dry_run_times_what_the_cut_takes(probed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for cut, passes in (("--above-reference=90%", 1), ("--drop-count=2", 3)):
+        run("in.jsonl", "out", cut, "--pack", probed, "--dry-run", "--json")
+        assert json.loads(capsys.readouterr().out)["passes"] == passes
+
+
+def test_figures_beside_are_of_the_probe_that_gave_the_values(probed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("in.jsonl", "out", "--drop-count", 2, "--pack", probed)
+    assert "of the risk unsafe" in capsys.readouterr().out
+    save_weights(probed / "unsafe", np.ones((2, 2, 64)), 0.0)
+    run("select", "out", "again", "--drop-count", 3)
+    assert "of the risk unsafe" not in capsys.readouterr().out
+
+
 def test_datasets_are_cut_by_either_column(probed: Path) -> None:
     rows = Dataset.from_list(make_rows(12))
     scored = rows.map(SQSDScorer(probed), batched=True, batch_size=5)
@@ -133,14 +198,18 @@ def test_datasets_are_cut_by_either_column(probed: Path) -> None:
     level = json.loads((probed / PACK_FILE).read_text())["risks"]["unsafe"]["reference"]["corpora"][0]["risks"][35]
     _, above, _ = select(scored, above_reference="90%", pack=probed)
     assert len(above) == (values > level).sum()
+    _, own, _ = select(scored, drop_count=3, risk="sqsd")
+    assert own["id"][:] == select(scored, drop_count=3)[1]["id"][:]
     with pytest.raises(UsageError, match="no reference rows"):
         select(scored, above_reference="90%", pack=probed, risk="sqsd")
 
 
 def test_two_replicas_give_the_same_bytes(probed: Path) -> None:
+    for where in ("here", "there"):
+        Path(where).mkdir()
     run("in.jsonl", "here/out", "--drop-count", 2, "--pack", probed)
     run("in.jsonl", "there/out", "--drop-count", 2, "--pack", probed, "--engine", "ray", "--replicas", 2)
-    here, there = (content(Path(where) / "out" / "data") for where in ("here", "there"))
+    here, there = ([p.read_bytes() for p in Path(where).glob("out/data/*")] for where in ("here", "there"))
     assert here == there
     assert len(here) == 1
 
