@@ -103,7 +103,7 @@ class Folder:
             with self._fs.open_output_stream(path) as sink:
                 sink.write(content.getbuffer())
             if not direct:
-                self._fs.move(path, self.path(name))
+                move_over(self._fs, path, self.path(name))
 
     @contextmanager
     def _as_os_errors(self) -> Iterator[None]:
@@ -148,6 +148,22 @@ def _connect(url: str) -> _Connection:
     except Exception as problem:  # whatever the service's library raises
         raise _unreachable(url, problem) from problem
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), root, filesystem.invalidate_cache
+
+
+def move_over(filesystem: fs.FileSystem, path: str, target: str) -> None:
+    """Give a file another name, in place of a file that has it. Raises `OSError` where it isn't there afterwards."""
+    if isinstance(filesystem, fs.LocalFileSystem):
+        filesystem.move(path, target)
+        return
+    if filesystem.get_file_info(target).type == fs.FileType.File:
+        filesystem.delete_file(target)  # many servers don't rename onto a file, and not all of them say so
+    if isinstance(filesystem, fs.PyFileSystem):
+        # not `filesystem.move`, which passes options that not every kind of file system has
+        filesystem.handler.fs.mv(path, target)
+    else:
+        filesystem.move(path, target)
+    if filesystem.get_file_info(target).type != fs.FileType.File:
+        raise OSError(f"{path} was not renamed to {target}")
 
 
 def _unreachable(url: str, problem: BaseException) -> InputError:

@@ -15,7 +15,7 @@ from pyarrow import fs
 from sqsd_filter.errors import DestinationExists, SQSDError, first_line
 from sqsd_filter.pipeline.publishing.target import MARKER, MARKER_FILE, REPORT, Finished, Marker, judge, marker
 from sqsd_filter.pipeline.report import FinishedReport, Published
-from sqsd_filter.storage.folder import OBJECT_STORES, TEMPORARY, connect
+from sqsd_filter.storage.folder import OBJECT_STORES, TEMPORARY, connect, move_over
 from sqsd_filter.storage.layout import BESIDE, ITSELF, REPORT_FILE, stored_path
 from sqsd_filter.storage.retries import with_retries
 
@@ -104,10 +104,11 @@ class Bucket:
         return self._with_retries(read)
 
     def write(self, name: str, content: bytes | Path) -> None:
+        """Write a file. One that is the destination appears under its name when all of it is there."""
         path = self._path(name)
         folder, _, last = path.rpartition("/")
-        at_once = self.url.partition("://")[0] in OBJECT_STORES
-        written = path if at_once else f"{folder}/.{last}{TEMPORARY}"
+        in_place = name != ITSELF or self.url.partition("://")[0] in OBJECT_STORES
+        written = path if in_place else f"{folder}/.{last}{TEMPORARY}"
 
         def write() -> None:
             self._fs.create_dir(folder, recursive=True)
@@ -117,8 +118,8 @@ class Bucket:
                 else:
                     with content.open("rb") as source:
                         shutil.copyfileobj(source, sink, 1 << 22)
-            if not at_once:
-                self._fs.move(written, path)
+            if not in_place:
+                move_over(self._fs, written, path)
 
         self._with_retries(write)
 

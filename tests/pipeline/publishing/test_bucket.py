@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import fs
 
 from sqsd_filter.corpus.addresses import Opener
@@ -22,6 +23,7 @@ from sqsd_filter.errors import DestinationExists, SQSDError, UsageError
 from sqsd_filter.pipeline.publishing.bucket import Bucket
 from sqsd_filter.pipeline.publishing.target import MARKER, Finished
 from sqsd_filter.pipeline.report import FinishedReport
+from sqsd_filter.storage.layout import ITSELF
 
 FILES = {
     "README.md": b"card",
@@ -122,6 +124,59 @@ def test_what_others_put_beside_a_run_stays_there(url: str, tmp_path: Path) -> N
     Bucket(url).write("notes.txt", b"theirs")
     Bucket(url).publish(run)
     assert set(content(url)) == {*FILES, MARKER, "notes.txt"}
+
+
+class Plain(MemoryFileSystem):  # type: ignore[misc]  # fsspec is not typed
+    """A server whose rename takes two names and no options, and refuses a name that is taken: silently or not."""
+
+    protocol = "plain"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    silent = False
+    moved: ClassVar[list[str]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("plain://").strip("/")
+
+    def mv(self, old: str, new: str) -> None:
+        self.moved.append(new)
+        if not self.exists(new):
+            super().mv(old, new)
+        elif not self.silent:
+            raise FileExistsError(new)
+
+
+@pytest.fixture(params=[False, True], ids=["raises", "silent"])
+def plain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in (("store", {}), ("pseudo_dirs", [""]), ("moved", []), ("silent", request.param)):
+        monkeypatch.setattr(Plain, name, value)
+    monkeypatch.setattr("sqsd_filter.storage.retries.FIRST_WAIT", 0.0)
+    fsspec.register_implementation("plain", Plain, clobber=True)
+    return "plain://bucket/out"
+
+
+def test_a_folder_is_written_in_place_where_renaming_is_not_to_be_relied_on(plain: str, tmp_path: Path) -> None:
+    Bucket(plain).publish(finished(tmp_path / "a"))
+    Bucket(plain, overwrite=True).publish(finished(tmp_path / "b", "two", {**FILES, "README.md": b"CARD"}))
+    assert set(content(plain)) == {*FILES, MARKER}
+    assert content(plain)["README.md"] == b"CARD"
+    assert Plain.moved == []
+
+
+def test_the_file_that_is_the_destination_takes_the_place_of_another_by_renaming(plain: str) -> None:
+    url = f"{plain}.jsonl"
+    for rows in (b"old", b"new rows"):
+        Bucket(url, is_file=True).write(ITSELF, rows)
+        assert Bucket(url, is_file=True).read(ITSELF) == rows
+    assert list(Plain.store) == ["/bucket/out.jsonl"]
+    assert Plain.moved == ["/bucket/out.jsonl"] * 2
+
+
+def test_a_rename_that_does_nothing_is_noticed(plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Plain, "mv", lambda *_: None)
+    with pytest.raises(SQSDError, match=r"can't be written .*out\.jsonl\.tmp was not renamed to /bucket/out\.jsonl"):
+        Bucket(f"{plain}.jsonl", is_file=True).write(ITSELF, b"rows")
 
 
 @pytest.mark.parametrize("stored", [b"[1]", b"{", b'{"run": "one"}'])
