@@ -15,7 +15,7 @@ from sqsd_filter.pipeline.selecting.policy import Policy
 from sqsd_filter.pipeline.selecting.selection import ABOVE_REFERENCE, Cut
 from sqsd_filter.pipeline.stage.engines import Engine
 from sqsd_filter.pipeline.writing.one_file import FileForm
-from sqsd_filter.pipeline.writing.writers import JSON_AS, SHARD_SIZE, Output
+from sqsd_filter.pipeline.writing.writers import JSON_AS, SHARD_SIZE, Output, bytes_of, check_json_as
 from sqsd_filter.scoring.scorer import SQSD, BatchedScorer, SQSDScorer
 
 if TYPE_CHECKING:
@@ -107,6 +107,9 @@ class Writing:
         Policy.of(self.on_error, "100%")
         if self.to is not None:
             self.output(None)
+        else:  # the destination's name will say the format, and what fits it
+            check_json_as(self.json_as)
+            bytes_of(self.shard_size)
 
     def output(self, form: FileForm | None) -> Output:
         """How rows are written to a file of this form, or to a folder. Raises `UsageError`."""

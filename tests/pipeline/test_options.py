@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from sqsd_filter import Cut, Scoring, score_dataset, select_dataset
+from sqsd_filter import Cut, Scoring, Writing, score_dataset, select_dataset
 from sqsd_filter.errors import UsageError
 
 
@@ -26,3 +27,21 @@ from sqsd_filter.errors import UsageError
 def test_another_thing_in_the_place_of_an_option_is_a_usage_error(call: Callable[[], object], sentence: str) -> None:
     with pytest.raises(UsageError, match=re.escape(sentence)):
         call()
+
+
+@pytest.mark.parametrize("to", [None, "parquet", "jsonl"])
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"json_as": "bogus"}, "can be written as json or text, not 'bogus'."),
+        ({"shard_size": "xyz"}, "'xyz' is not a file size: write it like 100MB or 1GB."),
+        ({"shard_size": 0}, "'0' is not a file size"),
+        ({"on_error": "bogus"}, "bogus"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_in_any_format_is_refused_without_one(
+    to: str | None, options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(sentence)):
+        Writing(to=to, **options)

@@ -77,13 +77,18 @@ class ParquetWriter(FileWriter[pa.Table]):
 
     @staticmethod
     def holds(kind: pa.DataType) -> bool:
-        try:
-            pq.write_table(pa.table({"column": pa.nulls(1, kind)}), pa.BufferOutputStream())
-        except pa.ArrowInvalid:
-            pass  # parquet holds the type; the type holds no null
-        except (NotImplementedError, OSError):
-            return False
-        return _datasets_reads(kind)
+        return parquet_holds(kind) and _datasets_reads(kind)
+
+
+def parquet_holds(kind: pa.DataType) -> bool:
+    """Can a parquet file hold a column of this type?"""
+    try:
+        pq.write_table(pa.table({"column": pa.nulls(1, kind)}), pa.BufferOutputStream())
+    except pa.ArrowInvalid:
+        pass  # parquet holds the type; the type holds no null
+    except (NotImplementedError, OSError):
+        return False
+    return True
 
 
 def _datasets_reads(kind: pa.DataType) -> bool:
@@ -172,6 +177,26 @@ JSON_AS = ("json", "text")  # how values without a common type are written
 OF_LINES = ("jsonl", "json")  # formats that are made of the input's own lines
 
 
+def bytes_of(shard_size: str | int) -> int:
+    """A file size in bytes. Raises `UsageError`."""
+    from datasets.utils.py_utils import convert_file_size_to_int
+
+    try:
+        # in capitals, since a small b would mean bits
+        size = int(convert_file_size_to_int(shard_size.upper() if isinstance(shard_size, str) else shard_size))
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise UsageError(f"'{shard_size}' is not a file size: write it like 100MB or 1GB.")
+    return size
+
+
+def check_json_as(json_as: str) -> None:
+    """Raise `UsageError` for another value than those of `JSON_AS`."""
+    if json_as not in JSON_AS:
+        raise UsageError(f"Values without a common type can be written as {' or '.join(JSON_AS)}, not '{json_as}'.")
+
+
 @dataclass(frozen=True)
 class Output:
     """How rows are written: `to` is one of `FORMATS`, `shard_size` in bytes, `with_scores` only for lines of JSON.
@@ -213,19 +238,10 @@ class Output:
             raise UsageError(
                 f"{to} files always hold scores: leave out {option('with_scores')}, which is for jsonl and json."
             )
-        if json_as not in JSON_AS:
-            raise UsageError(f"Values without a common type can be written as {' or '.join(JSON_AS)}, not '{json_as}'.")
+        check_json_as(json_as)
         if json_as != JSON_AS[0] and to in OF_LINES:
             raise UsageError(f"{to} holds every value as it is: leave out {option('json_as')}, or use --to parquet.")
-        from datasets.utils.py_utils import convert_file_size_to_int
-
-        try:
-            # in capitals, since a small b would mean bits
-            size = convert_file_size_to_int(shard_size.upper() if isinstance(shard_size, str) else shard_size)
-        except ValueError:
-            size = 0
-        if size < 1:
-            raise UsageError(f"'{shard_size}' is not a file size: write it like 100MB or 1GB.")
+        size = bytes_of(shard_size)
         return cls(to, size, with_scores, rows_column, json_as, form.compression if form is not None else "")
 
     def identity(self) -> dict[str, object]:
@@ -256,6 +272,11 @@ class Output:
         """A writer of this one file."""
         begin: Callable[..., FileWriter[Any]] = FORMATS[self.to]
         return ShardedWriter(partial(begin, compression=self.compression) if self.compression else begin, path, ITSELF)
+
+
+def temporary_of(path: Path, number: int = 0) -> Path:
+    """Where the numbered file of this path is written, until it is whole."""
+    return path.with_name(f".{path.name}-{number:05d}{TEMPORARY}")
 
 
 class ShardedWriter(Generic[Batch]):
@@ -332,7 +353,7 @@ class ShardedWriter(Generic[Batch]):
     def _begin(self, first: Batch) -> None:
         self._close()
         target = self._root / self._stem
-        temporary = target.with_name(f".{target.name}-{len(self._temporaries):05d}{TEMPORARY}")
+        temporary = temporary_of(target, len(self._temporaries))
         self._temporaries.append(temporary)
         self._rows.append(0)
         self._open = self._new_file(temporary, first)
