@@ -244,6 +244,8 @@ def _values(chunk: Chunk, rows: Sequence[int], form: RowFormat | None) -> Iterab
         table = _bare(chunk.table)
     else:
         table = chunk.table.select([name for name in form.columns if name in chunk.table.column_names])
+    if not table.num_columns:
+        return [{} for _ in rows]
     return to_rows(table.take(np.array(rows, np.int64) - chunk.start))
 
 

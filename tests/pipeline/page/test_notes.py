@@ -130,3 +130,10 @@ def test_the_heat_map_has_the_plain_means(tmp_path: Path, monkeypatch: pytest.Mo
     exact = cosines.astype(np.float64)
     assert means["all"] == pytest.approx(np.nanmean(exact, axis=0))
     assert means["riskiest"] == pytest.approx(exact[-4:].mean(axis=0))
+
+
+@pytest.mark.parametrize("form", [None, RowFormat("alpaca", prompt="instruction", answer="output")])
+def test_rows_with_nothing_but_scores_are_shown_empty(tmp_path: Path, form: RowFormat | None) -> None:
+    rows = [{"sqsd_risk": 0.5, "sqsd_status": "scored"}, {"sqsd_risk": 0.7, "sqsd_status": "scored"}]
+    _, taken = noted(tmp_path, rows, form=form, drop_count=1)
+    assert [(row["row"], row["prompt"]["text"]) for row in taken["riskiest"]] == [(1, "{}"), (0, "{}")]
