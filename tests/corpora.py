@@ -17,9 +17,10 @@ from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.pipeline.report import Config
 from sqsd_filter.pipeline.scores.scored import ScoreCounts, Scored
 from sqsd_filter.pipeline.selecting.selection import ERROR, Selection
-from sqsd_filter.pipeline.writing.export import FOLDERS
 
 BIG = 2**70
+# Where the rows of each config are in an output folder.
+FOLDERS: dict[Config, str] = {"kept": "data", "dropped": "_sqsd/dropped", "errors": "_sqsd/errors"}
 # Rows with values that are easily changed on their way, and the same among lines that get no score, for REASONS.
 VALUES: list[dict[str, Any]] = [
     {

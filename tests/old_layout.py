@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sqsd_filter.pipeline.writing.export import FOLDERS
+from tests.corpora import FOLDERS
 
 NAMES = {  # of today, and those of earlier versions
     "_sqsd/dropped/train-": "data/dropped-",

@@ -18,12 +18,10 @@ from sqsd_filter.pipeline.selecting.policy import Policy
 from sqsd_filter.pipeline.selecting.selection import Cut, cut_rows
 from sqsd_filter.pipeline.summary import summarise
 from sqsd_filter.pipeline.writing.card import CARD_FILE, PICTURE_FILE
-from sqsd_filter.pipeline.writing.export import check_columns, export_scored, export_splits
+from sqsd_filter.pipeline.writing.export import check_columns, check_scorable_columns, export_scored, export_splits
 from sqsd_filter.pipeline.writing.writers import Output
 from sqsd_filter.progress import Progress
 from sqsd_filter.storage.layout import Layout
-
-PARQUET = Output("parquet", shard_size=1, with_scores=False)
 
 
 class Export(Protocol):
@@ -105,7 +103,7 @@ class AllRows:
         return self.meaning.identity(None, percentile=self.percentile)
 
     def check(self, corpus: Corpus) -> None:
-        check_columns(corpus, PARQUET)
+        check_scorable_columns(corpus)
 
     def write(self, scored: Scored, layout: Layout, progress: Progress) -> tuple[RunContent, Notes]:
         self.policy.check(scored)

@@ -20,7 +20,7 @@ from sqsd_filter.pipeline.selecting.selection import PieceKey
 from sqsd_filter.progress import PhaseFigures
 from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.storage.folder import write_text
-from sqsd_filter.storage.layout import HOME, ITSELF, old_saved_splits
+from sqsd_filter.storage.layout import ITSELF, old_saved_splits
 
 Config = Literal["kept", "dropped", "errors"]  # the datasets' word for one of the tables that a run writes
 CONFIGS: tuple[Config, ...] = ("kept", "dropped", "errors")
@@ -384,11 +384,6 @@ def write_report(path: Path, report: Mapping[str, object]) -> None:
 def is_one_file(report: RunContent) -> bool:
     """Is the destination one file with rows?"""
     return any(file["path"] == ITSELF for file in report["files"])
-
-
-def own_path(report: RunContent, name: str) -> str:
-    """The path, for the card, of one of the run's own files."""
-    return name if is_one_file(report) else f"{HOME}/{name}"
 
 
 def load_calls(report: RunContent, where: str, beside: str | None = None) -> dict[Config, str]:

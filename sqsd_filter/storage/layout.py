@@ -45,10 +45,6 @@ class Layout:
     root: Path
     home: Path
 
-    @classmethod
-    def of_folder(cls, root: Path) -> Layout:
-        return cls(root, root / HOME)
-
     @property
     def is_file(self) -> bool:
         return self.home.parent != self.root
@@ -64,7 +60,7 @@ class Layout:
 
     def own(self, name: str) -> str:
         """The path in the report of one of the run's own files."""
-        return name if self.is_file else f"{HOME}/{name}"
+        return own_path(name, in_file=self.is_file)
 
 
 def home_in(folder: Path) -> Path:
@@ -109,9 +105,14 @@ def old_saved_splits(paths: Iterable[str]) -> list[str]:
     return [top for top in tops if top not in (DATA, HOME)]
 
 
+def own_path(name: str, *, in_file: bool = False) -> str:
+    """The path in the report of one of a run's own files; `in_file` where the output is one file."""
+    return name if in_file else f"{HOME}/{name}"
+
+
 def own_paths(name: str) -> tuple[str, str]:
     """The paths in an output at which one of the run's own files may be, that of today first."""
-    return f"{HOME}/{name}", f"{_OLD_HOME}/{name}"
+    return own_path(name), f"{_OLD_HOME}/{name}"
 
 
 def stored_path(name: str, names: Collection[str]) -> str:

@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sqsd_filter import make_scorer
-from sqsd_filter.pipeline.writing.export import FOLDERS
-from tests.corpora import read_report, rows_of, write_jsonl
+from tests.corpora import FOLDERS, read_report, rows_of, write_jsonl
 from tests.tiny import chat
 from tests.tiny_judges import QUESTION, make_guard, make_judge
 

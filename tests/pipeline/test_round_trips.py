@@ -22,8 +22,7 @@ from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.forecast import estimate
 from sqsd_filter.pipeline.job import stage_of
 from sqsd_filter.pipeline.writing.destination import lock_run
-from sqsd_filter.pipeline.writing.export import FOLDERS
-from tests.corpora import make_rows, unnamed, write_jsonl
+from tests.corpora import FOLDERS, make_rows, unnamed, write_jsonl
 from tests.hub import Hub
 
 datasets.disable_progress_bars()

@@ -14,9 +14,9 @@ from sqsd_filter.corpus.repositories import HUB
 from sqsd_filter.errors import SQSDError, UsageError, first_line
 from sqsd_filter.pipeline.publishing.target import MARKER, MARKER_FILE, REPORT, Finished, Marker, judge, marker
 from sqsd_filter.pipeline.report import CONFIGS, Config, FinishedReport, Published
-from sqsd_filter.pipeline.writing.export import REASONS
+from sqsd_filter.pipeline.writing.export import REASONS_FILE
 from sqsd_filter.pipeline.writing.writers import SAVED_DATASET
-from sqsd_filter.storage.layout import REPORT_FILE, own_paths, stored_path
+from sqsd_filter.storage.layout import REPORT_FILE, own_path, own_paths, stored_path
 from sqsd_filter.storage.retries import with_retries
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ class PushTo:
     def _content(self, finished: Finished, rows: Sequence[Config]) -> dict[str, bytes | Path]:
         """The files to commit: the rows to push, and a card and a report that name no other files and no paths."""
         withheld = {file["path"] for file in finished.report["files"] if file["config"] not in rows}
-        withheld |= set() if "errors" in rows else {REASONS}
+        withheld |= set() if "errors" in rows else {own_path(REASONS_FILE)}
         withheld |= {name for name in finished.report["extra_files"] if name.endswith(SAVED_DATASET)}
         report: FinishedReport = {
             **finished.report,

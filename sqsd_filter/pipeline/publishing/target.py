@@ -11,11 +11,11 @@ from typing import Protocol, TypedDict, cast
 
 from sqsd_filter.errors import DestinationExists
 from sqsd_filter.pipeline.report import FinishedReport, Published, Report
-from sqsd_filter.storage.layout import HOME, ITSELF, REPORT_FILE
+from sqsd_filter.storage.layout import ITSELF, REPORT_FILE, own_path
 
 MARKER_FILE = "published.json"
-MARKER = f"{HOME}/{MARKER_FILE}"
-REPORT = f"{HOME}/{REPORT_FILE}"
+MARKER = own_path(MARKER_FILE)
+REPORT = own_path(REPORT_FILE)
 
 
 class Marker(TypedDict, total=False):

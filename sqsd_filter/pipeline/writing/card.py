@@ -28,7 +28,6 @@ from sqsd_filter.pipeline.report import (
     is_sqsd,
     load_calls,
     low_risk,
-    own_path,
     scorers,
 )
 from sqsd_filter.pipeline.rules import CONSENSUS
@@ -39,7 +38,7 @@ from sqsd_filter.pipeline.writing.originals import Original, carried_over
 from sqsd_filter.pipeline.writing.writers import OF_LINES
 from sqsd_filter.scoring.scorer import SQSD
 from sqsd_filter.storage.folder import write_text
-from sqsd_filter.storage.layout import ITSELF, REPORT_FILE
+from sqsd_filter.storage.layout import ITSELF, REPORT_FILE, own_path
 from sqsd_filter.wording import many
 
 CARD_FILE = "README.md"
@@ -180,7 +179,7 @@ update that this row alone would cause points along a danger direction than alon
 
 {risk} {measured}
 
-![Histogram of the risk: {alt}]({own_path(report, PICTURE_FILE)})"""
+![Histogram of the risk: {alt}]({_own_path(report, PICTURE_FILE)})"""
 
 
 def _pack(pack: PackFacts) -> str:
@@ -324,7 +323,7 @@ def _lines(report: Report) -> str:
             words += " A line in `errors` that is not JSON is text in `sqsd_raw`."
         else:
             words += " It fails if a line in `errors` is not JSON."
-        words += f" `{own_path(report, REASONS_FILE)}` has the file, line, status and reason of each line in `errors`."
+        words += f" `{_own_path(report, REASONS_FILE)}` has the file, line, status and reason of each line in `errors`."
     return words
 
 
@@ -377,9 +376,13 @@ def _origin(report: Report, sources: Sequence[Original]) -> str:
         parts.append(f"Filtered before by this tool: {ours}. Of its card, only the cards of its own sources are below.")
     if command := report.get("command"):
         parts += ["The command:", fenced(shlex.join(command), "sh")]
-    own = f"`{own_path(report, REPORT_FILE)}`"
+    own = f"`{_own_path(report, REPORT_FILE)}`"
     parts.append(f"{own} holds the settings, the inputs with their hashes, and the versions of the run.")
     return "\n\n".join(parts)
+
+
+def _own_path(report: Report, name: str) -> str:
+    return own_path(name, in_file=is_one_file(report))
 
 
 def _dataset(dataset: HubDataset) -> str:

@@ -14,6 +14,7 @@ from typing import IO, Any, cast
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
 from sqsd_filter.pipeline.report import FinishedReport, WrittenFile
 from sqsd_filter.pipeline.writing.export import REASONS_FILE
+from sqsd_filter.pipeline.writing.writers import temporary_of
 from sqsd_filter.storage.folder import TEMPORARY, sweep, write_text
 from sqsd_filter.storage.layout import REPORT_FILE, RUN_FILE, Layout, home_beside, is_beside, is_old, modernise
 from sqsd_filter.storage.locks import take_lock
@@ -102,6 +103,11 @@ class Destination:
             self.home = self._home_of(self.root)
         with self._access():
             self._take_lock()
+            if (
+                self.layout.is_file
+            ):  # what a killed run wrote in a folder that is the user's, so nothing else goes there
+                for rows in {self.target, self.root}:
+                    temporary_of(rows).unlink(missing_ok=True)
             if self.replaces and read_run(self.home) != asked:
                 self._clear()
             if self.finished() and not (to_publish and is_old(self.root, self.home)):

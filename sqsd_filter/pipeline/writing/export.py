@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from sqsd_filter.corpus.json_schema import feature, json_columns
 from sqsd_filter.corpus.json_text import json_as_text, json_features
 from sqsd_filter.corpus.sources import Chunk, Corpus
-from sqsd_filter.errors import SQSDError
+from sqsd_filter.errors import InputError, SQSDError
 from sqsd_filter.pipeline.report import Config, Written, WrittenFile
 from sqsd_filter.pipeline.scores.scored import SCORE_PREFIX, Scored
 from sqsd_filter.pipeline.selecting.selection import DROPPED, ERROR, KEPT, Selection
@@ -27,14 +27,13 @@ from sqsd_filter.pipeline.writing.writers import (
     ParquetWriter,
     ShardedWriter,
     describe,
+    parquet_holds,
 )
 from sqsd_filter.progress import Progress
-from sqsd_filter.storage.layout import DATA, HOME, ITSELF, Layout
+from sqsd_filter.storage.layout import DATA, ITSELF, Layout
 
 FATES: dict[Config, int] = {"kept": KEPT, "dropped": DROPPED, "errors": ERROR}  # of the rows in each config
-FOLDERS: dict[Config, str] = {"kept": DATA, "dropped": f"{HOME}/dropped", "errors": f"{HOME}/errors"}
 REASONS_FILE = "reasons.jsonl"  # among a run's own files: why each line in errors has no score
-REASONS = f"{HOME}/{REASONS_FILE}"
 
 RAW = "sqsd_raw"  # the bytes of a line that could not be read as a row
 ORIGIN = {"sqsd_reason": pa.string(), "sqsd_file": pa.string(), "sqsd_line": pa.int64(), RAW: pa.binary()}
@@ -52,9 +51,38 @@ def _look_away(_: Chunk) -> None:
 
 
 def check_columns(corpus: Corpus, output: Output) -> None:
-    """Raise `InputError` where the rows have a column that the output format can't hold."""
-    scores, origin = _earlier_columns(corpus.schema)
-    output.check(pa.schema([field for field in corpus.schema if field.name not in (*scores, *origin)]))
+    """Raise `InputError` where the rows have a column that the output format can't hold, or one that `ROW` would
+    replace."""
+    own = _own_fields(corpus.schema)
+    for field in own:
+        if field.name == ROW and not _is_text(field.type):
+            raise InputError(
+                f"Column {ROW!r} holds {field.type}, and the file and line of a row are written to a column of this "
+                "name: rename yours."
+            )
+    output.check(pa.schema(own))
+
+
+def check_scorable_columns(corpus: Corpus) -> None:
+    """Raise `InputError` where the rows have a column that the one parquet file with all scores can't hold."""
+    for field in _own_fields(corpus.schema):
+        if not parquet_holds(field.type):
+            raise InputError(
+                f"Column {field.name!r} holds {field.type}, which a parquet file can't hold: give it another type, or "
+                "leave it out."
+            )
+
+
+def _own_fields(schema: pa.Schema) -> list[pa.Field]:
+    """The fields that no earlier run added as scores or beside them."""
+    scores, others = _earlier_columns(schema)
+    return [field for field in schema if field.name not in (*scores, *others)]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Is this a type of text, or of nulls only?"""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
 
 
 def export_splits(
@@ -340,9 +368,9 @@ def _features(schema: pa.Schema, change: Callable[[dict[str, Any]], object]) -> 
 def _names(chunk: Chunk, where: np.ndarray) -> pa.Array:
     """The file and line of these rows of a chunk, or what an earlier run wrote in that column."""
     names = pa.array([f"{_file_name(chunk.files[k])}:{chunk.lines[k]}" for k in where.tolist()], pa.string())
-    if ROW in chunk.table.column_names and chunk.table.schema.field(ROW).type == pa.string():
-        return pc.coalesce(chunk.table[ROW].take(where).combine_chunks(), names)
-    return names
+    if ROW not in chunk.table.column_names:
+        return names
+    return pc.coalesce(chunk.table[ROW].cast(pa.string()).take(where).combine_chunks(), names)
 
 
 def _file_name(path: str) -> str:

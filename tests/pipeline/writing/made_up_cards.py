@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from sqsd_filter.pipeline.report import Report
 from sqsd_filter.pipeline.writing import card as cards
-from sqsd_filter.pipeline.writing.export import FOLDERS
+from tests.corpora import FOLDERS
 
 ROWS = {"kept": 3, "dropped": 2, "errors": 1}
 REPORT: dict[str, Any] = {

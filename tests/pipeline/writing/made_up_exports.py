@@ -10,7 +10,7 @@ from sqsd_filter.pipeline.report import Written
 from sqsd_filter.pipeline.writing.export import check_columns, export_splits
 from sqsd_filter.pipeline.writing.writers import Output
 from sqsd_filter.progress import Silent
-from sqsd_filter.storage.layout import Layout
+from sqsd_filter.storage.layout import Layout, home_in
 from tests.corpora import by_hand
 
 SCORES = ["sqsd_risk", "sqsd_danger", "sqsd_safety", "sqsd_status"]
@@ -21,7 +21,7 @@ def export(
 ) -> Written:
     output = Output(to, shard_size, with_scores)
     check_columns(corpus, output)
-    return export_splits(*by_hand(corpus, fates, **more), Layout.of_folder(root), output, Silent())
+    return export_splits(*by_hand(corpus, fates, **more), Layout(root, home_in(root)), output, Silent())
 
 
 def paths(root: Path, report: Written, config: str, split: str = "train") -> list[Path]:

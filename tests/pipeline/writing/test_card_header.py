@@ -13,7 +13,7 @@ import pytest
 
 from sqsd_filter.pipeline.report import Config
 from sqsd_filter.pipeline.writing.card import write_card
-from sqsd_filter.pipeline.writing.export import FOLDERS
+from tests.corpora import FOLDERS
 from tests.pipeline.writing.made_up_cards import ORIGINAL, REPORT, card, report_with
 
 datasets.disable_progress_bars()

@@ -14,9 +14,9 @@ import pytest
 
 from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import InputError
-from sqsd_filter.pipeline.writing.export import FATES, FOLDERS, REASONS, check_columns
+from sqsd_filter.pipeline.writing.export import FATES, check_columns
 from sqsd_filter.pipeline.writing.writers import Output
-from tests.corpora import open_corpus, saved
+from tests.corpora import FOLDERS, open_corpus, saved
 from tests.pipeline.writing.made_up_exports import SCORES, export, paths, raw_lines
 
 datasets.disable_progress_bars()
@@ -107,14 +107,14 @@ def test_records_that_could_not_be_read_are_one_line_each(
     corpus = written(name, content)
     report = export(corpus, [0, 2, 2], folder, "jsonl")
     assert raw_lines(folder, report, "errors") == expected
-    assert len((folder / REASONS).read_bytes().splitlines()) == 2
+    assert len((folder / "_sqsd/reasons.jsonl").read_bytes().splitlines()) == 2
 
 
 def test_reasons_say_what_is_wrong_with_each_line_of_errors(folder: Path) -> None:
     corpus = written("in.jsonl", b'{"a": 1}\nbroken\n{"a": 2}\n')
     report = export(corpus, [0, 2, 2], folder, "jsonl", 1)
-    assert report["extra_files"] == [REASONS]
-    assert [json.loads(line) for line in (folder / REASONS).read_bytes().splitlines()] == [
+    assert report["extra_files"] == ["_sqsd/reasons.jsonl"]
+    assert [json.loads(line) for line in (folder / "_sqsd/reasons.jsonl").read_bytes().splitlines()] == [
         {
             "file": "in.jsonl",
             "line": 2,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from sqsd_filter.corpus.text_formats import parse_line
 from sqsd_filter.pipeline.report import Config, Written
-from sqsd_filter.pipeline.writing.export import FATES, REASONS
+from sqsd_filter.pipeline.writing.export import FATES
 from tests.corpora import by_hand, open_corpus, saved, unnamed
 from tests.pipeline.writing.made_up_exports import SCORES, export, paths, raw_lines
 
@@ -238,7 +238,7 @@ def test_lines_come_out_byte_for_byte_but_for_the_names_of_rows_not_kept(
             is_row = parse_line(line.removeprefix(b"\xef\xbb\xbf"))[0] is not None
             assert (unnamed(written[k], str(root / "in.jsonl"), k + 1) if p and is_row else written[k]) == line
         assert [next(rest, None) for rest in out.values()] == [None] * 3
-        reasons = [json.loads(line) for line in (root / REASONS).read_bytes().splitlines()]
+        reasons = [json.loads(line) for line in (root / "_sqsd/reasons.jsonl").read_bytes().splitlines()]
         assert [r["line"] for r in reasons] == [k for k, p in enumerate(fates, 1) if p == 2]
 
 

@@ -18,9 +18,8 @@ from sqsd_filter import Cut, Scoring, SQSDScorer, Writing, filter_dataset, score
 from sqsd_filter.corpus.sources import Corpus
 from sqsd_filter.errors import DestinationExists, InputError
 from sqsd_filter.pipeline.report import Config, FinishedReport, RunContent, load_calls
-from sqsd_filter.pipeline.writing.export import FOLDERS
 from sqsd_filter.pipeline.writing.writers import OF_LINES
-from tests.corpora import content, make_rows, read_report, unnamed, write_jsonl
+from tests.corpora import FOLDERS, content, make_rows, read_report, unnamed, write_jsonl
 
 datasets.disable_progress_bars()
 FORMATS = ("parquet", "arrow", "jsonl", "json")

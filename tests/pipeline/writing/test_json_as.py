@@ -116,8 +116,18 @@ def test_a_type_that_datasets_can_t_read_is_refused_before_scoring(
     for dest in ("out", "out.parquet", "out.arrow"):
         with pytest.raises(InputError, match=r"Column 'odd' holds .*, which can't be written to .* for `datasets` to"):
             filter_dataset("a.parquet", dest, drop_count=1, scorer=Unused(tiny_pack))
-    with pytest.raises(InputError, match=r"Column 'odd' holds .*, which can't be written to parquet for `datasets` to"):
-        score_dataset("a.parquet", "scored.parquet", Scoring(scorer=Unused(tiny_pack)))
+    score_dataset("a.parquet", "scored.parquet", Scoring(pack=tiny_pack))  # other readers know the type
+    scored = pq.read_table("scored.parquet")
+    assert scored["odd"].type == kind
+    assert scored["sqsd_risk"].null_count == 0
+
+
+def test_the_file_of_all_scores_refuses_only_what_parquet_can_t_hold(folder: Path, tiny_pack: Path) -> None:
+    table = pa.Table.from_pylist(make_rows(3)).append_column("odd", pa.array([{}] * 3, pa.struct([])))
+    with pa.OSFile("a.arrow", "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    with pytest.raises(InputError, match=r"Column 'odd' holds struct<>, which a parquet file can't hold: give it"):
+        score_dataset("a.arrow", "scored.parquet", Scoring(scorer=Unused(tiny_pack)))
 
 
 @pytest.mark.parametrize("kind", [pa.list_view(pa.int64()), pa.large_list_view(pa.string())])

@@ -172,6 +172,18 @@ def test_temporary_files_of_others_beside_the_file_stay(folder: Path) -> None:
     assert entries(folder) == [".other.tmp", "in.jsonl", "o.jsonl", "o.jsonl.sqsd"]
 
 
+def test_a_run_that_replaces_a_killed_one_removes_what_it_wrote_of_the_file(folder: Path) -> None:
+    cut("o.jsonl")
+    Path(".o.jsonl-00000.tmp").write_text("of an attempt killed by the system")
+    Path(".o.jsonl-00001.tmp").write_text("theirs")
+    cut("o.jsonl", 2, overwrite=True)
+    theirs = [".o.jsonl-00001.tmp", "in.jsonl", "o.jsonl", "o.jsonl.sqsd"]
+    assert entries(folder) == theirs
+    Path(".o.jsonl-00000.tmp").write_text("of another")
+    assert cut("o.jsonl", 2)["already_done"]
+    assert entries(folder) == theirs
+
+
 def test_a_link_stays_and_its_run_is_found_through_it(folder: Path, tiny_pack: Path) -> None:
     Path("disk").mkdir()
     Path("o.jsonl").symlink_to("disk/real.jsonl")

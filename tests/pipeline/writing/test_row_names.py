@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sqsd_filter import Cut, Writing, select_dataset
-from sqsd_filter.errors import DestinationExists
+from sqsd_filter.errors import DestinationExists, InputError
 from sqsd_filter.pipeline.report import FinishedReport
 from tests.corpora import ids_of, rows_of, write_jsonl
 
@@ -102,12 +102,26 @@ def test_rows_of_tables_are_counted_from_one_and_several_files_told_apart(folder
     assert ids_of(Path("out"), "dropped") == [1, 2, 1, 2]
 
 
-def test_a_column_of_that_name_that_holds_no_text_is_replaced(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+    ids=["large_string", "string_view", "dictionary"],
+)
+@pytest.mark.parametrize("to", FORMATS)
+def test_text_of_any_type_says_where_a_row_comes_from(kind: pa.DataType, to: str, folder: Path) -> None:
+    scores = {"sqsd_risk": [0.0, 1.0, 2.0], "sqsd_status": ["scored"] * 3}
+    pq.write_table(pa.table({"sqsd_row": pa.array(["b:8", "b:9", None]).cast(kind), **scores}), "a.parquet")
+    report = select_dataset("a.parquet", "out", Cut.of(drop_count=2), Writing(to=to))
+    assert [row["sqsd_row"] for row in found(report, "dropped")] == ["b:9", "a.parquet:3"]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_column_of_that_name_that_holds_no_text_is_refused(to: str, folder: Path) -> None:
     rows = [{"id": k, "sqsd_row": 7, "sqsd_risk": float(k), "sqsd_status": "scored"} for k in range(2)]
     pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
-    cut("a.parquet")
-    assert [row["sqsd_row"] for row in rows_of(Path("out"), "dropped")] == ["a.parquet:2"]
-    assert [row["sqsd_row"] for row in rows_of(Path("out"), "kept")] == [7]
+    with pytest.raises(InputError, match=r"Column 'sqsd_row' holds int64, and the file and line .*: rename yours\."):
+        cut("a.parquet", to=to)
+    assert not Path("out").exists()
 
 
 def test_rows_with_and_without_the_column_are_two_runs_and_those_without_are_as_before(folder: Path) -> None:
