@@ -156,9 +156,14 @@ def test_what_the_risk_unsafe_finds_is_what_its_build_and_its_recipe_measured(mo
     assert f"| above 99 % of all | {above} |" in section
     folder = ROOT / "recipes/packs/smollm2-135m"
     beyond = load_script("packs/smollm2-135m/beyond.py", monkeypatch)
+    for name in ("beyond.json", "rivals.json"):
+        assert beyond.tables(json.loads((folder / name).read_text())) in section
+    rivals = json.loads((folder / "rivals.json").read_text())
+    own, other = (f"{100 * rivals[name]['above']['99 %']['pure-bad']:.0f} %" for name in ("own", "datashield"))
+    words = " ".join(section.split())
+    assert f"the pack's own risk has {own} of 40 rows of `pure-bad`" in words
+    assert f"that reads the model, DataShield, {other}." in words
     found = json.loads((folder / "beyond.json").read_text())
-    for name, figures in found.items():
-        assert beyond.table(name, figures) in section
     share, count = (found["unsafe"][key]["pure-bad"] for key in (beyond.DROPPED, "rows"))
     assert f"{100 * share:.0f} % of {count} harmful rows of a source that nothing was fitted on" in README
     trials = load_script("packs/smollm2-135m/trials.py", monkeypatch)
