@@ -98,7 +98,7 @@ def _fixed(dest: Path, known: Mapping[str, object]) -> Mapping[str, object]:
     ended = (dest / RESULTS).is_file()
     if not ended and not any((dest / RUNS).glob(f"*/{TRAINING}")):
         return {}
-    answered = ended or any((dest / RUNS).glob(f"*/{ANSWERS}"))
+    answered = ended or any(any((dest / RUNS).glob(f"*/{name}")) for name in (SOLUTIONS, ANSWERS))
     if "harmful" in known:
         known = {"questions": None, **known}  # as it was before there were any
     return known if answered else {name: value for name, value in known.items() if name not in ANSWER_SETTINGS}

@@ -9,13 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sqsd_filter import evaluate
 from sqsd_filter.errors import DestinationExists, SQSDError
 from sqsd_filter.evaluation import runs, study
 from sqsd_filter.evaluation.model import Answerer, Subject
-from tests.evaluation.studies import TUNING, Notes, quick
+from tests.corpora import write_jsonl
+from tests.evaluation.studies import REFUSAL, ROWS, TUNING, Notes, quick, scored
 from tests.tiny import make_model, make_pack
 
 
@@ -102,3 +104,20 @@ def test_without_vllm_it_can_t_answer(pack: Path, files: Path, tmp_path: Path, m
     with pytest.raises(SQSDError, match=r"pip install 'sqsd-filter\[vllm\]'"):
         evaluate([files / "knows.parquet"], tmp_path / "out", quick(files, generation="vllm"), pack=pack)
     assert not (tmp_path / "out").exists()
+
+
+def test_questions_stay_once_a_killed_evaluation_has_answered_them(
+    pack: Path, files: Path, engine: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Explain {k}.", "response": REFUSAL, "bad": k < 8} for k in range(ROWS)]
+    path, out = scored(tmp_path / "a.parquet", rows, np.linspace(1, -1, ROWS)), tmp_path / "out"
+    one, other = (write_jsonl(tmp_path / f"{k}.jsonl", [{"prompt": f"Say {k}.", "answer": f"{k}"}]) for k in (1, 2))
+    asked = quick(files, arms=("contaminated",), planted="bad", questions=one, generation="vllm")
+    engine["answers"] = 1  # the questions, but not the prompts
+    with pytest.raises(SQSDError, match="The engine broke"):
+        evaluate([path], out, asked, pack=pack)
+    assert [each.name for each in (out / "runs" / "untuned").glob("*.jsonl")] == ["solutions.jsonl"]
+    engine["answers"] = 99
+    with pytest.raises(DestinationExists, match=r"questions: 1 questions \(\w+\), 256 tokens there"):
+        evaluate([path], out, replace(asked, questions=other), pack=pack)
+    assert evaluate([path], out, asked, pack=pack)["seeds"] == [0]
