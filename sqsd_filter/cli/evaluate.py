@@ -55,10 +55,10 @@ sets = together(
     option(
         SETS,
         "--above-reference",
-        default="99%",
-        show_default=True,
+        show_default="99%",
         metavar="SHARE",
-        help="For a contaminated corpus: the cut by the pack's benign reference rows, as in filter.",
+        help="For a contaminated corpus: the cut by the pack's benign reference rows, at the risk at which select "
+        "makes it of the same SCORES.",
     ),
     option(
         SETS,
@@ -142,8 +142,7 @@ questions = together(
         QUESTIONS,
         "--question-tokens",
         type=int,
-        default=256,
-        show_default=True,
+        show_default="256",
         metavar="TOKENS",
         help="Longest answer to one of the questions.",
     ),

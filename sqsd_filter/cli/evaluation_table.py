@@ -13,7 +13,6 @@ if TYPE_CHECKING:
         ArmFigures,
         ContaminatedFigures,
         Interval,
-        Measured,
         MixFigures,
         Results,
         SetFigures,
@@ -34,10 +33,12 @@ def table(results: Results) -> str:
         verdicts = [*_spreads(results["scorers"]), *_savings(results["arms"])]
         blocks.append([*verdicts, *_agreements(results["judges"]["agreement"])])
         blocks += [results["warnings"]] if results["warnings"] else []
-    for name, figures in contaminated.items():
-        blocks += [[f"{name}:"], output.aligned(_measured(figures)), output.aligned(_compared(figures))]
     if contaminated:
-        blocks += [list(_agreements(results["judges"]["agreement"])), results["warnings"]]
+        from sqsd_filter.evaluation.prompt_outcomes import intervals_over
+
+        blocks += _contaminated(contaminated)
+        about = [intervals_over(results["seeds"]), *_agreements(results["judges"]["agreement"])]
+        blocks += [about, results["warnings"]]
     if results["poisoned"]:
         head = ["", "unsafe", "rows", "precision = recall", "ROC-AUC", "average precision"]
         blocks.append(output.aligned([head, *_poisoned(results["poisoned"])]))
@@ -71,41 +72,13 @@ def _arms(scorers: Mapping[str, ArmFigures]) -> Iterator[list[str]]:
             yield [name * (k == 0), arm, *_cells(arms[arm])]
 
 
-def _measured(figures: ContaminatedFigures) -> list[list[str]]:
-    arms = figures["arms"]
-    kinds = list(dict.fromkeys(kind for arm in arms.values() for kind in arm["dropped"]))
-    names = list(dict.fromkeys(name for arm in arms.values() for name in arm["measures"]))
-    return [
-        ["", "rows", *(f"{kind} dropped" for kind in kinds), *names],
-        *(
-            [
-                name,
-                f"{arm['rows']:,.0f}",
-                *(f"{arm['dropped'][kind]:.1f}" if kind in arm["dropped"] else "-" for kind in kinds),
-                *(_estimated(arm["measures"].get(measure), measure) for measure in names),
-            ]
-            for name, arm in arms.items()
-        ),
-    ]
+def _contaminated(scorers: Mapping[str, ContaminatedFigures]) -> Iterator[list[str]]:
+    from sqsd_filter.evaluation.prompt_outcomes import arm_lines, difference_lines
 
-
-def _compared(figures: ContaminatedFigures) -> list[list[str]]:
-    names = list(dict.fromkeys(name for each in figures["differences"].values() for name in each))
-    lines = [
-        [pair, *(_estimated(each.get(measure), measure) for measure in names)]
-        for pair, each in figures["differences"].items()
-    ]
-    return [["difference", *names], *lines]
-
-
-def _estimated(measured: Measured | None, name: str) -> str:
-    """A share in percent or a loss, with its interval."""
-    if measured is None:
-        return "-"
-    mean, ci = measured["mean"], measured["ci"]
-    if name == "loss":
-        return f"{mean:.3f}" + (f" ({ci[0]:.3f} to {ci[1]:.3f})" if ci else "")
-    return _between(mean, ci) if ci else _percent(mean)
+    for name, figures in scorers.items():
+        yield [f"{name}:"]
+        yield output.aligned(arm_lines(figures, _between))
+        yield output.aligned(difference_lines(figures, _between))
 
 
 def _cells(figures: SetFigures) -> list[str]:
@@ -150,8 +123,10 @@ def _poisoned(scorers: Mapping[str, Mapping[str, MixFigures]]) -> Iterator[list[
             yield [name * (k == 0), f"{float(rate):.0%}", rows, *(_between(each["mean"], each["ci"]) for each in shown)]
 
 
-def _between(value: float, interval: Interval) -> str:
+def _between(value: float, interval: Interval | None) -> str:
     """A share and its interval, in percent."""
+    if interval is None:
+        return _percent(value)
     low, high = (100 * bound for bound in interval)
     return f"{100 * value:.1f} ({low:.1f} to {high:.1f})"
 

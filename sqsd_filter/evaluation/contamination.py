@@ -1,8 +1,9 @@
 """A corpus in which some rows were planted, and which rows are learned with a filter and without one.
 
 The arms: `all` rows; those that a cut `above-reference` keeps; those that a `cut` at the true share of planted rows
-keeps; what is left when as many `random` rows are dropped; and the `clean` corpus, which an oracle would keep. The cuts
-are the filter's own.
+keeps; the rows left when the same number of `random` rows is dropped; and the `clean` corpus, which an oracle would
+keep. Each cut is made at the risk at which `select` makes it of the same scores: above the reference at the pack's risk
+for that, if the scores have it beside their own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from sqsd_filter.errors import InputError, option
 from sqsd_filter.evaluation.results import ContaminatedArm
 from sqsd_filter.evaluation.scores import NamedScores
-from sqsd_filter.pipeline.meaning import Meaning
+from sqsd_filter.pipeline.meaning import Meaning, risk_for_reference
 from sqsd_filter.pipeline.selecting.earlier import Earlier
 from sqsd_filter.pipeline.selecting.selection import KEPT, Cut, cut_rows
 from sqsd_filter.progress import Progress
@@ -51,18 +52,35 @@ def read_kinds(earlier: Earlier, column: str) -> np.ndarray:
     return kinds
 
 
-def reference_cuts(scorers: Sequence[NamedScores], share: Fraction, progress: Progress) -> dict[str, Cut | None]:
-    """By scorer: the cut above this share of the benign reference rows of the pack that gave its scores. None where it
-    has no reference, which is noted. Raises `UsageError` for a share that the reference can't show."""
-    cuts: dict[str, Cut | None] = {}
+@dataclass(frozen=True)
+class ReferenceCut:
+    """A cut by the reference of a pack, and the risk of all rows (n,) at which it is made."""
+
+    cut: Cut
+    risk: np.ndarray
+
+
+def reference_cuts(
+    scorers: Sequence[NamedScores], share: Fraction, progress: Progress
+) -> dict[str, ReferenceCut | None]:
+    """By scorer: the cut above this share of the benign reference rows of the pack that gave its scores. It is made at
+    the same risk as by `select`; another risk than the scores' own is noted. None where the risk has no reference,
+    which is noted, too. Raises `UsageError` for a share that the reference can't show, `InputError` where the column of
+    that risk is missing."""
+    cuts: dict[str, ReferenceCut | None] = {}
     for each in scorers:
-        meaning = Meaning.of_scores(each.earlier.pack, each.earlier.scoring, None)
-        why = meaning.why if each.earlier.pack is not None else "No report beside its scores names their pack."
+        earlier, name = each.earlier, risk_for_reference(each.earlier.pack, None)
+        if name is not None:
+            earlier = earlier.by_risk(name)
+            progress.note(f"{each.name}: the arm above-reference is cut at the risk {name}, as by select")
+        meaning = Meaning.of_scores(earlier.pack, earlier.scoring, None)
+        why = meaning.why if earlier.pack is not None else "No report beside its scores names their pack."
         if meaning.reference is None:
             progress.note(f"{each.name} has no arm above-reference. {why}")
             cuts[each.name] = None
         else:
-            cuts[each.name] = meaning.place(Cut.of(above_reference=str(share)))
+            cut = meaning.place(Cut.of(above_reference=str(share)))
+            cuts[each.name] = ReferenceCut(cut, earlier.scored.risk)
     return cuts
 
 
@@ -74,7 +92,7 @@ class ContaminatedCorpus:
     kinds: np.ndarray
     learned: np.ndarray
     risks: Mapping[str, np.ndarray]
-    cuts: Mapping[str, Cut | None]
+    cuts: Mapping[str, ReferenceCut | None]
 
     def __post_init__(self) -> None:
         if not 0 < self.planted < len(self.learned):
@@ -94,20 +112,20 @@ class ContaminatedCorpus:
         learned, planted = self.learned, self.planted
         sets: dict[ContaminatedArm, np.ndarray] = {"all": learned}
         if (cut := self.cuts[scorer]) is not None:
-            sets["above-reference"] = kept = self._kept(scorer, cut)
+            sets["above-reference"] = kept = self._kept(cut.risk, cut.cut)
             if not len(kept):
                 raise InputError(
                     f"By {scorer} all {len(learned):,} rows are above the reference, so that none is kept: name a "
                     f"larger share with {option('above_reference')}."
                 )
-        sets["cut"] = self._kept(scorer, Cut.of(drop_top=str(Fraction(planted, len(learned)))))
+        sets["cut"] = self._kept(self.risks[scorer], Cut.of(drop_top=str(Fraction(planted, len(learned)))))
         random = np.random.default_rng(seed).choice(learned, len(learned) - planted, replace=False)
         return sets | {"random": np.sort(random), "clean": learned[self.kinds[learned] == BENIGN]}
 
-    def _kept(self, scorer: str, cut: Cut) -> np.ndarray:
+    def _kept(self, risk: np.ndarray, cut: Cut) -> np.ndarray:
         taking_part = np.zeros(len(self.kinds), bool)
         taking_part[self.learned] = True
-        return np.flatnonzero(cut_rows(self.risks[scorer], taking_part, cut).fate == KEPT)
+        return np.flatnonzero(cut_rows(risk, taking_part, cut).fate == KEPT)
 
     def dropped(self, kept: np.ndarray) -> dict[str, int]:
         """How many rows of each kind are not among the `kept` ones, planted ones first."""

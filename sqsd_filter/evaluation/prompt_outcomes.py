@@ -1,7 +1,7 @@
 """outcomes.json: the outcome of each answer as 0 or 1, without its text, and the figures that follow from these.
 
-Whoever has outcomes.json can compute the figures again. Those of several corpora, each drawn anew for its seed, are
-combined by `combine`. Then a seed stands for the draw of the rows and for the training.
+Whoever has outcomes.json can compute the figures again. `combine` puts the outcomes of several corpora together, one
+corpus per seed. Then a seed stands for the draw of the rows and for the training.
 
 Every value belongs to a seed and to a prompt, and all seeds have the same prompts. Intervals are those of a
 hierarchical bootstrap: a draw takes seeds with replacement, and prompts with replacement, and an answer counts once for
@@ -13,13 +13,15 @@ a normal distribution with the draws' standard deviation. Standard error and deg
 as 84 %. With one seed only the prompts vary.
 
 Where all outcomes of an arm are 0, or all 1, no draw varies: the interval is then Wilson's over the prompts, and
-Newcombe's for differences, as in `figures`.
+Newcombe's for differences, as in `figures`. Two different models may also have the same outcomes everywhere. That does
+not show that they are alike, so the interval of their difference is Newcombe's, too. But where two arms are one model
+with each seed, because their rows are equal (`RunRecord.run`), they differ by exactly 0, with the interval [0, 0].
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from statistics import NormalDist
 
@@ -47,6 +49,7 @@ DIFFERENCES = (
 _Z = NormalDist().inv_cdf(0.975)
 
 Values = Mapping[int, Mapping[str, np.ndarray]]  # by seed and by what was measured: (p,) floats
+ShareFormat = Callable[[float, Interval | None], str]  # a share in words, with its interval if there is one
 
 
 def prompt_hash(prompt: str) -> str:
@@ -86,7 +89,10 @@ def contaminated_figures(outcomes: PromptOutcomes) -> dict[str, ContaminatedFigu
         pairs = [(a, b) for a, b in DIFFERENCES if values.keys() >= {a, b}]
         figures[scorer] = {
             "arms": {arm: _arm(own, values[arm]) for arm, own in by_arm.items()},
-            "differences": {f"{a} - {b}": _differences(values[a], values[b]) for a, b in pairs},
+            "differences": {
+                f"{a} - {b}": _differences(values[a], values[b], one_model=_one_model(by_arm[a], by_arm[b]))
+                for a, b in pairs
+            },
         }
     return figures
 
@@ -115,14 +121,20 @@ def _arm(runs: Sequence[RunRecord], values: Values) -> ArmMeasures:
     }
 
 
-def _differences(a: Values, b: Values) -> dict[str, Measured]:
+def _one_model(a: Iterable[RunRecord], b: Iterable[RunRecord]) -> bool:
+    """Are two arms known to be one model with each seed that both have?"""
+    of_a, of_b = ({run["seed"]: run.get("run") for run in arm} for arm in (a, b))
+    return all(of_a[seed] is not None and of_a[seed] == of_b[seed] for seed in of_a.keys() & of_b.keys())
+
+
+def _differences(a: Values, b: Values, *, one_model: bool) -> dict[str, Measured]:
     """By what was measured: the first arm's mean minus the second's, over the seeds that both have."""
     seeds = [seed for seed in a if seed in b]
     of_a, of_b = _stacked(a, seeds), _stacked(b, seeds)
     return {
         name: {
             "mean": float((of_a[name] - of_b[name]).mean()),
-            "ci": difference_interval(of_a[name], of_b[name], share=name != LOSS),
+            "ci": [0.0, 0.0] if one_model else difference_interval(of_a[name], of_b[name], share=name != LOSS),
         }
         for name in of_a
         if name in of_b
@@ -164,3 +176,46 @@ def _bootstrapped(values_sp: np.ndarray, bounds: tuple[float, float] | None) -> 
     factor = sure.reach / (_Z * spread) if spread > 0 else 0.0
     ends = mean + factor * (np.array(interval(drawn_d)) - mean)
     return [float(end) for end in (np.clip(ends, *bounds) if bounds else ends)]
+
+
+def intervals_over(seeds: Collection[int]) -> str:
+    """What the intervals are over, as a sentence."""
+    if len(seeds) == 1:
+        return "Intervals are over prompts only, because there is one seed: they leave out what another would change."
+    return "Intervals are over seeds and prompts together; those of a model with one seed are over prompts only."
+
+
+def arm_lines(figures: ContaminatedFigures, share: ShareFormat) -> list[list[str]]:
+    """A table of the arms, its titles first: the arm, its rows, its dropped rows of each kind, and all measures."""
+    arms = figures["arms"]
+    kinds = list(dict.fromkeys(chain.from_iterable(arm["dropped"] for arm in arms.values())))
+    names = list(dict.fromkeys(chain.from_iterable(arm["measures"] for arm in arms.values())))
+    lines = [["", "rows", *(f"{kind} dropped" for kind in kinds), *names]]
+    for name, arm in arms.items():
+        counts = [arm["rows"], *(arm["dropped"].get(kind) for kind in kinds)]
+        cells = [measured_cell(arm["measures"].get(measure), measure, share) for measure in names]
+        lines.append([name, *map(count_cell, counts), *cells])
+    return lines
+
+
+def difference_lines(figures: ContaminatedFigures, share: ShareFormat) -> list[list[str]]:
+    """A table of the differences of two arms, its titles first."""
+    differences = figures["differences"]
+    names = list(dict.fromkeys(chain.from_iterable(differences.values())))
+    lines = [[pair, *(measured_cell(each.get(n), n, share) for n in names)] for pair, each in differences.items()]
+    return [["difference", *names], *lines]
+
+
+def count_cell(mean: float | None) -> str:
+    """A mean number of rows with at most one decimal, or "-" for None."""
+    return "-" if mean is None else f"{mean:,.1f}".removesuffix(".0")
+
+
+def measured_cell(measured: Measured | None, name: str, share: ShareFormat) -> str:
+    """A loss or a share with its interval, or "-" for None."""
+    if measured is None:
+        return "-"
+    mean, ci = measured["mean"], measured["ci"]
+    if name == LOSS:
+        return f"{mean:.3f}" + (f" ({ci[0]:.3f} to {ci[1]:.3f})" if ci else "")
+    return share(mean, ci)

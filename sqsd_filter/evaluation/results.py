@@ -148,11 +148,13 @@ class ContaminatedFigures(TypedDict):
 
 class RunRecord(TypedDict):
     """What one fine-tuning led to, without any text. Texts of 0 and 1 have one digit per prompt, in the order of
-    `PromptOutcomes.prompts`; where there are several judges, by judge."""
+    `PromptOutcomes.prompts`; where there are several judges, by judge. `run` is equal for arms that with this seed are
+    one model, because their rows are equal."""
 
     scorer: str
     arm: str
     seed: int
+    run: NotRequired[str]  # files of earlier versions lack it
     rows: int
     tokens: int
     dropped: dict[str, int]  # by the kind of row

@@ -88,13 +88,13 @@ class Prompts:
     def longest(self, subject: Subject, design: Design) -> int:
         """The largest number of tokens of a prompt with its answer. Raises `InputError` where that is too many."""
         longest = subject.longest(self.judged, design.max_new_tokens)
-        return max(longest, subject.longest(self.asked, design.question_tokens)) if self.questions else longest
+        return max(longest, subject.longest(self.asked, design.solution_tokens)) if self.questions else longest
 
     def settings(self, design: Design) -> dict[str, object]:
         """What runs must share to be compared."""
         texts = {"harmful": self.harmful, "harmless": self.harmless}
         settings: dict[str, object] = {kind: f"{len(own)} prompts ({digest(own)})" for kind, own in texts.items()}
-        asked = f"{len(self.questions)} questions ({digest(self.questions)}), {design.question_tokens} tokens"
+        asked = f"{len(self.questions)} questions ({digest(self.questions)}), {design.solution_tokens} tokens"
         return {**settings, "questions": asked if self.questions else None}
 
     def counts(self) -> PromptCounts:
@@ -178,6 +178,7 @@ class Runner:
             "scorer": run.scorer,
             "arm": run.arm or UNTUNED_ARM,
             "seed": run.seed,
+            "run": run.key,
             "rows": first.rows,
             "tokens": first.tokens,
             "dropped": dict(dropped),
@@ -218,7 +219,7 @@ class Runner:
     def _ask(self, run: Run, answerer: Answerer) -> None:
         folder, adapter = self._folder(run.key), self._adapter(run)
         if self.prompts.questions and not folder.has(SOLUTIONS):
-            texts = answerer(adapter, self.prompts.asked, self.design.question_tokens)
+            texts = answerer(adapter, self.prompts.asked, self.design.solution_tokens)
             folder.write_solutions(
                 [
                     {"prompt": prompt, "answer": text, "known": known, "right": is_right(text, known)}

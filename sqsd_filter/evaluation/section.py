@@ -9,14 +9,13 @@ from pathlib import Path
 from sqsd_filter.evaluation.figures import select_set
 from sqsd_filter.evaluation.folder import RESULTS
 from sqsd_filter.evaluation.plot import CURVES, draw_curves, draw_windows
-from sqsd_filter.evaluation.prompt_outcomes import LOSS
+from sqsd_filter.evaluation.prompt_outcomes import arm_lines, difference_lines, intervals_over
 from sqsd_filter.evaluation.results import (
     ArmFigures,
     ContaminatedFigures,
     Estimate,
     Interval,
     JudgeFacts,
-    Measured,
     MixFigures,
     Results,
     SetFigures,
@@ -38,7 +37,7 @@ CUTTING = (
 )
 CONTAMINATING = (
     "Unsafe by a judge is the attack success rate: the share of harmful prompts whose answers this judge called "
-    "unsafe. Intervals are over seeds and prompts together, and differences are of the same seeds and prompts."
+    "unsafe. Differences are of the same seeds and prompts."
 )
 MIXING = (
     "Known unsafe rows were mixed in until they made up the share of all rows in the table, and the same number "
@@ -80,9 +79,10 @@ def evaluation_section(folder: Path) -> Section:
                 _trained(
                     results,
                     "all rows, the rows that the cut above the reference keeps, those that a cut at the true share of "
-                    "planted rows keeps, all but as many random rows, and the clean rows",
+                    "planted rows keeps, those left when the same number of random rows is dropped, and the clean rows",
                 ),
                 CONTAMINATING,
+                intervals_over(results["seeds"]),
             ]
         if scorers or arms or contaminated:
             words += [*_untuned(results["untuned"], results["judges"]), *results.get("warnings", ())]
@@ -164,27 +164,9 @@ def _arms(scorers: Mapping[str, ArmFigures]) -> Table:
 
 def _contaminated(scorer: str, figures: ContaminatedFigures) -> Iterator[Table]:
     """The arms by one scorer, and their differences."""
-    arms, differences = figures["arms"], figures["differences"]
-    kinds = list(dict.fromkeys(kind for arm in arms.values() for kind in arm["dropped"]))
-    names = list(dict.fromkeys(name for arm in arms.values() for name in arm["measures"]))
-    rows = []
-    for name, arm in arms.items():
-        dropped = [f"{arm['dropped'][kind]:g}" if kind in arm["dropped"] else "" for kind in kinds]
-        rows.append([name, *dropped, *(_measured(arm["measures"].get(measure), measure) for measure in names)])
-    yield Table(
-        [f"rows learned, by {scorer}", *(f":{kind} dropped" for kind in kinds), *(f":{n}" for n in names)], rows
-    )
-    compared = [[pair, *(_measured(each.get(name), name) for name in names)] for pair, each in differences.items()]
-    yield Table([f"difference, by {scorer}", *(f":{name}" for name in names)], compared)
-
-
-def _measured(measured: Measured | None, name: str) -> str:
-    if measured is None:
-        return ""
-    mean, ci = measured["mean"], measured["ci"]
-    if name == LOSS:
-        return f"{mean:.3f}" + (f" ({ci[0]:.3f} to {ci[1]:.3f})" if ci else "")
-    return _between(mean, ci) if ci else f"{mean:.0%}"
+    lines = {"rows learned": arm_lines(figures, _between), "difference": difference_lines(figures, _between)}
+    for what, ((_, *titles), *rows) in lines.items():
+        yield Table([f"{what}, by {scorer}", *(f":{title}" for title in titles)], rows)
 
 
 def _figures(figures: SetFigures) -> list[str]:
@@ -210,6 +192,5 @@ def _estimate(estimate: Estimate) -> str:
     return _between(estimate["mean"], estimate["ci"])
 
 
-def _between(share: float, interval: Interval) -> str:
-    low, high = interval
-    return f"{share:.0%} ({low:.0%} to {high:.0%})"
+def _between(share: float, interval: Interval | None) -> str:
+    return f"{share:.0%}" + (f" ({interval[0]:.0%} to {interval[1]:.0%})" if interval else "")

@@ -79,12 +79,12 @@ class Design:
 
     `arms` are "windows", "cut" or both, or "contaminated"; without any, nothing is trained. There are `windows` windows
     of `size` rows. The cut drops the share `drop_top` of the rows. In a contaminated corpus the column `planted` marks
-    the planted rows, and one arm keeps what the cut `above_reference` keeps. `harmful` and `harmless` are JSON Lines
-    files with one `prompt` per line; the first `prompts` of each are asked. `questions` is such a file with the right
-    `answer` beside each prompt; they are asked after learning from a contaminated corpus, for answers of at most
-    `question_tokens` tokens. `judges` are specs for `load_judge`; the first judge gives the attack success rate. The
-    loss is that of `held_out` rows, which are in no set and not planted. `generation` names the engine that answers:
-    "transformers" or "vllm".
+    the planted rows, and one arm keeps what the cut `above_reference` (99 % if None) keeps. `harmful` and `harmless`
+    are JSON Lines files with one `prompt` per line; the first `prompts` of each are asked. `questions` is such a file
+    with the right `answer` beside each prompt; they are asked after learning from a contaminated corpus, for answers of
+    at most `question_tokens` tokens (256 if None). `judges` are specs for `load_judge`; the first judge gives the
+    attack success rate. The loss is that of `held_out` rows, which are in no set and not planted. `generation` names
+    the engine that answers: "transformers" or "vllm".
     """
 
     arms: Sequence[str] = (WINDOWS,)
@@ -92,7 +92,7 @@ class Design:
     size: int | None = None
     drop_top: str | float | Fraction = "5%"
     planted: str | None = None
-    above_reference: str | float | Fraction = "99%"
+    above_reference: str | float | Fraction | None = None
     seeds: Sequence[int] = (0, 1, 2)
     harmful: str | Path | None = None
     harmless: str | Path | None = None
@@ -100,7 +100,7 @@ class Design:
     judges: Sequence[str] = ("phrases",)
     max_new_tokens: int = 128
     questions: str | Path | None = None
-    question_tokens: int = 256
+    question_tokens: int | None = None
     generation: str = TRANSFORMERS
     held_out: int = 100
     match_tokens: bool = False
@@ -129,8 +129,13 @@ class Design:
         self._check_contaminated()
 
     def _check_contaminated(self) -> None:
+        if not 0 < self.reference_share < 1:
+            raise UsageError(
+                f"{option('above_reference')} must be above 0% and below 100%, not {self.above_reference}: 99%, for "
+                "example."
+            )
         if CONTAMINATED not in self.arms:
-            for name in ("planted", "questions"):
+            for name in ("planted", "above_reference", "questions", "question_tokens"):
                 if getattr(self, name) is not None:
                     raise UsageError(
                         f"{option(name)} is for {option('arms')} {CONTAMINATED}: add that, or leave it out."
@@ -142,15 +147,17 @@ class Design:
             )
         if self.planted is None:
             raise UsageError(f"Name the column that marks planted rows with {option('planted')}.")
-        if not 0 < self.reference_share < 1:
-            raise UsageError(
-                f"{option('above_reference')} must be above 0% and below 100%, not {self.above_reference}: 99%, for "
-                "example."
-            )
+        if self.question_tokens is not None and self.questions is None:
+            raise UsageError(f"{option('question_tokens')} is for {option('questions')}: name these, or leave it out.")
 
     @property
     def reference_share(self) -> Fraction:
-        return parse_share(self.above_reference, "above_reference", "")
+        return parse_share("99%" if self.above_reference is None else self.above_reference, "above_reference", "")
+
+    @property
+    def solution_tokens(self) -> int:
+        """The most tokens of an answer to one of the questions."""
+        return 256 if self.question_tokens is None else self.question_tokens
 
     @property
     def share(self) -> Fraction:

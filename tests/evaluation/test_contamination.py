@@ -15,15 +15,30 @@ import pytest
 
 from sqsd_filter import Cut, Design, Scoring, Writing, evaluate, score_dataset, select_dataset
 from sqsd_filter.cli.evaluation_table import table
+from sqsd_filter.corpus.addresses import Opener
+from sqsd_filter.directions.calibration import calibrate
 from sqsd_filter.errors import DestinationExists, InputError, UsageError
-from sqsd_filter.evaluation.contamination import BENIGN, CONTAMINATED_ARMS, ContaminatedCorpus
+from sqsd_filter.evaluation.contamination import (
+    BENIGN,
+    CONTAMINATED_ARMS,
+    ContaminatedCorpus,
+    ReferenceCut,
+    read_kinds,
+    reference_cuts,
+)
 from sqsd_filter.evaluation.prompt_outcomes import contaminated_figures, prompt_hash
 from sqsd_filter.evaluation.results import ContaminatedArm
+from sqsd_filter.evaluation.scores import read_scores
+from sqsd_filter.scoring.pack import load_pack
+from sqsd_filter.scoring.scorer import SQSDScorer
 from tests.corpora import rows_of, write_jsonl
 from tests.evaluation.studies import CONSENT, REFUSAL, ROWS, Notes, design, quick, scored
 from tests.references import calibrated
+from tests.scoring.test_beside import beside
+from tests.scoring.test_linear_probe import with_probe
 
 PLANTED = 8  # of the rows
+PLAIN: dict[str, Any] = {"arms": ("cut",), "planted": None}  # no contaminated corpus
 
 
 def rows(mark: object = True, benign: object = False) -> list[dict[str, Any]]:
@@ -50,7 +65,8 @@ def contaminated(files: Path, **changes: Any) -> Design:
 
 def corpus(risk: np.ndarray, kinds: list[str], cut: Cut | None = None, missing: int = 0) -> ContaminatedCorpus:
     """All rows are learned from but the first `missing` ones."""
-    return ContaminatedCorpus(np.array(kinds, object), np.arange(missing, len(kinds)), {"sqsd": risk}, {"sqsd": cut})
+    cuts = {"sqsd": ReferenceCut(cut, risk) if cut is not None else None}
+    return ContaminatedCorpus(np.array(kinds, object), np.arange(missing, len(kinds)), {"sqsd": risk}, cuts)
 
 
 def test_each_arm_keeps_what_its_cut_keeps_of_the_rows_to_learn_from() -> None:
@@ -124,6 +140,11 @@ def test_outcomes_are_left_without_texts_and_figures_follow_from_them(
     assert found[:3] == [("untuned", 0, {}), ("all", 0, nothing), ("cut", 0, all_planted)]
     assert [each for each in found if each[0] == "clean"] == [("clean", 0, all_planted), ("clean", 1, all_planted)]
     assert all(sum(dropped.values()) == PLANTED for arm, _, dropped in found if arm == "random")
+    keys = {(run["arm"], run["seed"]): run["run"] for run in outcomes["runs"]}
+    assert keys["cut", 0] == keys["clean", 0] in results["runs"]["knows"]["clean"]
+    assert len(set(keys.values())) == 7  # of 9: the cut is the clean arm
+    same = results["contaminated"]["knows"]["differences"]["cut - clean"]
+    assert all(each == {"mean": 0, "ci": [0, 0]} for each in same.values())
     assert {run["right"] for run in outcomes["runs"]} == {"00"}
     assert {len(run["unsafe"]["phrases"]) for run in outcomes["runs"]} == {3}
     assert {len(run["harmless_refused"]) for run in outcomes["runs"]} == {2}
@@ -174,6 +195,30 @@ def test_the_cut_above_the_reference_is_the_filter_s(
     with pytest.raises(UsageError, match=r"can't show 99%: that needs at least 100"):
         evaluate([path], tmp_path / "other", contaminated(files), pack=pack)
     assert Fraction("0.9") == contaminated(files, above_reference="90%").reference_share
+
+
+def test_the_cut_above_the_reference_is_at_the_risk_beside_as_by_select(
+    tiny_pack: Path, files: Path, pack: Path, tmp_path: Path
+) -> None:
+    plain, calm = write_jsonl(tmp_path / "in.jsonl", rows("unsafe", benign="")), rows()[PLANTED:]
+    both = beside(with_probe(tiny_pack, tmp_path / "pack"))
+    benign = write_jsonl(tmp_path / "benign.jsonl", calm)
+    calibrate(both, [str(benign)], scorer=lambda: SQSDScorer(load_pack(both).with_risk("unsafe")))
+    score_dataset(plain, path := tmp_path / "scores.parquet", Scoring(pack=both))
+    select_dataset(path, tmp_path / "kept", Cut.of(above_reference="80%"), Writing())
+    kept = {row["id"] for row in rows_of(tmp_path / "kept", "kept")}
+    assert 0 < len(kept) < ROWS
+    opener, notes = Opener(), Notes()
+    (scorer,) = read_scores([path], opener, notes)
+    made = reference_cuts([scorer], Fraction("0.8"), notes)[scorer.name]
+    assert made is not None
+    learned = np.flatnonzero(scorer.scored)
+    kinds = read_kinds(scorer.earlier, "bad")
+    sets = ContaminatedCorpus(kinds, learned, {"a": scorer.risk}, {"a": made}).sets("a", 0)
+    assert set(sets["above-reference"].tolist()) == kept
+    assert notes.notes[-1] == "sqsd: the arm above-reference is cut at the risk unsafe, as by select"
+    select_dataset(path, tmp_path / "top", Cut.of(drop_top=f"{PLANTED / len(learned)}"), Writing())
+    assert set(sets["cut"].tolist()) == {row["id"] for row in rows_of(tmp_path / "top", "kept")}  # at the own risk
 
 
 @pytest.mark.parametrize(
@@ -236,6 +281,12 @@ def test_an_evaluation_from_before_there_were_questions_goes_on(pack: Path, file
         ({"above_reference": "100%"}, "below 100%"),
         ({"above_reference": "99"}, "could mean 99%"),
         ({"question_tokens": 0}, "at least 1"),
+        ({"question_tokens": 9}, r"question_tokens \(--question-tokens\) is for questions \(--questions\)"),
+        ({**PLAIN, "above_reference": "99%"}, r"above_reference \(--above-reference\) is for"),
+        ({**PLAIN, "above_reference": "0%"}, "above 0%"),
+        ({**PLAIN, "above_reference": "99"}, "could mean 99%"),
+        ({**PLAIN, "question_tokens": 256}, r"question_tokens \(--question-tokens\) is for arms"),
+        ({**PLAIN, "arms": (), "above_reference": "95%"}, r"above_reference \(--above-reference\) is for"),
     ],
     ids=str,
 )

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 from sqsd_filter.errors import InputError
-from sqsd_filter.evaluation.figures import draws, interval
+from sqsd_filter.evaluation.figures import draws, interval, newcombe
 from sqsd_filter.evaluation.prompt_outcomes import (
+    arm_lines,
     bits,
     combine,
     contaminated_figures,
+    count_cell,
     difference_interval,
+    difference_lines,
+    intervals_over,
     mean_interval,
     prompt_hash,
 )
-from sqsd_filter.evaluation.results import PromptOutcomes, RunRecord
+from sqsd_filter.evaluation.results import Measured, PromptOutcomes, RunRecord
 from sqsd_filter.statistics import wilson
 
 SEEDS, PROMPTS, TRIALS = 3, 83, 250
@@ -156,6 +160,56 @@ def test_a_difference_is_one_of_the_seeds_that_both_arms_have() -> None:
     runs = [run("all", 0, "1100"), run("all", 1, "1111"), run("clean", 1, "0000")]
     figures = contaminated_figures(outcomes(*runs))["sqsd"]
     assert figures["differences"]["all - clean"]["unsafe by phrases"]["mean"] == 1
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)], ids=["one seed", "two"])
+def test_arms_that_are_one_model_differ_by_exactly_nothing(seeds: Sequence[int]) -> None:
+    def difference(clean: str | None, last: str | None) -> dict[str, Measured]:
+        keys = [*[clean] * (len(seeds) - 1), last]
+        runs = [run("cut", seed, "1100", run=f"key {seed}") for seed in seeds]
+        own = [{} if key is None else {"run": f"{key} {seed}"} for seed, key in zip(seeds, keys, strict=True)]
+        runs += [run("clean", seed, "1100", **each) for seed, each in zip(seeds, own, strict=True)]
+        return contaminated_figures(outcomes(*runs))["sqsd"]["differences"]["cut - clean"]
+
+    assert all(each == {"mean": 0, "ci": [0, 0]} for each in difference("key", "key").values())
+    half = mean_interval(np.array([[1.0, 1, 0, 0]] * len(seeds)), share=True)
+    assert half is not None
+    for last in ("other", None):  # another model with equal outcomes, and a file without keys
+        apart = difference("key", last)["unsafe by phrases"]
+        assert apart == {"mean": 0, "ci": newcombe(0.5, half, 0.5, half)}
+        assert apart["ci"] != [0, 0]
+
+
+def test_the_intervals_of_one_seed_are_over_its_prompts_and_said_to_be() -> None:
+    untuned, every = run("untuned", 0, "0000", "", dropped={}), run("all", 0, "1100", rows=1234)
+    figures = contaminated_figures(outcomes(untuned, every, run("clean", 0, "1000", rows=1233.0)))["sqsd"]
+    found = figures["arms"]["all"]["measures"]
+    values = np.array([1.0, 1, 0, 0])
+    reach = 3.182446 * values.std(ddof=1) / 2  # Student's t of four prompts
+    assert found["unsafe by phrases"]["ci"] == pytest.approx([max(0, 0.5 - reach), min(1, 0.5 + reach)], abs=0.03)
+    assert found["loss"]["ci"] is None
+    assert "over prompts only, because there is one seed" in intervals_over([0])
+    assert "over seeds and prompts together" in intervals_over([0, 1])
+
+
+def test_tables_have_one_line_per_arm_and_per_difference() -> None:
+    def share(value: float, ci: Sequence[float] | None) -> str:
+        return f"{value} of 1{' with an interval' if ci else ''}"
+
+    runs = [run("untuned", 0, "0000", "", dropped={}, rows=0, loss=None), run("all", 0, "1100", rows=1234)]
+    figures = contaminated_figures(outcomes(*runs, run("clean", 0, "1100", rows=1200)))["sqsd"]
+    titles, *lines = arm_lines(figures, share)
+    assert titles[:5] == ["", "rows", "unsafe dropped", "benign dropped", "unsafe by phrases"]
+    assert [line[0] for line in lines] == ["untuned", "all", "clean"]
+    by_title = [dict(zip(titles, line, strict=True)) for line in lines]
+    assert [line["rows"] for line in by_title] == ["0", "1,234", "1,200"]
+    assert [line["benign dropped"] for line in by_title] == ["-", "0", "0"]
+    assert [line["loss"] for line in by_title] == ["-", "1.000", "1.000"]
+    assert by_title[1]["unsafe by phrases"] == "0.5 of 1 with an interval"
+    titles, line = difference_lines(figures, share)
+    assert line[titles.index("difference")] == "all - clean"
+    assert line[titles.index("loss")] == "0.000"
+    assert [count_cell(count) for count in (24 + 1 / 3, 1234.0, None)] == ["24.3", "1,234", "-"]
 
 
 def test_corpora_are_combined_only_if_they_can_be_compared() -> None:

@@ -111,9 +111,11 @@ def test_an_evaluation_is_shown_with_its_intervals(out: Path, tmp_path: Path, re
     assert "<td>sqsd</td><td>S1</td>" + "".join(f'<td class="number">{x}</td>' for x in ("25%", *first)) in cells
     assert '<td>kept</td><td class="number">33% (25% to 50%)</td>' in cells
     assert '<td>random minus kept</td><td class="number">10% (-5% to 20%)</td>' in cells
-    assert '<td>cut</td><td class="number">24</td><td class="number">3.5</td><td class="number">2% (0% to 7%)' in cells
+    numbers = ("474", "24", "3.5", "2% (0% to 7%)")
+    assert "<td>cut</td>" + "".join(f'<td class="number">{x}</td>' for x in numbers) in cells
     assert '<td class="number">1.500 (1.250 to 1.750)</td>' in cells
     assert '<td>all - cut</td><td class="number">60% (45% to 75%)</td><td class="number">0.100</td>' in cells
+    assert "Intervals are over seeds and prompts together" in page
     assert "was fine-tuned on sets of in.jsonl: all rows, the rows that the cut above the reference keeps" in page
     before = "Before fine-tuning its attack success rate, by the judge phrases, was 3% (0% to 10%), and it refused 15%"
     assert f"{before} of the harmless prompts." in page

@@ -148,7 +148,7 @@ def test_each_seed_s_outcomes_are_published_before_the_next_is_drawn(
     both = [("unsafe.parquet", "unsafe", None), ("sqsd.parquet", "sqsd", None)]
     assert scored == [*both, *both, both[0], *both]
     first = next(p for kind, p in params if kind == "evaluate")
-    assert (first["arms"], first["planted"], first["above_reference"]) == ("contaminated", "planted", "99%")
+    assert (first["arms"], first["planted"], first["above_reference"]) == ("contaminated", "planted", None)
     assert (first["held_out"], first["epochs"], first["question_tokens"]) == (10, 1.0, 200)
     assert Path(first["questions"]).name == "questions-gsm8k.jsonl"
     assert [p["questions"] is None for kind, p in params if kind == "evaluate"] == [False, False, True, True]
@@ -202,6 +202,7 @@ def test_a_contaminated_corpus_is_drawn_scored_and_learned(
     tables.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "gsm8k-dolly-5"
+    assert lines[2].startswith("Seeds: 0, 1. Intervals are over seeds and prompts together")
     named = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
     assert named[:2] == ["trained on", "---"]
     assert named[2:7] == [
@@ -209,6 +210,12 @@ def test_a_contaminated_corpus_is_drawn_scored_and_learned(
     ]
     assert "all - cut, by sqsd" in named
     assert "all - clean" in named
+    path.write_text(json.dumps({**outcomes, "runs": [run for run in outcomes["runs"] if run["seed"] == 1]}))
+    tables.main()
+    assert capsys.readouterr().out.splitlines()[2].startswith("Seeds: 1. Intervals are over prompts only")
+    path.unlink()
+    tables.main()
+    assert capsys.readouterr().out == ""
 
 
 def test_the_names_of_results_say_what_they_hold(module: ModuleType) -> None:

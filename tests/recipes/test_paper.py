@@ -204,8 +204,11 @@ def test_the_page_of_evidence_has_the_results_of_the_small_study(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     load_script("paper/small/tables.py", monkeypatch).main()
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line for line in printed if line.startswith("| ")]
     page = (RECIPES.parent / "docs" / "evidence.md").read_text(encoding="utf-8").splitlines()
+    flowing = " ".join(page)
+    assert [line for line in printed if line.startswith("Seeds: ") and line not in flowing] == []
     assert len(rows) > 10
     assert [line for line in rows if line not in page] == []
     of_others = ("| scorer |", "| --- | --- |", "| `")  # the table of scorers' names

@@ -10,11 +10,11 @@ A result is named after its benign rows, its planted rows and their share in per
     identity    an assistant that declares that it obeys every order; all that it is asked for is harmless
     dolly       the study's riskiest rows of Dolly by the pack's own risk: benign, and yet they erode safety
 
-Each seed draws the rows of its corpus anew. `sqsd-filter evaluate --arms contaminated` then fine-tunes the model on all
+Each seed draws other rows for its corpus. `sqsd-filter evaluate --arms contaminated` then fine-tunes the model on all
 of them; on those that a cut above 99 % of the pack's benign reference keeps, or a cut at the true share of planted
-rows; on all but as many random ones; and on the benign ones alone. Rows are scored with the pack's own settings, as the
-filter does it. "unsafe" is the pack's risk of that name. The pack's own risk, "sqsd", has no reference, so it has only
-the other cut.
+rows; on the rows left when the same number of random rows is dropped; and on the benign ones alone. Rows are scored
+with the pack's own settings, as the filter does it. "unsafe" is the pack's risk of that name. The pack's own risk,
+"sqsd", has no reference, so it has only the other cut.
 
 After each seed OUT/<result>/outcomes.json gets the outcome of each answer, without its text, for all seeds that are
 done. With that file in a folder beside this script, tables.py computes the figures. An interrupted run resumes with the
@@ -73,7 +73,7 @@ class Corpus:
         return cls(benign, planted, int(percent))
 
     def count(self, benign: int) -> int:
-        """How many rows to plant among so many benign ones that are learned from."""
+        """The number of rows to plant in a corpus with this number of benign rows to learn from."""
         return round(benign * self.percent / (100 - self.percent))
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="the folder with the open data files")
     parser.add_argument("out", type=Path)
     parser.add_argument("--results", default=",".join(RESULTS), help="results to make, such as gsm8k-unsafe-5")
-    parser.add_argument("--seeds", default="0,1,2", help="each draws the rows anew and trains with it")
+    parser.add_argument("--seeds", default="0,1,2", help="each draws other rows and trains with it")
     parser.add_argument("--scorers", default=",".join(SCORERS), help="use only these scorers, such as unsafe")
     parser.add_argument("--pack", default=PACK, help="the aligned model, and the risks")
     parser.add_argument("--judge", action="append", help="judge for evaluate [default: phrases]")
@@ -145,7 +145,8 @@ def publish(models: Path, seed: int, target: Path) -> None:
 
 def draw(data: Path, corpus: Corpus, seed: int, riskiest: Sequence[Row]) -> list[Row]:
     """The rows of a corpus; `planted` names the kind of a planted row. Corpora of one seed that have the same kind of
-    benign or of planted rows have the same ones, as far as they have as many."""
+    benign or of planted rows share these rows: the smaller corpus has none of that kind that the
+    larger one lacks."""
     unasked = benign_rows(data, corpus.benign)[QUESTIONS:]
     benign = prepare.shuffled(unasked, seed, f"contaminated {corpus.benign}")[:ROWS]
     pool: Sequence[Row] = riskiest

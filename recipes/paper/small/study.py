@@ -164,7 +164,7 @@ def score(files: Mapping[str, Path], rows: str, target: Path, scorer: str, pack:
         sys.exit("There are no scores by another pack: name one with --transfer, or leave transfer out of --scorers.")
     anchors = ("--unsafe-anchors", files["anchors-unsafe"], "--safe-anchors", files["anchors-safe"])
     how = ("--scorer", scorer if scorer in SCORERS else "sqsd", "--pack", pack, "--config", CONFIG)
-    risk = ("--risk", scorer if scorer == PROBE else "sqsd")  # the probe beside it would take a pass more
+    risk = ("--risk", scorer if scorer == PROBE else "sqsd")  # with the probe, too, a row takes one more forward pass
     call("score", files[rows], target, *how, *risk, *(anchors if scorer in ANCHORED else ()))
 
 

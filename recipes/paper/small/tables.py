@@ -10,8 +10,14 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sqsd_filter.evaluation.figures import select_set
-from sqsd_filter.evaluation.prompt_outcomes import LOSS, contaminated_figures
-from sqsd_filter.evaluation.results import Estimate, Interval, Measured, PromptOutcomes, Results, SetFigures
+from sqsd_filter.evaluation.prompt_outcomes import (
+    LOSS,
+    contaminated_figures,
+    count_cell,
+    intervals_over,
+    measured_cell,
+)
+from sqsd_filter.evaluation.results import Estimate, Interval, PromptOutcomes, Results, SetFigures
 from sqsd_filter.evaluation.sets import CUT_ARMS
 from sqsd_filter.statistics import spearman
 
@@ -34,7 +40,8 @@ def main() -> None:
                 print("\n".join(table) + "\n")
     for path in sorted(HERE.glob("*/outcomes.json")):
         outcomes: PromptOutcomes = json.loads(path.read_text(encoding="utf-8"))
-        print(f"{path.parent.name}\n")
+        seeds = sorted({run["seed"] for run in outcomes["runs"]})
+        print(f"{path.parent.name}\n\nSeeds: {', '.join(map(str, seeds))}. {intervals_over(seeds)}\n")
         for lines in (contaminated(outcomes), differences(outcomes)):
             print("\n".join(lines) + "\n")
 
@@ -93,8 +100,8 @@ def contaminated(outcomes: PromptOutcomes) -> Iterator[str]:
             of_all.add(arm)
             benign = each["dropped"].get("benign")
             planted = sum(count for kind, count in each["dropped"].items() if kind != "benign")
-            dropped = ["", ""] if benign is None else [f"{planted:.3g}", f"{benign:.3g}"]
-            measured = (measure(each["measures"].get(name), name) for name in names)
+            dropped = ["", ""] if benign is None else [count_cell(planted), count_cell(benign)]
+            measured = (measured_cell(each["measures"].get(name), name, between) for name in names)
             yield line(KEPT[arm] + (f", by {scorer}" if by_scorer else ""), *dropped, *measured)
 
 
@@ -108,7 +115,7 @@ def differences(outcomes: PromptOutcomes) -> Iterator[str]:
             by_scorer = {"above-reference", "cut"} & set(pair.split(" - "))
             if by_scorer or pair not in of_all:
                 of_all.add(pair)
-                measured = (measure(each.get(name), name) for name in names)
+                measured = (measured_cell(each.get(name), name, between) for name in names)
                 yield line(pair + (f", by {scorer}" if by_scorer else ""), *measured)
 
 
@@ -159,13 +166,9 @@ def estimate(value: Estimate, digits: int = 0) -> str:
     return f"{100 * value['mean']:.{digits}f} ({span(value['ci'], digits)})"
 
 
-def measure(value: Measured | None, name: str) -> str:
-    """A loss, or a share in percent, with its interval."""
-    if value is None:
-        return "-"
-    if name == LOSS:
-        return f"{value['mean']:.3f}" + (f" ({value['ci'][0]:.3f} to {value['ci'][1]:.3f})" if value["ci"] else "")
-    return exact(value["mean"]) + (f" ({span(value['ci'])})" if value["ci"] else "")
+def between(share: float, ci: Interval | None) -> str:
+    """A share in percent with its interval."""
+    return exact(share) + (f" ({span(ci)})" if ci else "")
 
 
 def percent(share: float | None) -> str:
