@@ -174,9 +174,8 @@ def _read_turn(turn: object, where: str, exact: bool) -> Message | None:
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise RowError(BAD_ROW, f"{where} has the role {name!r}; known are {', '.join(ROLES)}")
-    content = next((turn[key] for key in _SAID if not is_null(turn.get(key))), None)
-    if not isinstance(content, str):
-        content = read_content(content, where)
+    given = next((turn[key] for key in _SAID if not is_null(turn.get(key))), None)
+    content = given if isinstance(given, str) else read_content(given, where)
     if not content and role == "assistant" and isinstance(turn.get("refusal"), str):
         content = turn["refusal"]
     for key in sorted(turn.keys() & MEDIA):
@@ -188,7 +187,7 @@ def _read_turn(turn: object, where: str, exact: bool) -> Message | None:
         return None
     more: Message = {}
     answers = role in ("assistant", _CALL)
-    learned = is_learned(turn, where, answers=answers)
+    learned = is_learned(turn, given, where, answers=answers)
     if answers:
         calls = next((turn[key] for key in _CALLED if not is_missing(turn.get(key))), None)
         if role == _CALL:

@@ -45,6 +45,51 @@ def test_a_mark_for_learning_changes_nothing(mark: dict[str, Any]) -> None:
     assert read_turns([{"role": "assistant", "content": "a", **mark}], "it") == [{"role": "assistant", "content": "a"}]
 
 
+def of_parts(*marks: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": f" {k}", **mark} for k, mark in enumerate(marks)]
+
+
+@pytest.mark.parametrize(
+    ("marks", "learned"),
+    [
+        ([{}, {}], True),
+        ([{"train": True}, {}], True),
+        ([{"weight": None}, {"train": None}], True),
+        ([{"weight": 0}, {"weight": 0.0}], False),
+        ([{"train": False, "weight": 1}], False),
+    ],
+    ids=str,
+)
+def test_parts_that_are_marked_alike_mark_their_turn(marks: list[dict[str, Any]], learned: bool) -> None:
+    content = of_parts(*marks)
+    (turn,) = read_turns([{"role": "assistant", "content": content}], "it")
+    assert turn == {"role": "assistant", "content": " 0 1"[: 2 * len(marks)]} | ({} if learned else {"weight": 0})
+
+
+@pytest.mark.parametrize(
+    ("role", "marks", "said"),
+    [
+        ("assistant", [{"weight": 0}, {"weight": 1}], "learned in part by its weight"),
+        ("assistant", [{}, {"train": False}], "learned in part by its train, which"),
+        ("assistant", [{"weight": 0.5}], "a part of turn 1 of it has the weight 0.5"),
+        ("user", [{"train": True}], "to be learned by its train, but only"),
+        ("user", [{"train": False}, {}], "to be learned by its train, but only"),
+    ],
+    ids=str,
+)
+def test_parts_that_are_learned_otherwise_make_the_row_an_error(
+    role: str, marks: list[dict[str, Any]], said: str
+) -> None:
+    with pytest.raises(RowError, match=said) as problem:
+        read_turns([{"role": role, "content": of_parts(*marks)}], "it")
+    assert problem.value.status == "bad_row"
+
+
+def test_parts_of_a_question_that_none_learns_change_nothing() -> None:
+    (turn,) = read_turns([{"role": "user", "content": of_parts({"train": False}, {"weight": 0})}], "it")
+    assert turn == {"role": "user", "content": " 0 1"}
+
+
 PARTS = [{"begin_offset": 0, "end_offset": 3, "train": False}, {"begin_offset": 4, "end_offset": 9, "train": True}]
 REFUSED: list[tuple[str, dict[str, Any], str]] = [  # the role, its mark, what is said
     ("assistant", {"loss_scale": 0.3}, "loss_scale 0.3"),
