@@ -212,8 +212,8 @@ def _reasoning(value: object, where: str) -> str:
     return text or ""
 
 
-def read_content(content: object, where: str) -> str | None:
-    """The text parts of a list, joined with newlines."""
+def read_content(content: object, where: str, between: str = "") -> str | None:
+    """The text parts of a list, joined as axolotl, ms-swift and most templates do, or with the text `between` them."""
     if is_null(content):
         return None
     if not isinstance(content, list | tuple):
@@ -227,7 +227,7 @@ def read_content(content: object, where: str) -> str | None:
         if kind not in _TEXTS or not isinstance(text, str):
             raise RowError(BAD_ROW, f"{where} holds a list with a part of type {kind!r} that is not text")
         texts.append(text)
-    return "\n".join(texts) if texts else None
+    return between.join(texts) if texts else None
 
 
 def read_template_settings(value: object, where: str) -> list[Message]:

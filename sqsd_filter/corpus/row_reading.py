@@ -242,7 +242,7 @@ def _as_text(value: object, where: str) -> str | None:
     if isinstance(inner, str):
         return inner
     if isinstance(inner, list | tuple) and all(isinstance(part, Mapping) for part in inner):
-        return read_content(inner, where)
+        return read_content(inner, where, "\n")
     raise RowError(BAD_ROW, f"{where} holds {type(value).__name__}, not text")
 
 

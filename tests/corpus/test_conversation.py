@@ -53,7 +53,7 @@ TURNS: dict[str, tuple[list[Any], list[Message]]] = {
     "one-part": ([{"role": "user", "content": [{"type": "text", "text": "q"}]}], chat("q")),
     "parts": (
         [{"role": "user", "content": [{"type": "text", "text": "q", "image_url": None}, {"text": "r"}, "s"]}],
-        chat("q\nr\ns"),
+        chat("qrs"),
     ),
     "no-parts": ([{"role": "assistant", "content": []}], [{"role": "assistant", "content": ""}]),
     "output-part": (
