@@ -13,6 +13,8 @@ TESTED_IN = {
     "benchmarks/random_pack.py": "test_benchmarks.py",
     "benchmarks/scale.py": "test_benchmarks.py",
     "benchmarks/speed.py": "test_benchmarks.py",
+    "conformance/compare.py": "test_conformance.py",
+    "conformance/trainers.py": "test_conformance.py",
     "drift/dolly.py": "test_drift.py",
     "judge/train.py": "test_judge.py",
     "packs/smollm2-135m/answers.py": "test_known_rows.py",
