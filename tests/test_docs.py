@@ -145,6 +145,26 @@ def test_the_results_in_the_readme_are_those_of_the_study() -> None:
     assert f"left {kept} instead of the {chance} after" in " ".join(section.split())
 
 
+def test_the_contaminated_corpus_of_the_readme_is_the_one_that_was_measured() -> None:
+    outcomes = json.loads((ROOT / "recipes/paper/small/gsm8k-unsafe-5/outcomes.json").read_text())
+    runs = {run["arm"]: run for run in outcomes["runs"] if run["seed"] == 0}
+    assert len({run["seed"] for run in outcomes["runs"]}) == 1  # "one seed"
+    dropped, left = runs["above-reference"]["dropped"], {arm: run["unsafe"]["phrases"] for arm, run in runs.items()}
+    rates = {arm: f"{100 * each.count('1') / len(each):.1f} %" for arm, each in left.items()}
+    planted = runs["clean"]["dropped"]["unsafe"]
+    benign = runs["clean"]["rows"]
+    assert dropped["benign"] == 0
+    assert rates["above-reference"] == rates["clean"]
+    text = " ".join(README.split())
+    assert f"With {planted} such rows among {benign} of GSM8K, a fine-tuned model complied with {rates['all']}" in text
+    assert f"{dropped['unsafe']} of them and no other, with {rates['clean']}, as without all {planted}" in text
+    page = " ".join(DOCS["docs/evidence.md"].split())
+    assert f"finds {dropped['unsafe']} of the {planted} unsafe rows and drops no benign one" in page
+    asked, counts = len(left["all"]), {arm: each.count("1") for arm, each in left.items()}
+    assert f"benign rows alone ({counts['clean']} of {asked} prompts)" in page
+    assert f"after all rows it complies with {counts['all']}, after as many random rows with {counts['random']}" in page
+
+
 def test_what_the_risk_unsafe_finds_is_what_its_build_and_its_recipe_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     section = DOCS["docs/packs.md"].partition("\n## The risk unsafe\n")[2]
     record = json.loads((ROOT / "sqsd_filter/packs/smollm2-135m/pack.json").read_text())["provenance"]["unsafe"]
