@@ -176,62 +176,68 @@ class Hub:
         """The environment of a subprocess that shall use this Hub, with an empty cache in `home`."""
         foreign = re.compile(r"HF_|HUGGING|TRANSFORMERS_|\w*_proxy$", re.IGNORECASE)
         kept = {name: value for name, value in os.environ.items() if not foreign.match(name)}
-        return {**kept, **self._settings(home, token)}
-
-    def _settings(self, home: Path, token: str | None) -> dict[str, str]:
-        return {
-            "HF_ENDPOINT": self.url,
-            "HF_TOKEN": token or "",
-            "HF_HOME": str(home),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",  # an LFS file would go to a server of its own
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets would ask S3
-            "no_proxy": "127.0.0.1",
-        }
+        return {**kept, **_settings(self.url, home, token)}
 
     def connect(self, home: Path, monkeypatch: pytest.MonkeyPatch, token: str | None = MEMBER) -> None:
-        """Points this process, which has its libraries imported already, at this Hub.
+        """Points this process at this Hub; see `connect`."""
+        connect(self.url, home, monkeypatch, token)
 
-        The libraries look at huggingface_hub.constants and datasets.config whenever they need a value, and at HF_TOKEN
-        and peft at HF_HUB_OFFLINE in the environment. Bound to an endpoint when made are the two HfApi instances behind
-        huggingface_hub's functions and transformers, and file systems, which are kept by their arguments. (Not changed:
-        huggingface_hub.hffs, the CLI, which hosts get the token after a redirect: none is sent here.)
-        """
-        import transformers.utils.hub
-        from datasets import config
-        from huggingface_hub import HfFileSystem, constants, hf_api
-        from huggingface_hub.utils._http import close_session
 
-        for name, text in self._settings(home, token).items():
-            monkeypatch.setenv(name, text)
-        resolve = "/resolve/{revision}/"
-        hub_values = {
-            "ENDPOINT": self.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}" + resolve + "{filename}",
-            "HF_HOME": str(home),
-            "HF_HUB_CACHE": str(home / "hub"),
-            "HF_TOKEN_PATH": str(home / "token"),
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_DISABLE_TELEMETRY": True,
-        }
-        datasets_values = {
-            "HF_ENDPOINT": self.url,
-            "HUB_DATASETS_URL": self.url + "/datasets/{repo_id}" + resolve + "{path}",
-            "HF_DATASETS_CACHE": home / "datasets",
-            "DOWNLOADED_DATASETS_PATH": home / "datasets" / "downloads",
-            "EXTRACTED_DATASETS_PATH": home / "datasets" / "downloads" / "extracted",
-            "HF_HUB_OFFLINE": False,
-            "HF_UPDATE_DOWNLOAD_COUNTS": False,
-        }
-        for module, values in ((constants, hub_values), (config, datasets_values)):
-            for name, value in values.items():
-                monkeypatch.setattr(module, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", self.url)
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
-        monkeypatch.setattr(HfFileSystem, "_cache", {})
-        close_session()  # which may have read other proxies
+def _settings(url: str, home: Path, token: str | None) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": url,
+        "HF_TOKEN": token or "",
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",  # an LFS file would go to a server of its own
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets would ask S3
+        "no_proxy": "127.0.0.1",
+    }
+
+
+def connect(url: str, home: Path, monkeypatch: pytest.MonkeyPatch, token: str | None = MEMBER) -> None:
+    """Points this process, which has its libraries imported already, at the Hub with this address.
+
+    The libraries look at huggingface_hub.constants and datasets.config whenever they need a value, and at HF_TOKEN
+    and peft at HF_HUB_OFFLINE in the environment. Bound to an endpoint when made are the two HfApi instances behind
+    huggingface_hub's functions and transformers, and file systems, which are kept by their arguments. (Not changed:
+    huggingface_hub.hffs, the CLI, which hosts get the token after a redirect: none is sent here.)
+    """
+    import transformers.utils.hub
+    from datasets import config
+    from huggingface_hub import HfFileSystem, constants, hf_api
+    from huggingface_hub.utils._http import close_session
+
+    for name, text in _settings(url, home, token).items():
+        monkeypatch.setenv(name, text)
+    resolve = "/resolve/{revision}/"
+    hub_values = {
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}" + resolve + "{filename}",
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+    }
+    datasets_values = {
+        "HF_ENDPOINT": url,
+        "HUB_DATASETS_URL": url + "/datasets/{repo_id}" + resolve + "{path}",
+        "HF_DATASETS_CACHE": home / "datasets",
+        "DOWNLOADED_DATASETS_PATH": home / "datasets" / "downloads",
+        "EXTRACTED_DATASETS_PATH": home / "datasets" / "downloads" / "extracted",
+        "HF_HUB_OFFLINE": False,
+        "HF_UPDATE_DOWNLOAD_COUNTS": False,
+    }
+    for module, values in ((constants, hub_values), (config, datasets_values)):
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", url)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    monkeypatch.setattr(HfFileSystem, "_cache", {})
+    close_session()  # which may have read other proxies
 
 
 class _Server(ThreadingHTTPServer):

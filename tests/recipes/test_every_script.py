@@ -28,6 +28,14 @@ TESTED_IN = {
     "paper/small/obedient.py": "test_contaminated.py",
     "paper/small/study.py": "test_paper.py",
     "paper/small/tables.py": "test_paper.py",
+    "robustness/kills.py": "test_robustness.py",
+    "robustness/million.py": "test_robustness.py",
+    "robustness/mutate.py": "test_robustness.py",
+    "robustness/mutations.py": "test_robustness.py",
+    "robustness/nightly.py": "test_robustness.py",
+    "robustness/second_parser.py": "test_robustness.py",
+    "robustness/table.py": "test_robustness.py",
+    "robustness/workbench.py": "test_robustness.py",
     "slurm/filter.sbatch": "test_slurm.py",
 }
 
