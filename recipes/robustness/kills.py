@@ -10,7 +10,6 @@ of the driver. Stop it at any time; the same command goes on. Figures are printe
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import time
@@ -23,7 +22,7 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from workbench import Child, Journal, make_pack, make_row, misbehaved, parser, publish, short_folder, write_rows
+from workbench import Child, Journal, make_pack, make_row, misbehaved, parser, publish, ray_sessions, write_rows
 
 from tests.hub import Hub
 
@@ -52,8 +51,8 @@ class Undisturbed:
 class Bench:
     """A folder in which runs of every form are made, killed and compared."""
 
-    def __init__(self, work: Path, rows: int, hub: Hub) -> None:
-        self.work, self.rows, self.hub = work, rows, hub
+    def __init__(self, work: Path, rows: int, hub: Hub, sessions: Path) -> None:
+        self.work, self.rows, self.hub, self.sessions = work, rows, hub, sessions
         self.known: dict[str, Undisturbed] = {}
         make_pack(work)
         Child(work, "--version").wait()  # so that no later one waits for the imports
@@ -82,7 +81,7 @@ class Bench:
         return folder
 
     def start(self, form: str, folder: Path) -> Child:
-        return Child(folder, *FORMS[form], hub=self.hub.url if form == "push" else None)
+        return Child(folder, *FORMS[form], hub=self.hub.url if form == "push" else None, sessions=self.sessions)
 
     def undisturbed(self, form: str) -> Undisturbed:
         if form not in self.known:
@@ -181,19 +180,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--rows", type=int, default=500, help="rows of a run [default: 500]")
     options.add_argument("--forms", nargs="+", choices=FORMS, default=[form for form in FORMS if form != "replica"])
     given = options.parse_args(arguments)
-    os.environ["RAY_TMPDIR"] = str(sessions := short_folder())
     journal = Journal(given.work / "kills.jsonl")
     try:
-        with Hub() as hub:
-            bench = Bench(given.work, given.rows, hub)
+        with Hub() as hub, ray_sessions() as sessions:
+            bench = Bench(given.work, given.rows, hub, sessions)
             for forms, wanted in [(given.forms, given.kills), (["replica"], given.replicas)]:
                 while sum(by_form(journal)[form] for form in forms) < wanted:
                     number = len(journal.rounds)
                     journal.add(bench.round(forms[number % len(forms)], number))
     except KeyboardInterrupt:
         pass
-    finally:
-        shutil.rmtree(sessions, ignore_errors=True)
     figures = {"kills": journal.total("kills"), "by form": by_form(journal), "runs compared": len(journal.rounds)}
     return publish(given.work, "kills", {**figures, "faults": journal.faults})
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
 import time
@@ -24,7 +23,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from kills import kill_replica
-from workbench import Child, Journal, make_pack, make_row, misbehaved, parser, publish, short_folder, write_rows
+from workbench import Child, Journal, make_pack, make_row, misbehaved, parser, publish, ray_sessions, write_rows
 
 RUN = ["in.jsonl", "out", "--drop-top", "5%", "--pack", "../pack", "--score-store", "store", "--overwrite", "--quiet"]
 RANDOM = ["--scorer", "random"]
@@ -98,7 +97,7 @@ FAULTS: dict[str, tuple[Fault, tuple[int, ...]]] = {  # and the exit codes that 
 CHANGING = ("input replaced", "input rewritten")
 
 
-def run_night(work: Path, night: int, corpus: Corpus, fault: str) -> dict[str, Any]:
+def run_night(work: Path, night: int, corpus: Corpus, fault: str, sessions: Path) -> dict[str, Any]:
     """One night: the command and its fault, the command again if it failed, and what is wrong with the result."""
     source, folder = random.Random(f"night {night}"), work / "nights"
     folder.mkdir(exist_ok=True)
@@ -106,7 +105,8 @@ def run_night(work: Path, night: int, corpus: Corpus, fault: str) -> dict[str, A
     write_rows(folder / "in.jsonl", rows)
     before = fingerprint(folder / "out")
     largest = source.choice((0, 1_000, 20_000, 200_000)) if fault == "disk full" else None
-    child = Child(folder, *RUN, *(RAY if fault == "replica killed" else RANDOM), largest=largest)
+    how = RAY if fault == "replica killed" else RANDOM
+    child = Child(folder, *RUN, *how, largest=largest, sessions=sessions)
     happen, codes = FAULTS[fault]
     happen(child, folder, source)
     code, errors = child.wait()
@@ -190,21 +190,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--rows", type=int, default=100, help="rows that a night adds [default: 100]")
     options.add_argument("--ray", type=float, default=0.05, help="share of nights on Ray [default: 0.05]")
     given = options.parse_args(arguments)
-    os.environ["RAY_TMPDIR"] = str(sessions := short_folder())
     make_pack(given.work)
     journal, corpus = Journal(given.work / "nightly.jsonl"), Corpus(given.rows)
     local = [fault for fault in FAULTS if fault != "replica killed"]
     try:
-        while journal.total("seconds") < 60 * given.minutes:
-            began, night = time.monotonic(), len(journal.rounds)
-            source = random.Random(night)
-            fault = "replica killed" if source.random() < given.ray else source.choice(local)
-            facts = run_night(given.work, night, corpus, fault)
-            journal.add({**facts, "seconds": round(time.monotonic() - began)})
+        with ray_sessions() as sessions:
+            while journal.total("seconds") < 60 * given.minutes:
+                began, night = time.monotonic(), len(journal.rounds)
+                source = random.Random(night)
+                fault = "replica killed" if source.random() < given.ray else source.choice(local)
+                facts = run_night(given.work, night, corpus, fault, sessions)
+                journal.add({**facts, "seconds": round(time.monotonic() - began)})
     except KeyboardInterrupt:
         pass
-    finally:
-        shutil.rmtree(sessions, ignore_errors=True)
     figures = {
         "minutes": round(journal.total("seconds") / 60),
         "nights": len(journal.rounds),

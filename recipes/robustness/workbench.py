@@ -19,7 +19,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -29,9 +30,8 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes" / "benchmarks")]
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # of children
-for _name, _value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}.items():
-    os.environ.setdefault(_name, _value)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PATIENCE = 1800.0  # seconds for one command, on a machine that does much else
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -92,16 +92,23 @@ class Child:
     """The command `sqsd-filter` in a process of its own, in `folder`; what it prints goes to stdout and stderr there.
 
     With `largest` no file of it may grow past that many bytes, as on a full disk. With `hub` it talks to the tests'
-    Hub at this address.
+    Hub at this address. Ray works in the folder `sessions`.
     """
 
-    def __init__(self, folder: Path, *arguments: object, largest: int | None = None, hub: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: object,
+        largest: int | None = None,
+        hub: str | None = None,
+        sessions: Path | None = None,
+    ) -> None:
         self.folder, self.began = folder, time.monotonic()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         forkserver.ensure_running()
         self.process: ForkServerProcess = context.Process(
-            target=_run, args=(folder, [str(a) for a in arguments], largest, hub)
+            target=_run, args=(folder, [str(a) for a in arguments], largest, hub, sessions)
         )
         self.process.start()
 
@@ -133,7 +140,11 @@ class Child:
             return []
 
 
-def _run(folder: Path, arguments: list[str], largest: int | None, hub: str | None) -> None:
+def _run(
+    folder: Path, arguments: list[str], largest: int | None, hub: str | None, sessions: Path | None = None
+) -> None:
+    if sessions is not None:
+        os.environ["RAY_TMPDIR"] = str(sessions)
     if hub is not None:
         import pytest
 
@@ -192,9 +203,14 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def short_folder() -> Path:
-    """A folder whose path is short enough for the sockets of Ray."""
-    return Path(tempfile.mkdtemp(prefix="r-"))
+@contextmanager
+def ray_sessions() -> Iterator[Path]:
+    """A folder for as long as the context lasts, with a path that is short enough for the sockets of Ray."""
+    folder = Path(tempfile.mkdtemp(prefix="r-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(work: Path, name: str, figures: Mapping[str, object]) -> int:
