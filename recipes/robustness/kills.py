@@ -22,7 +22,18 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from workbench import Child, Journal, make_pack, make_row, misbehaved, parser, publish, ray_sessions, write_rows
+from workbench import (
+    Child,
+    Journal,
+    make_pack,
+    make_row,
+    misbehaved,
+    parser,
+    publish,
+    ray_sessions,
+    until_stopped,
+    write_rows,
+)
 
 from tests.hub import Hub
 
@@ -181,15 +192,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--forms", nargs="+", choices=FORMS, default=[form for form in FORMS if form != "replica"])
     given = options.parse_args(arguments)
     journal = Journal(given.work / "kills.jsonl")
-    try:
-        with Hub() as hub, ray_sessions() as sessions:
-            bench = Bench(given.work, given.rows, hub, sessions)
-            for forms, wanted in [(given.forms, given.kills), (["replica"], given.replicas)]:
-                while sum(by_form(journal)[form] for form in forms) < wanted:
-                    number = len(journal.rounds)
-                    journal.add(bench.round(forms[number % len(forms)], number))
-    except KeyboardInterrupt:
-        pass
+    with until_stopped(), Hub() as hub, ray_sessions() as sessions:
+        bench = Bench(given.work, given.rows, hub, sessions)
+        for forms, wanted in [(given.forms, given.kills), (["replica"], given.replicas)]:
+            while sum(by_form(journal)[form] for form in forms) < wanted:
+                number = len(journal.rounds)
+                journal.add(bench.round(forms[number % len(forms)], number))
     figures = {"kills": journal.total("kills"), "by form": by_form(journal), "runs compared": len(journal.rounds)}
     return publish(given.work, "kills", {**figures, "faults": journal.faults})
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from mutate import KINDS, mutate_line, mutated_file
 from second_parser import examine
-from workbench import PATIENCE, Child, Journal, make_pack, make_row, misbehaved, parser, publish
+from workbench import PATIENCE, Child, Journal, make_pack, make_row, misbehaved, parser, publish, until_stopped
 
 RUN = ["out", "--drop-top", "30%", "--scorer", "length", "--pack", "../pack", "--max-error-rate", "100%", "--quiet"]
 ALPACA = ["--format", "alpaca"]
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = options.parse_args(arguments)
     make_pack(given.work)
     journal = Journal(given.work / "mutations.jsonl")
-    try:
+    with until_stopped():
         while rounds := unfinished(journal, given.lines, given.files):
             what, left = rounds[0]
             number = journal.count("what").get(what, 0)
@@ -168,8 +168,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 journal.add(of_lines(given.work, number, max(3, min(given.block, left))))
             else:
                 journal.add(of_files(given.work, number, min(FILES, left)))
-    except KeyboardInterrupt:
-        pass
     figures = {
         **{name: journal.total(name) for name in ("lines", "kept", "dropped", "errors")},
         "values compared": journal.total("compared"),

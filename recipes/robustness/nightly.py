@@ -23,7 +23,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from kills import kill_replica
-from workbench import Child, Journal, make_pack, make_row, misbehaved, parser, publish, ray_sessions, write_rows
+from workbench import (
+    Child,
+    Journal,
+    make_pack,
+    make_row,
+    misbehaved,
+    parser,
+    publish,
+    ray_sessions,
+    until_stopped,
+    write_rows,
+)
 
 RUN = ["in.jsonl", "out", "--drop-top", "5%", "--pack", "../pack", "--score-store", "store", "--overwrite", "--quiet"]
 RANDOM = ["--scorer", "random"]
@@ -193,16 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_pack(given.work)
     journal, corpus = Journal(given.work / "nightly.jsonl"), Corpus(given.rows)
     local = [fault for fault in FAULTS if fault != "replica killed"]
-    try:
-        with ray_sessions() as sessions:
-            while journal.total("seconds") < 60 * given.minutes:
-                began, night = time.monotonic(), len(journal.rounds)
-                source = random.Random(night)
-                fault = "replica killed" if source.random() < given.ray else source.choice(local)
-                facts = run_night(given.work, night, corpus, fault, sessions)
-                journal.add({**facts, "seconds": round(time.monotonic() - began)})
-    except KeyboardInterrupt:
-        pass
+    with until_stopped(), ray_sessions() as sessions:
+        while journal.total("seconds") < 60 * given.minutes:
+            began, night = time.monotonic(), len(journal.rounds)
+            source = random.Random(night)
+            fault = "replica killed" if source.random() < given.ray else source.choice(local)
+            facts = run_night(given.work, night, corpus, fault, sessions)
+            journal.add({**facts, "seconds": round(time.monotonic() - began)})
     figures = {
         "minutes": round(journal.total("seconds") / 60),
         "nights": len(journal.rounds),

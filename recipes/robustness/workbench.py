@@ -204,6 +204,16 @@ def parser(about: str | None) -> argparse.ArgumentParser:
 
 
 @contextmanager
+def until_stopped() -> Iterator[None]:
+    """Ctrl-C ends what is done within, and the process that runs; the round is done again at the next start."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+
+@contextmanager
 def ray_sessions() -> Iterator[Path]:
     """A folder for as long as the context lasts, with a path that is short enough for the sockets of Ray."""
     folder = Path(tempfile.mkdtemp(prefix="r-"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -187,6 +188,21 @@ def test_a_line_that_was_cut_off_is_no_round(tmp_path: Path) -> None:
     again = journal(tmp_path / "j")
     again.add({"faults": ["lost"], "n": 2})
     assert (journal(tmp_path / "j").total("n"), again.faults) == (3, ["lost"])
+
+
+def test_ctrl_c_ends_the_process_that_runs_and_prints_the_figures_so_far(run: Run, tmp_path: Path) -> None:
+    workbench, begun = script("workbench"), []
+
+    def stop(*_: object) -> dict[str, Any]:
+        begun.append(workbench.Child(tmp_path, "filter", "--help"))
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script("nightly"), "run_night", stop)
+        code, figures = run("nightly", "--minutes", 1)
+    assert (code, figures["nights"]) == (0, 0)
+    begun[0].process.join(60)
+    assert begun[0].process.exitcode == -signal.SIGKILL
 
 
 def test_the_page_on_output_has_the_table_of_the_committed_figures() -> None:
