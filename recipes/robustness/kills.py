@@ -108,7 +108,9 @@ class Bench:
         """What is compared: every file of the output; of stores and repositories what they hold."""
         if form == "compact":
             return {"store": stored(folder / "store"), "files": len(list((folder / "store").glob("[!.]*")))}
-        found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in (folder / "out").rglob("*") if p.is_file()}
+        found: dict[str, Any] = {
+            p.relative_to(folder).as_posix(): p.read_bytes() for p in (folder / "out").rglob("*") if p.is_file()
+        }
         if form == "store":
             found["store"] = stored(folder / "store")
         if form == "push":

@@ -38,7 +38,7 @@ def measure(folder: Path, count: int) -> dict[str, object]:
 
     child, peak = Child(folder, *RUN), 0.0
     while child.process.exitcode is None:
-        peak = max(peak, peak_memory(child.process.pid))
+        peak = max(peak, peak_memory(str(child.process.pid)))
         child.process.join(0.2)
     faults = misbehaved(*child.wait(), 0)
     seen = bytearray(count)

@@ -117,7 +117,8 @@ def test_a_line_in_two_places_or_in_none_is_found(tmp_path: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "train.jsonl").write_bytes(b"".join(line + b"\n" for line in content))
         (home / "reasons.jsonl").write_text('{"line": 2}\n')
-        return placed(tmp_path)
+        found: tuple[dict[str, int], list[str]] = placed(tmp_path)
+        return found
 
     assert write() == ({"lines": 4, "kept": 2, "dropped": 1, "errors": 1}, [])
     parts[tmp_path / "out" / "data"] = [lines[0]]
