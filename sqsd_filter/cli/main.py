@@ -189,11 +189,11 @@ def filter_command(context: click.Context, /, **_: object) -> None:
 
     params = context.params
     cut = Cut.of(**settings.one_cut(context))
-    from sqsd_filter.pipeline.run import filter_rows
     from sqsd_filter.pipeline.writing.one_file import file_form
 
     writing = _writing(params)
     writing.output(file_form(params["dest"]))  # also before a dry run
+    from sqsd_filter.pipeline.run import filter_rows
 
     def run(scoring: Scoring, progress: Progress) -> FinishedReport:
         record = _record(context)

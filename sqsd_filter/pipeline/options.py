@@ -109,7 +109,8 @@ class Writing:
             self.output(None)
         else:  # the destination's name will say the format, and what fits it
             check_json_as(self.json_as)
-            bytes_of(self.shard_size)
+            if self.shard_size != SHARD_SIZE:  # to read it takes an import of seconds
+                bytes_of(self.shard_size)
 
     def output(self, form: FileForm | None) -> Output:
         """How rows are written to a file of this form, or to a folder. Raises `UsageError`."""
