@@ -167,7 +167,7 @@ def test_a_file_that_was_only_touched_is_the_same(scorer: SQSDScorer, tmp_path: 
                 os.utime(file, (1, 1))
 
         report = filter_dataset(
-            str(path), tmp_path / f"out-{name}", drop_top="20%", scorer=scorer, progress=At("writing", touch)
+            str(path), tmp_path / f"{name}-out", drop_top="20%", scorer=scorer, progress=At("writing", touch)
         )
         assert report["rows"]["kept"] == 16
 

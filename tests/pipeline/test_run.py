@@ -98,8 +98,15 @@ def test_several_inputs_and_globs_are_one_corpus(folder: Path, scorer: SQSDScore
     several = filter_dataset(["b*.jsonl", "z.jsonl"], "several", drop_top="5%", scorer=scorer)
     filter_dataset("in.jsonl", "one", drop_top="5%", scorer=scorer)
     assert [i["path"] for i in several["inputs"]] == ["b0.jsonl", "b1.jsonl", "z.jsonl"]
+    assert split_file(Path("several"), "kept").read_bytes() == split_file(Path("one"), "kept").read_bytes()
     for config in CONFIGS:
-        assert split_file(Path("several"), config).read_bytes() == split_file(Path("one"), config).read_bytes()
+        ours, theirs = (rows_of(Path(where), config) for where in ("several", "one"))
+        for row, other in zip(ours, theirs, strict=True):
+            assert row.get("sqsd_row") != other.get("sqsd_row") or config == "kept"  # each names its own file
+            assert {**row, "sqsd_row": None, "sqsd_file": None, "sqsd_line": None} == {
+                **other,
+                **{"sqsd_row": None, "sqsd_file": None, "sqsd_line": None},
+            }
 
 
 def test_a_limit_takes_the_first_rows(folder: Path, scorer: SQSDScorer) -> None:
